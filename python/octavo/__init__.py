@@ -1,0 +1,1 @@
+"""Octavo: an LLM inference engine and server. Rust decides, Python executes."""
