@@ -274,10 +274,14 @@ class EngineCore:
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
         static_batch_wait: float = 0.1,
-        hash_seed: int | None = None,
+        hash_secret: bytes = b"",
+        seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> EngineCore:
-        """kv_windows: one entry a KV group, 0 for full attention, else the sliding window in tokens."""
+        """kv_windows: one entry a KV group, 0 for full attention, else the sliding window in tokens.
+
+        hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no seed.
+        """
     @property
     def plan_bytes(self) -> int:
         """Largest plan this configuration can make; size of each plan buffer."""

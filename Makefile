@@ -1,0 +1,73 @@
+# Everything a newcomer needs is `make serve` and `make test`; both set themselves up in .venv. `make help` lists the rest.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv
+SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve dev test test-rust test-python test-gpu simulate lint fmt kernels-sm90 bench dist clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+serve: $(VENV)/.built ## build, fetch the small default model, serve it on http://127.0.0.1:8000
+	@$(BIN)/octavo serve $(ARGS)
+
+dev: $(VENV)/.built $(VENV)/.dev ## the same set-up without serving, plus the tools for development
+
+$(VENV)/.uv:
+	@echo "== making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+# The release build of the extension, installed in place: edits of Python files need no rebuild.
+$(VENV)/.built: $(VENV)/.uv $(SOURCES)
+	@echo "== installing the dependencies and building the extension (the first time takes a few minutes)"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python "maturin>=1.14,<2"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin develop --release --uv --extras uvloop
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.uv pyproject.toml
+	@echo "== installing the development tools"
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python --group dev
+	@touch $@
+
+test: test-rust test-python ## all tests
+
+test-rust: ## the core without Python
+	cargo test --release --quiet
+
+test-python: dev ## everything else, on the CPU
+	$(BIN)/python -m pytest -q $(ARGS)
+
+simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
+	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
+
+test-gpu: dev ## the kernels and the engine on a CUDA device
+	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+
+lint: dev ## ruff, mypy, stubtest, cargo fmt, clippy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=python $(BIN)/python -m mypy.stubtest octavo._core --concise
+	cargo fmt --check
+	cargo clippy --release --all-targets --features python -- -D warnings
+
+fmt: dev ## format Python and Rust
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	cargo fmt
+
+bench: $(VENV)/.built ## scheduler micro-benchmark, then the batching comparison on the default model
+	cargo bench --bench scheduler
+	$(BIN)/octavo bench batching
+
+dist: dev ## the wheel, in dist/
+	$(BIN)/maturin build --release --out dist
+
+clean: ## remove what was built
+	rm -rf $(VENV) target dist python/octavo/_core*.so

@@ -1,0 +1,1 @@
+"""Model execution: step buffers, the model runner, the engine loop and the ways in from Python."""

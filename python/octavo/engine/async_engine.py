@@ -1,0 +1,220 @@
+"""The engine for asyncio: one engine thread, and streams that wake when the core has news for them.
+
+The core's eventfd becomes readable once for any number of tokens; the loop's reader drains the ids with news and sets one event a
+stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from octavo import _core
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine, EngineDeadError
+from octavo.engine.outputs import OutputBuilder
+from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+
+T = TypeVar("T")
+
+TEXT_THREADS = 2
+"""Threads for templates and tokenising. Their work is detached Rust: two keep two cores busy, and more gain nothing."""
+
+
+class RequestStream:
+    """The news of one request. A request whose stream is closed before its end is aborted."""
+
+    def __init__(self, engine: AsyncEngine, request_id: int) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._news = asyncio.Event()
+        self._open = True
+
+    async def next(self) -> _core.RequestDelta:
+        """Waits for news and takes all of it; `finished` is true on the last. At most one caller at a time."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            delta = self._engine.core.take(self.request_id)
+            if delta is not None:
+                if delta.finished:
+                    self._leave()
+                return delta
+
+    def wake(self) -> None:
+        """The core has news for this request (called on the loop)."""
+        self._news.set()
+
+    def close(self) -> None:
+        """Aborts the request unless it has finished: its blocks are free by the next committed step. Idempotent."""
+        if self._open:
+            self._leave()
+            self._engine.core.abort(self.request_id)
+
+    def _leave(self) -> None:
+        self._open = False
+        self._engine.streams.pop(self.request_id, None)
+
+
+class AsyncEngine:
+    """Submit prompts, await their tokens. Build it with `from_config`, then call `attach_loop` with the running loop."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.core = engine.core
+        self.config: EngineConfig = engine.config
+        self.max_model_len = engine.max_model_len
+        self.model_name = engine.model_name
+        self.tokenizer: _core.Tokenizer | None = engine.tokenizer
+        self.chat_template: _core.ChatTemplate | None = engine.chat_template
+        self.report = engine.report
+        self.streams: dict[int, RequestStream] = {}
+        self.draining = False
+        self._engine = engine
+        self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
+        self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> AsyncEngine:
+        """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in an executor."""
+        engine = cls(Engine.from_config(config))
+        engine._thread.start()
+        return engine
+
+    def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Has `loop` watch the core's eventfd. All streams must be awaited on this loop."""
+        self._loop = loop
+        loop.add_reader(self.core.fileno(), self._drain)
+
+    def _drain(self) -> None:
+        for request_id in self.core.drain():
+            stream = self.streams.get(request_id)
+            if stream is not None:
+                stream.wake()
+
+    # ---- requests -------------------------------------------------------------------------------------------------------
+
+    async def encode_text(self, text: str, add_special_tokens: bool = True) -> _core.Prompt:
+        """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's completions."""
+        return await self._detached(self._need_tokenizer().encode_text, text, add_special_tokens)
+
+    async def encode_chat(
+        self,
+        messages_json: str,
+        tools_json: str | None = None,
+        add_generation_prompt: bool = True,
+        kwargs_json: str | None = None,
+    ) -> _core.Prompt:
+        """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the template refuses."""
+        encode = functools.partial(
+            self._need_tokenizer().encode_chat,
+            self._need_chat_template(),
+            messages_json,
+            tools_json=tools_json,
+            add_generation_prompt=add_generation_prompt,
+            kwargs_json=kwargs_json,
+        )
+        return await self._detached(encode)
+
+    def submit(
+        self,
+        prompt: _core.Prompt,
+        params: _core.SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        frames: _core.FrameTemplate | None = None,
+    ) -> RequestStream:
+        """Queues a request, in about a microsecond.
+
+        Raises `OverloadedError` (queue full), `PromptTooLongError`, `KvCapacityError` or another `ValueError` (the request can
+        never be served), `EngineDeadError`.
+        """
+        if self.is_dead:
+            raise EngineDeadError(self._engine.failure)
+        request_id = self.core.add_request(
+            prompt, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, frames=frames
+        )
+        stream = self.streams[request_id] = RequestStream(self, request_id)
+        return stream
+
+    async def generate(
+        self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
+    ) -> AsyncIterator[RequestOutput]:
+        """Yields the growing output of one prompt; the request is aborted when the iterator is dropped."""
+        params = sampling_params or SamplingParams()
+        encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
+        if self._loop is None:
+            self.attach_loop(asyncio.get_running_loop())
+        stream = self.submit(encoded, params.to_core(), priority=priority)
+        builder = OutputBuilder(stream.request_id, prompt, encoded, params, self.tokenizer)
+        try:
+            finished = False
+            while not finished:
+                delta = await stream.next()
+                finished = delta.finished
+                yield builder.add(delta)
+        finally:
+            stream.close()
+
+    async def _detached(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, work, *args)
+
+    def _need_tokenizer(self) -> _core.Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError("prompt: this model has no tokenizer; send token ids, or start with --tokenizer")
+        return self.tokenizer
+
+    def _need_chat_template(self) -> _core.ChatTemplate:
+        if self.chat_template is None:
+            raise ValueError("messages: this model has no chat template; start with --chat-template, or use completions")
+        return self.chat_template
+
+    # ---- state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_dead(self) -> bool:
+        """The engine thread ended by an error: nothing will be served any more."""
+        return self._engine.failure is not None
+
+    @property
+    def is_ready(self) -> bool:
+        """The model is loaded, and new requests are welcome."""
+        return self._thread.is_alive() and not self.draining and not self.is_dead
+
+    @property
+    def step_age(self) -> float:
+        """Seconds the current step has been running; 0 when idle. A watchdog reads it."""
+        started = self._engine.step_started_at
+        return 0.0 if started is None else time.monotonic() - started
+
+    def stats(self) -> dict[str, float]:
+        """Gauges and counters of the core by name."""
+        return self.core.stats()
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuses nothing itself (the server does, seeing `draining`); waits until all requests have ended. False on timeout."""
+        self.draining = True
+        deadline = time.monotonic() + timeout
+        while self.core.has_unfinished() and not self.is_dead:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(0.02)
+        return True
+
+    def shutdown(self) -> None:
+        """Ends the engine thread; requests still running end with an error. Idempotent."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self.core.fileno())
+            self._loop = None
+        self._engine.stop()
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
+        self._text_pool.shutdown(wait=False)

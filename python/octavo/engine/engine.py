@@ -1,0 +1,107 @@
+"""The engine: one Rust core, one model runner, and the loop that keeps the device fed.
+
+Steady state: while step N+1 runs on the device, the loop waits for step N's results, commits them and plans step N+2 in one crossing
+into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there one step flies at a time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+
+import torch
+
+from octavo._core import EngineCore, Plan
+from octavo.config import EngineConfig
+from octavo.engine.model_runner import ModelRunner
+from octavo.engine.setup import EngineParts, build_engine
+from octavo.engine.step_buffers import StepBuffers
+
+logger = logging.getLogger(__name__)
+
+IDLE_WAIT_SECONDS = 1.0
+"""How long the loop sleeps in the core before it looks whether it should stop."""
+
+
+class EngineDeadError(RuntimeError):
+    """The device or the engine thread is lost; every stream has been ended with an error. Restart the process."""
+
+
+class Engine:
+    """Steps the core and the runner. Not thread-safe but for the core itself: one thread calls `step` (or `run`)."""
+
+    def __init__(self, parts: EngineParts) -> None:
+        self.config: EngineConfig = parts.config
+        self.core: EngineCore = parts.core
+        self.runner: ModelRunner = parts.runner
+        self.tokenizer = parts.tokenizer
+        self.chat_template = parts.chat_template
+        self.max_model_len = parts.max_model_len
+        self.report = parts.report
+        self._buffers: tuple[StepBuffers, StepBuffers] = parts.buffers
+        for slot, buffers in enumerate(self._buffers):
+            self.core.bind(slot, buffers.plan_array, buffers.result_array)
+        self._in_flight: deque[int] = deque()
+        self._overlap = parts.runner.device.type == "cuda"
+        self._stop = threading.Event()
+        self.failure: str | None = None
+        self.step_started_at: float | None = None
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Engine:
+        """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what the user can mend."""
+        return cls(build_engine(config))
+
+    def step(self) -> bool:
+        """One turn of the loop: launches what can be launched, commits the oldest step. False if there was nothing to do."""
+        core, in_flight = self.core, self._in_flight
+        if not in_flight and not self._launch(core.schedule(0, time.monotonic()), 0):
+            return False
+        if self._overlap and len(in_flight) == 1:
+            slot = 1 - in_flight[0]
+            self._launch(core.schedule(slot, time.monotonic()), slot)
+        done = in_flight.popleft()
+        self.step_started_at = time.monotonic()
+        self._buffers[done].wait()
+        self._launch(core.advance(done, done, time.monotonic()), done)
+        self.step_started_at = None
+        return True
+
+    def _launch(self, plan: Plan | None, slot: int) -> bool:
+        if plan is None:
+            return False
+        try:
+            self.runner.launch(plan, self._buffers[slot])
+        except torch.OutOfMemoryError as error:
+            # The step did not run; its requests end with an error and the others go on.
+            torch.cuda.empty_cache()
+            logger.error("step %d ran out of memory: %s", plan.step_id, error)
+            self._drop_step(slot, f"out_of_memory: step {plan.step_id} did not fit into device memory")
+            return True
+        self._in_flight.append(slot)
+        return True
+
+    def _drop_step(self, slot: int, message: str) -> None:
+        while self._in_flight:
+            done = self._in_flight.popleft()
+            self._buffers[done].wait()
+            self.core.commit(done, time.monotonic())
+        self.core.fail_step(slot, message)
+
+    def run(self) -> None:
+        """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the engine dead."""
+        try:
+            while not self._stop.is_set():
+                if not self.step():
+                    self.core.wait(IDLE_WAIT_SECONDS)
+        except BaseException as error:  # noqa: BLE001 - the thread's edge: whatever it was, nobody may be left waiting
+            logger.exception("the engine stopped")
+            self.failure = f"{type(error).__name__}: {error}"
+            self.core.fail_all(f"engine_dead: {self.failure}")
+
+    def stop(self) -> None:
+        """Asks `run` to return after the current step."""
+        self._stop.set()
+        self.core.shutdown()

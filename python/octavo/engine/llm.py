@@ -1,0 +1,147 @@
+"""Offline generation: `LLM(model).generate(prompts, SamplingParams(...))`, shaped like vLLM's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from octavo import _core
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine
+from octavo.engine.outputs import OutputBuilder
+from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.outputs import RequestOutput
+from octavo.sampling_params import SamplingParams
+
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
+
+    Keyword arguments are the fields of `octavo.EngineConfig`: `LLM("path/to/model", dtype="bfloat16", max_model_len=4096)`.
+    """
+
+    def __init__(self, model: str | None = None, **options: Any) -> None:
+        config = EngineConfig(**({} if model is None else {"model": model}), **options)
+        # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
+        self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+
+    @property
+    def config(self) -> EngineConfig:
+        """The configuration the engine runs with."""
+        return self._engine.config
+
+    def get_tokenizer(self) -> _core.Tokenizer | None:
+        """The model's tokenizer, or None for a model without one."""
+        return self._engine.tokenizer
+
+    def generate(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order of the prompts.
+
+        Raises `ValueError` naming the prompt's number and field before anything runs.
+        """
+        listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
+        return self._run(listed, encoded, sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or a list of them, through the model's chat template."""
+        tokenizer, template = self._engine.tokenizer, self._engine.chat_template
+        if tokenizer is None or template is None:
+            raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        encoded = [
+            tokenizer.encode_chat(
+                template,
+                json.dumps(conversation),
+                tools_json=None if tools is None else json.dumps(tools),
+                add_generation_prompt=add_generation_prompt,
+                kwargs_json=None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
+            )
+            for conversation in conversations
+        ]
+        prompts: list[PromptInput] = [{"prompt_token_ids": prompt.token_ids} for prompt in encoded]
+        return self._run(prompts, encoded, sampling_params, use_tqdm)
+
+    def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:
+        try:
+            return encode_prompt(prompt, self._engine.tokenizer)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}]: {error}") from error
+
+    def _run(
+        self,
+        prompts: list[PromptInput],
+        encoded: list[_core.Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(prompts):
+            raise ValueError(f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each")
+        builders = self._submit(prompts, encoded, params)
+        outputs: dict[int, RequestOutput] = {}
+        try:
+            with tqdm(total=len(prompts), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+                while len(outputs) < len(builders):
+                    self._engine.step()
+                    for request_id in self._engine.core.drain():
+                        delta = self._engine.core.take(request_id)
+                        if delta is None:
+                            continue
+                        output = builders[request_id].add(delta)
+                        if delta.finished:
+                            outputs[request_id] = output
+                            bar.update()
+        except BaseException:
+            for request_id in builders:
+                self._engine.core.abort(request_id)
+            self._settle()
+            raise
+        return [outputs[request_id] for request_id in builders]
+
+    def _submit(
+        self, prompts: list[PromptInput], encoded: list[_core.Prompt], params: list[SamplingParams]
+    ) -> dict[int, OutputBuilder]:
+        builders: dict[int, OutputBuilder] = {}
+        for number, (prompt, tokens, wanted) in enumerate(zip(prompts, encoded, params, strict=True)):
+            try:
+                request_id = self._engine.core.add_request(tokens, wanted.to_core(), now=time.monotonic())
+            except ValueError as error:
+                for earlier in builders:
+                    self._engine.core.abort(earlier)
+                self._settle()
+                raise type(error)(f"prompts[{number}]: {error}") from error
+            builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.tokenizer)
+        return builders
+
+    def _settle(self) -> None:
+        """Steps until aborted requests have left, so that the next call starts clean."""
+        while self._engine.step():
+            pass
+        for request_id in self._engine.core.drain():
+            self._engine.core.take(request_id)

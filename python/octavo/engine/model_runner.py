@@ -1,0 +1,194 @@
+"""Runs planned steps on one device: plan bytes in, result bytes out.
+
+Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core, which names
+request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo._core import Plan
+from octavo.engine.cuda_graph import DecodeGraphs
+from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
+from octavo.kernels import ops
+from octavo.layers.context import StepContext, set_context
+from octavo.weights.load import LoadedModel
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Shape of the paged KV cache: one pool of blocks that all groups of layers draw from."""
+
+    num_groups: int
+    layers_per_group: int
+    num_kv_heads: int
+    block_size: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers of a group, keys and values."""
+        elements = self.layers_per_group * 2 * self.num_kv_heads * self.block_size * self.head_dim
+        return elements * self.dtype.itemsize
+
+
+class ModelRunner:
+    """Owns the model, the KV pool and the device state; executes one plan at a time, asynchronously on a GPU."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        *,
+        device: torch.device,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.model = loaded.model
+        self.device = device
+        self.vocab_size = loaded.config.vocab_size
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        groups = loaded.model.kv_groups
+        self.kv_shape = KvShape(
+            num_groups=len(groups),
+            layers_per_group=max(len(group.layers) for group in groups),
+            num_kv_heads=loaded.config.num_kv_heads,
+            block_size=block_size,
+            head_dim=loaded.config.head_dim,
+            dtype=loaded.dtype,
+        )
+        max_blocks = -(-max_model_len // block_size)
+        self.state = DeviceState(
+            max_num_seqs=max_num_seqs,
+            num_groups=len(groups),
+            max_blocks=max_blocks,
+            vocab_size=self.vocab_size,
+            device=device,
+        )
+        # A step of decodes only may be padded beyond the token budget's last row, never beyond one row a sequence.
+        self.inputs = StepInputs(
+            max_tokens=max(max_num_batched_tokens, max_num_seqs),
+            max_rows=max_num_seqs,
+            num_groups=len(groups),
+            device=device,
+        )
+        self.kv_caches: list[Tensor] = []
+        self.graphs: DecodeGraphs | None = None
+
+    # ---- memory ---------------------------------------------------------------------------------------------------------
+
+    def allocate_kv(self, num_blocks: int) -> None:
+        """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
+        shape = self.kv_shape
+        self.kv_caches = [
+            torch.zeros(
+                (num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim),
+                dtype=shape.dtype,
+                device=self.device,
+            )
+            for _ in range(shape.layers_per_group)
+        ]
+        self.model.bind_kv_caches(self.kv_caches)
+
+    @torch.inference_mode()
+    def profile_peak_bytes(self) -> int:
+        """Device memory in use at the peak of the largest step, in bytes (CUDA only).
+
+        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one block: every
+        block table entry is the null block, which is safe to write.
+        """
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.allocate_kv(1)
+        rows = min(self.max_num_seqs, self.max_num_batched_tokens)
+        tokens = self.max_num_batched_tokens
+        lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
+        lengths = [min(length, self.max_model_len) for length in lengths]
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
+        total = sum(lengths)
+        context = StepContext(
+            num_decode_tokens=0,
+            num_decodes=0,
+            decode_query_len=1,
+            num_prefills=rows,
+            max_query_len=max(lengths),
+            max_seq_len=max(lengths),
+            row_slots=torch.full((rows,), self.max_num_seqs, dtype=torch.int32, device=self.device),
+            query_start_loc=starts,
+            seq_lens=starts.diff(),
+            slot_mapping=[torch.zeros(total, dtype=torch.int64, device=self.device)] * self.kv_shape.num_groups,
+            block_tables=self.state.block_tables,
+        )
+        set_context(context)
+        ids = torch.zeros(total, dtype=self.inputs.token_ids.dtype, device=self.device)
+        hidden = self.model.forward(ids, torch.zeros(total, dtype=torch.int64, device=self.device))
+        logits = self.model.compute_logits(hidden[: self.max_num_seqs])
+        ops.sample_peak_rehearsal(logits)
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device)
+        self.kv_caches = []
+        torch.cuda.empty_cache()
+        return peak
+
+    # ---- one step -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan, buffers: StepBuffers) -> None:
+        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its event."""
+        plan_device = buffers.upload(plan.num_bytes)
+        if plan.num_copies:
+            pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
+            ops.copy_blocks(self.kv_caches, pairs)
+        ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_shape.block_size)
+        logits = self.forward(plan)
+        ops.sample(logits, plan, plan_device, self.state, self.inputs, buffers.result_device)
+        buffers.download(plan.padded_rows * plan.result_width * 4)
+
+    def forward(self, plan: Plan) -> Tensor:
+        """Logits of each row's last `decode_query_len` tokens: # [rows, vocab] float32."""
+        if self.graphs is not None and self.graphs.fits(plan):
+            return self.graphs.replay(plan)
+        context = self.context(plan)
+        set_context(context)
+        tokens = plan.num_tokens
+        hidden = self.model.forward(self.inputs.token_ids[:tokens], self.inputs.positions[:tokens])
+        if context.num_prefills:
+            hidden = hidden[self.inputs.sample_index[: plan.padded_rows]]
+        return self.model.compute_logits(hidden)
+
+    def context(self, plan: Plan) -> StepContext:
+        """What attention needs to know of a step, as views of the static inputs."""
+        rows, tokens = plan.padded_rows, plan.num_tokens
+        inputs = self.inputs
+        return StepContext(
+            num_decode_tokens=plan.padded_decodes * plan.decode_query_len,
+            num_decodes=plan.padded_decodes,
+            decode_query_len=plan.decode_query_len,
+            num_prefills=rows - plan.padded_decodes,
+            max_query_len=plan.max_query_len,
+            max_seq_len=plan.max_seq_len,
+            row_slots=inputs.row_slots[:rows],
+            query_start_loc=inputs.query_start_loc[: rows + 1],
+            seq_lens=inputs.seq_lens[:rows],
+            slot_mapping=[mapping[:tokens] for mapping in inputs.slot_mapping],
+            block_tables=self.state.block_tables,
+        )
+
+    @torch.inference_mode()
+    def capture_graphs(self, sizes: list[int], progress: Callable[[int, int], None] | None = None) -> None:
+        """Captures one CUDA graph for each decode batch size, largest first so that they share one memory pool."""
+        graphs = DecodeGraphs(self.model, self.inputs, self.state, max_seq_len=self.max_model_len)
+        for done, size in enumerate(sorted(sizes, reverse=True), start=1):
+            graphs.capture(size)
+            if progress is not None:
+                progress(done, len(sizes))
+        self.graphs = graphs

@@ -1,0 +1,60 @@
+"""From the core's deltas to vLLM-shaped outputs: one builder a request, fed with what `take` returned."""
+
+from __future__ import annotations
+
+from octavo import _core
+from octavo.engine.prompts import PromptInput
+from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.sampling_params import SamplingParams
+
+
+class OutputBuilder:
+    """Accumulates the choices of one request. `add` returns the whole output so far, as vLLM's generators do."""
+
+    def __init__(
+        self,
+        request_id: int,
+        prompt: PromptInput,
+        encoded: _core.Prompt,
+        params: SamplingParams,
+        tokenizer: _core.Tokenizer | None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._output = RequestOutput(
+            request_id=str(request_id),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=encoded.token_ids,
+            outputs=[
+                CompletionOutput(index)
+                if params.logprobs is None
+                else CompletionOutput(index, logprobs=[], cumulative_logprob=0.0)
+                for index in range(params.n)
+            ],
+            finished=False,
+        )
+
+    def add(self, delta: _core.RequestDelta) -> RequestOutput:
+        """Adds what is new. Raises `RuntimeError` if the core ended the request with an error."""
+        if delta.error is not None:
+            raise RuntimeError(delta.error)
+        output = self._output
+        output.finished = delta.finished
+        output.num_cached_tokens = delta.num_cached_tokens
+        output.metrics = RequestMetrics(*delta.times)
+        for choice in delta.choices:
+            completion = output.outputs[choice.index]
+            completion.text += choice.text
+            completion.token_ids.extend(choice.token_ids)
+            if choice.logprobs is not None and completion.logprobs is not None:
+                completion.logprobs.extend(self._named(position) for position in choice.logprobs)
+                drawn = sum(position[0][1] for position in choice.logprobs)
+                completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + drawn
+            completion.finish_reason = choice.finish_reason
+            completion.stop_reason = choice.stop_reason
+        return output
+
+    def _named(self, position: list[tuple[int, float, int]]) -> dict[int, Logprob]:
+        return {token: Logprob(logprob, rank, self._text_of(token)) for token, logprob, rank in position}
+
+    def _text_of(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.decode([token], skip_special_tokens=False)

@@ -1,0 +1,203 @@
+"""Building an engine: device, model, KV memory, core, graphs; and the report that start-up prints.
+
+KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of the largest step, on a CPU from
+`kv_cache_memory`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from octavo import _core
+from octavo.config import AUTO_LENGTH, EngineConfig
+from octavo.engine.model_runner import ModelRunner
+from octavo.engine.step_buffers import StepBuffers
+from octavo.weights.load import LoadedModel, load_model
+
+logger = logging.getLogger(__name__)
+
+GRAPH_BYTES = 16 << 20
+"""Memory set aside for one captured graph's own bookkeeping; its activations are shared with the rehearsed step's."""
+
+
+@dataclass(frozen=True)
+class StartupReport:
+    """What start-up decided, for the log and for benchmarks."""
+
+    device: str
+    dtype: str
+    weight_bytes: int
+    kv_bytes: int
+    num_blocks: int
+    block_size: int
+    kv_tokens: int
+    max_concurrency: float
+    kernels: str
+    load_seconds: float
+    total_seconds: float
+
+    def lines(self) -> list[str]:
+        """The report as a person reads it."""
+        return [
+            f"device       {self.device}, {self.dtype}",
+            f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
+            f"KV cache     {self.kv_bytes / 2**30:.2f} GiB: {self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
+            f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
+            f"kernels      {self.kernels}",
+            f"ready in     {self.total_seconds:.1f} s",
+        ]
+
+
+@dataclass
+class EngineParts:
+    """What `Engine` is made of."""
+
+    config: EngineConfig
+    core: _core.EngineCore
+    runner: ModelRunner
+    buffers: tuple[StepBuffers, StepBuffers]
+    tokenizer: _core.Tokenizer | None
+    chat_template: _core.ChatTemplate | None
+    model_name: str
+    max_model_len: int
+    report: StartupReport
+
+
+def build_engine(config: EngineConfig) -> EngineParts:
+    """Loads and sizes everything. Raises `ValueError` naming the field or file for what the user can mend."""
+    started = time.monotonic()
+    device = pick_device(config.device)
+    config = config.for_device("cuda" if device.type == "cuda" else "cpu")
+    max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
+    block_size = known(config.block_size)
+    loaded = load_model(config, device=device)
+    load_seconds = time.monotonic() - started
+    max_model_len = pick_max_model_len(config, loaded)
+    runner = ModelRunner(
+        loaded,
+        device=device,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+    )
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.tensors())
+    graph_sizes: list[int] = []
+    if device.type == "cuda" and not config.enforce_eager:
+        graph_sizes = list(config.cudagraph_capture_sizes) or decode_graph_sizes(max_num_seqs)
+    num_blocks = pick_num_blocks(config, runner, graphs=len(graph_sizes))
+    core = _core.EngineCore(
+        num_blocks=num_blocks,
+        block_size=block_size,
+        kv_windows=[group.window for group in loaded.model.kv_groups],
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        vocab_size=loaded.config.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        max_waiting=config.max_waiting,
+        batching=config.batching,
+        scheduling_policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        graph_sizes=graph_sizes,
+        # A secret of this process, so that nobody can make two prompts share cached blocks by crafting a collision.
+        hash_secret=os.urandom(32),
+        seed=config.seed,
+        tokenizer=loaded.tokenizer,
+    )
+    buffers = (
+        StepBuffers(core.plan_bytes, core.result_bytes, device),
+        StepBuffers(core.plan_bytes, core.result_bytes, device),
+    )
+    runner.allocate_kv(num_blocks)
+    if graph_sizes:
+        runner.capture_graphs(graph_sizes)
+    kv_tokens = (num_blocks - 1) * block_size // runner.kv_shape.num_groups
+    report = StartupReport(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        weight_bytes=weight_bytes,
+        kv_bytes=num_blocks * runner.kv_shape.block_bytes,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        kv_tokens=kv_tokens,
+        max_concurrency=kv_tokens / max_model_len,
+        kernels=f"triton, {len(graph_sizes)} decode graphs" if device.type == "cuda" else "torch",
+        load_seconds=load_seconds,
+        total_seconds=time.monotonic() - started,
+    )
+    for line in report.lines():
+        logger.info("%s", line)
+    return EngineParts(
+        config=config,
+        core=core,
+        runner=runner,
+        buffers=buffers,
+        tokenizer=loaded.tokenizer,
+        chat_template=loaded.chat_template,
+        model_name=config.model_name,
+        max_model_len=max_model_len,
+        report=report,
+    )
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` is the first GPU where there is one, else the CPU."""
+    if wanted == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {wanted!r} asked for, but torch sees no CUDA device; use --device cpu or auto")
+    return torch.device("cuda", 0) if wanted == "cuda" else torch.device(wanted)
+
+
+def known(value: int | None) -> int:
+    """A field that `EngineConfig.for_device` has filled in."""
+    assert value is not None
+    return value
+
+
+def pick_max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
+    """The model's own length unless the user asks for less. Asking for more is refused: positions past it were never trained."""
+    limit = loaded.config.max_position_embeddings
+    if config.max_model_len is None or config.max_model_len == AUTO_LENGTH:
+        return limit
+    if config.max_model_len > limit:
+        raise ValueError(f"max_model_len: {config.max_model_len} is over the model's {limit} (max_position_embeddings); ask for less")
+    return config.max_model_len
+
+
+def decode_graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to capture: fine where padding would cost most, then by 8, then by 16, up to `max_num_seqs`."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
+    return sorted({min(size, max_num_seqs) for size in sizes if size <= max_num_seqs or size // 2 < max_num_seqs})
+
+
+def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> int:
+    """Blocks of the pool, the null block included, from the memory that is left or that was given."""
+    block_bytes = runner.kv_shape.block_bytes
+    if runner.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(runner.device)
+        # What other processes hold is not ours to plan with.
+        foreign = total - free - torch.cuda.memory_reserved(runner.device)
+        peak = runner.profile_peak_bytes() + graphs * GRAPH_BYTES
+        available = int(total * config.gpu_memory_utilization) - peak - foreign
+        if config.kv_cache_memory is not None:
+            available = min(available, config.kv_cache_memory)
+        hint = "raise --gpu-memory-utilization, or lower --max-num-batched-tokens or --max-model-len"
+    else:
+        available = known(config.kv_cache_memory)
+        hint = "raise --kv-cache-memory, or lower --max-model-len"
+    num_blocks = available // block_bytes
+    blocks_of_one = runner.kv_shape.num_groups * -(-runner.max_model_len // runner.kv_shape.block_size) + 1
+    if num_blocks < blocks_of_one:
+        raise ValueError(
+            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of max_model_len="
+            f"{runner.max_model_len} needs {blocks_of_one} ({blocks_of_one * block_bytes / 2**30:.2f} GiB): {hint}"
+        )
+    return int(num_blocks)
