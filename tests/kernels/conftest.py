@@ -1,0 +1,57 @@
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter (with small shapes, and not in
+bf16)."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, so before the tests' own imports
+
+
+@dataclass
+class PagedRows:
+    """Rows with random keys and values scattered over a paged cache; everything outside their lengths is NaN."""
+
+    kv_cache: Tensor  # [num_blocks, 2, Hkv, block_size, D]
+    block_table: Tensor  # [slots, max_blocks] int32
+    row_slots: Tensor  # [R] int32
+    seq_lens: Tensor  # [R] int32
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def make_rows(device: str) -> Callable[..., PagedRows]:
+    def make(
+        seq_lens: Sequence[int], num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, seed: int = 0
+    ) -> PagedRows:
+        random = torch.Generator().manual_seed(seed)
+        rows = len(seq_lens)
+        max_blocks = max(-(-length // block_size) for length in seq_lens) + 1
+        num_blocks = rows * max_blocks + 1
+        cache = torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), float("nan"))
+        ids = torch.randperm(num_blocks - 1, generator=random) + 1
+        slots = torch.randperm(rows + 2, generator=random)[:rows]
+        table = torch.full((rows + 2, max_blocks), num_blocks - 1, dtype=torch.int32)
+        for row, length in enumerate(seq_lens):
+            table[slots[row]] = ids[row * max_blocks : (row + 1) * max_blocks].int()
+            for start in range(0, length, block_size):
+                used = min(block_size, length - start)
+                block = int(table[slots[row], start // block_size])
+                cache[block, :, :, :used] = torch.randn((2, num_kv_heads, used, head_dim), generator=random)
+        return PagedRows(
+            cache.to(device, dtype),
+            table.to(device),
+            slots.int().to(device),
+            torch.tensor(seq_lens, dtype=torch.int32, device=device),
+        )
+
+    return make
