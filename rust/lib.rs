@@ -1,1 +1,4 @@
 //! Core of Octavo.
+
+pub mod error;
+pub mod text;

@@ -1,0 +1,120 @@
+//! The crate's one error type. What a user can cause is an `Error`; a broken invariant of our own is a panic.
+
+/// Everything that can be refused. The text names the field or file, the value, the limit and what to do.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// A field of a configuration or of the sampling parameters is out of its range.
+    #[error("{field} is {value}, but must be {limit}")]
+    InvalidValue {
+        /// Name of the field as users write it.
+        field: &'static str,
+        /// The offending value, shortened where it could be long.
+        value: String,
+        /// The range that is allowed.
+        limit: String,
+    },
+    /// The prompt holds no token.
+    #[error("prompt has 0 tokens, but must have at least 1")]
+    EmptyPrompt,
+    /// A token id that the model's vocabulary does not have.
+    #[error("{field} holds token id {token} at index {index}, but ids must be from 0 to {}", .vocab_size - 1)]
+    TokenOutOfRange {
+        /// `prompt`, `stop_token_ids`, `logit_bias` or `drafts`.
+        field: &'static str,
+        /// Position inside that field.
+        index: usize,
+        /// The offending id.
+        token: u32,
+        /// Number of ids of the vocabulary.
+        vocab_size: u32,
+    },
+    /// Prompt and output together are longer than the model's context.
+    #[error(
+        "prompt has {prompt_len} tokens and max_tokens is {max_tokens}, but together they must be at most \
+         max_model_len = {max_model_len}: shorten the prompt or lower max_tokens"
+    )]
+    PromptTooLong {
+        /// Tokens of the prompt.
+        prompt_len: usize,
+        /// Output tokens asked for; 1 where the request left it open.
+        max_tokens: u64,
+        /// The limit.
+        max_model_len: u32,
+    },
+    /// The request is larger than the whole KV pool, so it could wait for ever.
+    #[error(
+        "prompt has {prompt_len} tokens and max_tokens is {max_tokens}, but the KV cache holds at most {limit} tokens \
+         of one request: shorten it, or give the server more KV memory"
+    )]
+    KvCapacity {
+        /// Tokens of the prompt.
+        prompt_len: usize,
+        /// Output tokens asked for; 1 where the request left it open.
+        max_tokens: u64,
+        /// Longest prompt plus output that fits.
+        limit: u32,
+    },
+    /// The waiting queue is full.
+    #[error("{limit} requests are waiting already, which is the limit (max_waiting): retry later")]
+    QueueFull {
+        /// The configured bound.
+        limit: usize,
+    },
+    /// The caller broke the protocol of steps: planned a third one, or committed one that is not the oldest.
+    #[error("step {step_id}: {reason}")]
+    StepOrder {
+        /// The step that was named, or would have been planned.
+        step_id: u64,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A plan or result buffer is smaller than the bytes it has to hold.
+    #[error("the {what} buffer has {len} bytes, but must have at least {needed}")]
+    BufferTooSmall {
+        /// `plan` or `result`.
+        what: &'static str,
+        /// Its size.
+        len: usize,
+        /// The size it must have.
+        needed: usize,
+    },
+    /// A tokenizer file or vocabulary that cannot be used, or text that cannot be tokenised.
+    #[error("{0}")]
+    Tokenizer(String),
+    /// A chat template does not parse, ran out of fuel, or refused the messages.
+    #[error("{0}")]
+    Template(String),
+    /// A GGUF file is truncated or inconsistent.
+    #[error("{0}")]
+    Gguf(String),
+}
+
+/// Result of whatever a user can reach.
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// Short stable name, for the `code` field of an HTTP error and the label of a metric.
+    pub fn code(&self) -> &'static str {
+        match self {
+            Self::InvalidValue { .. } | Self::EmptyPrompt => "invalid_value",
+            Self::TokenOutOfRange { .. } => "token_id_out_of_range",
+            Self::PromptTooLong { .. } => "context_length_exceeded",
+            Self::KvCapacity { .. } => "kv_capacity_exceeded",
+            Self::QueueFull { .. } => "queue_full",
+            Self::Tokenizer(_) => "invalid_tokenizer",
+            Self::Template(_) => "invalid_template",
+            Self::Gguf(_) => "invalid_gguf",
+            Self::StepOrder { .. } | Self::BufferTooSmall { .. } => "internal_error",
+        }
+    }
+
+    /// An [`Error::InvalidValue`]; long values are cut, so that a message never echoes a megabyte.
+    pub(crate) fn invalid(field: &'static str, value: impl ToString, limit: impl ToString) -> Self {
+        let mut value = value.to_string();
+        if let Some((cut, _)) = value.char_indices().nth(100) {
+            value.truncate(cut);
+            value.push_str("...");
+        }
+        Self::InvalidValue { field, value, limit: limit.to_string() }
+    }
+}

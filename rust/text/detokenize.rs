@@ -1,0 +1,125 @@
+//! Incremental detokenising: one token in, the text that became certain out.
+//!
+//! Works on bytes, so that a character whose bytes are spread over several tokens is never cut: what is not yet a whole
+//! character waits (at most three bytes), what can never become one turns into U+FFFD as soon as that is certain, and
+//! `finish` turns the rest into U+FFFD. The joined output therefore equals [`Tokenizer::decode`] of all tokens, and a
+//! token costs the same whatever came before it.
+//!
+//! Knows nothing of stop strings or of requests.
+
+use std::sync::Arc;
+
+use crate::text::Tokenizer;
+
+/// What one unfinished UTF-8 character may need: its bytes but the last.
+const MAX_PENDING: usize = 3;
+
+/// Detokeniser of one output sequence.
+#[derive(Debug, Clone)]
+pub struct Detokenizer {
+    tokenizer: Arc<Tokenizer>,
+    skip_special: bool,
+    /// The tokenizer's decoder drops one leading space, and no text has been seen yet.
+    drop_space: bool,
+    /// First bytes of a character whose other bytes are still to come.
+    pending: [u8; MAX_PENDING],
+    num_pending: usize,
+}
+
+impl Detokenizer {
+    /// A detokeniser at the start of a sequence. `skip_special` leaves special tokens out of the text.
+    pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
+        let drop_space = tokenizer.drops_leading_space();
+        Self { tokenizer, skip_special, drop_space, pending: [0; MAX_PENDING], num_pending: 0 }
+    }
+
+    /// Appends to `out` the text that is certain once `token` has come. An id without a piece adds nothing.
+    pub fn push(&mut self, token: u32, out: &mut String) {
+        if self.skip_special && self.tokenizer.is_special(token) {
+            return;
+        }
+        let mut bytes = self.tokenizer.token_bytes(token);
+        if bytes.is_empty() {
+            return;
+        }
+        if self.drop_space {
+            self.drop_space = false;
+            bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
+        }
+        // At most three bytes wait, so the character they begin ends within the first bytes of this token.
+        while self.num_pending > 0 {
+            let Some((&next, rest)) = bytes.split_first() else { return };
+            let mut char_bytes = [0; MAX_PENDING + 1];
+            char_bytes[..self.num_pending].copy_from_slice(&self.pending[..self.num_pending]);
+            char_bytes[self.num_pending] = next;
+            match std::str::from_utf8(&char_bytes[..=self.num_pending]) {
+                Ok(whole) => {
+                    out.push_str(whole);
+                    self.num_pending = 0;
+                    bytes = rest;
+                }
+                Err(error) if error.error_len().is_none() => {
+                    self.pending[self.num_pending] = next;
+                    self.num_pending += 1;
+                    bytes = rest;
+                }
+                // What waited can never become a character; `next` may begin another one.
+                Err(_) => {
+                    out.push(char::REPLACEMENT_CHARACTER);
+                    self.num_pending = 0;
+                }
+            }
+        }
+        for chunk in bytes.utf8_chunks() {
+            out.push_str(chunk.valid());
+            let invalid = chunk.invalid();
+            if invalid.is_empty() {
+                continue;
+            }
+            // A cut character can only be the last thing of the token.
+            let at_end = std::ptr::eq(invalid.as_ptr_range().end, bytes.as_ptr_range().end);
+            if at_end && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none()) {
+                self.pending[..invalid.len()].copy_from_slice(invalid);
+                self.num_pending = invalid.len();
+            } else {
+                out.push(char::REPLACEMENT_CHARACTER);
+            }
+        }
+    }
+
+    /// Appends what is left at the end of the sequence: U+FFFD for a character that was never completed.
+    pub fn finish(&mut self, out: &mut String) {
+        if self.num_pending > 0 {
+            // A valid beginning: the lossy decoding of a whole text shows it as one U+FFFD too.
+            out.push(char::REPLACEMENT_CHARACTER);
+            self.num_pending = 0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Any bytes, token by token: what was put out is never taken back and ends as the lossy decoding of all.
+        #[test]
+        fn joined_stream_is_the_lossy_decoding(ids in prop::collection::vec(
+            prop_oneof![0u32..128, 0xC0u32..0x100, 0x80u32..0xC0, Just(0xE2), Just(0xF0), Just(0x9F)], 0..60))
+        {
+            let mut detokenizer = Detokenizer::new(Arc::new(Tokenizer::bytes_only(256)), true);
+            let mut text = String::new();
+            let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
+            for (i, &id) in ids.iter().enumerate() {
+                detokenizer.push(id, &mut text);
+                // Everything but the character in progress is out already.
+                let certain = String::from_utf8_lossy(&bytes[..=i]);
+                prop_assert!(certain.starts_with(text.as_str()));
+                prop_assert!(certain[text.len()..].chars().count() <= 1);
+            }
+            detokenizer.finish(&mut text);
+            prop_assert_eq!(text, String::from_utf8_lossy(&bytes).into_owned());
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! Text work: everything between a client's characters and token ids, in both directions.
+//!
+//! In: [`ChatTemplate`] renders messages, [`Tokenizer`] turns text into ids. Out: [`Detokenizer`] turns ids into text as
+//! they come, [`StopMatcher`] cuts it at stop strings, [`FrameTemplate`] wraps it for the socket. Nothing here knows of
+//! requests, the scheduler or Python.
+
+mod added_tokens;
+mod detokenize;
+mod pieces;
+pub mod sse;
+mod stop;
+mod tokenizer;
+
+pub use detokenize::Detokenizer;
+pub use sse::{Delta, FrameKind, FrameTemplate, StopReason, Usage};
+pub use stop::{StopHit, StopMatcher};
+pub use tokenizer::{Specials, Tokenizer};

@@ -1,0 +1,167 @@
+//! Stop strings over a stream of text deltas.
+//!
+//! The output is cut at the first stop string to be completed, wherever token borders fall, and only the longest suffix
+//! that is a proper prefix of some stop string is held back. Each stop string is followed by its own Knuth-Morris-Pratt
+//! automaton over bytes, so the work is linear in the text (times the number of stop strings) and the result does not
+//! depend on how the text was split into deltas.
+//!
+//! Knows nothing of tokens: it sees generated text only, never the prompt.
+
+/// A stop string was completed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StopHit {
+    /// Which of the stop strings, as they were given.
+    pub index: usize,
+}
+
+/// Stop strings of one output sequence.
+#[derive(Debug, Clone)]
+pub struct StopMatcher {
+    patterns: Vec<Pattern>,
+    include_stop: bool,
+    /// Text that has been pushed but not yet released.
+    held: String,
+}
+
+impl StopMatcher {
+    /// A matcher at the start of a sequence; an empty stop string never matches. `include_stop` keeps the stop string
+    /// in the output.
+    pub fn new(stops: &[String], include_stop: bool) -> Self {
+        Self { patterns: stops.iter().map(|stop| Pattern::new(stop)).collect(), include_stop, held: String::new() }
+    }
+
+    /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit `out` has the text up
+    /// to the match and the sequence is over.
+    ///
+    /// Of stop strings that are completed by the same character the longest wins, then the first given.
+    pub fn push(&mut self, delta: &str, out: &mut String) -> Option<StopHit> {
+        if self.patterns.is_empty() {
+            out.push_str(delta);
+            return None;
+        }
+        let num_held = self.held.len();
+        self.held.push_str(delta);
+        for (position, &byte) in delta.as_bytes().iter().enumerate() {
+            // (index, length in bytes) of the stop string completed by this byte
+            let mut hit: Option<(usize, usize)> = None;
+            for (index, pattern) in self.patterns.iter_mut().enumerate() {
+                if pattern.advance(byte) && hit.is_none_or(|(_, longest)| pattern.bytes.len() > longest) {
+                    hit = Some((index, pattern.bytes.len()));
+                }
+            }
+            if let Some((index, length)) = hit {
+                let end = num_held + position + 1;
+                let start = end - length;
+                out.push_str(&self.held[..if self.include_stop { end } else { start }]);
+                self.held.clear();
+                self.patterns.iter_mut().for_each(|pattern| pattern.matched = 0);
+                return Some(StopHit { index });
+            }
+        }
+        let keep = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
+        let release = self.held.len() - keep;
+        out.push_str(&self.held[..release]);
+        self.held.drain(..release);
+        None
+    }
+
+    /// Releases what was held back: the sequence ended for another reason.
+    pub fn finish(&mut self, out: &mut String) {
+        out.push_str(&self.held);
+        self.held.clear();
+    }
+}
+
+/// One stop string with its Knuth-Morris-Pratt failure table.
+#[derive(Debug, Clone)]
+struct Pattern {
+    bytes: Box<[u8]>,
+    /// `failure[i]`: length of the longest proper prefix of `bytes[..=i]` that is also its suffix.
+    failure: Box<[u32]>,
+    /// Length of the longest proper prefix that the text ends with.
+    matched: usize,
+}
+
+impl Pattern {
+    fn new(stop: &str) -> Self {
+        let bytes = stop.as_bytes();
+        let mut failure = vec![0u32; bytes.len()];
+        let mut matched = 0;
+        for i in 1..bytes.len() {
+            while matched > 0 && bytes[i] != bytes[matched] {
+                matched = failure[matched - 1] as usize;
+            }
+            if bytes[i] == bytes[matched] {
+                matched += 1;
+            }
+            failure[i] = matched as u32;
+        }
+        Self { bytes: bytes.into(), failure: failure.into(), matched: 0 }
+    }
+
+    /// Takes the next byte of the text; true when it completes the stop string.
+    fn advance(&mut self, byte: u8) -> bool {
+        if self.bytes.is_empty() {
+            return false;
+        }
+        while self.matched > 0 && self.bytes[self.matched] != byte {
+            self.matched = self.failure[self.matched - 1] as usize;
+        }
+        if self.bytes[self.matched] == byte {
+            self.matched += 1;
+        }
+        self.matched == self.bytes.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Cut at the stop string that ends first; of those the longest, then the first given.
+    fn cut(text: &str, stops: &[String], include: bool) -> (String, Option<usize>) {
+        let first = stops
+            .iter()
+            .enumerate()
+            .filter(|(_, stop)| !stop.is_empty())
+            .filter_map(|(index, stop)| text.find(stop.as_str()).map(|start| (start + stop.len(), start, index)))
+            .min();
+        match first {
+            Some((end, start, index)) => (text[..if include { end } else { start }].to_owned(), Some(index)),
+            None => (text.to_owned(), None),
+        }
+    }
+
+    /// The longest suffix of `text` that is a proper prefix of a stop string.
+    fn held(text: &str, stops: &[String]) -> usize {
+        let is_held = |suffix: &str| stops.iter().any(|stop| stop.len() > suffix.len() && stop.starts_with(suffix));
+        text.char_indices().find(|&(at, _)| is_held(&text[at..])).map_or(0, |(at, _)| text.len() - at)
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_text_cut_at_the_first_match(
+            deltas in prop::collection::vec("[abé]{0,4}", 0..12),
+            stops in prop::collection::vec("[abé]{0,5}", 0..4),
+            include: bool,
+        ) {
+            let (expected, index) = cut(&deltas.concat(), &stops, include);
+            let mut matcher = StopMatcher::new(&stops, include);
+            let (mut out, mut pushed, mut hit) = (String::new(), String::new(), None);
+            for delta in &deltas {
+                hit = matcher.push(delta, &mut out);
+                pushed.push_str(delta);
+                if hit.is_some() {
+                    break;
+                }
+                prop_assert_eq!(out.len(), pushed.len() - held(&pushed, &stops));
+            }
+            if hit.is_none() {
+                matcher.finish(&mut out);
+            }
+            prop_assert_eq!(out, expected);
+            prop_assert_eq!(hit.map(|hit| hit.index), index);
+        }
+    }
+}
