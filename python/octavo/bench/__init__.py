@@ -1,0 +1,1 @@
+"""`octavo bench`: seeded measurements of one engine or one server, on fixed workloads."""

@@ -1,0 +1,106 @@
+"""Runs a list of requests with given arrival times on an engine in this process, and sums up what happened."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import asdict, dataclass
+
+from octavo import _core
+from octavo.bench.statistics import percentile
+from octavo.bench.workloads import Item
+from octavo.engine.engine import Engine
+
+
+def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
+    """Seconds after the start at which each request arrives; all at once for a rate of 0."""
+    rng = random.Random(f"arrivals/{seed}")
+    at, times = 0.0, []
+    for _ in range(count):
+        times.append(at)
+        at += rng.expovariate(rate) if rate else 0.0
+    return times
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Times in seconds, rates in tokens a second. Latency is from arrival to the last token."""
+
+    requests: int
+    seconds: float
+    output_tokens: int
+    output_tokens_per_second: float
+    total_tokens_per_second: float
+    latency_mean: float
+    latency_p50: float
+    latency_p99: float
+    ttft_mean: float
+    ttft_p99: float
+    tpot_mean: float
+    steps: int
+    step_p50: float
+    step_p99: float
+    preemptions: int
+
+    def as_dict(self) -> dict[str, float]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = None) -> Summary:
+    """Greedy, to the exact output lengths. Requests that have not arrived yet do not exist for the scheduler."""
+    arrivals = arrivals or [0.0] * len(items)
+    order = sorted(range(len(items)), key=arrivals.__getitem__)
+    preemptions = engine.core.stats()["num_preemptions_total"]
+    started = time.monotonic()
+    arrived_at: dict[int, float] = {}
+    waiting = list(reversed(order))
+    latency, ttft, tpot, steps = [], [], [], []
+    output_tokens = 0
+    while waiting or arrived_at:
+        now = time.monotonic()
+        while waiting and started + arrivals[waiting[-1]] <= now:
+            number = waiting.pop()
+            prompt, length = items[number]
+            params = _core.SamplingParams(
+                temperature=0.0, max_tokens=length, min_tokens=length, ignore_eos=True, detokenize=False
+            )
+            request = engine.core.add_request(_core.Prompt(prompt), params, now=now)
+            arrived_at[request] = started + arrivals[number]
+        if not engine.step():
+            if waiting:
+                time.sleep(max(0.0, min(0.001, started + arrivals[waiting[-1]] - time.monotonic())))
+            continue
+        steps.append(time.monotonic() - now)
+        for request in engine.core.drain():
+            delta = engine.core.take(request)
+            if delta is None or not delta.finished:
+                continue
+            if delta.error is not None:
+                raise RuntimeError(delta.error)
+            arrived = arrived_at.pop(request)
+            _, _, first, last = delta.times
+            latency.append(last - arrived)
+            ttft.append(first - arrived)
+            if delta.num_output_tokens > 1:
+                tpot.append((last - first) / (delta.num_output_tokens - 1))
+            output_tokens += delta.num_output_tokens
+    seconds = time.monotonic() - started
+    prompt_tokens = sum(len(prompt) for prompt, _ in items)
+    return Summary(
+        requests=len(items),
+        seconds=seconds,
+        output_tokens=output_tokens,
+        output_tokens_per_second=output_tokens / seconds,
+        total_tokens_per_second=(output_tokens + prompt_tokens) / seconds,
+        latency_mean=sum(latency) / len(latency),
+        latency_p50=percentile(latency, 50),
+        latency_p99=percentile(latency, 99),
+        ttft_mean=sum(ttft) / len(ttft),
+        ttft_p99=percentile(ttft, 99),
+        tpot_mean=sum(tpot) / len(tpot) if tpot else 0.0,
+        steps=len(steps),
+        step_p50=percentile(steps, 50),
+        step_p99=percentile(steps, 99),
+        preemptions=int(engine.core.stats()["num_preemptions_total"] - preemptions),
+    )

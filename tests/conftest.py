@@ -1,0 +1,27 @@
+"""Fixtures shared by all tests: the default model's file and the material of ../shared where it is there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The default model's GGUF file, fetched into the user's cache if it is not there."""
+    from octavo.weights.default_model import default_model_path
+
+    return default_model_path()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of test texts and templates; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("OCTAVO_SHARED", REPOSITORY.parent / "shared")) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set OCTAVO_SHARED")
+    return folder

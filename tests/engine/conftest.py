@@ -1,0 +1,86 @@
+"""The independent oracle: transformers in float32 over the same weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+GAP = 1e-3
+"""Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32 logits by under 1e-4 on CPUs."""
+
+
+@dataclass
+class Reference:
+    """transformers' SmolLM2 in float32."""
+
+    model: torch.nn.Module
+
+    @torch.inference_mode()
+    def disagreement(self, prompt: list[int], output: list[int]) -> str | None:
+        """Where a greedy output leaves the reference at a position whose two best logits differ by more than GAP.
+
+        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn in.
+        """
+        logits = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        best = logits.topk(2)
+        for position, token in enumerate(output):
+            gap = float(best.values[position, 0] - best.values[position, 1])
+            if gap > GAP and token != int(best.indices[position, 0]):
+                return f"output[{position}] = {token}, reference {int(best.indices[position, 0])} by {gap:.4f}"
+        return None
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2_path: Path) -> Reference:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own, while it reads GGUF
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+        )
+    return Reference(model.eval())
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """32 varied prompts: lengths from one token to hundreds, code, lists, other scripts, odd characters."""
+    texts = [
+        "The capital of France is",
+        "Once upon a time",
+        "def fibonacci(n):",
+        "1, 2, 3, 4, 5, 6,",
+        "Q: What is the boiling point of water?\nA:",
+        "import numpy as np\n\nx = np.",
+        "Dear Sir or Madam,",
+        "A",
+        "\n\n",
+        "The quick brown fox jumps over the lazy dog. " * 6,
+        "Le chat est assis sur",
+        "Das Wetter ist heute",
+        "El perro corre por",
+        "東京は日本の",
+        "Москва - столица",
+        "emoji 🙂🙃 and ümläuts",
+        "SELECT name FROM users WHERE",
+        "<html><head><title>",
+        "To be, or not to be, that is the",
+        "In 1969, the first humans",
+        "Photosynthesis is the process by which",
+        "Roses are red, violets are",
+        "x^2 + 2x + 1 = (x + 1)",
+        "The three laws of thermodynamics are:\n1.",
+        "Translate to French: Good morning ->",
+        "My favourite recipe starts with",
+        "A haiku about the sea:\n",
+        "List of planets: Mercury, Venus, Earth,",
+        "She opened the door and saw",
+        "The function of the heart is to",
+        "Breaking news: scientists have discovered",
+    ]
+    texts.append(" ".join(texts) * 2)
+    return texts

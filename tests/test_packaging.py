@@ -1,0 +1,36 @@
+"""The wheel holds what it needs: one abi3 extension, the kernels behind the symlink, the typing files, and no more than 15 MB."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MAX_WHEEL_BYTES = 15 * 2**20
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "maturin", "build", "--release", "--out", str(folder)]
+    environment = {**os.environ, "CARGO_TERM_COLOR": "never"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.timeout(900)
+def test_wheel_lists_the_kernels_and_is_small(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    kernels = {f"octavo/kernels/{path.name}" for path in (REPOSITORY / "kernels").glob("*.py")}
+    assert kernels and kernels <= names
+    assert "octavo/_core.pyi" in names and "octavo/py.typed" in names
+    assert any(name.endswith(".abi3.so") for name in names)
+    assert not any(name.startswith(("tests/", "bench/", "rust/")) for name in names)
+    assert wheel.stat().st_size < MAX_WHEEL_BYTES
+    assert "-abi3-" in wheel.name

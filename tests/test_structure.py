@@ -1,0 +1,75 @@
+"""Who may import whom. Read from the import lines, so a wrong arrow fails here and not in a review."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "python" / "octavo"
+
+# Folder or file of the package -> parts of the package that it may import.
+LEAVES = {"_core", "config", "options", "outputs", "sampling_params"}
+ALLOWED = {
+    "kernels": {"kernels"},
+    "layers": {"layers", "kernels", "model_config"},
+    "models": {"models", "layers", "kernels", "model_config"},
+    "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
+    "engine": {"engine", "models", "layers", "kernels", "weights", "model_config"} | LEAVES,
+    "server": {"server"} | LEAVES,
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    """First part below `octavo` of every import in a file, those inside functions included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "octavo" else [f"octavo.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("octavo.")}
+    return found
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_point_one_way(part: str) -> None:
+    folder = REPOSITORY / "kernels" if part == "kernels" else PACKAGE / part
+    files = sorted(folder.rglob("*.py"))
+    assert files, f"{part} has no files"
+    wrong = {}
+    for path in files:
+        found = imports_of(path)
+        if part == "server":  # the one door through which the server reaches the engine
+            found -= {"engine"} if "octavo.engine.async_engine" in path.read_text() else set()
+        if found - ALLOWED[part]:
+            wrong[str(path.relative_to(REPOSITORY))] = sorted(found - ALLOWED[part])
+    assert not wrong
+
+
+def test_server_and_leaves_do_not_import_torch() -> None:
+    files = [*(PACKAGE / "server").rglob("*.py"), *(PACKAGE / f"{name}.py" for name in LEAVES - {"_core"})]
+    offenders = [str(path) for path in files if re.search(r"^\s*(import|from) (torch|triton)\b", path.read_text(), re.M)]
+    assert not offenders
+
+
+def test_only_the_binding_names_pyo3() -> None:
+    files = [path for path in (REPOSITORY / "rust").rglob("*.rs") if "py" not in path.relative_to(REPOSITORY / "rust").parts]
+    offenders = [str(path) for path in files if re.search(r"\b(pyo3|numpy)::", path.read_text())]
+    assert not offenders
+
+
+def test_nothing_unsafe_is_deserialised() -> None:
+    pattern = re.compile(r"\bimport pickle\b|\btorch\.load\(|\beval\(|\btorch\.compile\(|trust_remote_code=True")
+    offenders = [
+        str(path)
+        for folder in (REPOSITORY / "python", REPOSITORY / "kernels")
+        for path in folder.rglob("*.py")
+        if pattern.search(re.sub(r"\.eval\(\)", "", path.read_text()))
+    ]
+    assert not offenders
