@@ -9,36 +9,14 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::request::{FinishReason, RequestId, SamplingParams};
-use crate::text::logprobs::write_logprobs;
+use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
+use crate::request::{RequestId, SamplingParams, SeqRef};
+use crate::text::logprobs::{write_logprobs, TokenLogprob};
 use crate::text::{Delta, Detokenizer, FrameTemplate, StopMatcher, StopReason, Tokenizer, Usage};
 
-/// More pending tokens of a choice than this leave as one frame: its client is not keeping up, and wants the text, not the count.
+/// More pending tokens of a choice than this leave as one frame: its client is not keeping up, and wants the text, not
+/// the count.
 const FRAMES_PER_TAKE: usize = 64;
-
-/// A token's logprob, with its rank from 1.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct TokenLogprob {
-    /// The token.
-    pub token: u32,
-    /// Natural logarithm of its probability, before temperature and filters.
-    pub logprob: f32,
-    /// 1 for the likeliest token of the vocabulary.
-    pub rank: u32,
-}
-
-/// When things happened to a request, in seconds of the caller's clock; 0 where it has not.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Times {
-    /// It was added.
-    pub added: f64,
-    /// It was first scheduled.
-    pub scheduled: f64,
-    /// Its first token came out.
-    pub first_token: f64,
-    /// Its latest token came out.
-    pub last_token: f64,
-}
 
 /// What one choice gained since it was last taken.
 #[derive(Debug, Default)]
@@ -62,8 +40,16 @@ pub struct Finish {
     pub reason: FinishReason,
     /// The stop string that matched.
     pub stop_text: Option<String>,
-    /// The stop token that was drawn, where it was not the model's own end token.
-    pub stop_token: Option<u32>,
+}
+
+impl Finish {
+    fn stop_reason(&self) -> Option<StopReason<'_>> {
+        match (&self.stop_text, self.reason) {
+            (Some(text), _) => Some(StopReason::Text(text)),
+            (None, FinishReason::StopToken(token)) => Some(StopReason::Token(token)),
+            _ => None,
+        }
+    }
 }
 
 /// Everything a request gained since it was last taken.
@@ -77,28 +63,26 @@ pub struct RequestDelta {
     pub finished: bool,
     /// Set where the request ended by an error.
     pub error: Option<String>,
-    /// Tokens of the prompt.
-    pub num_prompt_tokens: usize,
-    /// Of these, tokens found in the prefix cache.
-    pub num_cached_tokens: usize,
-    /// Tokens made so far, over all choices.
-    pub num_output_tokens: usize,
-    /// When things happened.
-    pub times: Times,
+    /// Token counts and times.
+    pub progress: Progress,
 }
 
 /// One choice's way from tokens to text.
 #[derive(Debug)]
 struct Choice {
+    /// None for a choice without text, and once its last text is out.
     text: Option<(Detokenizer, StopMatcher)>,
-    /// Text made certain by the detokeniser, on its way to the stop matcher.
-    scratch: String,
+    stops: Arc<[String]>,
+    /// Stop strings do not count before this many tokens.
+    min_tokens: u32,
+    /// Whether the text of a stop token stays.
+    include_stop: bool,
     pending: ChoiceDelta,
     /// End of each pending token's text in `pending.text`.
     text_ends: Vec<usize>,
-    num_tokens: usize,
-    /// Characters of text before the pending ones, for OpenAI's `text_offset`.
+    /// Characters of text that left already, for OpenAI's `text_offset`.
     text_chars: usize,
+    /// A frame has left already.
     began: bool,
     ended: bool,
 }
@@ -108,12 +92,10 @@ struct Choice {
 struct Outgoing {
     choices: Vec<Choice>,
     frames: Option<FrameTemplate>,
+    /// It is in `Outbox::news`.
     in_news: bool,
     error: Option<String>,
-    num_prompt_tokens: usize,
-    num_cached_tokens: usize,
-    times: Times,
-    include_stop: bool,
+    progress: Progress,
 }
 
 /// The outgoing side of all requests.
@@ -122,6 +104,10 @@ pub struct Outbox {
     tokenizer: Option<Arc<Tokenizer>>,
     requests: FxHashMap<RequestId, Outgoing>,
     news: Vec<RequestId>,
+    /// Text between the detokeniser and the stop matcher.
+    scratch: String,
+    /// What to tell requests that end with `StepFailed`.
+    failure: Option<String>,
 }
 
 impl Outbox {
@@ -135,38 +121,30 @@ impl Outbox {
         &mut self,
         id: RequestId,
         params: &SamplingParams,
-        num_prompt_tokens: usize,
+        num_prompt_tokens: u32,
         frames: Option<FrameTemplate>,
         now: f64,
     ) {
+        let stops: Arc<[String]> = params.stop.clone().into();
+        let tokenizer = self.tokenizer.as_ref().filter(|_| params.detokenize);
         let choices = (0..params.n)
             .map(|index| Choice {
-                text: self.tokenizer.as_ref().filter(|_| params.detokenize).map(|tokenizer| {
-                    (
-                        Detokenizer::new(Arc::clone(tokenizer), params.skip_special_tokens),
-                        StopMatcher::new(&params.stop, params.include_stop_str_in_output),
-                    )
+                text: tokenizer.map(|tokenizer| {
+                    let detokenizer = Detokenizer::new(Arc::clone(tokenizer), params.skip_special_tokens);
+                    (detokenizer, StopMatcher::new(&stops, params.include_stop_str_in_output))
                 }),
-                scratch: String::new(),
+                stops: Arc::clone(&stops),
+                min_tokens: params.min_tokens,
+                include_stop: params.include_stop_str_in_output,
                 pending: ChoiceDelta { index, ..ChoiceDelta::default() },
                 text_ends: Vec::new(),
-                num_tokens: 0,
                 text_chars: 0,
                 began: false,
                 ended: false,
             })
             .collect();
-        let outgoing = Outgoing {
-            choices,
-            frames,
-            in_news: false,
-            error: None,
-            num_prompt_tokens,
-            num_cached_tokens: 0,
-            times: Times { added: now, ..Times::default() },
-            include_stop: params.include_stop_str_in_output,
-        };
-        self.requests.insert(id, outgoing);
+        let progress = Progress { num_prompt_tokens, added: now, ..Progress::default() };
+        self.requests.insert(id, Outgoing { choices, frames, in_news: false, error: None, progress });
     }
 
     /// Forgets a request whose client has left.
@@ -174,51 +152,9 @@ impl Outbox {
         self.requests.remove(&id);
     }
 
-    /// The request was scheduled for the first time, with this much of its prompt in the prefix cache.
-    pub fn on_scheduled(&mut self, id: RequestId, num_cached_tokens: usize, now: f64) {
-        if let Some(outgoing) = self.requests.get_mut(&id) {
-            outgoing.num_cached_tokens = num_cached_tokens;
-            outgoing.times.scheduled = now;
-        }
-    }
-
-    /// A token came out. `ends` says that it ends the choice by its id (its text then stays out). Returns true if a stop string
-    /// ends the choice here.
-    pub fn on_token(
-        &mut self,
-        id: RequestId,
-        index: u32,
-        token: u32,
-        logprobs: Option<Vec<TokenLogprob>>,
-        ends: bool,
-        now: f64,
-    ) -> bool {
-        let Some(outgoing) = self.requests.get_mut(&id) else { return false };
-        if outgoing.times.first_token == 0.0 {
-            outgoing.times.first_token = now;
-        }
-        outgoing.times.last_token = now;
-        let hides_text = ends && !outgoing.include_stop;
-        let stopped = outgoing.choices[index as usize].push(token, logprobs, hides_text);
-        Self::announce(&mut self.news, id, outgoing);
-        stopped
-    }
-
-    /// A choice ended.
-    pub fn on_finish(&mut self, id: RequestId, index: u32, reason: FinishReason, stop_token: Option<u32>) {
-        let Some(outgoing) = self.requests.get_mut(&id) else { return };
-        outgoing.choices[index as usize].end(reason, stop_token);
-        Self::announce(&mut self.news, id, outgoing);
-    }
-
-    /// The request ended by an error: all its choices end with it.
-    pub fn on_error(&mut self, id: RequestId, message: &str) {
-        let Some(outgoing) = self.requests.get_mut(&id) else { return };
-        outgoing.error = Some(message.to_owned());
-        for choice in &mut outgoing.choices {
-            choice.end(FinishReason::Error, None);
-        }
-        Self::announce(&mut self.news, id, outgoing);
+    /// Says why the requests that are about to end with [`SequenceError::StepFailed`] fail: `code: message`.
+    pub fn explain_failure(&mut self, message: &str) {
+        self.failure = Some(message.to_owned());
     }
 
     /// Whether there is something to drain.
@@ -240,108 +176,137 @@ impl Outbox {
     /// Everything the request gained since it was last taken; forgets a request that has ended.
     pub fn take(&mut self, id: RequestId) -> Option<RequestDelta> {
         let outgoing = self.requests.get_mut(&id)?;
-        let mut delta = RequestDelta {
-            num_prompt_tokens: outgoing.num_prompt_tokens,
-            num_cached_tokens: outgoing.num_cached_tokens,
-            num_output_tokens: outgoing.choices.iter().map(|choice| choice.num_tokens).sum(),
-            times: outgoing.times,
-            finished: outgoing.choices.iter().all(|choice| choice.ended),
+        let finished = outgoing.choices.iter().all(|choice| choice.ended);
+        let frames = outgoing.write_frames(finished, self.tokenizer.as_deref());
+        let delta = RequestDelta {
+            choices: outgoing.choices.iter_mut().filter_map(Choice::take).collect(),
+            frames,
+            finished,
             error: outgoing.error.clone(),
-            ..RequestDelta::default()
+            progress: outgoing.progress,
         };
-        if let (Some(frames), None) = (&outgoing.frames, &delta.error) {
-            let usage = Usage {
-                prompt_tokens: delta.num_prompt_tokens,
-                completion_tokens: delta.num_output_tokens,
-                cached_tokens: Some(delta.num_cached_tokens),
-            };
-            for choice in &mut outgoing.choices {
-                choice.write_frames(frames, usage, self.tokenizer.as_deref(), &mut delta.frames);
-            }
-            if delta.finished {
-                if frames.include_usage() {
-                    frames.write_usage(&mut delta.frames, usage);
-                }
-                frames.write_done(&mut delta.frames);
-            }
-        } else if let (Some(frames), Some(message)) = (&outgoing.frames, &delta.error) {
-            let (code, message) = message.split_once(": ").unwrap_or(("server_error", message));
-            frames.write_error(&mut delta.frames, message, "server_error", Some(code));
-            frames.write_done(&mut delta.frames);
-        }
-        delta.choices = outgoing.choices.iter_mut().filter_map(Choice::take).collect();
-        if delta.finished {
+        if finished {
             self.requests.remove(&id);
         }
         Some(delta)
     }
 
-    /// Ids of all requests that have not ended.
-    pub fn unfinished(&self) -> Vec<RequestId> {
-        let open = |outgoing: &Outgoing| outgoing.choices.iter().any(|choice| !choice.ended);
-        self.requests.iter().filter(|(_, outgoing)| open(outgoing)).map(|(id, _)| *id).collect()
-    }
-
-    fn announce(news: &mut Vec<RequestId>, id: RequestId, outgoing: &mut Outgoing) {
-        if !outgoing.in_news {
-            outgoing.in_news = true;
-            news.push(id);
+    fn announce(&mut self, id: RequestId) {
+        if let Some(outgoing) = self.requests.get_mut(&id) {
+            if !std::mem::replace(&mut outgoing.in_news, true) {
+                self.news.push(id);
+            }
         }
     }
 }
 
-impl Choice {
-    fn push(&mut self, token: u32, logprobs: Option<Vec<TokenLogprob>>, hides_text: bool) -> bool {
-        self.num_tokens += 1;
-        self.pending.token_ids.push(token);
-        if let Some(logprobs) = logprobs {
-            self.pending.logprobs.push(logprobs);
-        }
-        let mut stopped = false;
-        if let Some((detokenizer, stops)) = self.text.as_mut().filter(|_| !hides_text) {
-            self.scratch.clear();
-            detokenizer.push(token, &mut self.scratch);
-            if let Some(hit) = stops.push(&self.scratch, &mut self.pending.text) {
-                self.pending.finish = Some(Finish {
-                    reason: FinishReason::Stop,
-                    stop_text: Some(hit.stop),
-                    stop_token: None,
-                });
-                stopped = true;
-            }
-        }
-        self.text_ends.push(self.pending.text.len());
-        stopped
+impl OutputSink for Outbox {
+    fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
+        let outgoing = self.requests.get_mut(&seq.request)?;
+        outgoing.progress = *progress;
+        let hit = outgoing.choices[seq.index as usize].push(token, &mut self.scratch);
+        self.announce(seq.request);
+        hit
     }
 
-    fn end(&mut self, reason: FinishReason, stop_token: Option<u32>) {
-        if self.ended {
+    fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, progress: &Progress) {
+        let Some(outgoing) = self.requests.get_mut(&seq.request) else { return };
+        outgoing.progress = *progress;
+        outgoing.choices[seq.index as usize].end(reason, &mut self.scratch);
+        if let FinishReason::Error(error) = reason {
+            let message = match (error, &self.failure) {
+                (SequenceError::StepFailed, Some(message)) => message.clone(),
+                _ => format!("{}: the model's output for this request could not be used", error.code()),
+            };
+            outgoing.error.get_or_insert(message);
+        }
+        self.announce(seq.request);
+    }
+}
+
+impl Outgoing {
+    /// SSE bytes of everything pending; empty without a template.
+    fn write_frames(&mut self, finished: bool, tokenizer: Option<&Tokenizer>) -> Vec<u8> {
+        let mut out = Vec::new();
+        let Some(frames) = &self.frames else { return out };
+        let usage = Usage {
+            prompt_tokens: self.progress.num_prompt_tokens as usize,
+            completion_tokens: self.progress.num_output_tokens as usize,
+            cached_tokens: Some(self.progress.num_cached_tokens as usize),
+        };
+        for choice in self.choices.iter_mut().filter(|choice| !choice.failed()) {
+            choice.write_frames(frames, usage, tokenizer, &mut out);
+        }
+        if !finished {
+            return out;
+        }
+        if let Some(error) = &self.error {
+            let (code, message) = error.split_once(": ").unwrap_or(("server_error", error));
+            frames.write_error(&mut out, message, "server_error", Some(code));
+        } else if frames.include_usage() {
+            frames.write_usage(&mut out, usage);
+        }
+        frames.write_done(&mut out);
+        out
+    }
+}
+
+impl Choice {
+    /// Returns the index of the stop string that the token completes.
+    fn push(&mut self, token: &SampledToken<'_>, scratch: &mut String) -> Option<u32> {
+        self.pending.token_ids.push(token.id);
+        if let Some(logprobs) = token.logprobs {
+            let drawn = TokenLogprob { token: token.id, logprob: logprobs.logprob(), rank: logprobs.rank() };
+            let top = (1..).zip(logprobs.top()).map(|(rank, (token, logprob))| TokenLogprob { token, logprob, rank });
+            self.pending.logprobs.push(std::iter::once(drawn).chain(top).collect());
+        }
+        let ends_by_id = matches!(token.finish, Some(FinishReason::Eos | FinishReason::StopToken(_)));
+        let mut hit = None;
+        if let Some((detokenizer, stops)) = self.text.as_mut().filter(|_| !ends_by_id || self.include_stop) {
+            scratch.clear();
+            detokenizer.push(token.id, scratch);
+            if token.output_index < self.min_tokens {
+                self.pending.text.push_str(scratch);
+            } else {
+                hit = stops.push(scratch, &mut self.pending.text).map(|hit| hit.index as u32);
+            }
+        }
+        if hit.is_some() {
+            self.text = None;
+        }
+        self.text_ends.push(self.pending.text.len());
+        hit
+    }
+
+    fn end(&mut self, reason: FinishReason, scratch: &mut String) {
+        if std::mem::replace(&mut self.ended, true) {
             return;
         }
-        self.ended = true;
-        if self.pending.finish.is_none() {
-            if let Some((mut detokenizer, mut stops)) = self.text.take() {
-                // What was held back because it might have become a stop string, or a whole character, is text after all.
-                self.scratch.clear();
-                detokenizer.finish(&mut self.scratch);
-                let hit = stops.push(&self.scratch, &mut self.pending.text);
-                debug_assert!(hit.is_none() || !self.scratch.is_empty());
-                if hit.is_none() {
-                    stops.finish(&mut self.pending.text);
-                }
-                if let Some(end) = self.text_ends.last_mut() {
-                    *end = self.pending.text.len();
-                }
+        let mut stop_text = match reason {
+            FinishReason::StopString(index) => Some(self.stops[index as usize].clone()),
+            _ => None,
+        };
+        if let Some((mut detokenizer, mut stops)) = self.text.take() {
+            // What was held back, because it might have become a stop string or a whole character, is text after all.
+            scratch.clear();
+            detokenizer.finish(scratch);
+            match stops.push(scratch, &mut self.pending.text) {
+                Some(hit) => stop_text = Some(self.stops[hit.index].clone()),
+                None => stops.finish(&mut self.pending.text),
             }
-            self.pending.finish = Some(Finish { reason, stop_text: None, stop_token });
         }
+        self.pending.finish = Some(Finish { reason, stop_text });
+    }
+
+    fn failed(&self) -> bool {
+        matches!(self.pending.finish, Some(Finish { reason: FinishReason::Error(_), .. }))
     }
 
     fn take(&mut self) -> Option<ChoiceDelta> {
-        let has_news = !self.pending.token_ids.is_empty() || !self.pending.text.is_empty() || self.pending.finish.is_some();
         self.text_ends.clear();
         let index = self.pending.index;
-        has_news.then(|| std::mem::replace(&mut self.pending, ChoiceDelta { index, ..ChoiceDelta::default() }))
+        let empty = self.pending.token_ids.is_empty() && self.pending.finish.is_none();
+        (!empty).then(|| std::mem::replace(&mut self.pending, ChoiceDelta { index, ..ChoiceDelta::default() }))
     }
 
     /// One frame a pending token, the last one with the finish reason; one frame for all of them if the client lags.
@@ -352,16 +317,10 @@ impl Choice {
         tokenizer: Option<&Tokenizer>,
         out: &mut Vec<u8>,
     ) {
-        let tokens = self.pending.token_ids.len();
         let finish = self.pending.finish.as_ref();
-        let finish_reason = finish.map(|finish| finish.reason.as_str());
-        let stop_reason = finish.and_then(|finish| match (&finish.stop_text, finish.stop_token) {
-            (Some(text), _) => Some(StopReason::Text(text)),
-            (None, Some(token)) => Some(StopReason::Token(token)),
-            (None, None) => None,
-        });
+        let tokens = self.pending.token_ids.len();
         let count = match tokens {
-            0 => usize::from(finish.is_some() || !self.pending.text.is_empty()),
+            0 => usize::from(finish.is_some()),
             1..=FRAMES_PER_TAKE => tokens,
             _ => 1,
         };
@@ -370,15 +329,12 @@ impl Choice {
             let is_last = frame + 1 == count;
             let end = if is_last { self.pending.text.len() } else { self.text_ends[frame] };
             let text = &self.pending.text[start..end];
-            let logprobs = match (self.pending.logprobs.is_empty(), tokenizer) {
-                (false, Some(tokenizer)) => {
-                    let range = if is_last { frame..self.pending.logprobs.len() } else { frame..frame + 1 };
-                    let mut json = String::new();
-                    write_logprobs(&mut json, frames.kind(), tokenizer, &self.pending.logprobs[range], self.text_chars);
-                    Some(json)
-                }
-                _ => None,
-            };
+            let positions = if is_last { frame..self.pending.logprobs.len() } else { frame..frame + 1 };
+            let logprobs = tokenizer.filter(|_| !self.pending.logprobs.is_empty()).map(|tokenizer| {
+                let mut json = String::new();
+                write_logprobs(&mut json, frames.kind(), tokenizer, &self.pending.logprobs[positions], self.text_chars);
+                json
+            });
             frames.write_delta(
                 out,
                 &Delta {
@@ -386,8 +342,8 @@ impl Choice {
                     text,
                     first: !std::mem::replace(&mut self.began, true),
                     logprobs: logprobs.as_deref(),
-                    finish_reason: finish_reason.filter(|_| is_last),
-                    stop_reason: stop_reason.filter(|_| is_last),
+                    finish_reason: finish.filter(|_| is_last).map(|finish| finish.reason.as_str()),
+                    stop_reason: finish.filter(|_| is_last).and_then(Finish::stop_reason),
                     usage: Some(usage),
                 },
             );

@@ -2,9 +2,19 @@
 
 use std::fmt::Write;
 
-use crate::outbox::TokenLogprob;
 use crate::text::sse::{write_json_string, FrameKind};
 use crate::text::Tokenizer;
+
+/// A token's logprob, with its rank from 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability, before temperature and filters.
+    pub logprob: f32,
+    /// 1 for the likeliest token of the vocabulary.
+    pub rank: u32,
+}
 
 /// Appends the logprobs object of consecutive tokens (per token: the drawn one first, then the top ones).
 ///

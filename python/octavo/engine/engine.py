@@ -40,6 +40,7 @@ class Engine:
         self.chat_template = parts.chat_template
         self.max_model_len = parts.max_model_len
         self.report = parts.report
+        self.model_name = parts.model_name
         self._buffers: tuple[StepBuffers, StepBuffers] = parts.buffers
         for slot, buffers in enumerate(self._buffers):
             self.core.bind(slot, buffers.plan_array, buffers.result_array)
@@ -95,7 +96,7 @@ class Engine:
         try:
             while not self._stop.is_set():
                 if not self.step():
-                    self.core.wait(IDLE_WAIT_SECONDS)
+                    self.core.wait(IDLE_WAIT_SECONDS, time.monotonic())
         except BaseException as error:  # noqa: BLE001 - the thread's edge: whatever it was, nobody may be left waiting
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"

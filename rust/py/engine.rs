@@ -1,0 +1,617 @@
+//! `EngineCore`, `Plan` and the deltas: the scheduler and the outbox as Python sees them.
+//!
+//! One lock holds both. It is only ever taken with the GIL held (but for `advance_detached`), by calls of microseconds, so
+//! nobody waits for it; what is long (`wait`) runs detached and without it.
+
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use numpy::{PyArray1, PyArrayMethods, PyUntypedArrayMethods};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::config::{Batching, CoreConfig, SchedulingPolicy};
+use crate::outbox;
+use crate::output::FinishReason;
+use crate::plan::PlanInfo;
+use crate::py::text::{FrameTemplate, Prompt, Tokenizer};
+use crate::request::{self, RequestId, SamplingOptions};
+use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
+
+/// Checked sampling parameters in the form the scheduler uses.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct SamplingParams(request::SamplingParams);
+
+#[pymethods]
+impl SamplingParams {
+    #[new]
+    #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
+        presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, min_tokens=0, ignore_eos=false,
+        stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
+        detokenize=true, logprobs=None, logit_bias=vec![]))]
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
+    fn new(
+        n: i64,
+        temperature: f64,
+        top_k: i64,
+        top_p: f64,
+        min_p: f64,
+        repetition_penalty: f64,
+        presence_penalty: f64,
+        frequency_penalty: f64,
+        seed: Option<i64>,
+        max_tokens: Option<i64>,
+        min_tokens: i64,
+        ignore_eos: bool,
+        stop: Vec<String>,
+        stop_token_ids: Vec<i64>,
+        include_stop_str_in_output: bool,
+        skip_special_tokens: bool,
+        detokenize: bool,
+        logprobs: Option<i64>,
+        logit_bias: Vec<(i64, f64)>,
+    ) -> PyResult<Self> {
+        let options = SamplingOptions {
+            n,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            seed: seed.map(|seed| seed as u64),
+            max_tokens,
+            min_tokens,
+            ignore_eos,
+            stop,
+            stop_token_ids,
+            include_stop_str_in_output,
+            skip_special_tokens,
+            detokenize,
+            logprobs,
+            logit_bias,
+        };
+        Ok(Self(request::SamplingParams::new(options)?))
+    }
+}
+
+/// The scalars of one planned step.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct Plan(PlanInfo);
+
+/// Getters that hand on a field of the same name.
+macro_rules! plan_getters {
+    ($($field:ident: $kind:ty),* $(,)?) => {
+        #[pymethods]
+        impl Plan {
+            $(#[getter]
+            fn $field(&self) -> $kind {
+                self.0.$field
+            })*
+
+            /// -1 where no row asks for logprobs.
+            #[getter]
+            fn max_logprobs(&self) -> i64 {
+                self.0.max_logprobs.map_or(-1, i64::from)
+            }
+
+            fn __repr__(&self) -> String {
+                let PlanInfo { step_id, num_rows, num_decodes, num_tokens, .. } = self.0;
+                format!("Plan(step_id={step_id}, num_rows={num_rows}, num_decodes={num_decodes}, num_tokens={num_tokens})")
+            }
+        }
+    };
+}
+
+plan_getters! {
+    step_id: u64, num_rows: u32, padded_rows: u32, num_decodes: u32, padded_decodes: u32, decode_query_len: u32,
+    num_tokens: u32, num_prefill_tokens: u32, max_query_len: u32, max_seq_len: u32, num_bytes: u32, num_blocks: u32,
+    num_enters: u32, num_copies: u32, num_bias: u32, num_penalty_tokens: u32, rows_offset: u32,
+    prefill_tokens_offset: u32, blocks_offset: u32, enters_offset: u32, copies_offset: u32, bias_offset: u32,
+    drafts_offset: u32, penalty_tokens_offset: u32, has_masks: bool, has_penalties: bool, all_greedy: bool,
+    result_width: u32,
+}
+
+/// What one choice of a request gained since the last `take`.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct ChoiceDelta(outbox::ChoiceDelta);
+
+#[pymethods]
+impl ChoiceDelta {
+    #[getter]
+    fn index(&self) -> u32 {
+        self.0.index
+    }
+
+    #[getter]
+    fn text(&self) -> &str {
+        &self.0.text
+    }
+
+    #[getter]
+    fn token_ids(&self) -> Vec<u32> {
+        self.0.token_ids.clone()
+    }
+
+    #[getter]
+    fn logprobs(&self) -> Option<Vec<Vec<(u32, f32, u32)>>> {
+        let position = |tokens: &Vec<crate::text::logprobs::TokenLogprob>| {
+            tokens.iter().map(|token| (token.token, token.logprob, token.rank)).collect()
+        };
+        (!self.0.logprobs.is_empty()).then(|| self.0.logprobs.iter().map(position).collect())
+    }
+
+    #[getter]
+    fn finish_reason(&self) -> Option<&'static str> {
+        self.0.finish.as_ref().map(|finish| finish.reason.as_str())
+    }
+
+    #[getter]
+    fn stop_reason<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(finish) = &self.0.finish else { return Ok(None) };
+        Ok(match (&finish.stop_text, finish.reason) {
+            (Some(text), _) => Some(text.into_pyobject(py)?.into_any()),
+            (None, FinishReason::StopToken(token)) => Some(token.into_pyobject(py)?.into_any()),
+            _ => None,
+        })
+    }
+}
+
+/// Everything a request gained since the last `take`.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct RequestDelta {
+    choices: Vec<Py<ChoiceDelta>>,
+    frames: Py<PyBytes>,
+    finished: bool,
+    error: Option<String>,
+    progress: crate::output::Progress,
+}
+
+#[pymethods]
+impl RequestDelta {
+    #[getter]
+    fn choices(&self, py: Python<'_>) -> Vec<Py<ChoiceDelta>> {
+        self.choices.iter().map(|choice| choice.clone_ref(py)).collect()
+    }
+
+    #[getter]
+    fn frames(&self, py: Python<'_>) -> Py<PyBytes> {
+        self.frames.clone_ref(py)
+    }
+
+    #[getter]
+    fn finished(&self) -> bool {
+        self.finished
+    }
+
+    #[getter]
+    fn error(&self) -> Option<&str> {
+        self.error.as_deref()
+    }
+
+    #[getter]
+    fn num_prompt_tokens(&self) -> u32 {
+        self.progress.num_prompt_tokens
+    }
+
+    #[getter]
+    fn num_cached_tokens(&self) -> u32 {
+        self.progress.num_cached_tokens
+    }
+
+    #[getter]
+    fn num_output_tokens(&self) -> u32 {
+        self.progress.num_output_tokens
+    }
+
+    #[getter]
+    fn times(&self) -> (f64, f64, f64, f64) {
+        let progress = &self.progress;
+        (progress.added, progress.first_scheduled, progress.first_token, progress.last_token)
+    }
+}
+
+/// The buffers of one host slot, and the step that is in them.
+struct Slot {
+    plan: Py<PyArray1<u8>>,
+    result: Py<PyArray1<u8>>,
+    step_id: Option<u64>,
+}
+
+struct State {
+    scheduler: Scheduler,
+    outbox: outbox::Outbox,
+    slots: [Option<Slot>; MAX_STEPS_IN_FLIGHT],
+}
+
+/// Queue, scheduler, block pool, prefix cache and text work.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct EngineCore {
+    state: Mutex<State>,
+    /// Set by whatever may give `schedule` something to do.
+    awake: Mutex<bool>,
+    bell: Condvar,
+    news: EventFd,
+    #[pyo3(get)]
+    plan_bytes: usize,
+    #[pyo3(get)]
+    result_bytes: usize,
+}
+
+#[pymethods]
+impl EngineCore {
+    #[new]
+    #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
+        vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
+        enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], num_draft_tokens=0,
+        max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=vec![], seed=0, tokenizer=None))]
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
+    fn new(
+        num_blocks: u32,
+        block_size: u32,
+        kv_windows: Vec<u32>,
+        max_num_seqs: u32,
+        max_num_batched_tokens: u32,
+        max_model_len: u32,
+        vocab_size: u32,
+        eos_token_ids: Vec<u32>,
+        max_waiting: usize,
+        batching: &str,
+        scheduling_policy: &str,
+        enable_prefix_caching: bool,
+        enable_chunked_prefill: bool,
+        graph_sizes: Vec<u32>,
+        num_draft_tokens: u32,
+        max_preemptions: u32,
+        priority_aging: f64,
+        static_batch_wait: f64,
+        hash_secret: Vec<u8>,
+        seed: u64,
+        tokenizer: Option<&Bound<'_, Tokenizer>>,
+    ) -> PyResult<Self> {
+        let scheduler = Scheduler::new(CoreConfig {
+            num_blocks,
+            block_size,
+            kv_windows,
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            vocab_size,
+            eos_token_ids,
+            max_waiting,
+            batching: match batching {
+                "continuous" => Batching::Continuous,
+                "static" => Batching::Static,
+                "none" => Batching::None,
+                other => {
+                    return Err(PyValueError::new_err(format!(
+                        "batching is {other:?}, but must be continuous, static or none"
+                    )))
+                }
+            },
+            scheduling_policy: match scheduling_policy {
+                "fcfs" => SchedulingPolicy::Fcfs,
+                "priority" => SchedulingPolicy::Priority,
+                other => {
+                    return Err(PyValueError::new_err(format!(
+                        "scheduling_policy is {other:?}, but must be fcfs or priority"
+                    )))
+                }
+            },
+            enable_prefix_caching,
+            enable_chunked_prefill,
+            graph_sizes,
+            num_draft_tokens,
+            max_preemptions,
+            priority_aging,
+            static_batch_wait,
+            hash_secret: *blake3::hash(&hash_secret).as_bytes(),
+            seed,
+        })?;
+        let tokenizer = tokenizer.map(|tokenizer| tokenizer.get().shared());
+        Ok(Self {
+            plan_bytes: scheduler.plan_bytes(),
+            result_bytes: scheduler.result_bytes(),
+            state: Mutex::new(State { scheduler, outbox: outbox::Outbox::new(tokenizer), slots: [None, None] }),
+            awake: Mutex::new(false),
+            bell: Condvar::new(),
+            news: EventFd::new()?,
+        })
+    }
+
+    /// Checks the buffers itself: the binding's own message for a wrong dtype is unreadable.
+    fn bind(
+        &self,
+        slot: usize,
+        plan_bytes: &Bound<'_, PyArray1<u8>>,
+        result_bytes: &Bound<'_, PyArray1<u8>>,
+    ) -> PyResult<()> {
+        for (name, array, needed) in
+            [("plan_bytes", plan_bytes, self.plan_bytes), ("result_bytes", result_bytes, self.result_bytes)]
+        {
+            if !array.is_c_contiguous() || array.len() < needed {
+                return Err(PyValueError::new_err(format!(
+                    "{name} has {} bytes (contiguous: {}), but must be contiguous with at least {needed}",
+                    array.len(),
+                    array.is_c_contiguous(),
+                )));
+            }
+        }
+        let mut state = self.lock();
+        let place = state.slots.get_mut(slot).ok_or_else(|| PyValueError::new_err("slot must be 0 or 1"))?;
+        *place =
+            Some(Slot { plan: plan_bytes.clone().unbind(), result: result_bytes.clone().unbind(), step_id: None });
+        Ok(())
+    }
+
+    #[pyo3(signature = (prompt, params, *, now, priority=0, cache_salt=None, frames=None))]
+    fn add_request(
+        &self,
+        prompt: &Bound<'_, Prompt>,
+        params: &Bound<'_, SamplingParams>,
+        now: f64,
+        priority: i32,
+        cache_salt: Option<&str>,
+        frames: Option<&Bound<'_, FrameTemplate>>,
+    ) -> PyResult<u64> {
+        let (prompt, params) = (prompt.get().ids(), &params.get().0);
+        let num_prompt_tokens = prompt.len() as u32;
+        let mut state = self.lock();
+        let id = state.scheduler.add_request(prompt, params.clone(), priority, cache_salt, now)?;
+        let frames = frames.map(|frames| frames.get().inner().clone());
+        state.outbox.open(id, params, num_prompt_tokens, frames, now);
+        drop(state);
+        self.ring();
+        Ok(id.0)
+    }
+
+    fn abort(&self, request_id: u64) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        state.outbox.close(RequestId(request_id));
+        state.scheduler.abort(RequestId(request_id), &mut state.outbox);
+        drop(guard);
+        self.ring();
+    }
+
+    /// Sleeps, detached, until there may be something to schedule. False on timeout.
+    fn wait(&self, py: Python<'_>, timeout: f64, now: f64) -> bool {
+        let wake = self.lock().scheduler.next_wake();
+        let timeout = wake.map_or(timeout, |at| timeout.min(at - now)).max(0.0);
+        py.detach(|| {
+            let awake = self.awake.lock().unwrap_or_else(PoisonError::into_inner);
+            let (mut awake, result) = self
+                .bell
+                .wait_timeout_while(awake, Duration::from_secs_f64(timeout), |awake| !*awake)
+                .unwrap_or_else(PoisonError::into_inner);
+            *awake = false;
+            !result.timed_out()
+        })
+    }
+
+    fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
+        self.lock().schedule(py, slot, now)
+    }
+
+    fn commit(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
+        let mut state = self.lock();
+        state.commit(py, slot, now)?;
+        self.publish(&state);
+        Ok(())
+    }
+
+    fn advance(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
+        let mut state = self.lock();
+        state.commit(py, done_slot, now)?;
+        let plan = state.schedule(py, next_slot, now)?;
+        self.publish(&state);
+        Ok(plan)
+    }
+
+    /// `advance` with the GIL given up: for the measurement that chose between the two.
+    fn advance_detached(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
+        let (result, plan) = {
+            let mut state = self.lock();
+            (state.slot(done_slot)?.result.clone_ref(py), state.slot(next_slot)?.plan.clone_ref(py))
+        };
+        let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
+        let (result, plan) = (result.as_slice()?, plan.as_slice_mut()?);
+        let info = py.detach(|| {
+            let mut state = self.lock();
+            state.commit_bytes(done_slot, result, now)?;
+            let info = state.schedule_bytes(next_slot, plan, now)?;
+            self.publish(&state);
+            PyResult::Ok(info)
+        })?;
+        Ok(info.map(Plan))
+    }
+
+    fn fileno(&self) -> RawFd {
+        self.news.0.as_raw_fd()
+    }
+
+    fn drain(&self) -> Vec<u64> {
+        let mut state = self.lock();
+        self.news.clear();
+        state.outbox.drain().into_iter().map(|id| id.0).collect()
+    }
+
+    fn take(&self, py: Python<'_>, request_id: u64) -> PyResult<Option<RequestDelta>> {
+        let Some(delta) = self.lock().outbox.take(RequestId(request_id)) else { return Ok(None) };
+        Ok(Some(RequestDelta {
+            frames: PyBytes::new(py, &delta.frames).unbind(),
+            finished: delta.finished,
+            error: delta.error,
+            progress: delta.progress,
+            choices: delta
+                .choices
+                .into_iter()
+                .map(|choice| Py::new(py, ChoiceDelta(choice)))
+                .collect::<PyResult<_>>()?,
+        }))
+    }
+
+    fn has_unfinished(&self) -> bool {
+        self.lock().scheduler.has_unfinished()
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = self.lock().scheduler.stats();
+        let usage = stats.blocks_used as f64 / stats.blocks_total.max(1) as f64;
+        let entries = PyDict::new(py);
+        for (name, value) in [
+            ("num_requests_running", stats.num_running),
+            ("num_requests_waiting", stats.num_waiting),
+            ("steps_in_flight", stats.steps_in_flight),
+            ("kv_blocks_total", stats.blocks_total),
+            ("kv_blocks_used", stats.blocks_used),
+            ("kv_blocks_held", stats.blocks_held),
+            ("kv_blocks_cached", stats.blocks_cached),
+            ("kv_blocks_blank", stats.blocks_blank),
+            ("requests_total", stats.requests_added),
+            ("finished_stop_total", stats.finished_stop),
+            ("finished_length_total", stats.finished_length),
+            ("finished_abort_total", stats.finished_abort),
+            ("finished_error_total", stats.finished_error),
+            ("unknown_aborts_total", stats.unknown_aborts),
+            ("num_preemptions_total", stats.preemptions),
+            ("steps_total", stats.steps),
+            ("prompt_tokens_total", stats.prompt_tokens),
+            ("generation_tokens_total", stats.generation_tokens),
+            ("prefix_cache_queries", stats.prefix_cache_queries),
+            ("prefix_cache_hits", stats.prefix_cache_hits),
+        ] {
+            entries.set_item(name, value as f64)?;
+        }
+        entries.set_item("kv_cache_usage_perc", usage)?;
+        Ok(entries)
+    }
+
+    fn reset_prefix_cache(&self) {
+        self.lock().scheduler.reset_prefix_cache();
+    }
+
+    fn check_integrity(&self) -> PyResult<()> {
+        self.lock().scheduler.check_integrity().map_err(PyRuntimeError::new_err)
+    }
+
+    fn fail_step(&self, slot: usize, message: &str) -> PyResult<()> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let step_id = state.take_step(slot)?;
+        state.outbox.explain_failure(message);
+        state.scheduler.fail_step(step_id, &mut state.outbox)?;
+        self.publish(state);
+        Ok(())
+    }
+
+    fn fail_all(&self, message: &str) {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        for slot in state.slots.iter_mut().flatten() {
+            slot.step_id = None;
+        }
+        state.outbox.explain_failure(message);
+        state.scheduler.fail_all(&mut state.outbox);
+        self.publish(state);
+    }
+
+    fn shutdown(&self) {
+        self.fail_all("server_shutting_down: the server is shutting down");
+        self.ring();
+    }
+}
+
+impl EngineCore {
+    /// A panic in another thread leaves the state as it was at that moment; `fail_all` must still be able to tell everybody.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes `wait`.
+    fn ring(&self) {
+        *self.awake.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.bell.notify_one();
+    }
+
+    /// One write for any number of tokens: an eventfd that is readable already stays so.
+    fn publish(&self, state: &State) {
+        if state.outbox.has_news() {
+            self.news.set();
+        }
+    }
+}
+
+impl State {
+    fn slot(&mut self, slot: usize) -> PyResult<&mut Slot> {
+        self.slots
+            .get_mut(slot)
+            .and_then(Option::as_mut)
+            .ok_or_else(|| PyValueError::new_err(format!("slot {slot} is not bound: call bind first")))
+    }
+
+    fn schedule(&mut self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
+        let array = self.slot(slot)?.plan.clone_ref(py);
+        let mut bytes = array.bind(py).try_readwrite()?;
+        Ok(self.schedule_bytes(slot, bytes.as_slice_mut()?, now)?.map(Plan))
+    }
+
+    fn commit(&mut self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
+        let array = self.slot(slot)?.result.clone_ref(py);
+        let bytes = array.bind(py).try_readonly()?;
+        self.commit_bytes(slot, bytes.as_slice()?, now)
+    }
+
+    fn schedule_bytes(&mut self, slot: usize, plan: &mut [u8], now: f64) -> PyResult<Option<PlanInfo>> {
+        if self.slot(slot)?.step_id.is_some() {
+            return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
+        }
+        let info = self.scheduler.schedule(plan, now)?;
+        self.slot(slot)?.step_id = info.map(|info| info.step_id);
+        Ok(info)
+    }
+
+    fn commit_bytes(&mut self, slot: usize, result: &[u8], now: f64) -> PyResult<()> {
+        let step_id = self.take_step(slot)?;
+        self.scheduler.commit(step_id, result, now, &mut self.outbox)?;
+        Ok(())
+    }
+
+    fn take_step(&mut self, slot: usize) -> PyResult<u64> {
+        let step_id = self.slot(slot)?.step_id.take();
+        step_id.ok_or_else(|| PyValueError::new_err(format!("slot {slot} holds no step")))
+    }
+}
+
+/// Linux's eventfd: a counter that is readable while it is not zero.
+struct EventFd(OwnedFd);
+
+#[allow(unsafe_code)] // The three system calls have no safe wrapper in std.
+impl EventFd {
+    fn new() -> PyResult<Self> {
+        // SAFETY: no pointers; a non-negative result is a descriptor that nobody else owns.
+        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        // SAFETY: as above.
+        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+    }
+
+    /// Makes it readable. A counter that is full is readable, so that failure is none.
+    fn set(&self) {
+        let one = 1u64;
+        // SAFETY: the kernel reads the 8 bytes of `one`.
+        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
+    }
+
+    /// Makes it unreadable. One that is not readable fails with EAGAIN and stays so.
+    fn clear(&self) {
+        let mut count = 0u64;
+        // SAFETY: the kernel writes 8 bytes into `count`.
+        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
+    }
+}
