@@ -1,0 +1,214 @@
+//! What the core is told once, at the start. Checked here, so that nothing is checked in a step.
+
+use crate::error::Error;
+
+/// Which waiting requests may join the running ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Batching {
+    /// A request joins as soon as a place and blocks are free.
+    #[default]
+    Continuous,
+    /// A batch forms (`max_num_seqs` waiting, or `static_batch_wait` seconds), then runs to its end alone.
+    Static,
+    /// One request at a time.
+    None,
+}
+
+/// Who goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SchedulingPolicy {
+    /// First come, first served; priorities are ignored.
+    #[default]
+    Fcfs,
+    /// Lower `priority` values first; each `priority_aging` seconds of waiting are worth one unit.
+    Priority,
+}
+
+/// Configuration of a [`Scheduler`](crate::scheduler::Scheduler). The fields are those of `EngineCore` in `_core.pyi`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CoreConfig {
+    /// Blocks of the KV pool, the null block 0 included.
+    pub num_blocks: u32,
+    /// Tokens a block holds.
+    pub block_size: u32,
+    /// One entry a KV group: 0 for full attention, else the sliding window in tokens.
+    pub kv_windows: Vec<u32>,
+    /// Request slots; the slot `max_num_seqs` itself is reserved for padding rows.
+    pub max_num_seqs: u32,
+    /// Token budget of one step.
+    pub max_num_batched_tokens: u32,
+    /// Longest prompt plus output.
+    pub max_model_len: u32,
+    /// Token ids are below this.
+    pub vocab_size: u32,
+    /// Tokens that end a sequence unless it asks to ignore them.
+    pub eos_token_ids: Vec<u32>,
+    /// Requests that may wait for their first admission.
+    pub max_waiting: usize,
+    /// Which waiting requests may join.
+    pub batching: Batching,
+    /// Who goes first.
+    pub scheduling_policy: SchedulingPolicy,
+    /// Whether finished and shared blocks are found again by their content.
+    pub enable_prefix_caching: bool,
+    /// Whether a prompt may be computed over several steps.
+    pub enable_chunked_prefill: bool,
+    /// Captured sizes, in rows, to which a step of decodes only is padded.
+    pub graph_sizes: Vec<u32>,
+    /// Most draft tokens a decode row may carry.
+    pub num_draft_tokens: u32,
+    /// How often one request may be preempted before it is given a reservation.
+    pub max_preemptions: u32,
+    /// Seconds of waiting that are worth one unit of priority.
+    pub priority_aging: f64,
+    /// Longest wait, in seconds, of the first request of a static batch.
+    pub static_batch_wait: f64,
+    /// Secret key of the prefix hashes and of the seeds of requests that give none.
+    pub hash_seed: [u8; 32],
+}
+
+impl Default for CoreConfig {
+    /// The defaults of `_core.pyi`; the sizes without a default there are those of a small test.
+    fn default() -> Self {
+        Self {
+            num_blocks: 64,
+            block_size: 16,
+            kv_windows: vec![0],
+            max_num_seqs: 8,
+            max_num_batched_tokens: 256,
+            max_model_len: 512,
+            vocab_size: 1024,
+            eos_token_ids: Vec::new(),
+            max_waiting: 1024,
+            batching: Batching::Continuous,
+            scheduling_policy: SchedulingPolicy::Fcfs,
+            enable_prefix_caching: true,
+            enable_chunked_prefill: true,
+            graph_sizes: Vec::new(),
+            num_draft_tokens: 0,
+            max_preemptions: 3,
+            priority_aging: 60.0,
+            static_batch_wait: 0.1,
+            hash_seed: [0; 32],
+        }
+    }
+}
+
+/// Bound of every length and count, so that sums of a few of them fit into the plan's 32-bit words.
+const MAX_COUNT: u32 = 1 << 28;
+
+impl CoreConfig {
+    /// Checks every field and brings lists into their canonical order.
+    ///
+    /// # Errors
+    /// [`Error::InvalidValue`] that names the field, its value and its limit.
+    pub fn checked(mut self) -> Result<Self, Error> {
+        let in_range = |field, value: u32, least: u32| {
+            if (least..=MAX_COUNT).contains(&value) {
+                Ok(())
+            } else {
+                Err(Error::invalid(field, value, format!("from {least} to {MAX_COUNT}")))
+            }
+        };
+        in_range("num_blocks", self.num_blocks, 2)?;
+        in_range("block_size", self.block_size, 1)?;
+        in_range("max_num_seqs", self.max_num_seqs, 1)?;
+        in_range("max_model_len", self.max_model_len, 2)?;
+        in_range("vocab_size", self.vocab_size, 1)?;
+        if self.num_draft_tokens > 64 {
+            return Err(Error::invalid("num_draft_tokens", self.num_draft_tokens, "at most 64"));
+        }
+        // Each running sequence must be able to take a decode row in every step.
+        in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1 + self.num_draft_tokens)?;
+        if !self.enable_chunked_prefill && self.max_num_batched_tokens < self.max_model_len {
+            return Err(Error::invalid(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                format!("at least max_model_len = {} when chunked prefill is off", self.max_model_len),
+            ));
+        }
+        if self.kv_windows.is_empty() || self.kv_windows.len() > 1024 {
+            return Err(Error::invalid(
+                "kv_windows",
+                format!("a list of {}", self.kv_windows.len()),
+                "a list of 1 to 1024",
+            ));
+        }
+        if let Some(window) = self.kv_windows.iter().find(|window| **window > MAX_COUNT) {
+            return Err(Error::invalid("kv_windows", window, format!("at most {MAX_COUNT}")));
+        }
+        if let Some(token) = self.eos_token_ids.iter().find(|token| **token >= self.vocab_size) {
+            return Err(Error::invalid("eos_token_ids", token, format!("below vocab_size = {}", self.vocab_size)));
+        }
+        if self.max_waiting == 0 {
+            return Err(Error::invalid("max_waiting", 0, "at least 1"));
+        }
+        if self.graph_sizes.contains(&0) {
+            return Err(Error::invalid("graph_sizes", 0, "at least 1"));
+        }
+        if !(self.priority_aging > 0.0 && self.priority_aging.is_finite()) {
+            return Err(Error::invalid("priority_aging", self.priority_aging, "a finite number of seconds above 0"));
+        }
+        if !(self.static_batch_wait >= 0.0 && self.static_batch_wait.is_finite()) {
+            return Err(Error::invalid(
+                "static_batch_wait",
+                self.static_batch_wait,
+                "a finite number of seconds from 0",
+            ));
+        }
+        self.eos_token_ids.sort_unstable();
+        self.eos_token_ids.dedup();
+        self.graph_sizes.sort_unstable();
+        self.graph_sizes.dedup();
+        Ok(self)
+    }
+
+    /// Number of KV groups.
+    pub fn num_groups(&self) -> usize {
+        self.kv_windows.len()
+    }
+
+    /// Sequences that may run at once: all of them must fit a decode row into the token budget.
+    pub fn max_running(&self) -> usize {
+        self.max_num_seqs.min(self.max_num_batched_tokens / (1 + self.num_draft_tokens)) as usize
+    }
+
+    /// Entries of a slot's block table in each group: the longest sequence, with room for rejected drafts.
+    pub fn max_blocks_per_seq(&self) -> usize {
+        (self.max_model_len + self.num_draft_tokens).div_ceil(self.block_size) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_bad_field_is_named() {
+        let good = CoreConfig::default;
+        assert!(good().checked().is_ok());
+        for (field, bad) in [
+            ("num_blocks", CoreConfig { num_blocks: 1, ..good() }),
+            ("block_size", CoreConfig { block_size: 0, ..good() }),
+            ("kv_windows", CoreConfig { kv_windows: vec![], ..good() }),
+            ("max_num_seqs", CoreConfig { max_num_seqs: 0, ..good() }),
+            ("max_num_batched_tokens", CoreConfig { max_num_batched_tokens: 4, num_draft_tokens: 4, ..good() }),
+            (
+                "max_num_batched_tokens",
+                CoreConfig { max_num_batched_tokens: 511, enable_chunked_prefill: false, ..good() },
+            ),
+            ("max_model_len", CoreConfig { max_model_len: 1, ..good() }),
+            ("vocab_size", CoreConfig { vocab_size: u32::MAX, ..good() }),
+            ("eos_token_ids", CoreConfig { eos_token_ids: vec![1024], ..good() }),
+            ("max_waiting", CoreConfig { max_waiting: 0, ..good() }),
+            ("graph_sizes", CoreConfig { graph_sizes: vec![1, 0], ..good() }),
+            ("priority_aging", CoreConfig { priority_aging: 0.0, ..good() }),
+            ("static_batch_wait", CoreConfig { static_batch_wait: f64::NAN, ..good() }),
+        ] {
+            match bad.checked() {
+                Err(Error::InvalidValue { field: named, .. }) => assert_eq!(named, field),
+                other => panic!("{field}: {other:?}"),
+            }
+        }
+    }
+}
