@@ -16,9 +16,10 @@ from typing import TypeVar
 
 from octavo import _core
 from octavo.config import EngineConfig
-from octavo.engine.engine import Engine, EngineDeadError
+from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.errors import EngineDeadError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 

@@ -25,10 +25,6 @@ IDLE_WAIT_SECONDS = 1.0
 """How long the loop sleeps in the core before it looks whether it should stop."""
 
 
-class EngineDeadError(RuntimeError):
-    """The device or the engine thread is lost; every stream has been ended with an error. Restart the process."""
-
-
 class Engine:
     """Steps the core and the runner. Not thread-safe but for the core itself: one thread calls `step` (or `run`)."""
 

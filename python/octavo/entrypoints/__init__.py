@@ -1,0 +1,1 @@
+"""Modules that are started with `python -m`, under the names vLLM uses."""

@@ -1,0 +1,55 @@
+"""The web application: routes, probes, and what starts and ends with the event loop."""
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from octavo.server.config import ServerConfig
+from octavo.server.metrics import Metrics
+from octavo.server.middleware import add_request_id, check_host_and_key, json_errors
+from octavo.server.openai import OpenAIRoutes
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+STUCK_AFTER = 60.0
+"""Seconds in one step after which `/health` says that the engine hangs."""
+
+ROUTES = web.AppKey("routes", OpenAIRoutes)
+
+
+def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
+    """The application over a loaded engine. On start-up it has the engine watch the running loop."""
+    metrics = Metrics(engine)
+    routes = OpenAIRoutes(engine, config, metrics)
+    app = web.Application(
+        middlewares=[json_errors(metrics), check_host_and_key(config)],
+        client_max_size=config.max_body_size,
+    )
+    app[ROUTES] = routes
+
+    async def health(_: web.Request) -> web.Response:
+        """Alive and making progress; also while draining."""
+        healthy = not engine.is_dead and engine.step_age < STUCK_AFTER
+        return web.json_response({"status": "ok" if healthy else "dead"}, status=200 if healthy else 503)
+
+    async def ready(_: web.Request) -> web.Response:
+        """Whether new requests are welcome."""
+        status = "ready" if engine.is_ready else "draining" if engine.draining else "not ready"
+        return web.json_response({"status": status}, status=200 if engine.is_ready else 503)
+
+    async def scrape(_: web.Request) -> web.Response:
+        return web.Response(body=metrics.render(), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def attach(_: web.Application) -> None:
+        engine.attach_loop(asyncio.get_running_loop())
+
+    app.add_routes(routes.routes())
+    app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
+    app.on_response_prepare.append(add_request_id)
+    app.on_startup.append(attach)
+    return app

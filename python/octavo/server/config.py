@@ -1,0 +1,37 @@
+"""The server's own options, beside the engine's."""
+
+import dataclasses
+
+from octavo.options import option, parse_bytes, parse_count
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerConfig:
+    """Where and how to listen. `ValueError` names the field, its value and the limit."""
+
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces (then set --api-key).")
+    port: int = option(8000, "Port to listen on; 0: any free one.", parse=parse_count)
+    api_key: tuple[str, ...] = option((), "Keys that clients must present; without one the server is open.")
+    allowed_hosts: tuple[str, ...] = option(
+        (), "Further `Host` names to answer to, on a loopback address without a key."
+    )
+    max_body_size: int = option(16 * 2**20, "Largest request body in bytes, after decompression.", parse=parse_bytes)
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests may take to finish after SIGTERM.", parse=float
+    )
+    sse_keep_alive_interval: float = option(
+        15.0, "Seconds between comment lines while a stream waits for its first token.", parse=float
+    )
+
+    def __post_init__(self) -> None:
+        for field, low, high in (
+            ("port", 0, 65535),
+            ("max_body_size", 1024, 2**31),
+            ("shutdown_timeout", 0.0, 86400.0),
+            ("sse_keep_alive_interval", 0.01, 3600.0),
+        ):
+            value = getattr(self, field)
+            if not low <= value <= high:
+                raise ValueError(f"{field} = {value}: must be from {low} to {high}")
+        if any(len(key) < 1 for key in self.api_key):
+            raise ValueError("api_key: a key must not be empty")

@@ -1,0 +1,243 @@
+"""Prometheus metrics under vLLM's names, so that its dashboards and autoscalers work (octavo's own ones begin with
+`octavo:`).
+
+Gauges and the engine's counters are read from `engine.stats()` when somebody scrapes; the server adds what only it
+sees: the times of each request and how it ended. Histograms are counted here rather than by the client library: an
+observation costs a bisection, and there is one for every token.
+"""
+
+import bisect
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from octavo import _core
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+
+# Bounds in seconds and tokens; vLLM's, rounded to fewer.
+_LATENCY = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0)
+_FIRST_TOKEN = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    7.5,
+    10.0,
+    20.0,
+    40.0,
+    80.0,
+)
+_BETWEEN_TOKENS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+_CHOICES = (1, 2, 5, 10, 20, 50, 100)
+
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _FIRST_TOKEN),
+    "inter_token_latency_seconds": ("Between the tokens of a request.", _BETWEEN_TOKENS),
+    "request_time_per_output_token_seconds": ("Mean time between the tokens of a request.", _BETWEEN_TOKENS),
+    "e2e_request_latency_seconds": ("From arrival to the last token.", _LATENCY),
+    "request_queue_time_seconds": ("From arrival to the first step.", _LATENCY),
+    "request_prefill_time_seconds": ("From the first step to the first token.", _LATENCY),
+    "request_decode_time_seconds": ("From the first token to the last.", _LATENCY),
+    "request_inference_time_seconds": ("From the first step to the last token.", _LATENCY),
+    "request_prompt_tokens": ("Tokens of the prompt.", _TOKENS),
+    "request_generation_tokens": ("Tokens put out.", _TOKENS),
+    "request_params_max_tokens": ("max_tokens of requests that set it.", _TOKENS),
+    "request_params_n": ("Choices asked for.", _CHOICES),
+}
+
+_GAUGES = {
+    "num_requests_running": "Requests in the running batch.",
+    "num_requests_waiting": "Requests in the queue.",
+    "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
+}
+_COUNTERS = {
+    "prompt_tokens": "Prompt tokens of accepted requests.",
+    "generation_tokens": "Tokens put out.",
+    "num_preemptions": "Requests set back for lack of blocks.",
+    "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+}
+
+
+class Histogram:
+    """Counts of values below each bound."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Counts `value`, `times` times."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(bound, count of values up to it), as Prometheus wants them."""
+        cumulative, result = 0, []
+        for bound, count in zip([*map(float, self.bounds), float("inf")], self.counts, strict=True):
+            cumulative += count
+            result.append(("+Inf" if bound == float("inf") else repr(bound), float(cumulative)))
+        return result
+
+
+class RequestTimes:
+    """Follows one request from its arrival to its end."""
+
+    def __init__(self, metrics: "Metrics", arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._last_token = 0.0
+        self._num_tokens = 0
+        self._ended = False
+
+    def add(self, delta: _core.RequestDelta) -> None:
+        """Takes in one delta of the stream."""
+        _, scheduled, first, last = delta.times
+        histograms = self._metrics.histograms
+        new_tokens = delta.num_output_tokens - self._num_tokens
+        if self._num_tokens == 0 and new_tokens > 0:
+            histograms["time_to_first_token_seconds"].observe(first - self._arrival)
+            self._last_token, new_tokens = first, new_tokens - 1
+        if new_tokens > 0:
+            histograms["inter_token_latency_seconds"].observe((last - self._last_token) / new_tokens, new_tokens)
+        self._last_token, self._num_tokens = last, delta.num_output_tokens
+        if not delta.finished:
+            return
+        self._ended = True
+        reasons = {choice.finish_reason for choice in delta.choices if choice.finish_reason}
+        self._metrics.finished("error" if delta.error is not None else min(reasons, default="stop"))
+        histograms["request_prompt_tokens"].observe(delta.num_prompt_tokens)
+        histograms["request_generation_tokens"].observe(delta.num_output_tokens)
+        if first > 0.0:
+            histograms["e2e_request_latency_seconds"].observe(last - self._arrival)
+            histograms["request_queue_time_seconds"].observe(scheduled - self._arrival)
+            histograms["request_prefill_time_seconds"].observe(first - scheduled)
+            histograms["request_decode_time_seconds"].observe(last - first)
+            histograms["request_inference_time_seconds"].observe(last - scheduled)
+            if delta.num_output_tokens > 1:
+                mean = (last - first) / (delta.num_output_tokens - 1)
+                histograms["request_time_per_output_token_seconds"].observe(mean)
+
+    def close(self) -> None:
+        """The handler is done with the request; if that has not finished, the client left."""
+        if not self._ended:
+            self._ended = True
+            self._metrics.finished("abort")
+
+
+class Metrics(Collector):
+    """All metrics of one server."""
+
+    def __init__(self, engine: "AsyncEngine") -> None:
+        self._engine = engine
+        self._registry = CollectorRegistry()
+        self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
+        self.finish_reasons: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self.errors: Counter[str] = Counter()
+        self.unknown_fields = 0
+        self._finish_times: deque[float] = deque(maxlen=64)
+        self._registry.register(self)
+
+    def accepted(self, n: int, max_tokens: int | None) -> None:
+        """A call was taken in."""
+        self.histograms["request_params_n"].observe(n)
+        if max_tokens is not None:
+            self.histograms["request_params_max_tokens"].observe(max_tokens)
+
+    def finished(self, reason: str) -> None:
+        """A request ended."""
+        self.finish_reasons[reason] += 1
+        self._finish_times.append(time.monotonic())
+
+    def retry_after(self) -> int:
+        """Seconds until the queue, at the rate of the last requests, will have drained: from 1 to 60."""
+        waiting = self._engine.stats().get("num_requests_waiting", 0.0)
+        if len(self._finish_times) < 2:
+            return 1
+        rate = (len(self._finish_times) - 1) / max(time.monotonic() - self._finish_times[0], 1e-3)
+        return int(min(60, max(1, waiting / rate)))
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return generate_latest(self._registry)
+
+    def describe(self) -> list[Metric]:
+        """Nothing: the registry need not collect at registration."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry, for `render`."""
+        names, labels = ["model_name"], [self._engine.model_name]
+        stats = self._engine.stats()
+        for name, text in _GAUGES.items():
+            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=names)
+            gauge.add_metric(labels, stats.get(name, 0.0))
+            yield gauge
+        for name, text in _COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
+            counter.add_metric(labels, stats.get(name, 0.0))
+            yield counter
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info", "The KV pool.", labels=[*names, "block_size", "num_gpu_blocks"]
+        )
+        sizes = [str(int(stats.get(name, 0.0))) for name in ("block_size", "num_blocks")]
+        info.add_metric([*labels, *sizes], 1.0)
+        yield info
+        success = CounterMetricFamily(
+            "vllm:request_success", "Requests by how they ended.", labels=[*names, "finished_reason"]
+        )
+        for reason, count in self.finish_reasons.items():
+            success.add_metric([*labels, reason], count)
+        yield success
+        for name, (text, _) in _HISTOGRAMS.items():
+            histogram = HistogramMetricFamily(f"vllm:{name}", text, labels=names)
+            histogram.add_metric(labels, self.histograms[name].buckets(), self.histograms[name].total)
+            yield histogram
+        errors = CounterMetricFamily(
+            "octavo:http_errors", "Answers that were errors, by code.", labels=[*names, "code"]
+        )
+        for code, count in self.errors.items():
+            errors.add_metric([*labels, code], count)
+        yield errors
+        unknown = CounterMetricFamily("octavo:unknown_fields", "Request fields that were ignored.", labels=names)
+        unknown.add_metric(labels, self.unknown_fields)
+        yield unknown

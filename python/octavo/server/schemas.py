@@ -1,0 +1,226 @@
+"""What clients send: OpenAI's and vLLM's field names as msgspec structs, and their way to `SamplingParams`.
+
+Types are strict (no "5", 5.0 or true for a number) and every optional field may be null. Bounds here are only those
+of the integers that Rust can hold; what a value may be is written in Rust, once, and its refusals name the field.
+Fields that nobody knows are accepted.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+
+from octavo.sampling_params import SamplingParams
+from octavo.server.errors import bad_request
+
+Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+MAX_CHOICES = 1024
+"""Of one call: prompts times `n`."""
+MAX_PROMPTS = 1024
+MAX_TOP_LOGPROBS = 20
+
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "documents": ([],),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "kv_transfer_params": (),
+    "length_penalty": (1, 1.0),
+    "prompt_embeds": (),
+    "prompt_logprobs": (),
+    "repetition_detection": (),
+    "response_format": ({"type": "text"},),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "structured_outputs": (),
+    "thinking_token_budget": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+
+UNSUPPORTED_COMPLETION = {**_UNSUPPORTED, "echo": (False,), "suffix": ("",)}
+UNSUPPORTED_CHAT = {
+    **_UNSUPPORTED,
+    "add_special_tokens": (False,),
+    "audio": (),
+    "best_of": (1,),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "tool_choice": ("none", "auto"),
+}
+"""Fields that would change the answer, with the values under which ignoring them is right."""
+
+
+class StreamOptions(msgspec.Struct, frozen=True):
+    """What a stream carries besides text."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class _Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields that both routes share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Count | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Count | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Seed | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    logit_bias: dict[int, float] | None = None
+    priority: Count | None = None
+    cache_salt: str | None = None
+
+    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The parameters as the engine has them. Raises `ValueError`, or `OverflowError` beyond 64 bits."""
+        names = ("n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+                 "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
+                 "skip_special_tokens", "logit_bias")  # fmt: skip
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        seed = None if self.seed is None else self.seed % 2**64
+        return SamplingParams(seed=seed, max_tokens=max_tokens, logprobs=logprobs, **given)
+
+    def check_stream_options(self) -> None:
+        """`stream_options` makes sense in a stream only."""
+        if self.stream_options is not None and not self.stream:
+            raise bad_request("stream_options: only allowed when stream is true.", "stream_options")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a usage frame."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every frame carries the usage so far."""
+        return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+
+class CompletionRequest(_Request, frozen=True, kw_only=True):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str | int | list[int]]
+    logprobs: Count | None = None
+    best_of: int | None = None
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or more prompts, each as text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise bad_request("prompt: must not be empty.", "prompt")
+        kind = type(self.prompt[0])
+        if any(type(item) is not kind for item in self.prompt):
+            raise bad_request("prompt: text and token ids cannot be mixed in one list.", "prompt", "invalid_type")
+        if kind is int:
+            return [self.prompt]  # type: ignore[list-item]  # all are ints, as just checked
+        if len(self.prompt) > MAX_PROMPTS:
+            raise bad_request(f"prompt: {len(self.prompt)} prompts, at most {MAX_PROMPTS} are allowed.", "prompt")
+        return self.prompt  # type: ignore[return-value]  # no ints, as just checked
+
+    def to_sampling_params(self) -> SamplingParams:
+        """Output is 16 tokens unless the client says otherwise, as OpenAI has it."""
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
+        return self.sampling_params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """A call that the assistant made in an earlier turn."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """One entry of an assistant turn's `tool_calls`."""
+
+    function: FunctionCall
+    id: str | None = None
+    type: str | None = None
+
+
+class Part(msgspec.Struct, frozen=True):
+    """A piece of a message's content; only text is understood."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One turn of a conversation."""
+
+    role: str
+    content: str | list[Part] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a tool's call looks like; passed to the template as it is."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A tool that the model may call."""
+
+    type: str
+    function: Function
+
+
+class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
+    """`POST /v1/chat/completions`."""
+
+    messages: list[Message]
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+
+    def to_sampling_params(self) -> SamplingParams:
+        """Output goes up to the model's length unless the client says otherwise."""
+        if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
+            raise bad_request("top_logprobs: only allowed when logprobs is true.", "top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise bad_request(
+                f"top_logprobs = {self.top_logprobs}: must be from 0 to {MAX_TOP_LOGPROBS}.", "top_logprobs"
+            )
+        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_params(limit, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+def check_choices(num_prompts: int, n: int) -> None:
+    """Bounds the work of one call before anything is copied."""
+    if num_prompts * n > MAX_CHOICES:
+        raise bad_request(f"n = {n}: {num_prompts} prompts times n must be at most {MAX_CHOICES}.", "n")

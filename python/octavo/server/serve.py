@@ -1,0 +1,181 @@
+"""The life of a server: take the port, load the model, serve, drain on SIGTERM, end.
+
+The exit code is 0 after a drain and 1 when the engine died. The port is taken before the model is loaded, so that a
+port in use is said at once; nothing is answered on it until the model is ready.
+"""
+
+import asyncio
+import json
+import logging
+import resource
+import signal
+import socket
+import sys
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from octavo.config import EngineConfig
+from octavo.server.app import ROUTES, STUCK_AFTER, build_app
+from octavo.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 4096
+LOG_INTERVAL = 10.0  # seconds between two lines of throughput
+LOOK_INTERVAL = 0.5  # seconds between two looks at whether the engine is alive
+LAST_WORDS = 5.0  # seconds for handlers to send their last event after the engine has ended
+
+
+def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
+    """Serves until a signal comes; returns the exit code. Raises `ValueError` or `OSError` for what users can mend."""
+    listener = open_socket(config)
+    _raise_file_limit()
+    from octavo.engine.async_engine import AsyncEngine  # loads torch
+
+    engine = AsyncEngine.from_config(engine_config)
+    try:
+        return asyncio.run(serve_engine(engine, config, listener))
+    finally:
+        engine.shutdown()
+        listener.close()
+
+
+def open_socket(config: ServerConfig) -> socket.socket:
+    """A socket bound to the configured address, not yet listening."""
+    infos = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = infos[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {config.host}:{config.port}: {error.strerror}") from None
+    return listener
+
+
+async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: socket.socket) -> int:
+    """Serves a loaded engine on a bound socket until a signal comes or the engine dies; returns the exit code."""
+    app = build_app(engine, config)
+    runner = web.AppRunner(
+        app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS, keepalive_timeout=75.0
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    signals = Signals()
+    print(_welcome(engine, config, listener), file=sys.stderr, flush=True)
+    logging_task = asyncio.ensure_future(_log_stats(engine)) if not engine.config.disable_log_stats else None
+    try:
+        died = await _until_the_end(engine, signals)
+        if not died:
+            logger.info("draining: running requests have %.0f s; a second signal ends at once", config.shutdown_timeout)
+            await _drain(engine, app, config.shutdown_timeout, signals)
+        engine.shutdown()  # what still runs ends with an error, which its handler sends on
+        await _until_idle(app, LAST_WORDS, signals)
+    finally:
+        if logging_task is not None:
+            logging_task.cancel()
+        signals.close()
+        await runner.cleanup()
+    return 1 if died else 0
+
+
+class Signals:
+    """Counts SIGTERM and SIGINT: the first asks for a drain, the second for the end."""
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._come)
+
+    def _come(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+    def close(self) -> None:
+        """Gives the signals their old meaning back."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+
+
+async def _until_the_end(engine: "AsyncEngine", signals: Signals) -> bool:
+    """Waits for a signal, or for the engine's death: True."""
+    warned = False
+    while not engine.is_dead:
+        try:
+            await asyncio.wait_for(signals.first.wait(), LOOK_INTERVAL)
+            return False
+        except asyncio.TimeoutError:
+            pass
+        stuck = engine.step_age > STUCK_AFTER
+        if stuck and not warned:
+            logger.error("one step has taken %.0f s: /health answers 503", engine.step_age)
+        warned = stuck
+    logger.critical("the engine is dead: exiting")
+    return True
+
+
+async def _drain(engine: "AsyncEngine", app: web.Application, timeout: float, signals: Signals) -> None:
+    """New requests are refused from here on; returns when all calls are answered, in time or not."""
+    engine.draining = True
+    await _until_idle(app, timeout, signals)
+
+
+async def _until_idle(app: web.Application, timeout: float, signals: Signals) -> None:
+    deadline = asyncio.get_running_loop().time() + timeout
+    while app[ROUTES].active and asyncio.get_running_loop().time() < deadline and not signals.second.is_set():
+        await asyncio.sleep(0.02)
+
+
+async def _log_stats(engine: "AsyncEngine") -> None:
+    """One line every ten seconds in which something ran."""
+    before = engine.stats()
+    while True:
+        await asyncio.sleep(LOG_INTERVAL)
+        now = engine.stats()
+        prompt, output = (
+            (now.get(name, 0.0) - before.get(name, 0.0)) / LOG_INTERVAL
+            for name in ("prompt_tokens", "generation_tokens")
+        )
+        before = now
+        if prompt or output or now.get("num_requests_running"):
+            logger.info(
+                "prompt %.1f tokens/s, output %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%",
+                prompt,
+                output,
+                now.get("num_requests_running", 0),
+                now.get("num_requests_waiting", 0),
+                100 * now.get("kv_cache_usage_perc", 0.0),
+            )
+
+
+def _welcome(engine: "AsyncEngine", config: ServerConfig, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if engine.chat_template is not None:
+        path = "/v1/chat/completions"
+        fields: dict[str, object] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    else:
+        path, fields = "/v1/completions", {"prompt": "The capital of France is"}
+    body = json.dumps({"model": engine.model_name, **fields, "max_tokens": 64})
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
+    return (
+        f"\nServing {engine.model_name} (up to {engine.max_model_len} tokens) on {url}. Try:\n\n"
+        f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n"
+    )
+
+
+def _raise_file_limit() -> None:
+    """Each connection is a file; the soft limit is often 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else 2**20
+    if soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        except (ValueError, OSError):
+            logger.warning("at most %d files can be open; more connections will be refused", soft)

@@ -1,0 +1,113 @@
+"""`octavo chat` and `octavo generate`: a model in the terminal, without a server.
+
+Text is printed as it comes. Ctrl-C ends the answer, not the conversation; a second one at the prompt ends that too.
+"""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+from octavo.config import EngineConfig
+from octavo.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from octavo import _core
+    from octavo.engine.async_engine import AsyncEngine
+
+_HELP = "/new starts over, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
+
+
+def chat(config: EngineConfig, params: SamplingParams, *, system: str | None) -> int:
+    """An interactive conversation; returns the exit code."""
+    return _with_engine(config, lambda engine: _chat(engine, params, system))
+
+
+def generate(config: EngineConfig, params: SamplingParams, prompt: str) -> int:
+    """Prints the continuation of `prompt`; returns the exit code."""
+    return _with_engine(config, lambda engine: _generate(engine, params, prompt))
+
+
+def _with_engine(config: EngineConfig, run: Callable[["AsyncEngine"], Coroutine[Any, Any, int]]) -> int:
+    from octavo.engine.async_engine import AsyncEngine  # loads torch
+
+    engine = AsyncEngine.from_config(config)
+
+    async def attached() -> int:
+        engine.attach_loop(asyncio.get_running_loop())
+        # asyncio's own handler only cancels this task, which `input` would not notice.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        return await run(engine)
+
+    try:
+        return asyncio.run(attached())
+    finally:
+        engine.shutdown()
+
+
+async def _generate(engine: "AsyncEngine", params: SamplingParams, prompt: str) -> int:
+    await print_stream(engine, await engine.encode_text(prompt), params)
+    return 0
+
+
+async def _chat(engine: "AsyncEngine", params: SamplingParams, system: str | None) -> int:
+    start = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(f"{engine.model_name}. {_HELP}")
+    while True:
+        try:
+            line = input("> " if interactive else "")  # blocks the loop, on which nothing else runs
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        text = line.strip()
+        if text == "/exit":
+            return 0
+        if text == "/new":
+            messages = list(start)
+        elif text.startswith("/"):
+            print(_HELP)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            try:
+                prompt = await engine.encode_chat(json.dumps(messages))
+                messages.append({"role": "assistant", "content": await print_stream(engine, prompt, params)})
+            except (ValueError, RuntimeError) as error:  # for example, the conversation has become too long
+                messages.pop()
+                print(f"{error}. {_HELP}", file=sys.stderr)
+
+
+async def print_stream(engine: "AsyncEngine", prompt: "_core.Prompt", params: SamplingParams) -> str:
+    """Prints the output as it comes and returns it; Ctrl-C ends it early.
+
+    Raises `ValueError` if it cannot be served, `RuntimeError` if the engine ended it with an error.
+    """
+    stream = engine.submit(prompt, params.to_core())
+    texts: list[str] = []
+
+    async def show() -> None:
+        finished = False
+        while not finished:
+            delta = await stream.next()
+            for choice in delta.choices:
+                texts.append(choice.text)
+                print(choice.text, end="", flush=True)
+            if delta.error is not None:
+                raise RuntimeError(delta.error)
+            finished = delta.finished
+
+    showing = asyncio.ensure_future(show())
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, showing.cancel)
+    try:
+        await asyncio.wait({showing})
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+        stream.close()
+        print()
+    if not showing.cancelled():
+        showing.result()
+    return "".join(texts)
