@@ -1,0 +1,46 @@
+"""The attention metadata of the running step, so that model code keeps `forward(input_ids, positions)`.
+
+One plain global: only the engine thread runs a model. (The idea is nano-vllm's `utils/context.py`.)
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass
+class StepContext:
+    """What the attention layers need to know of a step. Rows are decodes first, then prefills."""
+
+    num_decode_tokens: int  # tokens of decode rows, `decode_query_len` each; the rest belong to prefill rows
+    num_decodes: int  # decode rows, padding included
+    decode_query_len: int
+    num_prefills: int
+    max_query_len: int  # over prefill rows
+    max_seq_len: int  # upper bound over all rows
+    row_slots: Tensor  # [rows] int32: request slot of each row
+    query_start_loc: Tensor  # [rows + 1] int32
+    seq_lens: Tensor  # [rows] int32: computed + query length
+    slot_mapping: list[Tensor]  # per KV group [num_tokens] int64: block * block_size + offset
+    block_tables: list[Tensor]  # per KV group [max_num_seqs + 1, max_blocks] int32, by request slot
+
+    @cached_property
+    def prefill_start_loc(self) -> Tensor:
+        """[num_prefills + 1] int32: `query_start_loc` of the prefill rows, counted from their own first token."""
+        return self.query_start_loc[self.num_decodes :] - self.num_decode_tokens
+
+
+_context: StepContext | None = None
+
+
+def set_context(context: StepContext | None) -> None:
+    """Makes `context` that of the forward passes to come."""
+    global _context
+    _context = context
+
+
+def get_context() -> StepContext:
+    """The running step's metadata. A forward pass without `set_context` is a bug of the caller."""
+    assert _context is not None, "set_context must come before forward"
+    return _context

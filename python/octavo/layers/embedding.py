@@ -1,0 +1,60 @@
+"""Token embedding, and the head that turns hidden states into logits (its own matrix or the embedding's)."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from octavo.layers.linear import LinearMethod, linear_method
+from octavo.layers.weight import Layer, Slot
+
+
+class Embedding(Layer):
+    """A table of one row a token id; `scale` multiplies what is looked up (Gemma)."""
+
+    def __init__(self, name: str, vocab_size: int, size: int, *, dtype: torch.dtype, scale: float = 1.0) -> None:
+        self.name = name
+        # Rounded to the weights' dtype first, as the models were trained.
+        self.scale = torch.tensor(scale).to(dtype).item()
+        self.weight = torch.empty(vocab_size, size, dtype=dtype, device="meta")
+
+    def own_slots(self) -> Iterable[Slot]:
+        yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
+
+    def __call__(self, input_ids: Tensor) -> Tensor:  # input_ids [num_tokens] -> [num_tokens, size]
+        hidden = F.embedding(input_ids, self.weight)
+        return hidden if self.scale == 1.0 else hidden * self.scale
+
+
+class LogitsHead(Layer):
+    """Logits of the real vocabulary in float32. Without a table of its own it multiplies by the embedding's."""
+
+    method: LinearMethod
+
+    def __init__(self, name: str, embedding: Embedding, *, tied: bool, soft_cap: float = 0.0) -> None:
+        self.name = name
+        self.tied = tied
+        self.embedding = embedding
+        self.soft_cap = soft_cap
+        self.weight = None if tied else torch.empty_like(embedding.weight)
+
+    def own_slots(self) -> Iterable[Slot]:
+        if self.weight is not None:
+            yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
+
+    def own_tensors(self) -> Iterable[Tensor]:
+        return self.method.tensors()
+
+    def children(self) -> Iterator[Layer]:
+        return iter(())  # the embedding belongs to the model
+
+    def finish(self) -> None:
+        self.method = linear_method(self.embedding.weight if self.weight is None else self.weight, None)
+        self.weight = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:  # hidden [n, size] -> [n, vocab_size] float32
+        logits = self.method(hidden).float()
+        if self.soft_cap:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits

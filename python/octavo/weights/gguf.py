@@ -1,0 +1,173 @@
+"""GGUF files: metadata as a config, tensors dequantised in torch from a memory map.
+
+The header is read and checked by the Rust core (`_core.GgufFile`), so offsets and lengths can be trusted here. Block
+layouts are those of ggml's `ggml-quants`; the names and the permutation of q and k those of llama.cpp's converter.
+"""
+
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.model_config import ModelConfig, ModelError, config_from_dict
+from octavo.weights.names import GGUF_ARCHITECTURES, GGUF_KEYS, hugging_face_name
+
+CHUNK_ELEMENTS = 1 << 22  # dequantised at once: 16 MB in float32, which stays near the caches
+
+
+class GgufHeader(Protocol):
+    """What is used of `_core.GgufFile`."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def architecture(self) -> str: ...
+    def metadata(self) -> dict[str, Any]: ...
+    def tensors(self) -> list[tuple[str, str, list[int], int, int]]: ...
+
+
+def config_from_gguf(header: GgufHeader) -> ModelConfig:
+    """Renames the metadata to the keys of `config.json` and checks them there. Raises `ModelError`."""
+    architecture = header.architecture
+    if architecture not in GGUF_ARCHITECTURES:
+        raise ModelError(
+            f"{header.path}: general.architecture: {architecture!r} is not supported; supported are "
+            f"{', '.join(GGUF_ARCHITECTURES)}"
+        )
+    metadata = header.metadata()
+    tensors = {name: shape for name, _, shape, _, _ in header.tensors()}
+    spelling = {key: suffix.replace("{arch}", architecture) for key, suffix in GGUF_KEYS.items()}
+    values = {key: metadata[field] for key, field in spelling.items() if field in metadata}
+    embedding = tensors.get("token_embd.weight")
+    if embedding is None or len(embedding) != 2:
+        raise ModelError(f"{header.path}: token_embd.weight: missing or not a matrix")
+    values |= {
+        "architectures": [GGUF_ARCHITECTURES[architecture]],
+        "vocab_size": embedding[0],
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in tensors,
+    }
+    if "eos_token_id" in values and "tokenizer.ggml.eot_token_id" in metadata:
+        values["eos_token_id"] = [values["eos_token_id"], metadata["tokenizer.ggml.eot_token_id"]]
+    rotary, head = metadata.get(f"{architecture}.rope.dimension_count"), values.get("head_dim")
+    if head is None:
+        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        head = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
+    if rotary is not None and rotary != head:
+        raise ModelError(f"{header.path}: {architecture}.rope.dimension_count: {rotary} is not the head size {head}")
+    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if "rope_freqs.weight" in tensors:
+        values["rope_scaling"] = {"rope_type": "factors", "factors": _rope_factors(header)}
+    elif scaling != "none":
+        values["rope_scaling"] = {"rope_type": scaling, "factor": metadata.get(f"{architecture}.rope.scaling.factor")}
+    if architecture == "gemma3":
+        # llama.cpp has the 27B's scale and the window layers' rotary base in its code, not in the file.
+        if values.get("num_hidden_layers") == 62:
+            values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
+        elif isinstance(head, int):
+            values["query_pre_attn_scalar"] = head
+    return config_from_dict(values, header.path, spelling)
+
+
+def _rope_factors(header: GgufHeader) -> list[float]:
+    source = GgufSource(header)
+    (length,) = source.shapes()["rope_freqs.weight"]
+    factors = torch.empty(length)
+    source.fill("rope_freqs.weight", factors)
+    if not (factors > 0).all():
+        raise ModelError(f"{header.path}: rope_freqs.weight: holds factors that are not above 0")
+    return factors.tolist()
+
+
+class GgufSource:
+    """The tensors of one file under Hugging Face's names."""
+
+    norms_include_one = True  # llama.cpp's converter adds it
+
+    def __init__(self, header: GgufHeader, config: ModelConfig | None = None) -> None:
+        """config: needed to undo the permutation of q and k, which depends on the number of heads."""
+        self.name = header.path
+        self._tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        self._heads = {}
+        if config is not None and config.architecture in ("llama", "mistral"):
+            self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+        for stored, kind, shape, offset, length in header.tensors():
+            if kind not in _BLOCKS:
+                raise ModelError(f"{self.name}: {stored}: type {kind} is not one of {', '.join(_BLOCKS)}")
+            self._tensors[hugging_face_name(stored, header.architecture)] = (kind, tuple(shape), offset, length)
+        with open(header.path, "rb") as file:
+            # A private map: torch wants writable memory, and pages are still read only when touched.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: shape for name, (_, shape, _, _) in self._tensors.items()}
+
+    def fill(self, name: str, destination: Tensor) -> None:
+        kind, shape, offset, length = self._tensors[name]
+        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=offset).view(shape[0], -1)
+        heads = self._heads.get(name.split(".")[-2]) if "." in name else None
+        if heads:
+            raw = undo_permutation(raw, heads)
+        columns = shape[1] if len(shape) > 1 else 1
+        rows = max(1, CHUNK_ELEMENTS // columns)
+        for start, part in _chunks(raw, rows):
+            values = dequantise(part.reshape(-1), kind)
+            destination[start : start + part.shape[0]].copy_(values.view(part.shape[0], *shape[1:]))
+
+
+def _chunks(raw: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, raw.shape[0], rows):
+        yield start, raw[start : start + rows]
+
+
+def undo_permutation(rows: Tensor, heads: int) -> Tensor:
+    """llama.cpp's `llama` files interleave the two rotary halves of each head; puts the rows back. rows [out, any]."""
+    half = rows.shape[0] // heads // 2
+    return rows.view(heads, half, 2, -1).transpose(1, 2).reshape(rows.shape)
+
+
+def dequantise(raw: Tensor, kind: str) -> Tensor:
+    """raw [bytes] uint8 -> [elements] float32, by the block layout of `kind`.
+
+    One row or many: blocks do not cross rows.
+    """
+    block_bytes, decode = _BLOCKS[kind]
+    return decode(raw.view(-1, block_bytes)).reshape(-1)
+
+
+def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda raw: raw.reshape(-1).view(dtype).float()
+
+
+def _half(raw: Tensor, start: int) -> Tensor:
+    return raw[:, start : start + 2].contiguous().view(torch.float16).float()  # [blocks, 1]
+
+
+def _nibbles(raw: Tensor, start: int) -> Tensor:
+    """16 bytes hold elements 0-15 in their low and 16-31 in their high halves."""
+    packed = raw[:, start : start + 16]
+    return torch.cat((packed & 15, packed >> 4), dim=1).float()  # [blocks, 32]
+
+
+def _q8_0(raw: Tensor) -> Tensor:
+    return raw[:, 2:].view(torch.int8).float().mul_(_half(raw, 0))
+
+
+def _q4_0(raw: Tensor) -> Tensor:
+    return _nibbles(raw, 2).sub_(8.0).mul_(_half(raw, 0))
+
+
+def _q4_1(raw: Tensor) -> Tensor:
+    return _nibbles(raw, 4).mul_(_half(raw, 0)).add_(_half(raw, 2))
+
+
+_BLOCKS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "F32": (4, _plain(torch.float32)),
+    "F16": (2, _plain(torch.float16)),
+    "BF16": (2, _plain(torch.bfloat16)),
+    "Q8_0": (34, _q8_0),
+    "Q4_0": (18, _q4_0),
+    "Q4_1": (20, _q4_1),
+}

@@ -1,0 +1,39 @@
+"""Models by hub id, through `huggingface_hub` (an optional extra) and its cache. Weights in safetensors only."""
+
+import re
+from pathlib import Path
+
+from octavo.model_config import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "*.jinja",
+]
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether a text has the form `name` or `owner/name`."""
+    return _HUB_ID.fullmatch(model) is not None and ".." not in model
+
+
+def download(model: str) -> Path:
+    """The local folder of a hub model, fetched where the cache lacks it. Raises `ModelError` that says what to do."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise ModelError(
+            f"model {model!r}: not a local folder or .gguf file; for hub ids run: pip install 'octavo[hub]'"
+        ) from None
+    try:
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_WANTED))
+    except Exception as error:  # the hub's and the HTTP client's many errors; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model {model!r}: not a local folder or .gguf file, and not to be had from the hub "
+            f"({type(error).__name__}: {reason[:200]}); check the name and the network, or give a local path"
+        ) from None

@@ -1,0 +1,56 @@
+"""GGUF's names for what Hugging Face names otherwise: architectures, metadata keys, tensors (llama.cpp's `gguf-py`)."""
+
+import re
+
+GGUF_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+
+# Key of config.json -> metadata key.
+GGUF_KEYS = {
+    "hidden_size": "{arch}.embedding_length",
+    "intermediate_size": "{arch}.feed_forward_length",
+    "num_hidden_layers": "{arch}.block_count",
+    "num_attention_heads": "{arch}.attention.head_count",
+    "num_key_value_heads": "{arch}.attention.head_count_kv",
+    "head_dim": "{arch}.attention.key_length",
+    "max_position_embeddings": "{arch}.context_length",
+    "rms_norm_eps": "{arch}.attention.layer_norm_rms_epsilon",
+    "rope_theta": "{arch}.rope.freq_base",
+    "sliding_window": "{arch}.attention.sliding_window",
+    "bos_token_id": "tokenizer.ggml.bos_token_id",
+    "eos_token_id": "tokenizer.ggml.eos_token_id",
+}
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    # Gemma 3 has four norms a block; elsewhere `ffn_norm` is the one after attention.
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def hugging_face_name(stored: str, architecture: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Names nobody knows stay as they are."""
+    match = _IN_BLOCK.fullmatch(stored)
+    if match:
+        layer, part, kind = match.groups()
+        ffn_norm = "pre_feedforward_layernorm" if architecture == "gemma3" else "post_attention_layernorm"
+        name = ffn_norm if part == "ffn_norm" else _BLOCK.get(part)
+        return stored if name is None else f"model.layers.{layer}.{name}.{kind}"
+    part, _, kind = stored.rpartition(".")
+    return f"{_TOP[part]}.{kind}" if part in _TOP else stored
