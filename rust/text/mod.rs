@@ -6,6 +6,7 @@
 
 mod added_tokens;
 mod detokenize;
+pub mod logprobs;
 mod pieces;
 pub mod sse;
 mod stop;
