@@ -37,6 +37,11 @@ class LLM:
         """The configuration the engine runs with."""
         return self._engine.config
 
+    @property
+    def core(self) -> _core.EngineCore:
+        """The Rust core, for its statistics and checks."""
+        return self._engine.core
+
     def get_tokenizer(self) -> _core.Tokenizer | None:
         """The model's tokenizer, or None for a model without one."""
         return self._engine.tokenizer

@@ -132,7 +132,7 @@ class ModelRunner:
         ids = torch.zeros(total, dtype=self.inputs.token_ids.dtype, device=self.device)
         hidden = self.model.forward(ids, torch.zeros(total, dtype=torch.int64, device=self.device))
         logits = self.model.compute_logits(hidden[: self.max_num_seqs])
-        ops.sample_peak_rehearsal(logits)
+        logits.clone()  # as much as the sampler's own work space
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         self.kv_caches = []
@@ -154,7 +154,7 @@ class ModelRunner:
         buffers.download(plan.padded_rows * plan.result_width * 4)
 
     def forward(self, plan: Plan) -> Tensor:
-        """Logits of each row's last `decode_query_len` tokens: # [rows, vocab] float32."""
+        """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
         if self.graphs is not None and self.graphs.fits(plan):
             return self.graphs.replay(plan)
         context = self.context(plan)
@@ -162,7 +162,7 @@ class ModelRunner:
         tokens = plan.num_tokens
         hidden = self.model.forward(self.inputs.token_ids[:tokens], self.inputs.positions[:tokens])
         if context.num_prefills:
-            hidden = hidden[self.inputs.sample_index[: plan.padded_rows]]
+            hidden = hidden[self.inputs.sample_index[: context.num_decode_tokens + context.num_prefills]]
         return self.model.compute_logits(hidden)
 
     def context(self, plan: Plan) -> StepContext:
