@@ -1,6 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
-Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core, which names
+Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
+which names
 request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
 """
 
@@ -84,7 +85,8 @@ class ModelRunner:
         self.kv_caches: list[Tensor] = []
         self.graphs: DecodeGraphs | None = None
 
-    # ---- memory ---------------------------------------------------------------------------------------------------------
+    # ---- memory
+    # ---------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
@@ -103,7 +105,8 @@ class ModelRunner:
     def profile_peak_bytes(self) -> int:
         """Device memory in use at the peak of the largest step, in bytes (CUDA only).
 
-        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one block: every
+        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one
+        block: every
         block table entry is the null block, which is safe to write.
         """
         torch.cuda.empty_cache()
@@ -139,11 +142,14 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return peak
 
-    # ---- one step -------------------------------------------------------------------------------------------------------
+    # ---- one step
+    # -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def launch(self, plan: Plan, buffers: StepBuffers) -> None:
-        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its event."""
+        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its
+        event.
+        """
         plan_device = buffers.upload(plan.num_bytes)
         if plan.num_copies:
             pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
