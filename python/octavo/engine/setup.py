@@ -204,8 +204,9 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
     num_blocks = available // block_bytes
     blocks_of_one = runner.kv_shape.num_groups * -(-runner.max_model_len // runner.kv_shape.block_size) + 1
     if num_blocks < blocks_of_one:
+        needed = blocks_of_one * block_bytes / 2**30
         raise ValueError(
-            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of max_model_len="
-            f"{runner.max_model_len} needs {blocks_of_one} ({blocks_of_one * block_bytes / 2**30:.2f} GiB): {hint}"
+            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of "
+            f"max_model_len = {runner.max_model_len} needs {blocks_of_one} ({needed:.2f} GiB): {hint}"
         )
     return int(num_blocks)
