@@ -11,13 +11,16 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from octavo.kernels import reference
+from octavo.kernels import reference, reference_step
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 
-def _by_device(twin: Op, module: str) -> Op:
-    """`twin` for CPU tensors, the function of the same name in `octavo.kernels.<module>` for CUDA tensors."""
+def _by_device(twin: Op, module: str, tensor_at: int = 0) -> Op:
+    """`twin` for CPU tensors, the function of the same name in `octavo.kernels.<module>` for CUDA tensors.
+
+    The argument at position `tensor_at`, a tensor or a list of them, decides.
+    """
     if not torch.cuda.is_available():
         return twin
 
@@ -26,9 +29,10 @@ def _by_device(twin: Op, module: str) -> Op:
         return cast(Callable[..., Any], getattr(importlib.import_module(f"octavo.kernels.{module}"), twin.__name__))
 
     @functools.wraps(twin)
-    def op(first: Any, *args: Any, **kwargs: Any) -> Any:
-        tensor = first[0] if isinstance(first, list) else first
-        return (kernel() if tensor.is_cuda else twin)(first, *args, **kwargs)
+    def op(*args: Any, **kwargs: Any) -> Any:
+        decides = args[tensor_at]
+        tensor = decides[0] if isinstance(decides, list) else decides
+        return (kernel() if tensor.is_cuda else twin)(*args, **kwargs)
 
     return cast(Op, op)
 
@@ -41,3 +45,6 @@ rope_and_cache = _by_device(reference.rope_and_cache, "rope")
 decode_attention = _by_device(reference.decode_attention, "decode_attention")
 prefill_attention = _by_device(reference.prefill_attention, "prefill_attention")
 copy_blocks = _by_device(reference.copy_blocks, "copy_blocks")
+prepare = _by_device(reference_step.prepare, "prepare", tensor_at=1)
+sample = _by_device(reference_step.sample, "sample")
+sample_peak_rehearsal = _by_device(reference_step.sample_peak_rehearsal, "sample")

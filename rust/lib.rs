@@ -19,7 +19,6 @@ pub mod block_table;
 pub mod config;
 pub mod error;
 pub mod kv_cache;
-pub mod outbox;
 pub mod output;
 pub mod plan;
 pub mod policy;

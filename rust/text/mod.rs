@@ -6,7 +6,6 @@
 
 mod added_tokens;
 mod detokenize;
-pub mod logprobs;
 mod pieces;
 pub mod sse;
 mod stop;

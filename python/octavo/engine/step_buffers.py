@@ -1,0 +1,143 @@
+"""The tensors of a step: what a request slot remembers, what a forward pass reads, and the buffers that cross to and
+from the core.
+
+Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over it. The file knows
+shapes only: `kernels/prepare.py` and `kernels/sample.py` fill and advance these tensors, and the core (Rust) decides
+what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundary in a step?".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from octavo.kernels import plan_format
+
+
+class DeviceState:
+    """What the device remembers of each request slot between steps.
+
+    There are `max_num_seqs + 1` slots; the last one is the padding slot, whose state stays zero. The parameters of a
+    slot are kept as the very record that entered it, so entering a request is one copy; the named attributes are views
+    of the record's columns.
+    """
+
+    def __init__(
+        self, *, max_num_seqs: int, num_groups: int, max_blocks: int, vocab_size: int, device: torch.device
+    ) -> None:
+        slots = max_num_seqs + 1
+        self.vocab_size = vocab_size
+        self.max_num_seqs = max_num_seqs
+        self.block_table = torch.zeros((num_groups, slots, max_blocks), dtype=torch.int32, device=device)
+        self.block_tables: list[Tensor] = list(self.block_table.unbind(0))  # per KV group [slots, max_blocks] int32
+        self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.records = torch.zeros((slots, plan_format.ENTER_WORDS), dtype=torch.int32, device=device)
+        floats = self.records.view(torch.float32)
+        self.computed_len = self.records[
+            :, plan_format.ENTER_COMPUTED_LEN
+        ]  # [slots] int32, as all that follow unless said
+        self.output_index = self.records[:, plan_format.ENTER_OUTPUT_INDEX]
+        self.temperature = floats[:, plan_format.ENTER_TEMPERATURE]  # f32
+        self.top_k = self.records[:, plan_format.ENTER_TOP_K]
+        self.top_p = floats[:, plan_format.ENTER_TOP_P]  # f32
+        self.min_p = floats[:, plan_format.ENTER_MIN_P]  # f32
+        self.repetition_penalty = floats[:, plan_format.ENTER_REPETITION_PENALTY]  # f32
+        self.presence_penalty = floats[:, plan_format.ENTER_PRESENCE_PENALTY]  # f32
+        self.frequency_penalty = floats[:, plan_format.ENTER_FREQUENCY_PENALTY]  # f32
+        self.seed = self.records[
+            :, plan_format.ENTER_SEED_LOW : plan_format.ENTER_SEED_HIGH + 1
+        ]  # [slots, 2] raw words
+        self.num_logprobs = self.records[:, plan_format.ENTER_NUM_LOGPROBS]
+        self.penalty_counts: Tensor | None = None
+
+    def require_penalty_counts(self) -> Tensor:
+        """[slots, vocab_size] int32: 2 x (times the token was output) + (1 if it is in the prompt). Allocated when
+        first asked for.
+        """
+        if self.penalty_counts is None:
+            slots = self.last_token.shape[0]
+            self.penalty_counts = torch.zeros(
+                (slots, self.vocab_size), dtype=torch.int32, device=self.last_token.device
+            )
+        return self.penalty_counts
+
+
+class StepInputs:
+    """What the forward pass of a step reads; `prepare` fills the leading part, the rest is left over from earlier
+    steps.
+    """
+
+    def __init__(self, *, max_tokens: int, max_rows: int, num_groups: int, device: torch.device) -> None:
+        self.token_ids = torch.zeros(max_tokens, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.slots_of_groups = torch.zeros((num_groups, max_tokens), dtype=torch.int64, device=device)
+        self.slot_mapping: list[Tensor] = list(self.slots_of_groups.unbind(0))  # per KV group [max_tokens] int64
+        self.row_slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.query_start_loc = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
+        # Token whose hidden state each row of logits comes from: all tokens of decode rows, the last one of each
+        # prefill row.
+        self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+
+    def fill_padding(self, rows: int) -> None:
+        """Makes the first `rows` rows one-token decodes of slot 0: before any request entered, its block table is all
+        null block.
+        """
+        self.token_ids[:rows].zero_()
+        self.positions[:rows].zero_()
+        self.slots_of_groups[:, :rows].zero_()
+        self.row_slots[:rows].zero_()
+        self.seq_lens[:rows].fill_(1)
+        ramp = torch.arange(rows + 1, device=self.token_ids.device)
+        self.query_start_loc[: rows + 1].copy_(ramp)
+        self.sample_index[:rows].copy_(ramp[:rows])
+
+
+class StepBuffers:
+    """One host slot: the plan the core writes, the result it reads, and their device twins (on a CPU: themselves)."""
+
+    def __init__(self, plan_bytes: int, result_bytes: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._plan_host = torch.zeros(_whole_words(plan_bytes), dtype=torch.uint8, pin_memory=self._on_gpu)
+        self._result_host = torch.zeros(_whole_words(result_bytes), dtype=torch.uint8, pin_memory=self._on_gpu)
+        # The core's views: its own sizes exactly, C-contiguous uint8.
+        self.plan_array: npt.NDArray[np.uint8] = _numpy(self._plan_host[:plan_bytes])
+        self.result_array: npt.NDArray[np.uint8] = _numpy(self._result_host[:result_bytes])
+        self._plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
+        result_device = torch.zeros_like(self._result_host, device=device) if self._on_gpu else self._result_host
+        self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
+        # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would hold it.
+        self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
+
+    def upload(self, num_bytes: int) -> Tensor:
+        """Enqueues the copy of the plan's first `num_bytes` bytes; returns the device plan, uint8 at its full size."""
+        if self._on_gpu:
+            self._plan_device[:num_bytes].copy_(self._plan_host[:num_bytes], non_blocking=True)
+        return self._plan_device
+
+    def download(self, num_bytes: int) -> None:
+        """Enqueues the copy of the first `num_bytes` result bytes to the host and records the event that `wait` waits
+        for.
+        """
+        if self._on_gpu:
+            words = num_bytes // 4
+            self._result_host.view(torch.int32)[:words].copy_(self.result_device[:words], non_blocking=True)
+            self._done.record()
+
+    def wait(self) -> None:
+        """Returns once the downloaded result is in `result_array`; the GIL is free meanwhile."""
+        if self._on_gpu:
+            self._done.synchronize()
+
+
+def _whole_words(num_bytes: int) -> int:
+    return -(-num_bytes // 16) * 16
+
+
+def _numpy(tensor: Tensor) -> npt.NDArray[np.uint8]:
+    array: npt.NDArray[np.uint8] = tensor.numpy()
+    return array
