@@ -18,11 +18,14 @@ pub mod block_pool;
 pub mod block_table;
 pub mod config;
 pub mod error;
+pub mod gguf;
 pub mod kv_cache;
 pub mod output;
 pub mod plan;
 pub mod policy;
 pub mod prefix_cache;
+#[cfg(feature = "python")]
+mod py;
 pub mod request;
 pub mod scheduler;
 pub mod text;

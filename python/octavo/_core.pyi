@@ -35,6 +35,8 @@ class GgufFile:
         """All scalar, string and short-array (up to 1,024 items) values by key; long arrays are left out."""
     def tensors(self) -> list[tuple[str, str, list[int], int, int]]:
         """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte offset in the file, byte length)."""
+    def check_types(self) -> None:
+        """Raises `GgufError` if a tensor has a type that cannot be loaded; names it and the types that can."""
 
 @final
 class Prompt:

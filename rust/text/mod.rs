@@ -5,13 +5,21 @@
 //! requests, the scheduler or Python.
 
 mod added_tokens;
+mod chat;
+mod clock;
 mod detokenize;
+mod gguf_vocab;
 mod pieces;
+mod python_methods;
+mod python_values;
 pub mod sse;
 mod stop;
+mod template;
+mod template_source;
 mod tokenizer;
 
 pub use detokenize::Detokenizer;
 pub use sse::{Delta, FrameKind, FrameTemplate, StopReason, Usage};
 pub use stop::{StopHit, StopMatcher};
+pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Specials, Tokenizer};

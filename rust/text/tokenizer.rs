@@ -18,6 +18,7 @@ use tokenizers::{
 
 use crate::error::{Error, Result};
 use crate::text::added_tokens::{AddedMatch, AddedTokens};
+use crate::text::chat::SpecialFinder;
 use crate::text::pieces::{ByteTable, PieceRules, Pieces};
 
 /// Which special tokens written out in a text count as such.
@@ -53,6 +54,10 @@ enum Vocabulary {
 #[derive(Debug)]
 struct Subwords {
     pipeline: tokenizers::Tokenizer,
+    /// What a client's text may not write; `None` without special tokens.
+    specials: Option<SpecialFinder>,
+    /// Added tokens that count where a template writes them.
+    written_tokens: AddedTokens,
     /// Added tokens looked for in the text as it is.
     raw_tokens: AddedTokens,
     /// Added tokens looked for in the normalised text.
@@ -134,6 +139,14 @@ impl Tokenizer {
             bos_token_id,
             eos_token_id,
         })
+    }
+
+    /// Replaces what `add_special_tokens` puts before and after a text.
+    pub(crate) fn set_surrounding_tokens(&mut self, prefix: Vec<u32>, suffix: Vec<u32>) {
+        if let Vocabulary::Subwords(subwords) = &mut self.model {
+            subwords.prefix = prefix;
+            subwords.suffix = suffix;
+        }
     }
 
     /// One id per byte of UTF-8: for tests and for models without a tokenizer. Ids from 256 on decode to nothing.
@@ -228,11 +241,19 @@ impl Tokenizer {
         }
     }
 
-    /// Every added token written out in `text`, special or not.
+    /// Every added token that a template wrote into `text`.
     pub(crate) fn find_added_tokens(&self, text: &str) -> Vec<AddedMatch> {
         match &self.model {
             Vocabulary::Bytes => Vec::new(),
-            Vocabulary::Subwords(subwords) => subwords.raw_tokens.find(text, true),
+            Vocabulary::Subwords(subwords) => subwords.written_tokens.find(text, true),
+        }
+    }
+
+    /// Finds special tokens in what a client wrote.
+    pub(crate) fn special_finder(&self) -> Option<&SpecialFinder> {
+        match &self.model {
+            Vocabulary::Bytes => None,
+            Vocabulary::Subwords(subwords) => subwords.specials.as_ref(),
         }
     }
 
@@ -253,7 +274,14 @@ impl Subwords {
     fn new(pipeline: tokenizers::Tokenizer) -> Result<Self> {
         let mut raw = Vec::new();
         let mut normalized = Vec::new();
-        for (id, token) in pipeline.get_added_tokens_decoder() {
+        let mut written = Vec::new();
+        let added = pipeline.get_added_tokens_decoder();
+        let specials = added.values().filter(|token| token.special).map(|token| token.content.as_str());
+        let specials = SpecialFinder::new(specials)?;
+        for (id, token) in added {
+            if token.special || !token.normalized {
+                written.push((token.content.clone(), id, token.clone()));
+            }
             if !token.normalized {
                 raw.push((token.content.clone(), id, token));
                 continue;
@@ -266,6 +294,8 @@ impl Subwords {
         }
         let (prefix, suffix) = surrounding_tokens(&pipeline)?;
         Ok(Self {
+            specials,
+            written_tokens: AddedTokens::new(written)?,
             raw_tokens: AddedTokens::new(raw)?,
             normalized_tokens: AddedTokens::new(normalized)?,
             pipeline,

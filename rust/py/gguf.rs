@@ -1,0 +1,79 @@
+//! `octavo._core.GgufFile`.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::gguf::{self, Kind, Value};
+
+/// Longest array that `metadata` gives out: vocabularies stay in Rust.
+const MAX_ARRAY_LEN: usize = 1_024;
+
+/// A GGUF file, memory-mapped and checked whole before anything is read.
+#[pyclass(frozen, module = "octavo._core")]
+#[derive(Debug)]
+pub struct GgufFile {
+    pub(super) file: gguf::GgufFile,
+}
+
+#[pymethods]
+impl GgufFile {
+    #[new]
+    fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(Self { file: py.detach(|| gguf::GgufFile::open(&path))? })
+    }
+
+    #[getter]
+    fn path(&self) -> String {
+        self.file.path().display().to_string()
+    }
+
+    #[getter]
+    fn architecture(&self) -> PyResult<&str> {
+        let key = "general.architecture";
+        let architecture = self.file.get_text(key)?;
+        Ok(architecture.ok_or_else(|| self.file.error(format!("{key} is missing")))?)
+    }
+
+    fn metadata<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let dict = PyDict::new(py);
+        for (key, value) in self.file.metadata() {
+            match value {
+                Value::Array(array) if array.len > MAX_ARRAY_LEN => {}
+                Value::Array(array) if array.kind == Kind::Text => {
+                    dict.set_item(key, self.file.texts(array).collect::<Vec<_>>())?;
+                }
+                Value::Array(array) => {
+                    let items = self.file.scalars(array).map(|item| self.to_python(py, &item));
+                    dict.set_item(key, items.collect::<PyResult<Vec<_>>>()?)?;
+                }
+                scalar => dict.set_item(key, self.to_python(py, scalar)?)?,
+            }
+        }
+        Ok(dict)
+    }
+
+    fn tensors(&self) -> Vec<(&str, &str, &[u64], u64, u64)> {
+        let tensors = self.file.tensors().iter();
+        tensors.map(|t| (t.name.as_str(), t.kind.name, t.shape.as_slice(), t.offset, t.num_bytes)).collect()
+    }
+
+    fn check_types(&self) -> PyResult<()> {
+        Ok(self.file.check_types()?)
+    }
+}
+
+impl GgufFile {
+    /// A value that is not an array.
+    fn to_python<'py>(&self, py: Python<'py>, value: &Value) -> PyResult<Bound<'py, PyAny>> {
+        Ok(match value {
+            Value::Unsigned(number) => number.into_pyobject(py)?.into_any(),
+            Value::Signed(number) => number.into_pyobject(py)?.into_any(),
+            Value::Float(number) => number.into_pyobject(py)?.into_any(),
+            Value::Bool(flag) => flag.into_pyobject(py)?.to_owned().into_any(),
+            Value::Text(range) => self.file.text(range).into_pyobject(py)?.into_any(),
+            Value::Array(_) => unreachable!("arrays of arrays are refused when the file is opened"),
+        })
+    }
+}

@@ -1,0 +1,216 @@
+//! `octavo._core`: prompts, tokenizers, chat templates and stream frames. What may take long runs detached.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use pyo3::exceptions::{PyOverflowError, PyValueError};
+use pyo3::prelude::*;
+
+use super::gguf::GgufFile;
+use crate::text::{self, FrameKind, RenderOptions, Specials};
+
+/// Token ids of a prompt, kept in Rust.
+#[pyclass(frozen, module = "octavo._core")]
+#[derive(Debug)]
+pub struct Prompt {
+    pub(super) token_ids: Arc<[u32]>,
+}
+
+#[pymethods]
+impl Prompt {
+    #[new]
+    fn new(token_ids: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self { token_ids: extract_ids(token_ids)?.into() })
+    }
+
+    fn __len__(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    #[getter]
+    fn token_ids(&self) -> Vec<u32> {
+        self.token_ids.to_vec()
+    }
+}
+
+/// Text to ids and back.
+#[pyclass(frozen, module = "octavo._core")]
+#[derive(Debug)]
+pub struct Tokenizer {
+    pub(super) tokenizer: Arc<text::Tokenizer>,
+}
+
+impl From<text::Tokenizer> for Tokenizer {
+    fn from(tokenizer: text::Tokenizer) -> Self {
+        Self { tokenizer: Arc::new(tokenizer) }
+    }
+}
+
+#[pymethods]
+impl Tokenizer {
+    #[staticmethod]
+    fn from_file(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        Ok(py.detach(|| text::Tokenizer::from_file(&path))?.into())
+    }
+
+    #[staticmethod]
+    fn from_gguf(py: Python<'_>, file: &GgufFile) -> PyResult<Self> {
+        Ok(py.detach(|| text::Tokenizer::from_gguf(&file.file))?.into())
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (vocab_size = 256))]
+    fn bytes_only(vocab_size: usize) -> Self {
+        text::Tokenizer::bytes_only(vocab_size).into()
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.tokenizer.vocab_size()
+    }
+
+    #[getter]
+    fn bos_token_id(&self) -> Option<u32> {
+        self.tokenizer.bos_token_id()
+    }
+
+    #[getter]
+    fn eos_token_id(&self) -> Option<u32> {
+        self.tokenizer.eos_token_id()
+    }
+
+    #[getter]
+    fn special_tokens(&self) -> BTreeMap<String, u32> {
+        self.tokenizer.special_tokens().clone()
+    }
+
+    fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(token)
+    }
+
+    fn id_to_token(&self, token_id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(token_id)
+    }
+
+    #[pyo3(signature = (text, add_special_tokens = true, parse_special = true))]
+    fn encode_text(
+        &self,
+        py: Python<'_>,
+        text: &str,
+        add_special_tokens: bool,
+        parse_special: bool,
+    ) -> PyResult<Prompt> {
+        let specials = if parse_special { Specials::Parse } else { Specials::Plain };
+        let ids = py.detach(|| self.tokenizer.encode_text(text, add_special_tokens, specials))?;
+        Ok(Prompt { token_ids: ids.into() })
+    }
+
+    #[pyo3(signature = (
+        template, messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None
+    ))]
+    fn encode_chat(
+        &self,
+        py: Python<'_>,
+        template: &ChatTemplate,
+        messages_json: &str,
+        tools_json: Option<&str>,
+        add_generation_prompt: bool,
+        kwargs_json: Option<&str>,
+    ) -> PyResult<Prompt> {
+        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now: unix_time() };
+        let ids = py.detach(|| self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
+        Ok(Prompt { token_ids: ids.into() })
+    }
+
+    #[pyo3(signature = (token_ids, skip_special_tokens = true))]
+    fn decode(&self, py: Python<'_>, token_ids: &Bound<'_, PyAny>, skip_special_tokens: bool) -> PyResult<String> {
+        let ids = extract_ids(token_ids)?;
+        Ok(py.detach(|| self.tokenizer.decode(&ids, skip_special_tokens)))
+    }
+
+    fn token_bytes(&self, token_id: u32) -> &[u8] {
+        self.tokenizer.token_bytes(token_id)
+    }
+}
+
+/// A Jinja chat template under fuel.
+#[pyclass(frozen, module = "octavo._core")]
+#[derive(Debug)]
+pub struct ChatTemplate {
+    template: text::ChatTemplate,
+}
+
+#[pymethods]
+impl ChatTemplate {
+    #[new]
+    #[pyo3(signature = (source, bos_token = "", eos_token = ""))]
+    fn new(source: &str, bos_token: &str, eos_token: &str) -> PyResult<Self> {
+        Ok(Self { template: text::ChatTemplate::new(source, bos_token, eos_token)? })
+    }
+
+    #[pyo3(signature = (
+        messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None, now = None
+    ))]
+    fn render(
+        &self,
+        py: Python<'_>,
+        messages_json: &str,
+        tools_json: Option<&str>,
+        add_generation_prompt: bool,
+        kwargs_json: Option<&str>,
+        now: Option<f64>,
+    ) -> PyResult<String> {
+        let now = now.unwrap_or_else(unix_time);
+        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now };
+        Ok(py.detach(|| self.template.render(messages_json, &options))?)
+    }
+}
+
+/// The constant text around each streamed delta of one request.
+#[pyclass(frozen, module = "octavo._core")]
+#[derive(Debug)]
+pub struct FrameTemplate {
+    pub(super) frames: Arc<text::FrameTemplate>,
+}
+
+#[pymethods]
+impl FrameTemplate {
+    #[new]
+    #[pyo3(signature = (kind, *, id, model, created, include_usage = false, continuous_usage = false))]
+    fn new(
+        kind: &str,
+        id: &str,
+        model: &str,
+        created: u64,
+        include_usage: bool,
+        continuous_usage: bool,
+    ) -> PyResult<Self> {
+        let kind = match kind {
+            "completion" => FrameKind::Completion,
+            "chat" => FrameKind::Chat,
+            _ => {
+                return Err(PyValueError::new_err(format!("kind is {kind:?}, but must be \"completion\" or \"chat\"")))
+            }
+        };
+        let frames = text::FrameTemplate::new(kind, id, model, created, include_usage, continuous_usage);
+        Ok(Self { frames: Arc::new(frames) })
+    }
+}
+
+/// Token ids from any sequence of integers.
+fn extract_ids(ids: &Bound<'_, PyAny>) -> PyResult<Vec<u32>> {
+    ids.extract().map_err(|error: PyErr| {
+        if error.is_instance_of::<PyOverflowError>(ids.py()) {
+            PyValueError::new_err(format!("token_ids must hold integers from 0 to {}", u32::MAX))
+        } else {
+            error
+        }
+    })
+}
+
+/// Seconds since 1970, for templates that print the date.
+fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64())
+}

@@ -1,0 +1,180 @@
+//! Messages to token ids, such that no message can write a special token.
+//!
+//! A client's text may contain `<|im_end|>`, whole or in parts that the template puts together. So before rendering,
+//! wherever a client's string holds a special token, ends with the beginning of one or begins with the end of one, one
+//! character is exchanged for a stand-in: a Unicode noncharacter that occurs in no message. Lengths, trimming and
+//! comparisons stay what they were. Special tokens are then looked for in the rendered text, where only those of the
+//! template are still whole; after that the stand-ins are turned back and all else is tokenised as ordinary text.
+
+use std::collections::HashSet;
+
+use aho_corasick::AhoCorasick;
+use serde_json::Value as Json;
+
+use crate::error::{Error, Result};
+use crate::text::added_tokens::AddedMatch;
+use crate::text::python_methods::is_space;
+use crate::text::python_values::is_noncharacter;
+use crate::text::template::Inputs;
+use crate::text::{ChatTemplate, RenderOptions, Specials, Tokenizer};
+
+impl Tokenizer {
+    /// Renders a conversation and tokenises it. Nothing is added: the template writes BOS where the model wants it.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`], and what tokenising can give.
+    pub fn encode_chat(
+        &self,
+        template: &ChatTemplate,
+        messages_json: &str,
+        options: &RenderOptions,
+    ) -> Result<Vec<u32>> {
+        let mut inputs = Inputs::parse(messages_json, options)?;
+        let mut stand_ins = StandIns::new(&inputs);
+        if let Some(finder) = self.special_finder() {
+            let mut replace = |text: &mut String| finder.replace(text, &mut stand_ins);
+            for_each_string(&mut inputs.messages, &mut replace)?;
+            for_each_string(&mut inputs.tools, &mut replace)?;
+            for value in inputs.kwargs.values_mut() {
+                for_each_string(value, &mut replace)?;
+            }
+        }
+        let rendered = template.render_inputs(&inputs)?;
+        let (text, matches) = stand_ins.restore(&rendered, self.find_added_tokens(&rendered));
+        self.encode_text(&text, false, Specials::At(&matches))
+    }
+}
+
+/// Finds where a client's string could make, or help to make, a special token.
+#[derive(Debug)]
+pub(crate) struct SpecialFinder {
+    whole: AhoCorasick,
+    /// Beginnings of special tokens that are not whole ones.
+    beginnings: HashSet<Box<str>>,
+    ends: HashSet<Box<str>>,
+    longest: usize,
+}
+
+impl SpecialFinder {
+    /// `None` if there is no special token.
+    pub fn new<'a>(specials: impl Iterator<Item = &'a str> + Clone) -> Result<Option<Self>> {
+        let specials = specials.filter(|special| !special.is_empty());
+        let Some(longest) = specials.clone().map(str::len).max() else { return Ok(None) };
+        let whole =
+            AhoCorasick::new(specials.clone()).map_err(|error| Error::Tokenizer(format!("special tokens: {error}")))?;
+        let cuts = specials.flat_map(|special| special.char_indices().skip(1).map(move |(at, _)| special.split_at(at)));
+        let (beginnings, ends) = cuts.map(|(beginning, end)| (Box::from(beginning), Box::from(end))).unzip();
+        Ok(Some(Self { whole, beginnings, ends, longest }))
+    }
+
+    fn replace(&self, text: &mut String, stand_ins: &mut StandIns) -> Result<()> {
+        let mut starts: Vec<usize> = self.whole.find_overlapping_iter(&*text).map(|found| found.start()).collect();
+        // A template may trim what it puts next to its own text.
+        for tail in [text.as_str(), text.trim_end_matches(is_space)] {
+            let parts = tail.char_indices().rev().map(|(at, _)| at).take_while(|at| tail.len() - at <= self.longest);
+            starts.extend(parts.filter(|&at| self.beginnings.contains(&tail[at..])));
+        }
+        for head in [text.as_str(), text.trim_start_matches(is_space)] {
+            let mut parts = head.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|&end| end <= self.longest);
+            if parts.any(|end| self.ends.contains(&head[..end])) {
+                starts.push(text.len() - head.len());
+            }
+        }
+        if starts.is_empty() {
+            return Ok(());
+        }
+        starts.sort_unstable();
+        starts.dedup();
+        let mut replaced = String::with_capacity(text.len() + 2 * starts.len());
+        let mut copied = 0;
+        for start in starts {
+            let original = text[start..].chars().next().expect("a match holds at least one character");
+            replaced.push_str(&text[copied..start]);
+            replaced.push(stand_ins.get(original)?);
+            copied = start + original.len_utf8();
+        }
+        replaced.push_str(&text[copied..]);
+        *text = replaced;
+        Ok(())
+    }
+}
+
+/// Which noncharacter stands for which character.
+#[derive(Debug)]
+struct StandIns {
+    free: Vec<char>,
+    /// (original, stand-in)
+    used: Vec<(char, char)>,
+}
+
+impl StandIns {
+    fn new(inputs: &Inputs) -> Self {
+        let mut taken = HashSet::new();
+        let mut note = |text: &str| taken.extend(text.chars().filter(|&c| is_noncharacter(c)));
+        visit_strings(&inputs.messages, &mut note);
+        visit_strings(&inputs.tools, &mut note);
+        inputs.kwargs.values().for_each(|value| visit_strings(value, &mut note));
+        let in_planes = (0..=0x10).flat_map(|plane| [plane << 16 | 0xFFFE, plane << 16 | 0xFFFF]);
+        let free = (0xFDD0..=0xFDEF).chain(in_planes).filter_map(char::from_u32).filter(|c| !taken.contains(c));
+        Self { free: free.collect(), used: Vec::new() }
+    }
+
+    fn get(&mut self, original: char) -> Result<char> {
+        if let Some((_, stand_in)) = self.used.iter().find(|(c, _)| *c == original) {
+            return Ok(*stand_in);
+        }
+        let stand_in = self
+            .free
+            .pop()
+            .ok_or_else(|| Error::Template("messages write parts of too many different special tokens".to_owned()))?;
+        self.used.push((original, stand_in));
+        Ok(stand_in)
+    }
+
+    /// The text with the original characters, and the matches moved to where they lie in it.
+    fn restore(&self, rendered: &str, matches: Vec<AddedMatch>) -> (String, Vec<AddedMatch>) {
+        let mut text = String::with_capacity(rendered.len());
+        let original = |c| self.used.iter().find(|(_, stand_in)| *stand_in == c).map_or(c, |(original, _)| *original);
+        let mut restored = 0;
+        let mut moved = Vec::with_capacity(matches.len());
+        for found in matches {
+            text.extend(rendered[restored..found.range.start].chars().map(original));
+            let start = text.len();
+            text.push_str(&rendered[found.range.clone()]);
+            restored = found.range.end;
+            moved.push(AddedMatch { range: start..text.len(), ..found });
+        }
+        text.extend(rendered[restored..].chars().map(original));
+        (text, moved)
+    }
+}
+
+/// Every string inside `json`, keys included.
+fn visit_strings(json: &Json, visit: &mut impl FnMut(&str)) {
+    match json {
+        Json::String(text) => visit(text),
+        Json::Array(items) => items.iter().for_each(|item| visit_strings(item, visit)),
+        Json::Object(pairs) => pairs.iter().for_each(|(key, value)| {
+            visit(key);
+            visit_strings(value, visit);
+        }),
+        _ => {}
+    }
+}
+
+/// Changes every string inside `json`, keys included.
+fn for_each_string(json: &mut Json, change: &mut impl FnMut(&mut String) -> Result<()>) -> Result<()> {
+    match json {
+        Json::String(text) => change(text),
+        Json::Array(items) => items.iter_mut().try_for_each(|item| for_each_string(item, change)),
+        Json::Object(pairs) => {
+            for (mut key, mut value) in std::mem::take(pairs) {
+                change(&mut key)?;
+                for_each_string(&mut value, change)?;
+                pairs.insert(key, value);
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}

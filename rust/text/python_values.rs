@@ -1,0 +1,288 @@
+//! Values as Python writes them: `str`, `repr` and `json.dumps` for what templates print.
+//!
+//! minijinja is close to Python here but not equal (floats, quoting, JSON options), and chat formats are byte-exact.
+
+use std::fmt::Write;
+
+use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::{Error, ErrorKind, Value};
+
+/// Deepest nesting that is written. Deeper values can only be built by a hostile template.
+const MAX_DEPTH: usize = 128;
+
+type Written = Result<(), Error>;
+
+/// Python's `str(value)`; an undefined value is the empty string, as in jinja2.
+pub(crate) fn to_str(value: &Value) -> Result<String, Error> {
+    let mut out = String::new();
+    write_str(&mut out, value)?;
+    Ok(out)
+}
+
+fn write_str(out: &mut String, value: &Value) -> Written {
+    match value.as_str() {
+        Some(text) => out.push_str(text),
+        None if value.is_undefined() => {}
+        None => write_repr(out, value, 0)?,
+    }
+    Ok(())
+}
+
+fn write_repr(out: &mut String, value: &Value, depth: usize) -> Written {
+    check_depth(depth)?;
+    match value.kind() {
+        ValueKind::String => write_quoted(out, value.as_str().unwrap_or_default()),
+        ValueKind::Number => write_number(out, value, ["nan", "inf"]),
+        ValueKind::Undefined => out.push_str("Undefined"),
+        ValueKind::Map => {
+            out.push('{');
+            for (index, (key, item)) in pairs(value)?.iter().enumerate() {
+                out.push_str(if index == 0 { "" } else { ", " });
+                write_repr(out, key, depth + 1)?;
+                out.push_str(": ");
+                write_repr(out, item, depth + 1)?;
+            }
+            out.push('}');
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            let is_tuple = value.is_tuple();
+            out.push(if is_tuple { '(' } else { '[' });
+            let mut len = 0;
+            for item in value.try_iter()?.checked() {
+                out.push_str(if len == 0 { "" } else { ", " });
+                write_repr(out, &item?, depth + 1)?;
+                len += 1;
+            }
+            out.push_str(match (is_tuple, len) {
+                (true, 1) => ",)",
+                (true, _) => ")",
+                (false, _) => "]",
+            });
+        }
+        _ => write!(out, "{value}").map_err(|_| Error::new(ErrorKind::InvalidOperation, "cannot be printed"))?,
+    }
+    Ok(())
+}
+
+/// A string literal as Python's `repr` chooses it.
+fn write_quoted(out: &mut String, text: &str) {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    out.push(quote);
+    for c in text.chars() {
+        let code = c as u32;
+        match c {
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            _ if c == quote => out.extend(['\\', c]),
+            _ if is_printable(c) => out.push(c),
+            _ if code <= 0xFF => out.push_str(&format!("\\x{code:02x}")),
+            _ if code <= 0xFFFF => out.push_str(&format!("\\u{code:04x}")),
+            _ => out.push_str(&format!("\\U{code:08x}")),
+        }
+    }
+    out.push(quote);
+}
+
+/// Whether `repr` shows the character itself: not control, format, surrogate, private, separator. Unassigned code points,
+/// which change with each Unicode version, are shown.
+fn is_printable(c: char) -> bool {
+    !(c.is_control()
+        || (c.is_whitespace() && c != ' ')
+        || matches!(c as u32,
+            0xAD | 0x600..=0x605 | 0x61C | 0x6DD | 0x70F | 0x8E2 | 0x180E | 0x200B..=0x200F | 0x202A..=0x202E
+            | 0x2060..=0x206F | 0xE000..=0xF8FF | 0xFEFF | 0xFFF9..=0xFFFB | 0xE0001..=0xE007F | 0xF0000..))
+}
+
+/// Integers in full; floats in the shortest form that reads back, with an exponent where Python has one.
+fn write_number(out: &mut String, value: &Value, [nan, infinity]: [&str; 2]) {
+    let float = (!value.is_integer()).then(|| f64::try_from(value.clone()).ok()).flatten();
+    let Some(float) = float else {
+        out.push_str(&value.to_string());
+        return;
+    };
+    if float.is_nan() {
+        out.push_str(nan);
+    } else if float.is_infinite() {
+        out.push_str(if float < 0.0 { "-" } else { "" });
+        out.push_str(infinity);
+    } else {
+        let scientific = format!("{float:e}");
+        let (digits, exponent) = scientific.split_once('e').expect("`{:e}` writes an exponent");
+        let exponent: i32 = exponent.parse().expect("`{:e}` writes a decimal exponent");
+        if (-4..16).contains(&exponent) {
+            let plain = float.to_string();
+            out.push_str(&plain);
+            out.push_str(if plain.contains('.') { "" } else { ".0" });
+        } else {
+            let sign = if exponent < 0 { '-' } else { '+' };
+            out.push_str(&format!("{digits}e{sign}{:02}", exponent.abs()));
+        }
+    }
+}
+
+/// `tojson` with the signature Hugging Face gives it: `tojson(x, ensure_ascii=False, indent=None, separators=None,
+/// sort_keys=False)`, which is `json.dumps` and escapes nothing for HTML.
+pub(crate) fn to_json(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+    let mut positional = positional.0.into_iter();
+    let mut argument = |name: &str| -> Result<Value, Error> {
+        Ok(match positional.next() {
+            Some(value) => value,
+            None => kwargs.get::<Option<Value>>(name)?.unwrap_or_default(),
+        })
+    };
+    let ensure_ascii = argument("ensure_ascii")?.is_true();
+    let indent = argument("indent")?;
+    let separators = argument("separators")?;
+    let sort_keys = argument("sort_keys")?.is_true();
+    kwargs.assert_all_used()?;
+
+    let indent = match (indent.as_str(), indent.as_i64()) {
+        (Some(text), _) => Some(text.to_owned()),
+        (None, Some(spaces)) if spaces <= 64 => Some(" ".repeat(spaces.max(0) as usize)),
+        (None, None) if indent.is_none() || indent.is_undefined() => None,
+        _ => {
+            return Err(Error::new(ErrorKind::InvalidOperation, "tojson: indent must be at most 64 spaces or a string"))
+        }
+    };
+    let (item, key) = if separators.is_none() || separators.is_undefined() {
+        (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned())
+    } else {
+        let parts: Vec<String> = separators.try_iter()?.map(|part| to_str(&part)).collect::<Result<_, _>>()?;
+        <[String; 2]>::try_from(parts)
+            .map(|[item, key]| (item, key))
+            .map_err(|_| Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings"))?
+    };
+    let mut writer = JsonWriter { out: String::new(), ensure_ascii, indent, item, key, sort_keys };
+    writer.write(value, 0)?;
+    Ok(writer.out)
+}
+
+struct JsonWriter {
+    out: String,
+    ensure_ascii: bool,
+    indent: Option<String>,
+    item: String,
+    key: String,
+    sort_keys: bool,
+}
+
+impl JsonWriter {
+    fn write(&mut self, value: &Value, depth: usize) -> Written {
+        check_depth(depth)?;
+        match value.kind() {
+            ValueKind::None => self.out.push_str("null"),
+            ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
+            ValueKind::Number => write_number(&mut self.out, value, ["NaN", "Infinity"]),
+            ValueKind::String => self.write_string(value.as_str().unwrap_or_default()),
+            ValueKind::Seq | ValueKind::Iterable => {
+                let items = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
+                self.out.push('[');
+                for (index, item) in items.iter().enumerate() {
+                    self.begin_item(index, depth + 1);
+                    self.write(item, depth + 1)?;
+                }
+                self.end_items(items.len(), depth);
+                self.out.push(']');
+            }
+            ValueKind::Map => {
+                let mut pairs = pairs(value)?;
+                if self.sort_keys {
+                    pairs.sort_by(|(a, _), (b, _)| a.cmp(b));
+                }
+                self.out.push('{');
+                for (index, (key, item)) in pairs.iter().enumerate() {
+                    self.begin_item(index, depth + 1);
+                    self.write_key(key)?;
+                    self.write(item, depth + 1)?;
+                }
+                self.end_items(pairs.len(), depth);
+                self.out.push('}');
+            }
+            kind => return Err(not_serializable(&kind.to_string())),
+        }
+        Ok(())
+    }
+
+    /// Keys are strings; Python makes them of numbers, booleans and None.
+    fn write_key(&mut self, key: &Value) -> Written {
+        match key.kind() {
+            ValueKind::String => self.write_string(key.as_str().unwrap_or_default()),
+            ValueKind::Number | ValueKind::Bool | ValueKind::None => {
+                self.out.push('"');
+                self.write(key, 0)?;
+                self.out.push('"');
+            }
+            kind => return Err(not_serializable(&format!("{kind} key"))),
+        }
+        self.out.push_str(&self.key);
+        Ok(())
+    }
+
+    fn begin_item(&mut self, index: usize, depth: usize) {
+        if index > 0 {
+            self.out.push_str(&self.item);
+        }
+        self.new_line(depth);
+    }
+
+    fn end_items(&mut self, len: usize, depth: usize) {
+        if len > 0 {
+            self.new_line(depth);
+        }
+    }
+
+    fn new_line(&mut self, depth: usize) {
+        if let Some(indent) = &self.indent {
+            self.out.push('\n');
+            for _ in 0..depth {
+                self.out.push_str(indent);
+            }
+        }
+    }
+
+    fn write_string(&mut self, text: &str) {
+        self.out.push('"');
+        for c in text.chars() {
+            match c {
+                '"' => self.out.push_str("\\\""),
+                '\\' => self.out.push_str("\\\\"),
+                '\n' => self.out.push_str("\\n"),
+                '\r' => self.out.push_str("\\r"),
+                '\t' => self.out.push_str("\\t"),
+                '\u{8}' => self.out.push_str("\\b"),
+                '\u{c}' => self.out.push_str("\\f"),
+                ..='\u{1f}' => self.out.push_str(&format!("\\u{:04x}", c as u32)),
+                // DEL is ASCII. Noncharacters are `encode_chat`'s stand-ins for ASCII.
+                _ if self.ensure_ascii && c > '\u{7f}' && !is_noncharacter(c) => {
+                    for unit in c.encode_utf16(&mut [0; 2]) {
+                        self.out.push_str(&format!("\\u{unit:04x}"));
+                    }
+                }
+                _ => self.out.push(c),
+            }
+        }
+        self.out.push('"');
+    }
+}
+
+/// A code point that Unicode sets aside for use inside programs.
+pub(crate) fn is_noncharacter(c: char) -> bool {
+    matches!(c, '\u{FDD0}'..='\u{FDEF}') || (c as u32 & 0xFFFE) == 0xFFFE
+}
+
+fn pairs(map: &Value) -> Result<Vec<(Value, Value)>, Error> {
+    map.try_iter()?.map(|key| map.get_item(&key).map(|item| (key, item))).collect()
+}
+
+fn check_depth(depth: usize) -> Written {
+    if depth > MAX_DEPTH {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("value is nested deeper than {MAX_DEPTH}")));
+    }
+    Ok(())
+}
+
+fn not_serializable(what: &str) -> Error {
+    Error::new(ErrorKind::InvalidOperation, format!("{what} is not JSON serializable"))
+}

@@ -1,0 +1,189 @@
+//! Two rewrites of a template's source, for what minijinja's grammar does not have.
+//!
+//! - `{% generation %} ... {% endgeneration %}` (a Hugging Face tag that marks the assistant's words for training)
+//!   becomes `{% with %} ... {% endwith %}`, which has the same scope and whitespace rules and no other effect.
+//! - `'...' % x` on a string literal becomes `'...' | python_percent(x)`.
+
+/// Name of the filter that stands for `%` on strings.
+pub(crate) const PERCENT_FILTER: &str = "python_percent";
+
+/// Rewrites a whole template.
+pub(crate) fn rewrite(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(start) = rest.find('{') {
+        let (text, tag) = rest.split_at(start);
+        out.push_str(text);
+        if let Some(after_raw) = raw_block_end(tag) {
+            out.push_str(&tag[..after_raw]);
+            rest = &tag[after_raw..];
+        } else if tag.starts_with("{#") {
+            let end = tag.find("#}").map_or(tag.len(), |end| end + 2);
+            out.push_str(&tag[..end]);
+            rest = &tag[end..];
+        } else if tag.starts_with("{%") || tag.starts_with("{{") {
+            let closing = if tag.starts_with("{%") { "%}" } else { "}}" };
+            let (inside, end) = scan_tag(&tag[2..], closing);
+            out.push_str(&tag[..2]);
+            out.push_str(&rename_generation(inside));
+            rest = &tag[2 + end..];
+        } else {
+            out.push('{');
+            rest = &tag[1..];
+        }
+    }
+    out.push_str(rest);
+    out
+}
+
+/// The statement inside `{% ... %}` without its whitespace control.
+fn statement(tag: &str) -> Option<&str> {
+    let inside = &tag.strip_prefix("{%")?;
+    Some(inside[..inside.find("%}")?].trim_matches(['-', '+']).trim())
+}
+
+/// Where a `{% raw %}` block that begins `tag` ends.
+fn raw_block_end(tag: &str) -> Option<usize> {
+    if statement(tag)? != "raw" {
+        return None;
+    }
+    let ends = tag.match_indices("{%").find(|(at, _)| statement(&tag[*at..]) == Some("endraw"));
+    Some(ends.map_or(tag.len(), |(at, _)| at))
+}
+
+fn rename_generation(inside: &str) -> String {
+    match inside.trim_matches(['-', '+']).trim() {
+        "generation" => inside.replace("generation", "with"),
+        "endgeneration" => inside.replace("endgeneration", "endwith"),
+        _ => rewrite_percent(inside),
+    }
+}
+
+/// The inside of a tag and where it ends; a closing mark inside a string does not count.
+fn scan_tag<'a>(tag: &'a str, closing: &str) -> (&'a str, usize) {
+    let mut at = 0;
+    while at < tag.len() {
+        if tag[at..].starts_with(closing) {
+            return (&tag[..at], at);
+        }
+        at += token_len(&tag[at..]);
+    }
+    (tag, tag.len())
+}
+
+/// Length of the string literal, name or character that `text` begins with.
+fn token_len(text: &str) -> usize {
+    let mut chars = text.char_indices();
+    let Some((_, first)) = chars.next() else { return 0 };
+    if first == '"' || first == '\'' {
+        let mut escaped = false;
+        for (at, c) in chars {
+            match c {
+                _ if escaped => escaped = false,
+                '\\' => escaped = true,
+                _ if c == first => return at + 1,
+                _ => {}
+            }
+        }
+        return text.len();
+    }
+    if is_word(first) {
+        return text.find(|c| !is_word(c)).unwrap_or(text.len());
+    }
+    first.len_utf8()
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn rewrite_percent(expression: &str) -> String {
+    let mut out = String::with_capacity(expression.len());
+    let mut at = 0;
+    while at < expression.len() {
+        let len = token_len(&expression[at..]);
+        out.push_str(&expression[at..at + len]);
+        let is_string = expression[at..].starts_with(['"', '\'']);
+        at += len;
+        let after = &expression[at..];
+        let Some(operand) = after.trim_start().strip_prefix('%').filter(|_| is_string) else { continue };
+        let operand = operand.trim_start();
+        let len = operand_len(operand);
+        if len > 0 {
+            out.push_str(&format!(" | {PERCENT_FILTER}({})", rewrite_percent(&operand[..len])));
+            at = expression.len() - operand.len() + len;
+        }
+    }
+    out
+}
+
+/// Length of the operand that `text` begins with: what binds tighter than `%` (a sign, a literal, a name or brackets,
+/// then attributes, subscripts, calls and filters).
+fn operand_len(text: &str) -> usize {
+    let mut at = text.len() - text.trim_start_matches(['-', '+', ' ']).len();
+    match text[at..].chars().next() {
+        Some('(' | '[' | '{') => at += brackets_len(&text[at..]),
+        Some(c) if is_word(c) || c == '"' || c == '\'' => at += token_len(&text[at..]),
+        _ => return 0,
+    }
+    loop {
+        let rest = &text[at..];
+        let spaces = rest.len() - rest.trim_start().len();
+        let next = &rest[spaces..];
+        at += match next.chars().next() {
+            Some('(' | '[') => spaces + brackets_len(next),
+            Some(mark @ ('.' | '|')) => {
+                let name = next[mark.len_utf8()..].trim_start();
+                match token_len(name) {
+                    len if name.starts_with(is_word) => spaces + (next.len() - name.len()) + len,
+                    _ => return at,
+                }
+            }
+            _ => return at,
+        };
+    }
+}
+
+/// Length of the bracketed expression that `text` begins with.
+fn brackets_len(text: &str) -> usize {
+    let (mut at, mut depth) = (0, 0);
+    while at < text.len() {
+        match text.as_bytes()[at] {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth -= 1,
+            _ => {}
+        }
+        at += token_len(&text[at..]);
+        if depth == 0 {
+            return at;
+        }
+    }
+    text.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rewrite;
+
+    #[test]
+    fn percent_binds_as_in_python() {
+        for (source, expected) in [
+            ("{{ 'a' + '%s' % x.y[0]|upper + 'b' }}", "{{ 'a' + '%s' | python_percent(x.y[0]|upper) + 'b' }}"),
+            ("{{ \"%d-%s\" % (i, f('}}')) }}", "{{ \"%d-%s\" | python_percent((i, f('}}'))) }}"),
+            ("{% if i % 2 == 0 %}'%s' % x{% endif %}", "{% if i % 2 == 0 %}'%s' % x{% endif %}"),
+            (
+                "{% set x = '%' %}{{ '%s'%('%s' % y) }}",
+                "{% set x = '%' %}{{ '%s' | python_percent(('%s' | python_percent(y))) }}",
+            ),
+            ("{% raw %}{{ '%s' % x }}{% endraw %}", "{% raw %}{{ '%s' % x }}{% endraw %}"),
+            ("{# '%s' % x #}{", "{# '%s' % x #}{"),
+        ] {
+            assert_eq!(rewrite(source), expected);
+        }
+    }
+
+    #[test]
+    fn generation_blocks_keep_their_whitespace_control() {
+        assert_eq!(rewrite("{%- generation -%} x {%+ endgeneration %}"), "{%- with -%} x {%+ endwith %}");
+    }
+}
