@@ -20,6 +20,7 @@ pub mod config;
 pub mod error;
 pub mod gguf;
 pub mod kv_cache;
+pub mod outbox;
 pub mod output;
 pub mod plan;
 pub mod policy;

@@ -310,13 +310,7 @@ impl Choice {
     }
 
     /// One frame a pending token, the last one with the finish reason; one frame for all of them if the client lags.
-    fn write_frames(
-        &mut self,
-        frames: &FrameTemplate,
-        usage: Usage,
-        tokenizer: Option<&Tokenizer>,
-        out: &mut Vec<u8>,
-    ) {
+    fn write_frames(&mut self, frames: &FrameTemplate, usage: Usage, tokenizer: Option<&Tokenizer>, out: &mut Vec<u8>) {
         let finish = self.pending.finish.as_ref();
         let tokens = self.pending.token_ids.len();
         let count = match tokens {

@@ -15,7 +15,7 @@ use crate::text::{self, FrameKind, RenderOptions, Specials};
 #[pyclass(frozen, module = "octavo._core")]
 #[derive(Debug)]
 pub struct Prompt {
-    pub(super) token_ids: Arc<[u32]>,
+    token_ids: Arc<[u32]>,
 }
 
 #[pymethods]
@@ -35,11 +35,25 @@ impl Prompt {
     }
 }
 
+impl Prompt {
+    /// The token ids.
+    pub(super) fn ids(&self) -> Arc<[u32]> {
+        Arc::clone(&self.token_ids)
+    }
+}
+
 /// Text to ids and back.
 #[pyclass(frozen, module = "octavo._core")]
 #[derive(Debug)]
 pub struct Tokenizer {
-    pub(super) tokenizer: Arc<text::Tokenizer>,
+    tokenizer: Arc<text::Tokenizer>,
+}
+
+impl Tokenizer {
+    /// The tokenizer, to be kept.
+    pub(super) fn shared(&self) -> Arc<text::Tokenizer> {
+        Arc::clone(&self.tokenizer)
+    }
 }
 
 impl From<text::Tokenizer> for Tokenizer {
@@ -172,7 +186,14 @@ impl ChatTemplate {
 #[pyclass(frozen, module = "octavo._core")]
 #[derive(Debug)]
 pub struct FrameTemplate {
-    pub(super) frames: Arc<text::FrameTemplate>,
+    frames: text::FrameTemplate,
+}
+
+impl FrameTemplate {
+    /// The frames' constant text.
+    pub(super) fn inner(&self) -> &text::FrameTemplate {
+        &self.frames
+    }
 }
 
 #[pymethods]
@@ -194,8 +215,7 @@ impl FrameTemplate {
                 return Err(PyValueError::new_err(format!("kind is {kind:?}, but must be \"completion\" or \"chat\"")))
             }
         };
-        let frames = text::FrameTemplate::new(kind, id, model, created, include_usage, continuous_usage);
-        Ok(Self { frames: Arc::new(frames) })
+        Ok(Self { frames: text::FrameTemplate::new(kind, id, model, created, include_usage, continuous_usage) })
     }
 }
 

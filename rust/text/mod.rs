@@ -9,6 +9,7 @@ mod chat;
 mod clock;
 mod detokenize;
 mod gguf_vocab;
+pub mod logprobs;
 mod pieces;
 mod python_methods;
 mod python_values;
