@@ -308,8 +308,7 @@ impl EngineCore {
             max_preemptions,
             priority_aging,
             static_batch_wait,
-            hash_secret: *blake3::hash(&hash_secret).as_bytes(),
-            seed,
+            hash_seed: *blake3::hash(&[&hash_secret[..], &seed.to_le_bytes()].concat()).as_bytes(),
         })?;
         let tokenizer = tokenizer.map(|tokenizer| tokenizer.get().shared());
         Ok(Self {

@@ -1,5 +1,6 @@
 //! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is its contract.
 
+mod engine;
 mod errors;
 mod gguf;
 mod text;
@@ -7,6 +8,8 @@ mod text;
 /// The extension module.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::engine::{ChoiceDelta, EngineCore, Plan, RequestDelta, SamplingParams};
     #[pymodule_export]
     use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, TemplateError};
     #[pymodule_export]
