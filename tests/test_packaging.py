@@ -1,4 +1,6 @@
-"""The wheel holds what it needs: one abi3 extension, the kernels behind the symlink, the typing files, and no more than 15 MB."""
+"""The wheel holds what it needs: one abi3 extension, the kernels behind the symlink, the typing files, and no more than
+15 MB.
+"""
 
 from __future__ import annotations
 

@@ -54,12 +54,16 @@ def test_imports_point_one_way(part: str) -> None:
 
 def test_server_and_leaves_do_not_import_torch() -> None:
     files = [*(PACKAGE / "server").rglob("*.py"), *(PACKAGE / f"{name}.py" for name in LEAVES - {"_core"})]
-    offenders = [str(path) for path in files if re.search(r"^\s*(import|from) (torch|triton)\b", path.read_text(), re.M)]
+    offenders = [
+        str(path) for path in files if re.search(r"^\s*(import|from) (torch|triton)\b", path.read_text(), re.M)
+    ]
     assert not offenders
 
 
 def test_only_the_binding_names_pyo3() -> None:
-    files = [path for path in (REPOSITORY / "rust").rglob("*.rs") if "py" not in path.relative_to(REPOSITORY / "rust").parts]
+    files = [
+        path for path in (REPOSITORY / "rust").rglob("*.rs") if "py" not in path.relative_to(REPOSITORY / "rust").parts
+    ]
     offenders = [str(path) for path in files if re.search(r"\b(pyo3|numpy)::", path.read_text())]
     assert not offenders
 

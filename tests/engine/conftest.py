@@ -10,7 +10,9 @@ import pytest
 import torch
 
 GAP = 1e-3
-"""Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32 logits by under 1e-4 on CPUs."""
+"""Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32 logits by under 1e-4 on
+CPUs.
+"""
 
 
 @dataclass
@@ -23,7 +25,8 @@ class Reference:
     def disagreement(self, prompt: list[int], output: list[int]) -> str | None:
         """Where a greedy output leaves the reference at a position whose two best logits differ by more than GAP.
 
-        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn in.
+        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn
+        in.
         """
         logits = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
         best = logits.topk(2)

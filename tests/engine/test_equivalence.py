@@ -1,4 +1,6 @@
-"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play (E1-E5 of the invariants)."""
+"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play (E1-E5 of the
+invariants).
+"""
 
 from __future__ import annotations
 
