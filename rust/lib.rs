@@ -29,4 +29,5 @@ pub mod prefix_cache;
 mod py;
 pub mod request;
 pub mod scheduler;
+mod slab;
 pub mod text;

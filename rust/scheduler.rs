@@ -1,12 +1,35 @@
-//! The scheduler: admits, plans, commits.
+//! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life of a request.
+//!
+//! Split by event: `admit` (a request arrives; a waiting sequence joins), `schedule` (a step is planned), `commit` (a step
+//! or a request ends). This file holds the state they share.
+//!
+//! # Why everybody gets on
+//! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)), and preempted from its
+//! end, so the first always advances: everyone after it can be made to give way, and alone it fits, which admission checked.
+//! A sequence that has been preempted `max_preemptions` times comes back only with a reservation for all it can still
+//! need, for itself and for everyone before it, and nobody is preempted who has one. At most `max_running` run, so each
+//! can have a decode row in every step.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
 
-use crate::config::CoreConfig;
+use rustc_hash::FxHashMap;
+
+use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
-use crate::output::OutputSink;
-use crate::plan::PlanInfo;
-use crate::request::{RequestId, SamplingParams, SeqRef};
+use crate::kv_cache::KvCache;
+use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
+use crate::policy::WaitingQueue;
+use crate::prefix_cache::PrefixHasher;
+use crate::request::{check_tokens, BlockId, RequestId, SeqRef};
+use crate::slab::Slab;
+
+mod admit;
+mod commit;
+mod integrity;
+mod schedule;
+mod sequence;
+
+use sequence::{Request, Sequence, State};
 
 /// Most steps in flight.
 pub const MAX_STEPS_IN_FLIGHT: usize = 2;
@@ -16,7 +39,7 @@ pub const MAX_STEPS_IN_FLIGHT: usize = 2;
 pub struct Stats {
     /// Sequences that hold a place in the running batch.
     pub num_running: u64,
-    /// Sequences in the waiting queue, preempted ones included.
+    /// Sequences that wait, preempted ones included.
     pub num_waiting: u64,
     /// Steps planned and not committed.
     pub steps_in_flight: u64,
@@ -44,9 +67,9 @@ pub struct Stats {
     pub unknown_aborts: u64,
     /// Counter: preemptions.
     pub preemptions: u64,
-    /// Counter: steps committed.
+    /// Counter: steps committed, failed ones included.
     pub steps: u64,
-    /// Counter: prompt tokens computed (those found in the prefix cache left out).
+    /// Counter: prompt tokens of requests that were admitted.
     pub prompt_tokens: u64,
     /// Counter: output tokens.
     pub generation_tokens: u64,
@@ -56,132 +79,262 @@ pub struct Stats {
     pub prefix_cache_hits: u64,
 }
 
-/// The core. See the crate's page for the life of a request.
+/// One row of a step in flight.
+#[derive(Debug, Clone, Copy)]
+struct StepRow {
+    sequence: u32,
+    /// The sequence's `run` when the row was planned.
+    run: u32,
+    len: u32,
+    num_drafts: u32,
+    prefill: bool,
+    sample: bool,
+}
+
+/// A step in flight.
+#[derive(Debug, Default)]
+struct Step {
+    id: u64,
+    rows: Vec<StepRow>,
+    layout: Option<ResultLayout>,
+    /// Records of its result, padding included.
+    num_records: usize,
+    /// It did not run; its rows have been dropped.
+    failed: bool,
+}
+
+/// What is decided of the step being planned, before it is written. Kept between steps for its memory.
+#[derive(Debug, Default)]
+struct Draft {
+    decodes: Vec<schedule::PlannedRow>,
+    prefills: Vec<schedule::PlannedRow>,
+    copies: Vec<(BlockId, BlockId)>,
+    /// Draft tokens of each decode row, filled up.
+    num_draft_tokens: u32,
+    /// Tokens left of the budget.
+    budget: u32,
+    /// Left of the plan's room for blocks and penalty tokens of sequences that enter.
+    entered_blocks: usize,
+    penalty_tokens: usize,
+    preempted: bool,
+}
+
+/// The core. Events come in by its methods, with the time in seconds where it matters; plans come out.
 #[derive(Debug)]
-pub struct Scheduler {}
+pub struct Scheduler {
+    config: CoreConfig,
+    capacity: PlanCapacity,
+    kv: KvCache,
+    hasher: PrefixHasher,
+    requests: Slab<Request>,
+    by_id: FxHashMap<RequestId, u32>,
+    sequences: Slab<Sequence>,
+    /// By order.
+    running: Vec<u32>,
+    /// Somebody in `running` has finished.
+    left_running: bool,
+    /// May be admitted.
+    ready: WaitingQueue,
+    /// Wait for their batch to be opened (policies other than continuous).
+    gated: WaitingQueue,
+    /// Requests of the open batch that have not finished.
+    batch_left: usize,
+    free_slots: Vec<u32>,
+    /// Slots given back that a step in flight may still use, by the parity of that step.
+    held_slots: [Vec<u32>; 2],
+    /// Blocks set aside by reservations and not yet taken, and the number of reservations.
+    reserved_blocks: usize,
+    num_reservations: usize,
+    /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for the better since.
+    nothing_fits_in: Option<usize>,
+    /// Requests that have not been admitted yet.
+    num_queued: usize,
+    /// Longest sequence that the pool holds.
+    longest_sequence: u32,
+    next_request: u64,
+    next_step: u64,
+    committed_step: u64,
+    in_flight: VecDeque<Step>,
+    /// Emptied steps, for their memory.
+    spare_steps: Vec<Step>,
+    draft: Draft,
+    writer: PlanWriter,
+    /// For one block's tokens, and for the counts of one sequence's penalty tokens.
+    token_scratch: Vec<u32>,
+    penalty_scratch: FxHashMap<u32, u32>,
+    now: f64,
+    stats: Stats,
+}
 
 impl Scheduler {
     /// # Errors
     /// [`Error::InvalidValue`] for a configuration that is out of range.
-    pub fn new(_config: CoreConfig) -> Result<Self, Error> {
-        unimplemented!()
+    pub fn new(config: CoreConfig) -> Result<Self, Error> {
+        let config = config.checked()?;
+        let kv = KvCache::new(&config);
+        Ok(Self {
+            capacity: PlanCapacity::new(&config),
+            hasher: PrefixHasher::new(config.hash_seed),
+            requests: Slab::new(),
+            by_id: FxHashMap::default(),
+            sequences: Slab::new(),
+            running: Vec::with_capacity(config.max_num_seqs as usize),
+            left_running: false,
+            ready: WaitingQueue::default(),
+            gated: WaitingQueue::default(),
+            batch_left: 0,
+            free_slots: (0..config.max_num_seqs).rev().collect(),
+            held_slots: [Vec::new(), Vec::new()],
+            reserved_blocks: 0,
+            num_reservations: 0,
+            nothing_fits_in: None,
+            num_queued: 0,
+            longest_sequence: kv.longest_sequence(config.max_model_len),
+            next_request: 1,
+            next_step: 1,
+            committed_step: 0,
+            in_flight: VecDeque::with_capacity(MAX_STEPS_IN_FLIGHT),
+            spare_steps: Vec::with_capacity(MAX_STEPS_IN_FLIGHT),
+            draft: Draft::default(),
+            writer: PlanWriter::default(),
+            token_scratch: Vec::with_capacity(config.block_size as usize),
+            penalty_scratch: FxHashMap::default(),
+            now: 0.0,
+            stats: Stats::default(),
+            kv,
+            config,
+        })
     }
 
     /// The checked configuration.
     pub fn config(&self) -> &CoreConfig {
-        unimplemented!()
+        &self.config
     }
 
     /// Bytes of the largest plan.
     pub fn plan_bytes(&self) -> usize {
-        unimplemented!()
+        self.capacity.plan_bytes()
     }
 
     /// Bytes of the largest result.
     pub fn result_bytes(&self) -> usize {
-        unimplemented!()
+        self.capacity.result_bytes(self.config.num_draft_tokens)
     }
 
-    /// Adds a request to the waiting queue. `now` is seconds of any clock that does not go back (one that does is
-    /// taken to stand still).
-    ///
-    /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::TokenOutOfRange`], [`Error::PromptTooLong`], [`Error::KvCapacity`],
-    /// [`Error::QueueFull`]. A refused request leaves no trace.
-    pub fn add_request(
-        &mut self,
-        _prompt: Arc<[u32]>,
-        _params: SamplingParams,
-        _priority: i32,
-        _cache_salt: Option<&str>,
-        _now: f64,
-    ) -> Result<RequestId, Error> {
-        unimplemented!()
-    }
-
-    /// Ends a request in any state; each sequence that has not finished is told to the sink with
-    /// [`Abort`](crate::output::FinishReason::Abort). Unknown ids are counted and otherwise ignored.
-    pub fn abort(&mut self, _id: RequestId, _sink: &mut impl OutputSink) {
-        unimplemented!()
-    }
-
-    /// Offers draft tokens for the sequence's next decode row. They are dropped where it will not be a decode row.
+    /// Offers draft tokens for the sequence's next decode row. They are dropped where the sequence is gone or does not
+    /// decode now.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for more than `num_draft_tokens`, [`Error::TokenOutOfRange`].
-    pub fn set_drafts(&mut self, _seq: SeqRef, _drafts: &[u32]) -> Result<(), Error> {
-        unimplemented!()
-    }
-
-    /// Plans a step into `plan`, or returns None where nothing can run before a commit, an arrival or a later `now`.
-    ///
-    /// # Errors
-    /// [`Error::StepOrder`] while two steps are in flight, [`Error::BufferTooSmall`] (before anything changes) where
-    /// `plan` has fewer than [`Self::plan_bytes`] bytes.
-    pub fn schedule(&mut self, _plan: &mut [u8], _now: f64) -> Result<Option<PlanInfo>, Error> {
-        unimplemented!()
-    }
-
-    /// Takes the result of the oldest step in flight.
-    ///
-    /// # Errors
-    /// [`Error::StepOrder`] where `step_id` is not that step, [`Error::BufferTooSmall`]; nothing changes then.
-    pub fn commit(
-        &mut self,
-        _step_id: u64,
-        _result: &[u8],
-        _now: f64,
-        _sink: &mut impl OutputSink,
-    ) -> Result<(), Error> {
-        unimplemented!()
-    }
-
-    /// A step in flight (either of them) did not run: every request with a row in it ends with
-    /// [`StepFailed`](crate::output::SequenceError::StepFailed), and the step counts as committed.
-    ///
-    /// # Errors
-    /// [`Error::StepOrder`] where `step_id` is not in flight.
-    pub fn fail_step(&mut self, _step_id: u64, _sink: &mut impl OutputSink) -> Result<(), Error> {
-        unimplemented!()
-    }
-
-    /// Ends every request with [`StepFailed`](crate::output::SequenceError::StepFailed), and takes all steps in flight
-    /// as committed: nothing runs any more.
-    pub fn fail_all(&mut self, _sink: &mut impl OutputSink) {
-        unimplemented!()
+    pub fn set_drafts(&mut self, seq: SeqRef, drafts: &[u32]) -> Result<(), Error> {
+        let limit = self.config.num_draft_tokens;
+        if drafts.len() > limit as usize {
+            let limit = format!("at most num_draft_tokens = {limit} tokens");
+            return Err(Error::invalid("drafts", format!("a list of {}", drafts.len()), limit));
+        }
+        check_tokens("drafts", drafts.iter().copied(), self.config.vocab_size)?;
+        let Some(request) = self.by_id.get(&seq.request) else { return Ok(()) };
+        let Some(number) = self.requests[*request].sequences.get(seq.index as usize) else { return Ok(()) };
+        match self.sequences.get_mut(*number) {
+            Some(sequence) if sequence.name == seq && sequence.state == State::Running && sequence.decoding => {
+                sequence.drafts.clear();
+                sequence.drafts.extend_from_slice(drafts);
+            }
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Whether any request has not finished.
     pub fn has_unfinished(&self) -> bool {
-        unimplemented!()
+        !self.by_id.is_empty()
     }
 
     /// Whether `schedule` is worth a call at `now`: something runs or may be admitted. A static batch that is still
     /// forming is no work before [`Self::next_wake`].
-    pub fn has_work(&self, _now: f64) -> bool {
-        unimplemented!()
+    pub fn has_work(&self, now: f64) -> bool {
+        !self.running.is_empty() || !self.ready.is_empty() || self.batch_may_open(self.clock(now))
     }
 
     /// When a forming static batch will start without further arrivals.
     pub fn next_wake(&self) -> Option<f64> {
-        unimplemented!()
+        if self.config.batching != Batching::Static || self.batch_left > 0 {
+            return None;
+        }
+        self.oldest_gated().map(|added| added + self.config.static_batch_wait)
     }
 
     /// Counters and gauges.
     pub fn stats(&self) -> Stats {
-        unimplemented!()
+        let pool = self.kv.pool();
+        Stats {
+            num_running: self.running.len() as u64,
+            num_waiting: (self.ready.len() + self.gated.len()) as u64,
+            steps_in_flight: self.in_flight.len() as u64,
+            blocks_total: pool.num_blocks() as u64,
+            blocks_used: (pool.num_blocks() - pool.num_free() - pool.num_held()) as u64,
+            blocks_held: pool.num_held() as u64,
+            blocks_cached: pool.num_cached() as u64,
+            blocks_blank: (pool.num_free() - pool.num_cached()) as u64,
+            ..self.stats
+        }
     }
 
     /// Forgets the content of all blocks. Running sequences keep theirs.
     pub fn reset_prefix_cache(&mut self) {
-        unimplemented!()
+        self.kv.forget();
     }
 
-    /// Recounts everything from scratch and compares: references, lists, index, slots, queues.
-    ///
-    /// # Errors
-    /// What is inconsistent, with ids.
-    pub fn check_integrity(&self) -> Result<(), String> {
-        unimplemented!()
+    /// The caller's time, made to never go back and always be a number.
+    fn clock(&self, now: f64) -> f64 {
+        if now.is_finite() {
+            now.max(self.now)
+        } else {
+            self.now
+        }
+    }
+
+    /// Sets aside `blocks` for a running sequence: it will not be preempted any more.
+    fn reserve(&mut self, number: u32, blocks: usize) {
+        self.sequences[number].reservation = Some(blocks);
+        self.reserved_blocks += blocks;
+        self.num_reservations += 1;
+    }
+
+    /// Gives a running sequence blocks for `len` tokens, out of its reservation if it has one.
+    fn extend(&mut self, number: u32, len: u32) {
+        let sequence = &mut self.sequences[number];
+        let added = self.kv.extend(&mut sequence.tables, len);
+        if let Some(left) = &mut sequence.reservation {
+            let taken = added.min(*left);
+            *left -= taken;
+            self.reserved_blocks -= taken;
+        }
+    }
+
+    /// Takes blocks, slot and reservation from a running sequence. What a step in flight may still touch is held.
+    fn give_back(&mut self, number: u32) {
+        let sequence = &mut self.sequences[number];
+        self.kv.release_all(&mut sequence.tables, sequence.last_step);
+        if sequence.last_step > self.committed_step {
+            self.held_slots[(sequence.last_step % 2) as usize].push(sequence.slot);
+        } else {
+            self.free_slots.push(sequence.slot);
+        }
+        if let Some(left) = sequence.reservation.take() {
+            self.reserved_blocks -= left;
+            self.num_reservations -= 1;
+        }
+        sequence.decoding = false;
+        sequence.drafts.clear();
+        self.nothing_fits_in = None;
+    }
+
+    /// Puts a sequence into the queue of those that may be admitted.
+    fn make_ready(&mut self, number: u32) {
+        let sequence = &mut self.sequences[number];
+        sequence.state = State::Waiting;
+        self.ready.insert(sequence.order, number);
+        self.nothing_fits_in = None;
     }
 }

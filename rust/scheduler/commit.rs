@@ -1,0 +1,301 @@
+//! A step or a request ends: tokens are appended, stop rules applied, blocks registered and given back.
+
+use super::{Scheduler, State, StepRow};
+use crate::error::Error;
+use crate::output::{FinishReason, OutputSink, SampledToken, SequenceError};
+use crate::plan::{RowResult, STATUS_MASKED, STATUS_NAN, STATUS_OK};
+use crate::request::RequestId;
+
+impl Scheduler {
+    /// Takes the result of the oldest step in flight.
+    ///
+    /// # Errors
+    /// [`Error::StepOrder`] where `step_id` is not that step, [`Error::BufferTooSmall`]; nothing changes then.
+    pub fn commit(&mut self, step_id: u64, result: &[u8], now: f64, sink: &mut impl OutputSink) -> Result<(), Error> {
+        let Some(step) = self.in_flight.front().filter(|step| step.id == step_id) else {
+            return Err(Error::StepOrder { step_id, reason: "it is not the oldest step in flight" });
+        };
+        let layout = step.layout.expect("a step in flight has been written");
+        let needed = layout.bytes(step.num_records);
+        if result.len() < needed {
+            return Err(Error::BufferTooSmall { what: "result", len: result.len(), needed });
+        }
+        self.now = self.clock(now);
+        let step = self.in_flight.pop_front().expect("it was looked at above");
+        self.fence(step.id);
+        // Result records are in row order; padding is only there behind the last row of a step of decodes.
+        for (index, row) in step.rows.iter().enumerate() {
+            self.commit_row(row, &layout.row(result, index), sink);
+        }
+        self.spare_steps.push(step);
+        self.retire_failed();
+        self.drop_left_running();
+        Ok(())
+    }
+
+    /// A step in flight (either of them) did not run: every request with a row in it ends with
+    /// [`SequenceError::StepFailed`], and the step counts as committed as soon as those before it are.
+    ///
+    /// # Errors
+    /// [`Error::StepOrder`] where `step_id` is not in flight.
+    pub fn fail_step(&mut self, step_id: u64, sink: &mut impl OutputSink) -> Result<(), Error> {
+        let Some(step) = self.in_flight.iter_mut().find(|step| step.id == step_id && !step.failed) else {
+            return Err(Error::StepOrder { step_id, reason: "it is not in flight" });
+        };
+        step.failed = true;
+        let rows = std::mem::take(&mut step.rows);
+        for row in &rows {
+            let request = self.sequences[row.sequence].request;
+            if self.sequences[row.sequence].state != State::Finished {
+                self.end_request(request, FinishReason::Error(SequenceError::StepFailed), sink);
+            }
+        }
+        self.drop_left_running();
+        for row in &rows {
+            self.leave_step(row);
+        }
+        self.retire_failed();
+        Ok(())
+    }
+
+    /// Ends every request with [`SequenceError::StepFailed`], and takes all steps in flight as committed: nothing runs
+    /// any more.
+    pub fn fail_all(&mut self, sink: &mut impl OutputSink) {
+        let mut requests: Vec<(RequestId, u32)> = self.by_id.iter().map(|(id, request)| (*id, *request)).collect();
+        requests.sort_unstable();
+        for (_, request) in requests {
+            self.end_request(request, FinishReason::Error(SequenceError::StepFailed), sink);
+        }
+        self.drop_left_running();
+        while let Some(step) = self.in_flight.pop_front() {
+            self.fence(step.id);
+            for row in &step.rows {
+                self.leave_step(row);
+            }
+            self.spare_steps.push(step);
+        }
+    }
+
+    /// Ends a request in any state; each sequence that has not finished is told to the sink with
+    /// [`FinishReason::Abort`]. Unknown ids are counted and otherwise ignored.
+    pub fn abort(&mut self, id: RequestId, sink: &mut impl OutputSink) {
+        if let Some(request) = self.by_id.get(&id).copied() {
+            self.end_request(request, FinishReason::Abort, sink);
+            self.drop_left_running();
+        } else {
+            self.stats.unknown_aborts += 1;
+        }
+    }
+
+    /// Step `step` has been committed: what was held for it is free.
+    fn fence(&mut self, step: u64) {
+        self.committed_step = step;
+        self.stats.steps += 1;
+        self.kv.fence(step);
+        self.free_slots.append(&mut self.held_slots[(step % 2) as usize]);
+    }
+
+    /// Failed steps count as committed once they are the oldest.
+    fn retire_failed(&mut self) {
+        while self.in_flight.front().is_some_and(|step| step.failed) {
+            let step = self.in_flight.pop_front().expect("it was looked at");
+            self.fence(step.id);
+            self.spare_steps.push(step);
+        }
+    }
+
+    /// A row of the sequence is no longer in flight.
+    fn leave_step(&mut self, row: &StepRow) {
+        let sequence = &mut self.sequences[row.sequence];
+        sequence.in_flight -= 1;
+        sequence.pending -= u32::from(row.sample);
+        if sequence.state == State::Finished && sequence.in_flight == 0 {
+            self.sequences.remove(row.sequence);
+        }
+    }
+
+    fn commit_row(&mut self, row: &StepRow, result: &RowResult<'_>, sink: &mut impl OutputSink) {
+        let finished = self.sequences[row.sequence].state == State::Finished;
+        self.leave_step(row);
+        if finished {
+            return;
+        }
+        let status = match result.status() {
+            STATUS_NAN => Err(SequenceError::Numerical),
+            STATUS_MASKED => Err(SequenceError::AllMasked),
+            STATUS_OK if (1..=1 + row.num_drafts).contains(&result.num_valid()) => Ok(result.num_valid()),
+            _ => Err(SequenceError::BadResult),
+        };
+        let num_valid = match status {
+            _ if !row.sample => 0,
+            Ok(num_valid) => num_valid,
+            Err(error) => {
+                self.release_choices(row.sequence);
+                self.finish(row.sequence, FinishReason::Error(error), sink);
+                return;
+            }
+        };
+        let sequence = &mut self.sequences[row.sequence];
+        // Rows from before a preemption still bring their token, but its blocks are gone.
+        let still_there = sequence.state == State::Running && sequence.run == row.run;
+        if still_there {
+            if row.prefill {
+                sequence.computed_len += row.len;
+            } else {
+                sequence.computed_len += num_valid;
+                sequence.least_len += num_valid - 1;
+                sequence.most_len -= row.len - num_valid;
+            }
+        }
+        let mut finish = None;
+        for index in 0..num_valid as usize {
+            finish = self.append(row.sequence, result, index, sink);
+            if finish.is_some() {
+                break;
+            }
+        }
+        if still_there {
+            self.register_filled(row.sequence);
+        }
+        if row.sample {
+            self.release_choices(row.sequence);
+        }
+        if let Some(reason) = finish {
+            self.finish(row.sequence, reason, sink);
+        }
+    }
+
+    /// Appends a token and says whether it ends the sequence.
+    fn append(
+        &mut self,
+        number: u32,
+        result: &RowResult<'_>,
+        index: usize,
+        sink: &mut impl OutputSink,
+    ) -> Option<FinishReason> {
+        let id = result.token(index);
+        if id >= self.config.vocab_size {
+            return Some(FinishReason::Error(SequenceError::BadResult));
+        }
+        let sequence = &mut self.sequences[number];
+        let params = &sequence.params;
+        let output_index = sequence.outputs.len() as u32;
+        sequence.outputs.push(id);
+        let may_stop = output_index >= params.min_tokens;
+        let finish = if may_stop && !params.ignore_eos && self.config.eos_token_ids.contains(&id) {
+            Some(FinishReason::Eos)
+        } else if may_stop && params.stop_token_ids.binary_search(&id).is_ok() {
+            Some(FinishReason::StopToken(id))
+        } else if output_index + 1 == sequence.max_tokens {
+            Some(FinishReason::Length)
+        } else {
+            None
+        };
+        let progress = &mut self.requests[sequence.request].progress;
+        if progress.num_output_tokens == 0 {
+            progress.first_token = self.now;
+        }
+        progress.last_token = self.now;
+        progress.num_output_tokens += 1;
+        self.stats.generation_tokens += 1;
+        let logprobs = params.logprobs.and_then(|wanted| Some(result.logprobs(index)?.limited(wanted)));
+        let token = SampledToken { id, output_index, logprobs, finish };
+        sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish)
+    }
+
+    /// Makes the blocks findable that the steps committed so far have filled with known tokens.
+    fn register_filled(&mut self, number: u32) {
+        let sequence = &mut self.sequences[number];
+        let block_size = self.config.block_size as usize;
+        let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;
+        if filled == sequence.num_registered || !self.config.enable_prefix_caching {
+            return;
+        }
+        sequence.hash_blocks(&self.hasher, block_size, filled, &mut self.token_scratch);
+        for index in sequence.num_registered..filled {
+            self.kv.register(&sequence.tables, index, sequence.hashes[index]);
+        }
+        sequence.num_registered = filled;
+    }
+
+    /// The first choice has computed the prompt: the others may come.
+    fn release_choices(&mut self, number: u32) {
+        let request = self.sequences[number].request;
+        if !std::mem::take(&mut self.requests[request].forming) {
+            return;
+        }
+        for index in 1..self.requests[request].sequences.len() {
+            let choice = self.requests[request].sequences[index];
+            self.make_ready(choice);
+        }
+    }
+
+    fn end_request(&mut self, request: u32, reason: FinishReason, sink: &mut impl OutputSink) {
+        let id = self.requests[request].id;
+        for number in self.requests[request].sequences.clone() {
+            let sequence = self.sequences.get(number).filter(|sequence| sequence.name.request == id);
+            if sequence.is_some_and(|sequence| sequence.state != State::Finished) {
+                self.finish(number, reason, sink);
+            }
+        }
+    }
+
+    /// Ends one sequence, and its request with the last one. It stays in `running` until
+    /// [`drop_left_running`](Self::drop_left_running).
+    fn finish(&mut self, number: u32, reason: FinishReason, sink: &mut impl OutputSink) {
+        let sequence = &mut self.sequences[number];
+        let (state, order, request, name) = (sequence.state, sequence.order, sequence.request, sequence.name);
+        match state {
+            State::Forming => {}
+            State::Waiting => {
+                let queued = self.ready.remove(order) || self.gated.remove(order);
+                assert!(queued, "sequence {name:?} waits in no queue");
+                self.nothing_fits_in = None;
+            }
+            State::Running => {
+                self.give_back(number);
+                self.left_running = true;
+            }
+            State::Finished => unreachable!("sequence {name:?} finishes twice"),
+        }
+        let sequence = &mut self.sequences[number];
+        sequence.state = State::Finished;
+        let in_flight = sequence.in_flight;
+        match reason {
+            FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) => {
+                self.stats.finished_stop += 1;
+            }
+            FinishReason::Length => self.stats.finished_length += 1,
+            FinishReason::Abort => self.stats.finished_abort += 1,
+            FinishReason::Error(_) => self.stats.finished_error += 1,
+        }
+        let entry = &mut self.requests[request];
+        sink.on_finish(name, reason, &entry.progress);
+        entry.unfinished -= 1;
+        if entry.unfinished == 0 {
+            self.num_queued -= usize::from(!entry.started);
+            self.batch_left -= usize::from(entry.in_batch);
+            self.by_id.remove(&name.request);
+            self.requests.remove(request);
+        }
+        if in_flight == 0 && state != State::Running {
+            self.sequences.remove(number);
+        }
+    }
+
+    /// Takes those that have finished out of `running`.
+    fn drop_left_running(&mut self) {
+        if !std::mem::take(&mut self.left_running) {
+            return;
+        }
+        let sequences = &mut self.sequences;
+        self.running.retain(|number| {
+            let sequence = &sequences[*number];
+            let stays = sequence.state == State::Running;
+            if !stays && sequence.in_flight == 0 {
+                sequences.remove(*number);
+            }
+            stays
+        });
+    }
+}

@@ -1,0 +1,98 @@
+//! Recounts everything from scratch. For tests, the simulation, and an idle server.
+
+use super::{Scheduler, State};
+
+impl Scheduler {
+    /// Recounts everything from scratch and compares: references, lists, index, slots, queues, counters.
+    ///
+    /// # Errors
+    /// What is inconsistent, with ids.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.kv.check(self.sequences.iter().flat_map(|(_, sequence)| &sequence.tables))?;
+        self.check_sequences()?;
+        self.check_slots()?;
+        self.check_counters()
+    }
+
+    fn check_sequences(&self) -> Result<(), String> {
+        for (number, sequence) in self.sequences.iter() {
+            let name = sequence.name;
+            let runs = self.running.iter().filter(|other| **other == number).count();
+            let waits = self.ready.iter().chain(self.gated.iter()).filter(|other| *other == number).count();
+            let expected = match sequence.state {
+                State::Running => (1, 0),
+                State::Waiting => (0, 1),
+                State::Forming | State::Finished => (0, 0),
+            };
+            if (runs, waits) != expected {
+                return Err(format!("{name:?} is {:?} but runs {runs} and waits {waits} times", sequence.state));
+            }
+            let rows = self.in_flight.iter().flat_map(|step| &step.rows).filter(|row| row.sequence == number).count();
+            if rows != sequence.in_flight as usize {
+                return Err(format!("{name:?} has {rows} rows in flight, but counts {}", sequence.in_flight));
+            }
+            let block_size = self.config.block_size;
+            for table in &sequence.tables {
+                if sequence.state != State::Running && !table.is_empty() {
+                    return Err(format!("{name:?} is {:?} and holds blocks", sequence.state));
+                }
+                // Rows rejected or shortened leave at most the drafts' blocks over.
+                let covered = table.len() as u32 * block_size;
+                let over = covered.saturating_sub(sequence.most_len + 2 * self.config.num_draft_tokens);
+                if sequence.state == State::Running && (covered < sequence.most_len || over >= block_size) {
+                    return Err(format!("{name:?} has blocks for {covered} tokens, needs {}", sequence.most_len));
+                }
+            }
+            let lens = (sequence.computed_len, sequence.least_len, sequence.most_len);
+            if !(lens.0 <= lens.1 && lens.1 <= lens.2 && lens.2 <= self.config.max_model_len) {
+                return Err(format!("{name:?} has the lengths {lens:?}"));
+            }
+        }
+        let orders = self.running.iter().map(|number| self.sequences[*number].order);
+        if !orders.is_sorted() {
+            return Err("running sequences are not in order".into());
+        }
+        Ok(())
+    }
+
+    fn check_slots(&self) -> Result<(), String> {
+        let running = self.running.iter().map(|number| self.sequences[*number].slot);
+        let given_back = self.free_slots.iter().chain(self.held_slots.iter().flatten()).copied();
+        let mut slots: Vec<u32> = running.chain(given_back).collect();
+        slots.sort_unstable();
+        if slots.iter().copied().eq(0..self.config.max_num_seqs) {
+            Ok(())
+        } else {
+            Err(format!("slots in use, free and held are {slots:?}"))
+        }
+    }
+
+    fn check_counters(&self) -> Result<(), String> {
+        let queued = self.requests.iter().filter(|(_, request)| !request.started).count();
+        if queued != self.num_queued {
+            return Err(format!("{queued} requests have not been admitted, but the count is {}", self.num_queued));
+        }
+        let in_batch = self.requests.iter().filter(|(_, request)| request.in_batch).count();
+        if in_batch != self.batch_left {
+            return Err(format!("{in_batch} requests of the batch are left, but the count is {}", self.batch_left));
+        }
+        for (number, request) in self.requests.iter() {
+            let unfinished = self
+                .sequences
+                .iter()
+                .filter(|(_, sequence)| sequence.name.request == request.id && sequence.state != State::Finished);
+            if unfinished.count() != request.unfinished as usize || self.by_id.get(&request.id) != Some(&number) {
+                return Err(format!("{:?} counts {} unfinished sequences", request.id, request.unfinished));
+            }
+        }
+        let reservations = || self.running.iter().filter_map(|number| self.sequences[*number].reservation);
+        if (reservations().sum(), reservations().count()) != (self.reserved_blocks, self.num_reservations) {
+            return Err(format!("{} blocks are reserved, by the count", self.reserved_blocks));
+        }
+        let pool = self.kv.pool();
+        if !self.kv.has_windows() && self.reserved_blocks > pool.num_free() + pool.num_held() {
+            return Err(format!("{} blocks are reserved, but not there", self.reserved_blocks));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,363 @@
+//! A step is planned: rows for running sequences, oldest first, then admissions; then it is written down.
+
+use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
+use crate::error::Error;
+use crate::plan::{
+    BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL, ROW_SAMPLE,
+};
+
+/// A row that has been decided on; its blocks are allocated.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PlannedRow {
+    pub sequence: u32,
+    /// Tokens before it (at most, for a decode row).
+    pub start: u32,
+    pub len: u32,
+    pub sample: bool,
+    /// The sequence takes its slot in this step.
+    pub enters: bool,
+}
+
+/// What came of asking for blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blocks {
+    /// They are free.
+    Granted,
+    /// They will be, once a step in flight is committed: no row in this step.
+    Later,
+    /// The sequence that asked has been preempted itself, being the last.
+    Preempted,
+}
+
+impl Scheduler {
+    /// Plans a step into `plan`, or returns None where nothing can run before a commit, an arrival or a later `now`.
+    ///
+    /// # Errors
+    /// [`Error::StepOrder`] while two steps are in flight, [`Error::BufferTooSmall`] where `plan` has fewer than
+    /// [`Self::plan_bytes`] bytes; nothing changes then.
+    pub fn schedule(&mut self, plan: &mut [u8], now: f64) -> Result<Option<PlanInfo>, Error> {
+        if self.in_flight.len() == MAX_STEPS_IN_FLIGHT {
+            return Err(Error::StepOrder { step_id: self.next_step, reason: "two steps are in flight already" });
+        }
+        if plan.len() < self.plan_bytes() {
+            return Err(Error::BufferTooSmall { what: "plan", len: plan.len(), needed: self.plan_bytes() });
+        }
+        self.now = self.clock(now);
+        self.open_batch();
+        let draft = &mut self.draft;
+        draft.decodes.clear();
+        draft.prefills.clear();
+        draft.copies.clear();
+        draft.budget = self.config.max_num_batched_tokens;
+        draft.entered_blocks = self.capacity.entered_blocks;
+        draft.penalty_tokens = self.capacity.penalty_tokens;
+        draft.preempted = false;
+        self.plan_running();
+        self.admit();
+        if self.draft.decodes.is_empty() && self.draft.prefills.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(self.write(plan)))
+    }
+
+    /// Gives each running sequence a row, oldest first. Decode rows have their tokens set aside before any prompt gets
+    /// the rest, so a long prompt does not hold up the others' next tokens.
+    fn plan_running(&mut self) {
+        let max_model_len = self.config.max_model_len;
+        let (mut num_decodes, mut longest, mut room) = (0, 0, u32::MAX);
+        for sequence in self.running.iter().map(|number| &self.sequences[*number]) {
+            if sequence.wants_decode(max_model_len) {
+                num_decodes += 1;
+                longest = longest.max(sequence.drafts.len() as u32);
+                room = room.min(max_model_len - sequence.most_len - 1);
+            }
+        }
+        // All decode rows are equally long, so that the shortest room decides.
+        self.draft.num_draft_tokens = longest.min(room);
+        let decode_len = 1 + self.draft.num_draft_tokens;
+        let mut prefill_budget = self.draft.budget - num_decodes * decode_len;
+
+        let mut place = 0;
+        while let Some(number) = self.running.get(place).copied() {
+            let sequence = &mut self.sequences[number];
+            let len = if sequence.decoding {
+                if sequence.wants_decode(max_model_len) {
+                    decode_len
+                } else {
+                    0
+                }
+            } else {
+                (sequence.known_len() - sequence.most_len).min(prefill_budget)
+            };
+            if len == 0 {
+                place += 1;
+                continue;
+            }
+            self.kv.release_outside_window(&mut sequence.tables, sequence.least_len, sequence.last_step);
+            let len = if sequence.decoding { len } else { self.fit_chunk(number, len) };
+            let start = self.sequences[number].most_len;
+            match self.secure(place, start + len) {
+                Blocks::Granted => {
+                    self.extend(number, start + len);
+                    self.push_row(number, start, len);
+                    if !self.sequences[number].decoding {
+                        prefill_budget -= len;
+                    }
+                    self.draft.budget -= len;
+                    place += 1;
+                }
+                Blocks::Later => place += 1,
+                Blocks::Preempted => {}
+            }
+        }
+    }
+
+    fn push_row(&mut self, number: u32, start: u32, len: u32) {
+        let sequence = &self.sequences[number];
+        let sample = sequence.decoding || start + len == sequence.known_len();
+        let row = PlannedRow { sequence: number, start, len, sample, enters: false };
+        if sequence.decoding {
+            self.draft.decodes.push(row);
+        } else {
+            self.draft.prefills.push(row);
+        }
+    }
+
+    /// Shortens a chunk to what free blocks can take; where they can take none of it, to what one more block of each
+    /// group can.
+    fn fit_chunk(&self, number: u32, len: u32) -> u32 {
+        let sequence = &self.sequences[number];
+        let free = self.kv.pool().num_free().saturating_sub(self.spoken_for(number));
+        let coverable = |blocks| self.kv.coverable(&sequence.tables, blocks) - sequence.most_len;
+        match coverable(free) {
+            0 => len.min(coverable(sequence.tables.len())),
+            room => len.min(room),
+        }
+    }
+
+    /// Free blocks that are set aside for others.
+    fn spoken_for(&self, number: u32) -> usize {
+        if self.sequences[number].reservation.is_some() {
+            0
+        } else {
+            self.reserved_blocks
+        }
+    }
+
+    /// Sees to it that the running sequence at `place` can get blocks for `len` tokens, by preempting from the end.
+    ///
+    /// What a victim gives back may be held until a step in flight is committed. That counts as enough: preempting more
+    /// would free nothing sooner.
+    fn secure(&mut self, place: usize, len: u32) -> Blocks {
+        let number = self.running[place];
+        loop {
+            let needed = self.kv.missing(&self.sequences[number].tables, len);
+            if needed == 0 {
+                return Blocks::Granted;
+            }
+            let needed = needed + self.spoken_for(number);
+            if needed <= self.kv.pool().num_free() {
+                return Blocks::Granted;
+            }
+            if needed <= self.kv.pool().num_free() + self.kv.pool().num_held() {
+                return Blocks::Later;
+            }
+            let mut from_the_end = (place..self.running.len()).rev();
+            match from_the_end.find(|other| self.sequences[self.running[*other]].reservation.is_none()) {
+                Some(victim) => self.preempt(victim),
+                None => return Blocks::Later,
+            }
+            if self.running.get(place) != Some(&number) {
+                return Blocks::Preempted;
+            }
+        }
+    }
+
+    /// Sends the running sequence at `place` back into the queue; it will be computed again.
+    fn preempt(&mut self, place: usize) {
+        let number = self.running.remove(place);
+        self.give_back(number);
+        let sequence = &mut self.sequences[number];
+        sequence.preemptions += 1;
+        (sequence.computed_len, sequence.least_len, sequence.most_len) = (0, 0, 0);
+        sequence.num_registered = 0;
+        self.draft.preempted = true;
+        self.stats.preemptions += 1;
+        self.make_ready(number);
+    }
+
+    /// Writes the plan and notes the step as in flight.
+    fn write(&mut self, plan: &mut [u8]) -> PlanInfo {
+        let draft = std::mem::take(&mut self.draft);
+        let mut step = self.spare_steps.pop().unwrap_or_default();
+        self.writer.clear();
+        let num_decodes = draft.decodes.len() as u32;
+        let padded_decodes = if draft.prefills.is_empty() { self.padded(num_decodes, &draft) } else { num_decodes };
+        let mut info = PlanInfo {
+            step_id: self.next_step,
+            num_rows: num_decodes + draft.prefills.len() as u32,
+            num_decodes,
+            padded_decodes,
+            decode_query_len: 1 + draft.num_draft_tokens,
+            all_greedy: true,
+            ..PlanInfo::default()
+        };
+        step.id = info.step_id;
+        step.failed = false;
+        step.rows.clear();
+        for (source, destination) in &draft.copies {
+            self.writer.push_copy(*source, *destination);
+        }
+        for row in &draft.decodes {
+            self.write_row(row, false, &mut info, &mut step);
+        }
+        for _ in num_decodes..padded_decodes {
+            self.write_padding(&mut info);
+        }
+        for row in &draft.prefills {
+            self.write_row(row, true, &mut info, &mut step);
+        }
+        self.draft = draft;
+        self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
+        step.layout = Some(info.result_layout());
+        step.num_records = info.padded_rows as usize;
+        self.in_flight.push_back(step);
+        self.next_step += 1;
+        info
+    }
+
+    /// The captured size to which a step of decodes is padded: none where it would pass the configured bounds.
+    fn padded(&self, num_decodes: u32, draft: &super::Draft) -> u32 {
+        let bound = self.config.max_num_seqs.min(self.config.max_num_batched_tokens / (1 + draft.num_draft_tokens));
+        let mut sizes = self.config.graph_sizes.iter().copied();
+        sizes.find(|size| *size >= num_decodes).filter(|size| *size <= bound).unwrap_or(num_decodes)
+    }
+
+    fn write_padding(&mut self, info: &mut PlanInfo) {
+        let query_len = info.decode_query_len;
+        self.writer.push_row(&Row {
+            slot: self.config.max_num_seqs,
+            query_start: info.num_tokens,
+            query_len,
+            flags: ROW_PADDING,
+            num_drafts: 0,
+            bias: (0, 0),
+        });
+        if query_len > 1 {
+            self.writer.push_drafts(&[], query_len - 1);
+        }
+        info.num_tokens += query_len;
+    }
+
+    fn write_row(&mut self, row: &PlannedRow, prefill: bool, info: &mut PlanInfo, step: &mut Step) {
+        if row.enters {
+            self.write_enter(row);
+        }
+        let sequence = &mut self.sequences[row.sequence];
+        let mut flags = 0;
+        let mut num_drafts = 0;
+        if prefill {
+            flags |= ROW_PREFILL;
+            let writer = &mut self.writer;
+            sequence.with_tokens(row.start as usize, (row.start + row.len) as usize, |tokens| {
+                writer.push_prefill_tokens(tokens);
+            });
+        } else if info.decode_query_len > 1 {
+            // Which tokens are banned depends on their index, which accepted drafts would blur.
+            let room = if sequence.below_min_tokens() { 0 } else { info.decode_query_len as usize - 1 };
+            let drafts = &sequence.drafts[..sequence.drafts.len().min(room)];
+            num_drafts = drafts.len() as u32;
+            self.writer.push_drafts(drafts, info.decode_query_len - 1);
+        }
+        let bias_start = self.writer.num_bias();
+        if row.sample {
+            flags |= ROW_SAMPLE;
+            let params = &sequence.params;
+            if let Some(wanted) = params.logprobs {
+                flags |= ROW_LOGPROBS;
+                info.max_logprobs = info.max_logprobs.max(Some(wanted));
+            }
+            if params.has_penalties() {
+                flags |= ROW_PENALTIES;
+                info.has_penalties = true;
+            }
+            for (token, value) in &params.logit_bias {
+                self.writer.push_bias(*token, *value);
+            }
+            if sequence.below_min_tokens() {
+                let eos: &[u32] = if params.ignore_eos { &[] } else { &self.config.eos_token_ids };
+                for token in eos.iter().chain(&params.stop_token_ids) {
+                    self.writer.push_bias(*token, f32::NEG_INFINITY);
+                }
+            }
+        }
+        let num_bias = self.writer.num_bias() - bias_start;
+        if row.sample {
+            let plain = flags & (ROW_LOGPROBS | ROW_PENALTIES) == 0 && num_bias == 0;
+            info.all_greedy &= plain && sequence.params.temperature == 0.0;
+        }
+        for (group, table) in (0..).zip(&mut sequence.tables) {
+            for (index, block) in table.take_unsent() {
+                self.writer.push_block(&BlockEntry { group, slot: sequence.slot, index: index as u32, block });
+            }
+        }
+        self.writer.push_row(&Row {
+            slot: sequence.slot,
+            query_start: info.num_tokens,
+            query_len: row.len,
+            flags,
+            num_drafts,
+            bias: (bias_start, num_bias),
+        });
+        info.num_tokens += row.len;
+        info.max_query_len = info.max_query_len.max(row.len);
+        info.max_seq_len = info.max_seq_len.max(row.start + row.len);
+
+        // From here on the sequence counts the row as run; the commit corrects what drafts leave open.
+        sequence.least_len += if prefill { row.len } else { 1 };
+        sequence.most_len += row.len;
+        sequence.pending += u32::from(row.sample);
+        sequence.decoding |= row.sample;
+        sequence.in_flight += 1;
+        sequence.last_step = step.id;
+        sequence.drafts.clear();
+        debug_assert_eq!(sequence.state, State::Running);
+        let (sequence, run) = (row.sequence, sequence.run);
+        step.rows.push(StepRow { sequence, run, len: row.len, num_drafts, prefill, sample: row.sample });
+    }
+
+    fn write_enter(&mut self, row: &PlannedRow) {
+        let sequence = &self.sequences[row.sequence];
+        let params = &sequence.params;
+        let penalty_start = self.writer.num_penalty_tokens();
+        if params.has_penalties() {
+            // By token: 2 x times output + 1 if the prompt holds it.
+            let counts = &mut self.penalty_scratch;
+            counts.clear();
+            for token in &sequence.outputs {
+                *counts.entry(*token).or_default() += 2;
+            }
+            for token in sequence.prompt.iter() {
+                *counts.entry(*token).or_default() |= 1;
+            }
+            for (token, seen) in counts {
+                self.writer.push_penalty_token(*token, *seen / 2, *seen % 2 == 1);
+            }
+        }
+        self.writer.push_enter(&Enter {
+            slot: sequence.slot,
+            computed_len: row.start,
+            output_index: sequence.outputs.len() as u32,
+            temperature: params.temperature,
+            top_k: if params.top_k < self.config.vocab_size { params.top_k } else { 0 },
+            top_p: params.top_p,
+            min_p: params.min_p,
+            repetition_penalty: params.repetition_penalty,
+            presence_penalty: params.presence_penalty,
+            frequency_penalty: params.frequency_penalty,
+            seed: sequence.seed,
+            num_logprobs: params.logprobs,
+            penalty: (penalty_start, self.writer.num_penalty_tokens() - penalty_start),
+        });
+    }
+}

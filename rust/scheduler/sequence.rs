@@ -1,0 +1,128 @@
+//! What the scheduler knows of one sequence and of one request.
+
+use std::sync::Arc;
+
+use crate::block_table::BlockTable;
+use crate::output::Progress;
+use crate::policy::Order;
+use crate::prefix_cache::PrefixHasher;
+use crate::request::{RequestId, SamplingParams, SeqRef};
+
+/// Where a sequence is. It is in exactly one of these, and finishes once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum State {
+    /// A choice after the first, until the first one has computed the prompt.
+    Forming,
+    /// In the waiting queue: new, or preempted.
+    Waiting,
+    /// In the running batch: it has a slot and blocks.
+    Running,
+    /// Told to the sink. It stays only until no step in flight has a row of it.
+    Finished,
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    pub name: SeqRef,
+    /// Number of its request.
+    pub request: u32,
+    pub order: Order,
+    pub params: Arc<SamplingParams>,
+    pub seed: u64,
+    pub prompt: Arc<[u32]>,
+    pub outputs: Vec<u32>,
+    /// Output tokens at most, by the request, the model's length and the pool.
+    pub max_tokens: u32,
+    pub state: State,
+    /// Valid while it runs.
+    pub slot: u32,
+    /// One a KV group.
+    pub tables: Vec<BlockTable>,
+    /// Chained hashes of its full blocks, as far as they have been needed; the root is that of an empty prefix.
+    pub hashes: Vec<u128>,
+    pub root: u128,
+    /// Leading blocks that are findable, or were offered.
+    pub num_registered: usize,
+    /// Tokens whose keys and values are in its blocks, by the steps committed.
+    pub computed_len: u32,
+    /// The same once the steps in flight have run: at least, and at most. They differ while drafts are undecided.
+    pub least_len: u32,
+    pub most_len: u32,
+    /// Tokens that the steps in flight will draw, at least.
+    pub pending: u32,
+    /// Rows in the steps in flight.
+    pub in_flight: u32,
+    /// The last step it took part in; what it gives back is held until that one is committed.
+    pub last_step: u64,
+    /// How often it has entered a slot; tells rows of this time from those before a preemption.
+    pub run: u32,
+    /// All that is known has been computed or is in flight, and the device holds its last token.
+    pub decoding: bool,
+    pub preemptions: u32,
+    /// Once it has one, it is not preempted: blocks set aside for it, not yet taken.
+    pub reservation: Option<usize>,
+    /// Sequences admitted past it while it did not fit.
+    pub bypassed: u32,
+    /// For its next decode row.
+    pub drafts: Vec<u32>,
+}
+
+impl Sequence {
+    /// Tokens that are known: prompt and outputs.
+    pub fn known_len(&self) -> u32 {
+        (self.prompt.len() + self.outputs.len()) as u32
+    }
+
+    /// The longest it can become, in tokens that lie in blocks, with `num_draft_tokens` tried at its end.
+    pub fn final_len(&self, num_draft_tokens: u32, max_model_len: u32) -> u32 {
+        (self.prompt.len() as u32 + self.max_tokens - 1 + 2 * num_draft_tokens).min(max_model_len)
+    }
+
+    /// Whether another decode row can bring it forward, by what is known: `max_tokens` may be reached in flight.
+    pub fn wants_decode(&self, max_model_len: u32) -> bool {
+        self.decoding && self.outputs.len() as u32 + self.pending < self.max_tokens && self.most_len < max_model_len
+    }
+
+    /// Whether its next token is too early to stop.
+    pub fn below_min_tokens(&self) -> bool {
+        (self.outputs.len() as u32 + self.pending) < self.params.min_tokens
+    }
+
+    /// Calls `visit` with the tokens from `start` to `end`: one or two slices.
+    pub fn with_tokens(&self, start: usize, end: usize, mut visit: impl FnMut(&[u32])) {
+        let prompt = self.prompt.len();
+        if start < prompt {
+            visit(&self.prompt[start..end.min(prompt)]);
+        }
+        if end > prompt {
+            visit(&self.outputs[start.max(prompt) - prompt..end - prompt]);
+        }
+    }
+
+    /// Hashes its blocks up to `count`, which must be full. `scratch` is for a block that spans prompt and output.
+    pub fn hash_blocks(&mut self, hasher: &PrefixHasher, block_size: usize, count: usize, scratch: &mut Vec<u32>) {
+        while self.hashes.len() < count {
+            let parent = self.hashes.last().copied().unwrap_or(self.root);
+            let start = self.hashes.len() * block_size;
+            scratch.clear();
+            self.with_tokens(start, start + block_size, |tokens| scratch.extend_from_slice(tokens));
+            self.hashes.push(hasher.chain(parent, scratch));
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Request {
+    pub id: RequestId,
+    /// Numbers of its sequences, by index; some may be gone.
+    pub sequences: Vec<u32>,
+    /// Sequences that have not finished.
+    pub unfinished: u32,
+    /// Its other choices wait for the first one.
+    pub forming: bool,
+    /// It has been admitted before.
+    pub started: bool,
+    /// It belongs to the batch that runs (policies other than continuous).
+    pub in_batch: bool,
+    pub progress: Progress,
+}
