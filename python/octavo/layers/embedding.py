@@ -50,7 +50,10 @@ class LogitsHead(Layer):
         return iter(())  # the embedding belongs to the model
 
     def finish(self) -> None:
-        self.method = linear_method(self.embedding.weight if self.weight is None else self.weight, None)
+        if self.weight is None:
+            self.method = linear_method(self.embedding.weight, None, shared=True)
+        else:
+            self.method = linear_method(self.weight, None)
         self.weight = None
 
     def __call__(self, hidden: Tensor) -> Tensor:  # hidden [n, size] -> [n, vocab_size] float32

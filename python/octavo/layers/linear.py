@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octavo.layers.cpu_linear import PackedMethod, UpcastMethod, multiplies_16_bit
 from octavo.layers.weight import Layer, Slot
 
 
@@ -38,8 +39,16 @@ class DenseMethod:
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
 
-def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
-    """The fastest plain way to multiply by `weight` [out, in] on its device."""
+def linear_method(weight: Tensor, bias: Tensor | None, *, shared: bool = False) -> LinearMethod:
+    """The fastest plain way to multiply by `weight` [out, in] on its device.
+
+    shared: somebody else keeps `weight` too, so a packed form would be a second copy and is not made.
+    """
+    if weight.device.type == "cpu":
+        if weight.dtype != torch.float32 and not multiplies_16_bit(weight.dtype):
+            return UpcastMethod(weight, bias)
+        if weight.dtype == torch.float32 and not shared and torch.backends.mkldnn.is_available():
+            return PackedMethod(weight, bias)
     return DenseMethod(weight, bias)
 
 
