@@ -1,6 +1,7 @@
 """Types of the Rust core. `mypy.stubtest` holds this file against the built extension."""
 
-from typing import Any, Sequence, final
+from collections.abc import Sequence
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,9 @@ class GgufFile:
     def metadata(self) -> dict[str, Any]:
         """All scalar, string and short-array (up to 1,024 items) values by key; long arrays are left out."""
     def tensors(self) -> list[tuple[str, str, list[int], int, int]]:
-        """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte offset in the file, byte length)."""
+        """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte offset in the file,
+        byte length).
+        """
     def check_types(self) -> None:
         """Raises `GgufError` if a tensor has a type that cannot be loaded; names it and the types that can."""
 
@@ -126,7 +129,9 @@ class SamplingParams:
         logprobs: int | None = None,
         logit_bias: Sequence[tuple[int, float]] = (),
     ) -> SamplingParams:
-        """Raises `ValueError` that names the field, its value and its limit. `max_tokens=None` means: up to the model's length."""
+        """Raises `ValueError` that names the field, its value and its limit. `max_tokens=None` means: up to the model's
+        length.
+        """
 
 @final
 class FrameTemplate:
@@ -137,7 +142,14 @@ class FrameTemplate:
     """
 
     def __new__(
-        cls, kind: str, *, id: str, model: str, created: int, include_usage: bool = False, continuous_usage: bool = False
+        cls,
+        kind: str,
+        *,
+        id: str,
+        model: str,
+        created: int,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
     ) -> FrameTemplate: ...
 
 @final
@@ -181,7 +193,9 @@ class RequestDelta:
         """Over all choices, so far."""
     @property
     def times(self) -> tuple[float, float, float, float]:
-        """(added, first scheduled, first token, last token) on the engine's monotonic clock; 0.0 where it has not happened."""
+        """(added, first scheduled, first token, last token) on the engine's monotonic clock; 0.0 where it has not
+        happened.
+        """
 
 @final
 class Plan:
@@ -302,7 +316,9 @@ class EngineCore:
     ) -> int: ...
     def abort(self, request_id: int) -> None: ...
     def wait(self, timeout: float, now: float) -> bool:
-        """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a static batch's time). False on timeout."""
+        """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a static batch's time).
+        False on timeout.
+        """
     def schedule(self, slot: int, now: float) -> Plan | None: ...
     def commit(self, slot: int, now: float) -> None: ...
     def advance(self, done_slot: int, next_slot: int, now: float) -> Plan | None: ...

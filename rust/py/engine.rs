@@ -458,33 +458,37 @@ impl EngineCore {
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let stats = self.lock().scheduler.stats();
+        let (stats, block_size) = {
+            let state = self.lock();
+            (state.scheduler.stats(), state.scheduler.config().block_size)
+        };
         let usage = stats.blocks_used as f64 / stats.blocks_total.max(1) as f64;
         let entries = PyDict::new(py);
         for (name, value) in [
             ("num_requests_running", stats.num_running),
             ("num_requests_waiting", stats.num_waiting),
             ("steps_in_flight", stats.steps_in_flight),
-            ("kv_blocks_total", stats.blocks_total),
+            ("num_blocks", stats.blocks_total),
             ("kv_blocks_used", stats.blocks_used),
             ("kv_blocks_held", stats.blocks_held),
             ("kv_blocks_cached", stats.blocks_cached),
             ("kv_blocks_blank", stats.blocks_blank),
-            ("requests_total", stats.requests_added),
-            ("finished_stop_total", stats.finished_stop),
-            ("finished_length_total", stats.finished_length),
-            ("finished_abort_total", stats.finished_abort),
-            ("finished_error_total", stats.finished_error),
-            ("unknown_aborts_total", stats.unknown_aborts),
-            ("num_preemptions_total", stats.preemptions),
-            ("steps_total", stats.steps),
-            ("prompt_tokens_total", stats.prompt_tokens),
-            ("generation_tokens_total", stats.generation_tokens),
+            ("requests", stats.requests_added),
+            ("finished_stop", stats.finished_stop),
+            ("finished_length", stats.finished_length),
+            ("finished_abort", stats.finished_abort),
+            ("finished_error", stats.finished_error),
+            ("unknown_aborts", stats.unknown_aborts),
+            ("num_preemptions", stats.preemptions),
+            ("steps", stats.steps),
+            ("prompt_tokens", stats.prompt_tokens),
+            ("generation_tokens", stats.generation_tokens),
             ("prefix_cache_queries", stats.prefix_cache_queries),
             ("prefix_cache_hits", stats.prefix_cache_hits),
         ] {
             entries.set_item(name, value as f64)?;
         }
+        entries.set_item("block_size", f64::from(block_size))?;
         entries.set_item("kv_cache_usage_perc", usage)?;
         Ok(entries)
     }

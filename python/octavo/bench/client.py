@@ -1,6 +1,7 @@
 """A bounded load client for any OpenAI-compatible server: streams `/v1/completions` with token-id prompts.
 
-TTFT: request sent to first content event. TPOT: (last event - first) / (tokens - 1) of a request. ITL: gap between events. Every request
+TTFT: request sent to first content event. TPOT: (last event - first) / (tokens - 1) of a request. ITL: gap between
+events. Every request
 asks for exactly `--output-len` tokens; a short answer, an HTTP error or a time-out counts as failed.
 """
 
@@ -31,7 +32,9 @@ class Record:
     error: str | None = None
 
 
-async def stream_once(session: aiohttp.ClientSession, options: argparse.Namespace, prompt: list[int], record: Record) -> None:
+async def stream_once(
+    session: aiohttp.ClientSession, options: argparse.Namespace, prompt: list[int], record: Record
+) -> None:
     """Sends one request and reads its stream to the end."""
     body = {
         "model": options.model,
@@ -60,7 +63,9 @@ async def stream_once(session: aiohttp.ClientSession, options: argparse.Namespac
 async def measure_server(options: argparse.Namespace) -> dict[str, Any]:
     """Runs the closed loop and sums it up; times in milliseconds."""
     rng = random.Random(options.workload_seed)
-    prompts = [[rng.randrange(10, options.vocab_size - 10) for _ in range(options.input_len)] for _ in range(options.num)]
+    prompts = [
+        [rng.randrange(10, options.vocab_size - 10) for _ in range(options.input_len)] for _ in range(options.num)
+    ]
     records = [Record() for _ in prompts]
     numbers = iter(range(options.num))
     timeout = aiohttp.ClientTimeout(total=REQUEST_SECONDS)
@@ -79,9 +84,7 @@ async def measure_server(options: argparse.Namespace) -> dict[str, Any]:
     good = [record for record in records if record.error is None and record.tokens == options.output_len]
     ttft = [1e3 * (record.events[0] - record.sent) for record in good]
     gaps = [1e3 * (b - a) for record in good for a, b in zip(record.events, record.events[1:], strict=False)]
-    tpot = [
-        1e3 * (record.events[-1] - record.events[0]) / (record.tokens - 1) for record in good if record.tokens > 1
-    ]
+    tpot = [1e3 * (record.events[-1] - record.events[0]) / (record.tokens - 1) for record in good if record.tokens > 1]
     tokens = sum(record.tokens for record in good)
     return {
         "requests": options.num,

@@ -112,7 +112,10 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
         vocab_size = engine.runner.vocab_size
         items = [
             (
-                [rng.randrange(10, vocab_size - 10) for _ in range(rng.randint(max(1, options.input_len // 4), options.input_len))],
+                [
+                    rng.randrange(10, vocab_size - 10)
+                    for _ in range(rng.randint(max(1, options.input_len // 4), options.input_len))
+                ],
                 rng.randint(max(1, options.output_len // 8), options.output_len),
             )
             for _ in range(options.num)

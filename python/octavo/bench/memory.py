@@ -1,4 +1,5 @@
-"""How many requests fit into the same KV memory: pages against whole reservations, GQA against MHA, windows against full attention.
+"""How many requests fit into the same KV memory: pages against whole reservations, GQA against MHA, windows against
+full attention.
 
 Runs the real scheduler and block pool over a workload with tokens made up on the spot: no model, no device.
 """
@@ -42,9 +43,11 @@ def paged_requests(
     block_size: int = 16,
     windows: tuple[int, ...] = (0,),
 ) -> tuple[int, float]:
-    """(largest number of requests that ran at once, mean number over the steps) as the real scheduler packs the workload.
+    """(largest number of requests that ran at once, mean number over the steps) as the real scheduler packs the
+    workload.
 
-    `windows` has one entry for each group of `layers / len(windows)` layers: 0 for full attention, else its window in tokens.
+    `windows` has one entry for each group of `layers / len(windows)` layers: 0 for full attention, else its window in
+    tokens.
     """
     group_bytes = shape.bytes_per_token // len(windows) * block_size
     core = _core.EngineCore(
@@ -68,7 +71,9 @@ def paged_requests(
     now = 0.0
     while (plan := core.schedule(0, now)) is not None:
         running.append(int(core.stats()["num_requests_running"]))
-        records = result_buffer[: plan.padded_rows * plan.result_width * 4].view(np.int32).reshape(-1, plan.result_width)
+        records = (
+            result_buffer[: plan.padded_rows * plan.result_width * 4].view(np.int32).reshape(-1, plan.result_width)
+        )
         records[:, :3] = (0, 1, 100)  # status ok, one valid token, its id
         now += 0.01
         core.commit(0, now)

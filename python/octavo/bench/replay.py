@@ -51,7 +51,7 @@ def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = Non
     """Greedy, to the exact output lengths. Requests that have not arrived yet do not exist for the scheduler."""
     arrivals = arrivals or [0.0] * len(items)
     order = sorted(range(len(items)), key=arrivals.__getitem__)
-    preemptions = engine.core.stats()["num_preemptions_total"]
+    preemptions = engine.core.stats()["num_preemptions"]
     started = time.monotonic()
     arrived_at: dict[int, float] = {}
     waiting = list(reversed(order))
@@ -102,5 +102,5 @@ def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = Non
         steps=len(steps),
         step_p50=percentile(steps, 50),
         step_p99=percentile(steps, 99),
-        preemptions=int(engine.core.stats()["num_preemptions_total"] - preemptions),
+        preemptions=int(engine.core.stats()["num_preemptions"] - preemptions),
     )

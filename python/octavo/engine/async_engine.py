@@ -1,6 +1,7 @@
 """The engine for asyncio: one engine thread, and streams that wake when the core has news for them.
 
-The core's eventfd becomes readable once for any number of tokens; the loop's reader drains the ids with news and sets one event a
+The core's eventfd becomes readable once for any number of tokens; the loop's reader drains the ids with news and sets
+one event a
 stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
 """
 
@@ -65,7 +66,7 @@ class RequestStream:
 
 
 class AsyncEngine:
-    """Submit prompts, await their tokens. Build it with `from_config`, then call `attach_loop` with the running loop."""
+    """Submit prompts, await their tokens. Build it with `from_config`, then `attach_loop` with the running loop."""
 
     def __init__(self, engine: Engine) -> None:
         self.core = engine.core
@@ -100,7 +101,8 @@ class AsyncEngine:
             if stream is not None:
                 stream.wake()
 
-    # ---- requests -------------------------------------------------------------------------------------------------------
+    # ---- requests
+    # -------------------------------------------------------------------------------------------------------
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> _core.Prompt:
         """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's completions."""
@@ -135,7 +137,8 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queues a request, in about a microsecond.
 
-        Raises `OverloadedError` (queue full), `PromptTooLongError`, `KvCapacityError` or another `ValueError` (the request can
+        Raises `OverloadedError` (queue full), `PromptTooLongError`, `KvCapacityError` or another `ValueError` (the
+        request can
         never be served), `EngineDeadError`.
         """
         if self.is_dead:
@@ -175,10 +178,13 @@ class AsyncEngine:
 
     def _need_chat_template(self) -> _core.ChatTemplate:
         if self.chat_template is None:
-            raise ValueError("messages: this model has no chat template; start with --chat-template, or use completions")
+            raise ValueError(
+                "messages: this model has no chat template; start with --chat-template, or use completions"
+            )
         return self.chat_template
 
-    # ---- state ----------------------------------------------------------------------------------------------------------
+    # ---- state
+    # ----------------------------------------------------------------------------------------------------------
 
     @property
     def is_dead(self) -> bool:
@@ -201,7 +207,9 @@ class AsyncEngine:
         return self.core.stats()
 
     async def drain(self, timeout: float) -> bool:
-        """Refuses nothing itself (the server does, seeing `draining`); waits until all requests have ended. False on timeout."""
+        """Refuses nothing itself (the server does, seeing `draining`); waits until all requests have ended. False on
+        timeout.
+        """
         self.draining = True
         deadline = time.monotonic() + timeout
         while self.core.has_unfinished() and not self.is_dead:

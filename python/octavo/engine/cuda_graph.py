@@ -1,7 +1,9 @@
 """CUDA graphs of the decode forward pass, one a batch size.
 
-A graph covers embedding to logits for rows of one new token each, over the static inputs that `prepare` fills, so replaying it costs
-the host one call instead of hundreds of launches. Attention reads the real lengths on the device, so one graph serves all lengths.
+A graph covers embedding to logits for rows of one new token each, over the static inputs that `prepare` fills, so
+replaying it costs
+the host one call instead of hundreds of launches. Attention reads the real lengths on the device, so one graph serves
+all lengths.
 """
 
 from __future__ import annotations
@@ -54,9 +56,7 @@ class DecodeGraphs:
 
     def fits(self, plan: Plan) -> bool:
         """Whether a captured graph runs this plan: decodes only, one token each, padded to a captured size."""
-        return (
-            plan.num_prefill_tokens == 0 and plan.decode_query_len == 1 and plan.padded_decodes in self._graphs
-        )
+        return plan.num_prefill_tokens == 0 and plan.decode_query_len == 1 and plan.padded_decodes in self._graphs
 
     def replay(self, plan: Plan) -> Tensor:
         """Logits [padded_decodes, vocab] float32 of the step whose inputs `prepare` has just filled."""

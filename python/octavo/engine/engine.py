@@ -1,7 +1,9 @@
 """The engine: one Rust core, one model runner, and the loop that keeps the device fed.
 
-Steady state: while step N+1 runs on the device, the loop waits for step N's results, commits them and plans step N+2 in one crossing
-into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there one step flies at a time.
+Steady state: while step N+1 runs on the device, the loop waits for step N's results, commits them and plans step N+2 in
+one crossing
+into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there one step
+flies at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ class Engine:
         return cls(build_engine(config))
 
     def step(self) -> bool:
-        """One turn of the loop: launches what can be launched, commits the oldest step. False if there was nothing to do."""
+        """One turn of the loop: launches what can be launched, commits the oldest step. False if there was nothing to
+        do.
+        """
         core, in_flight = self.core, self._in_flight
         if not in_flight and not self._launch(core.schedule(0, time.monotonic()), 0):
             return False
@@ -88,12 +92,14 @@ class Engine:
         self.core.fail_step(slot, message)
 
     def run(self) -> None:
-        """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the engine dead."""
+        """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the
+        engine dead.
+        """
         try:
             while not self._stop.is_set():
                 if not self.step():
                     self.core.wait(IDLE_WAIT_SECONDS, time.monotonic())
-        except BaseException as error:  # noqa: BLE001 - the thread's edge: whatever it was, nobody may be left waiting
+        except BaseException as error:
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
             self.core.fail_all(f"engine_dead: {self.failure}")

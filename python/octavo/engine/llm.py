@@ -24,7 +24,7 @@ Message = dict[str, Any]
 class LLM:
     """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
 
-    Keyword arguments are the fields of `octavo.EngineConfig`: `LLM("path/to/model", dtype="bfloat16", max_model_len=4096)`.
+    Keyword arguments are the fields of `octavo.EngineConfig`: `LLM("path/to/model", dtype="bfloat16")`.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -36,6 +36,11 @@ class LLM:
     def config(self) -> EngineConfig:
         """The configuration the engine runs with."""
         return self._engine.config
+
+    @property
+    def core(self) -> _core.EngineCore:
+        """The Rust core, for its statistics and checks."""
+        return self._engine.core
 
     def get_tokenizer(self) -> _core.Tokenizer | None:
         """The model's tokenizer, or None for a model without one."""
@@ -102,7 +107,9 @@ class LLM:
         else:
             params = list(sampling_params)
         if len(params) != len(prompts):
-            raise ValueError(f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each")
+            raise ValueError(
+                f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
+            )
         builders = self._submit(prompts, encoded, params)
         outputs: dict[int, RequestOutput] = {}
         try:

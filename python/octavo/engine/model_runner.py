@@ -1,6 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
-Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core, which names
+Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
+which names
 request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
 """
 
@@ -84,7 +85,8 @@ class ModelRunner:
         self.kv_caches: list[Tensor] = []
         self.graphs: DecodeGraphs | None = None
 
-    # ---- memory ---------------------------------------------------------------------------------------------------------
+    # ---- memory
+    # ---------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
@@ -103,7 +105,8 @@ class ModelRunner:
     def profile_peak_bytes(self) -> int:
         """Device memory in use at the peak of the largest step, in bytes (CUDA only).
 
-        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one block: every
+        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one
+        block: every
         block table entry is the null block, which is safe to write.
         """
         torch.cuda.empty_cache()
@@ -132,18 +135,21 @@ class ModelRunner:
         ids = torch.zeros(total, dtype=self.inputs.token_ids.dtype, device=self.device)
         hidden = self.model.forward(ids, torch.zeros(total, dtype=torch.int64, device=self.device))
         logits = self.model.compute_logits(hidden[: self.max_num_seqs])
-        ops.sample_peak_rehearsal(logits)
+        logits.clone()  # as much as the sampler's own work space
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         self.kv_caches = []
         torch.cuda.empty_cache()
         return peak
 
-    # ---- one step -------------------------------------------------------------------------------------------------------
+    # ---- one step
+    # -------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def launch(self, plan: Plan, buffers: StepBuffers) -> None:
-        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its event."""
+        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its
+        event.
+        """
         plan_device = buffers.upload(plan.num_bytes)
         if plan.num_copies:
             pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
@@ -154,7 +160,7 @@ class ModelRunner:
         buffers.download(plan.padded_rows * plan.result_width * 4)
 
     def forward(self, plan: Plan) -> Tensor:
-        """Logits of each row's last `decode_query_len` tokens: # [rows, vocab] float32."""
+        """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
         if self.graphs is not None and self.graphs.fits(plan):
             return self.graphs.replay(plan)
         context = self.context(plan)
@@ -162,7 +168,7 @@ class ModelRunner:
         tokens = plan.num_tokens
         hidden = self.model.forward(self.inputs.token_ids[:tokens], self.inputs.positions[:tokens])
         if context.num_prefills:
-            hidden = hidden[self.inputs.sample_index[: plan.padded_rows]]
+            hidden = hidden[self.inputs.sample_index[: context.num_decode_tokens + context.num_prefills]]
         return self.model.compute_logits(hidden)
 
     def context(self, plan: Plan) -> StepContext:

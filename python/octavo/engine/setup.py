@@ -1,6 +1,7 @@
 """Building an engine: device, model, KV memory, core, graphs; and the report that start-up prints.
 
-KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of the largest step, on a CPU from
+KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of the largest step,
+on a CPU from
 `kv_cache_memory`.
 """
 
@@ -46,7 +47,8 @@ class StartupReport:
         return [
             f"device       {self.device}, {self.dtype}",
             f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
-            f"KV cache     {self.kv_bytes / 2**30:.2f} GiB: {self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
+            f"KV cache     {self.kv_bytes / 2**30:.2f} GiB, "
+            f"{self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
             f"ready in     {self.total_seconds:.1f} s",
@@ -120,7 +122,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
         runner.capture_graphs(graph_sizes)
     kv_tokens = (num_blocks - 1) * block_size // runner.kv_shape.num_groups
     report = StartupReport(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        device=torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu, {torch.get_num_threads()} threads",
         dtype=str(loaded.dtype).removeprefix("torch."),
         weight_bytes=weight_bytes,
         kv_bytes=num_blocks * runner.kv_shape.block_bytes,
@@ -163,12 +167,16 @@ def known(value: int | None) -> int:
 
 
 def pick_max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
-    """The model's own length unless the user asks for less. Asking for more is refused: positions past it were never trained."""
+    """The model's own length unless the user asks for less. Asking for more is refused: positions past it were never
+    trained.
+    """
     limit = loaded.config.max_position_embeddings
     if config.max_model_len is None or config.max_model_len == AUTO_LENGTH:
         return limit
     if config.max_model_len > limit:
-        raise ValueError(f"max_model_len: {config.max_model_len} is over the model's {limit} (max_position_embeddings); ask for less")
+        raise ValueError(
+            f"max_model_len = {config.max_model_len}: must be at most the model's max_position_embeddings = {limit}"
+        )
     return config.max_model_len
 
 
@@ -196,8 +204,9 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
     num_blocks = available // block_bytes
     blocks_of_one = runner.kv_shape.num_groups * -(-runner.max_model_len // runner.kv_shape.block_size) + 1
     if num_blocks < blocks_of_one:
+        needed = blocks_of_one * block_bytes / 2**30
         raise ValueError(
-            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of max_model_len="
-            f"{runner.max_model_len} needs {blocks_of_one} ({blocks_of_one * block_bytes / 2**30:.2f} GiB): {hint}"
+            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of "
+            f"max_model_len = {runner.max_model_len} needs {blocks_of_one} ({needed:.2f} GiB): {hint}"
         )
     return int(num_blocks)
