@@ -4,6 +4,8 @@ bf16)."""
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,37 @@ from torch import Tensor
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, so before the tests' own imports
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a GPU every test of this folder is a GPU test; without one those that need it are skipped."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            # A sigmoid far from zero: infinity, whose reciprocal is the right answer.
+            item.add_marker(pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"))
+            if torch.cuda.is_available():
+                item.add_marker(pytest.mark.gpu)
+            elif item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`kernel_dtype`: what kernels are tested in. The interpreter's bf16 products are garbage: bf16 waits for a GPU."""
+    if "kernel_dtype" in metafunc.fixturenames:
+        dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+        metafunc.parametrize("kernel_dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
+
+
+@pytest.fixture(autouse=True)
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher allocates is NaN until its kernel writes it."""
+    empty = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @dataclass

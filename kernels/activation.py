@@ -1,0 +1,59 @@
+"""The gated activations of an MLP: act(gate) * up over the fused gate-and-up projection.
+
+Both in fp32, rounded once. Source of the tanh form: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016),
+section 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# 1024 outputs by 4 warps: 8 a thread, so both loads and the store are 16 bytes wide in bf16. One token of 14336 makes
+# 14 programs, which is latency-bound whatever the block; 2048 tokens make 28 thousand.
+_BLOCK = 1024
+
+
+@triton.jit
+def _act_and_mul_kernel(
+    # pointers
+    x_ptr,  # [T, 2 * I] = (gate | up)
+    out_ptr,  # [T, I]
+    # strides, in elements
+    x_stride,
+    out_stride,
+    # meta-parameters
+    SIZE: tl.constexpr,  # I
+    BLOCK: tl.constexpr,
+    GELU: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < SIZE
+    gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
+    if GELU:
+        # 0.5 * (1 + tanh(z)) = sigmoid(2 * z), with z = sqrt(2 / pi) * (gate + 0.044715 * gate^3)
+        gated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gated = gate * tl.sigmoid(gate)
+    tl.store(out_ptr + row * out_stride + column, (gated * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _act_and_mul(x: Tensor, gelu: bool) -> Tensor:
+    tokens, size = x.shape[0], x.shape[1] // 2
+    out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
+    if tokens:
+        grid = (tokens, triton.cdiv(size, _BLOCK))
+        _act_and_mul_kernel[grid](x, out, x.stride(0), out.stride(0), size, _BLOCK, gelu, num_warps=4)
+    return out
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """`silu(gate) * up` [T, I] of x [T, 2 * I] = (gate | up), whose rows may be strided."""
+    return _act_and_mul(x, gelu=False)
+
+
+def gelu_tanh_and_mul(x: Tensor) -> Tensor:
+    """`gelu_tanh(gate) * up` [T, I] of x [T, 2 * I] = (gate | up), whose rows may be strided."""
+    return _act_and_mul(x, gelu=True)

@@ -1,0 +1,359 @@
+"""Attention of rows with a few new tokens each (1-8) over paged keys and values: split over the keys, bound by
+memory.
+
+The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found
+on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
+long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
+new tokens) are the rows of one product, so K and V are read once. A stretch that holds a whole unit writes the
+answer; pieces of a unit go to scratch, and the program that arrives last adds them up.
+
+Sources: Dao et al., "Flash-Decoding" (2023), for the split and its merge; Osama et al., "Stream-K" (2023), for the
+line of tiles.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_MAX_UNITS = 65536
+
+
+@triton.jit
+def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """The first tile that a row needs, and how many: at least one, so that every row's output is written."""
+    first = tl.zeros_like(seq_len)
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - QUERY_LEN + 1 - WINDOW, 0) // TILE
+    return first, tl.maximum(tl.cdiv(seq_len, TILE) - first, 1)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    # pointers
+    q_ptr,  # [R * QUERY_LEN, Hq, D]
+    cache_ptr,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
+    block_table_ptr,  # [slots, max_blocks] int32
+    row_slots_ptr,  # [R] int32
+    seq_lens_ptr,  # [R] int32
+    out_ptr,  # [R * QUERY_LEN, Hq, D]
+    partial_ptr,  # [2 * programs, BLOCK_PARTIAL, BLOCK_D] fp32: unnormalised sums
+    partial_stats_ptr,  # [2 * programs, 2, BLOCK_PARTIAL] fp32: maximum (log2) and sum of weights
+    arrivals_ptr,  # [R * units a row] int32, all zero before and after
+    scale,  # log2(e) / sqrt(D), or with SOFT_CAP the plain scale / cap
+    soft_cap,  # cap * log2(e)
+    # dimensions and strides, in elements
+    num_rows,
+    q_stride,
+    table_stride,
+    cache_block_stride,
+    cache_kv_stride,
+    cache_head_stride,
+    cache_offset_stride,
+    # meta-parameters
+    QUERY_LEN: tl.constexpr,
+    GROUP: tl.constexpr,  # query heads a KV head
+    NUM_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # a power of two >= R
+    BLOCK_M: tl.constexpr,  # query rows a unit, padded for the matrix unit
+    BLOCK_PARTIAL: tl.constexpr,  # the same, padded to a power of two only
+    BLOCK_D: tl.constexpr,
+    TILE: tl.constexpr,  # keys a tile
+    MERGE: tl.constexpr,  # pieces merged at a time
+):
+    QUERY_ROWS: tl.constexpr = QUERY_LEN * GROUP
+    M_CHUNKS: tl.constexpr = (QUERY_ROWS + BLOCK_M - 1) // BLOCK_M
+    UNITS: tl.constexpr = NUM_KV * M_CHUNKS  # a row
+    program = tl.program_id(0)
+
+    # My stretch of the line of tiles, and the row it begins in.
+    rows = tl.arange(0, BLOCK_R)
+    _, row_tiles = _row_tiles(tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0), QUERY_LEN, WINDOW, TILE)
+    row_tiles = tl.where(rows < num_rows, row_tiles, 0) * UNITS
+    row_ends = tl.cumsum(row_tiles, axis=0)
+    total = tl.sum(row_tiles, axis=0)
+    share = tl.cdiv(total, tl.num_programs(0))
+    begin = program * share
+    end = tl.minimum(begin + share, total)
+    before = (row_ends <= begin) & (rows < num_rows)
+    row = tl.sum(before.to(tl.int32), axis=0)
+    row_begin = tl.sum(tl.where(before, row_tiles, 0), axis=0)
+
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    n = tl.arange(0, TILE)
+    in_dim = d < DIM
+    tile = begin
+    while tile < end:
+        seq_len = tl.load(seq_lens_ptr + row)
+        slot = tl.load(row_slots_ptr + row)
+        first_tile, num_tiles = _row_tiles(seq_len, QUERY_LEN, WINDOW, TILE)
+        unit = (tile - row_begin) // num_tiles
+        unit_begin = row_begin + unit * num_tiles
+        here = tl.minimum(unit_begin + num_tiles, end) - tile
+        kv_head = unit // M_CHUNKS
+
+        query_row = (unit % M_CHUNKS) * BLOCK_M + m
+        query_token = row.to(tl.int64) * QUERY_LEN + query_row // GROUP
+        query_head = kv_head * GROUP + query_row % GROUP
+        in_q = (query_row < QUERY_ROWS)[:, None] & in_dim[None, :]
+        q = tl.load(
+            q_ptr + query_token[:, None] * q_stride + query_head[:, None] * DIM + d[None, :], mask=in_q, other=0.0
+        )
+        position = seq_len - QUERY_LEN + query_row // GROUP
+        first_key = 0
+        if WINDOW > 0:
+            first_key = tl.maximum(seq_len - QUERY_LEN + 1 - WINDOW, 0)
+
+        maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        weights = tl.zeros((BLOCK_M,), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        table = block_table_ptr + slot.to(tl.int64) * table_stride
+        head_ptr = cache_ptr + kv_head.to(tl.int64) * cache_head_stride
+        key_begin = (first_tile + tile - unit_begin) * TILE
+        for start in tl.range(key_begin, key_begin + here * TILE, TILE):
+            key = start + n
+            # What lies outside the row may be another request's, NaN included: it is never loaded.
+            in_row = (key >= first_key) & (key < seq_len)
+            if BLOCK_SIZE >= TILE:
+                # The tile lies in one page. A row of no keys reads its table's first entry and nothing else.
+                page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
+                offset = start % BLOCK_SIZE + n
+                address = page * cache_block_stride + offset * cache_offset_stride
+            else:
+                page = tl.load(table + key // BLOCK_SIZE, mask=in_row, other=0).to(tl.int64)
+                address = page * cache_block_stride + (key % BLOCK_SIZE) * cache_offset_stride
+            k = tl.load(head_ptr + address[None, :] + d[:, None], mask=in_row[None, :] & in_dim[:, None], other=0.0)
+            logits = tl.dot(q, k, input_precision="ieee") * scale
+            if SOFT_CAP:
+                logits = (2.0 * tl.sigmoid(2.0 * logits) - 1.0) * soft_cap
+            visible = in_row[None, :] & (key[None, :] <= position[:, None])
+            if WINDOW > 0:
+                visible &= key[None, :] > position[:, None] - WINDOW
+            logits = tl.where(visible, logits, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+            # A row that has seen nothing yet has no maximum to subtract.
+            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+            probability = tl.exp2(logits - shift[:, None])
+            rescale = tl.exp2(maximum - shift)
+            weights = weights * rescale + tl.sum(probability, axis=1)
+            v = tl.load(
+                head_ptr + cache_kv_stride + address[:, None] + d[None, :],
+                mask=in_row[:, None] & in_dim[None, :],
+                other=0.0,
+            )
+            acc = tl.dot(probability.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+            maximum = new_maximum
+
+        if here == num_tiles:
+            answer = acc / tl.where(weights > 0.0, weights, 1.0)[:, None]
+            out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head)[:, None] * DIM + d[None, :]
+            tl.store(out, answer.to(out_ptr.dtype.element_ty), mask=in_q)
+        else:
+            # Piece 0 of a program begins where the program does; the other one ends where it does.
+            piece = (2 * program + (tile > begin).to(tl.int32)).to(tl.int64)
+            in_partial = m < BLOCK_PARTIAL
+            tl.store(
+                partial_ptr + (piece * BLOCK_PARTIAL + m)[:, None] * BLOCK_D + d[None, :], acc, mask=in_partial[:, None]
+            )
+            tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + m, maximum, mask=in_partial)
+            tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + BLOCK_PARTIAL + m, weights, mask=in_partial)
+            first_program = unit_begin // share
+            pieces = (unit_begin + num_tiles - 1) // share - first_program + 1
+            # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
+            tl.debug_barrier()
+            arrived = tl.atomic_add(arrivals_ptr + row * UNITS + unit, 1, sem="acq_rel", scope="gpu")
+            tl.debug_barrier()
+            if arrived == pieces - 1:
+                tl.store(arrivals_ptr + row * UNITS + unit, 0)
+                _merge_pieces(
+                    partial_ptr,
+                    partial_stats_ptr,
+                    out_ptr,
+                    first_program,
+                    pieces,
+                    (unit_begin > first_program * share).to(tl.int32),
+                    row,
+                    unit,
+                    QUERY_LEN,
+                    GROUP,
+                    NUM_KV,
+                    DIM,
+                    BLOCK_M,
+                    M_CHUNKS,
+                    BLOCK_PARTIAL,
+                    BLOCK_D,
+                    MERGE,
+                )
+        tile += here
+        if (unit == UNITS - 1) & (tile == unit_begin + num_tiles):
+            row += 1
+            row_begin = tile
+
+
+@triton.jit
+def _merge_pieces(
+    partial_ptr,
+    partial_stats_ptr,
+    out_ptr,
+    first_program,
+    pieces,
+    first_is_second,  # 1 if the first program's piece is its second one
+    row,
+    unit,
+    QUERY_LEN: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_KV: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    M_CHUNKS: tl.constexpr,
+    BLOCK_PARTIAL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MERGE: tl.constexpr,
+):
+    """Adds up a unit's pieces and writes its answer."""
+    m = tl.arange(0, BLOCK_PARTIAL)
+    d = tl.arange(0, BLOCK_D)
+    maximum = tl.full((BLOCK_PARTIAL,), float("-inf"), tl.float32)
+    weights = tl.zeros((BLOCK_PARTIAL,), tl.float32)
+    acc = tl.zeros((BLOCK_PARTIAL, BLOCK_D), tl.float32)
+    for start in range(0, pieces, MERGE):
+        index = start + tl.arange(0, MERGE)
+        exists = index < pieces
+        piece = (2 * (first_program + index) + tl.where(index == 0, first_is_second, 0)).to(tl.int64)
+        stats = partial_stats_ptr + piece[:, None] * (2 * BLOCK_PARTIAL) + m[None, :]
+        # `.cg`: written by other SMs, so not from this one's L1.
+        piece_maximum = tl.load(stats, mask=exists[:, None], other=float("-inf"), cache_modifier=".cg")
+        piece_weights = tl.load(stats + BLOCK_PARTIAL, mask=exists[:, None], other=0.0, cache_modifier=".cg")
+        sums = tl.load(
+            partial_ptr + (piece[:, None] * BLOCK_PARTIAL + m[None, :])[:, :, None] * BLOCK_D + d[None, None, :],
+            mask=exists[:, None, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        new_maximum = tl.maximum(maximum, tl.max(piece_maximum, axis=0))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        rescale = tl.exp2(maximum - shift)
+        factor = tl.exp2(piece_maximum - shift[None, :])
+        weights = weights * rescale + tl.sum(piece_weights * factor, axis=0)
+        acc = acc * rescale[:, None] + tl.sum(sums * factor[:, :, None], axis=0)
+        maximum = new_maximum
+    answer = acc / tl.where(weights > 0.0, weights, 1.0)[:, None]
+    query_row = (unit % M_CHUNKS) * BLOCK_M + m
+    query_token = row.to(tl.int64) * QUERY_LEN + query_row // GROUP
+    query_head = (unit // M_CHUNKS) * GROUP + query_row % GROUP
+    inside = (query_row < QUERY_LEN * GROUP)[:, None] & (d < DIM)[None, :]
+    out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head)[:, None] * DIM + d[None, :]
+    tl.store(out, answer.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def _arrivals(device: torch.device) -> Tensor:
+    """The counters of a device, zero between launches: every unit's last arrival resets its own."""
+    return torch.zeros(_MAX_UNITS, dtype=torch.int32, device=device)
+
+
+@functools.cache
+def _num_programs(device: torch.device) -> int:
+    # Two a multiprocessor: one's loads run while the other starts a unit or merges. In the interpreter, which runs
+    # programs one after another, few; but enough that rows are both split and shared.
+    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 7
+
+
+def _blocks(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
+    """Tile sizes. query_rows = query_len * group."""
+    block_d = triton.next_power_of_2(dim)
+    # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as much as leaves room
+    # for the rest; a unit with more query rows is cut and its K and V read twice.
+    block_m = min(64 if block_d <= 128 else 32, max(16, triton.next_power_of_2(query_rows)))
+    block_partial = min(block_m, triton.next_power_of_2(query_rows))
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_PARTIAL": block_partial,
+        "BLOCK_D": block_d,
+        # A tile of K and V is 32 KiB at most: with 3 stages and two programs a multiprocessor 192 of 228 KiB are
+        # used, and 128 KiB are in flight, five times what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks
+        # for.
+        "TILE": max(16, min(64, 16384 // (block_d * itemsize))),
+        # 64 registers a thread of pieces in flight while merging.
+        "MERGE": max(1, min(16, 8192 // (block_partial * block_d))),
+    }
+
+
+def decode_attention(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    row_slots: Tensor,
+    seq_lens: Tensor,
+    query_len: int,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """Attention of rows that bring `query_len` new tokens each, over the pages of their slot.
+
+    q [R * query_len, Hq, D] (rows may be strided), row by row; kv_cache [num_blocks, 2, Hkv, block_size, D] of q's
+    dtype; block_table [slots, max_blocks] int32; row_slots, seq_lens [R] int32. Token j of a row sits at position
+    `seq_len - query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits =
+    scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [R * query_len, Hq, D]; a token
+    that sees nothing gets zeros. Launches of one device must be on one stream: they share counters. Call it once
+    before capturing it in a graph, so that the counters exist.
+
+    Raises ValueError if rows x KV heads exceed 65536 units.
+    """
+    num_rows, num_q, dim = row_slots.shape[0], q.shape[1], q.shape[2]
+    num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
+    out = torch.empty((q.shape[0], num_q, dim), dtype=q.dtype, device=q.device)
+    if num_rows == 0:
+        return out
+    group = num_q // num_kv
+    blocks = _blocks(query_len * group, dim, q.element_size())
+    units = num_rows * num_kv * triton.cdiv(query_len * group, blocks["BLOCK_M"])
+    if units > _MAX_UNITS:
+        raise ValueError(
+            f"decode_attention: {units} units (rows x KV heads) exceed {_MAX_UNITS}; use fewer rows a step"
+        )
+    programs = _num_programs(q.device)
+    pieces = (2 * programs, blocks["BLOCK_PARTIAL"])
+    partial = torch.empty((*pieces, blocks["BLOCK_D"]), dtype=torch.float32, device=q.device)
+    partial_stats = torch.empty((pieces[0], 2, pieces[1]), dtype=torch.float32, device=q.device)
+    log2_e = 1.4426950408889634
+    _decode_attention_kernel[(programs,)](
+        q,
+        kv_cache,
+        block_table,
+        row_slots,
+        seq_lens,
+        out,
+        partial,
+        partial_stats,
+        _arrivals(q.device),
+        scale / soft_cap if soft_cap else scale * log2_e,
+        soft_cap * log2_e,
+        num_rows,
+        q.stride(0),
+        block_table.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        kv_cache.stride(3),
+        query_len,
+        group,
+        num_kv,
+        dim,
+        block_size,
+        window,
+        soft_cap > 0.0,
+        max(16, triton.next_power_of_2(num_rows)),
+        **blocks,
+        num_warps=4,
+        num_stages=3,
+    )
+    return out

@@ -1,0 +1,113 @@
+"""Decode attention against its twin in fp32, over pages whose unused part is NaN."""
+
+import pytest
+import torch
+
+from octavo.kernels import decode_attention as kernels
+from octavo.kernels import reference
+
+# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+gpu = pytest.mark.gpu
+
+# (seq_lens, query_len, Hq, Hkv, D, block_size)
+CASES = [
+    ([1], 1, 9, 3, 64, 16),
+    ([40], 1, 9, 3, 64, 16),
+    ([0, 15, 16, 17, 1, 700], 1, 9, 3, 64, 16),
+    ([63, 64, 65, 0], 1, 4, 4, 64, 64),
+    ([300, 5], 1, 16, 1, 128, 32),
+    ([33, 190], 1, 4, 2, 96, 16),
+    ([33, 70], 1, 2, 2, 80, 64),
+    ([20, 130], 1, 4, 2, 256, 64),
+    ([9, 100, 3], 3, 6, 2, 64, 16),
+    ([200, 8], 8, 16, 1, 64, 32),  # 128 query rows: two chunks a unit
+    *(
+        pytest.param(lens, query_len, num_q, num_kv, dim, block_size, marks=gpu)
+        for lens in ([1], [1000], [513] * 31 + [32768], list(range(130)), [0] * 3 + [4097])
+        for query_len, num_q, num_kv, dim, block_size in [
+            (1, 32, 32, 128, 64),
+            (1, 32, 8, 128, 16),
+            (1, 32, 8, 128, 64),
+            (4, 64, 8, 128, 64),
+            (8, 16, 1, 256, 32),
+            (1, 9, 3, 64, 16),
+            (2, 8, 4, 96, 64),
+        ]
+    ),
+]
+
+
+def check(rows, q, query_len, window, soft_cap, tolerance) -> None:
+    scale = 1.3 * q.shape[2] ** -0.5
+    arguments = (rows.block_table, rows.row_slots, rows.seq_lens, query_len, scale, window, soft_cap)
+    out = kernels.decode_attention(q, rows.kv_cache, *arguments)
+    expected = reference.decode_attention(q.float(), rows.kv_cache.float(), *arguments)
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (20, 0.0), (100, 3.0)])
+@pytest.mark.parametrize(("seq_lens", "query_len", "num_q", "num_kv", "dim", "block_size"), CASES)
+def test_decode_attention(
+    device, make_rows, kernel_dtype, seq_lens, query_len, num_q, num_kv, dim, block_size, window, soft_cap
+) -> None:
+    rows = make_rows(seq_lens, num_kv, dim, block_size, kernel_dtype)
+    qkv = torch.randn(len(seq_lens) * query_len, (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
+    q = qkv[:, : num_q * dim].view(-1, num_q, dim)  # strided rows, as in the fused projection
+    check(rows, q, query_len, window, soft_cap, TOLERANCE[kernel_dtype])
+
+
+def test_counters_reset_themselves(device, make_rows) -> None:
+    """The same launch twice: a counter left over from the first would spoil the second."""
+    rows = make_rows([500, 3], 2, 64, 16, torch.float32)
+    q = torch.randn(2, 4, 64, device=device)
+    for _ in range(2):
+        check(rows, q, 1, 0, 0.0, TOLERANCE[torch.float32])
+    assert not kernels._arrivals(q.device).any()
+
+
+def test_too_many_units(device) -> None:
+    rows = 40000
+    q = torch.zeros(rows, 2, 16, device=device)
+    cache = torch.zeros(1, 2, 2, 16, 16, device=device)
+    index = torch.zeros(rows, dtype=torch.int32, device=device)
+    with pytest.raises(ValueError, match="80000 units"):
+        kernels.decode_attention(q, cache, torch.zeros(1, 1, dtype=torch.int32, device=device), index, index, 1, 1.0)
+
+
+@gpu
+def test_one_graph_serves_all_lengths(device, make_rows) -> None:
+    rows = make_rows([3000, 40, 1, 700], 8, 128, 16, torch.bfloat16)
+    q = torch.randn(4, 32, 128, device=device).bfloat16()
+    lengths = rows.seq_lens.clone()
+    rows.seq_lens.fill_(1)
+    arguments = (q, rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, 1, 128**-0.5)
+    kernels.decode_attention(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.decode_attention(*arguments)
+    rows.seq_lens.copy_(lengths)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        expected = reference.decode_attention(q.float(), rows.kv_cache.float(), *arguments[2:])
+        torch.testing.assert_close(out.float(), expected, atol=1.6e-2, rtol=1.6e-2)
+
+
+@gpu
+def test_offsets_beyond_32_bits(device) -> None:
+    """A cache of more than 2^31 elements, with the row in its last blocks."""
+    num_blocks = 2**31 // (2 * 8 * 64 * 128) + 8
+    cache = torch.zeros(num_blocks, 2, 8, 64, 128, device=device, dtype=torch.bfloat16)
+    cache[-2:] = torch.randn(2, 2, 8, 64, 128, device=device)
+    table = torch.tensor([[num_blocks - 1, num_blocks - 2]], dtype=torch.int32, device=device)
+    slots, lens = (
+        torch.zeros(1, dtype=torch.int32, device=device),
+        torch.tensor([100], dtype=torch.int32, device=device),
+    )
+    q = torch.randn(1, 32, 128, device=device).bfloat16()
+    out = kernels.decode_attention(q, cache, table, slots, lens, 1, 128**-0.5)
+    near = cache[-2:].float()
+    expected = reference.decode_attention(q.float(), near, table - (num_blocks - 2), slots, lens, 1, 128**-0.5)
+    torch.testing.assert_close(out.float(), expected, atol=1.6e-2, rtol=1.6e-2)

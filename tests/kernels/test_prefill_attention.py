@@ -1,0 +1,61 @@
+"""Prefill attention against its twin in fp32, over pages whose unused part is NaN."""
+
+import pytest
+import torch
+
+from octavo.kernels import prefill_attention as kernels
+from octavo.kernels import reference
+
+# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+gpu = pytest.mark.gpu
+
+# (query_lens, cached lengths, Hq, Hkv, D, block_size)
+CASES = [
+    ([1], [0], 3, 1, 64, 16),
+    ([33, 1, 16, 31], [0, 64, 15, 1], 3, 1, 64, 16),
+    ([5, 70], [129, 0], 2, 2, 80, 64),
+    ([40, 3], [50, 0], 4, 2, 128, 32),
+    ([20], [75], 2, 1, 256, 64),
+    *(
+        pytest.param(query_lens, cached, num_q, num_kv, dim, block_size, marks=gpu)
+        for query_lens, cached in (
+            ([2048], [0]),
+            ([1, 1000, 127, 128, 129, 5], [4000, 63, 64, 65, 0, 1]),
+            ([512] * 16, [0] * 16),
+        )
+        for num_q, num_kv, dim, block_size in [
+            (32, 8, 128, 16),
+            (8, 8, 128, 64),
+            (9, 3, 64, 16),
+            (4, 1, 256, 32),
+            (6, 2, 96, 64),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (20, 0.0), (200, 3.0)])
+@pytest.mark.parametrize(("query_lens", "cached", "num_q", "num_kv", "dim", "block_size"), CASES)
+def test_prefill_attention(
+    device, make_rows, kernel_dtype, query_lens, cached, num_q, num_kv, dim, block_size, window, soft_cap
+) -> None:
+    seq_lens = [query + prefix for query, prefix in zip(query_lens, cached, strict=True)]
+    rows = make_rows(seq_lens, num_kv, dim, block_size, kernel_dtype)
+    qkv = torch.randn(sum(query_lens), (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
+    q = qkv[:, : num_q * dim].view(-1, num_q, dim)  # strided rows, as in the fused projection
+    query_start_loc = torch.tensor([0, *query_lens], device=device).cumsum(0, dtype=torch.int32)
+    arguments = (
+        rows.block_table,
+        rows.row_slots,
+        query_start_loc,
+        rows.seq_lens,
+        max(query_lens),
+        1.3 * dim**-0.5,
+        window,
+        soft_cap,
+    )
+    out = kernels.prefill_attention(q, rows.kv_cache, *arguments)
+    expected = reference.prefill_attention(q.float(), rows.kv_cache.float(), *arguments)
+    assert out.dtype == kernel_dtype
+    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[kernel_dtype], rtol=TOLERANCE[kernel_dtype])
