@@ -45,7 +45,9 @@ def _act_and_mul(x: Tensor, gelu: bool) -> Tensor:
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     if tokens:
         grid = (tokens, triton.cdiv(size, _BLOCK))
-        _act_and_mul_kernel[grid](x, out, x.stride(0), out.stride(0), size, _BLOCK, gelu, num_warps=4)
+        _act_and_mul_kernel[grid](
+            x, out, x.stride(0), out.stride(0), size, _BLOCK, gelu, num_warps=4, enable_fp_fusion=True
+        )
     return out
 
 

@@ -41,4 +41,4 @@ def copy_blocks(kv_caches: list[Tensor], pairs: Tensor) -> None:
     for cache in kv_caches:
         size = cache[0].numel()
         grid = (pairs.shape[0], triton.cdiv(size, _BLOCK))
-        _copy_blocks_kernel[grid](cache, pairs, size, cache.stride(0), _BLOCK, num_warps=8)
+        _copy_blocks_kernel[grid](cache, pairs, size, cache.stride(0), _BLOCK, num_warps=8, enable_fp_fusion=True)

@@ -354,6 +354,7 @@ def decode_attention(
         max(16, triton.next_power_of_2(num_rows)),
         **blocks,
         num_warps=4,
+        enable_fp_fusion=True,
         num_stages=3,
     )
     return out

@@ -54,7 +54,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     block = triton.next_power_of_2(hidden)
     if x.shape[0]:
         _rms_norm_kernel[(x.shape[0],)](
-            x, x, weight, out, x.stride(0), 0, out.stride(0), eps, hidden, block, False, num_warps=_num_warps(block)
+            x,
+            x,
+            weight,
+            out,
+            x.stride(0),
+            0,
+            out.stride(0),
+            eps,
+            hidden,
+            block,
+            False,
+            num_warps=_num_warps(block),
+            enable_fp_fusion=True,
         )
     return out
 
@@ -80,5 +92,6 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
             block,
             True,
             num_warps=_num_warps(block),
+            enable_fp_fusion=True,
         )
     return out

@@ -257,5 +257,6 @@ def prefill_attention(
         soft_cap > 0.0,
         max(16, triton.next_power_of_2(num_rows)),
         **config,
+        enable_fp_fusion=True,
     )
     return out

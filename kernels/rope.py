@@ -191,4 +191,5 @@ def rope_and_cache(
         q_norm is not None,
         k_norm is not None,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -1,0 +1,164 @@
+"""Compiles every kernel variant for an H100 without having one: registers, spills and shared memory of each.
+
+`python -m tests.kernels.compile_sm90 [name part]` prints the table; `test_compile_sm90.py` runs it with `--json`. The
+launchers are called with tensors that have shapes but no memory, and what they would launch is compiled: so exactly the
+variants that exist are tested, with their real tile sizes, warps and stages.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from octavo.kernels import activation, copy_blocks, decode_attention, norm, prefill_attention, rope
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def ints(*shape: int) -> Tensor:
+    return meta(*shape, dtype=torch.int32)
+
+
+def rope_case(heads: tuple[int, int, int], rotary: int, norms: bool, dtype: torch.dtype) -> None:
+    num_q, num_kv, dim = heads
+    q, k = meta(32, num_q, dim, dtype=dtype), meta(32, num_kv, dim, dtype=dtype)
+    weight = meta(dim, dtype=dtype) if norms else None
+    cache = meta(32, 2, num_kv, 64, dim, dtype=dtype)
+    table, index = meta(32, rotary, dtype=torch.float32), meta(32, dtype=torch.int64)
+    rope.rope_and_cache(q, k, k, index, table, cache, index, weight, weight)
+
+
+def decode_case(
+    heads: tuple[int, int, int], block_size: int, query_len: int, dtype: torch.dtype, **options: Any
+) -> None:
+    num_q, num_kv, dim = heads
+    cache = meta(32, 2, num_kv, block_size, dim, dtype=dtype)
+    q = meta(32 * query_len, num_q, dim, dtype=dtype)
+    decode_attention.decode_attention(q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, **options)
+
+
+def prefill_case(heads: tuple[int, int, int], block_size: int, dtype: torch.dtype, **options: Any) -> None:
+    num_q, num_kv, dim = heads
+    cache = meta(32, 2, num_kv, block_size, dim, dtype=dtype)
+    q = meta(512, num_q, dim, dtype=dtype)
+    prefill_attention.prefill_attention(q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, **options)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, hidden in itertools.product((bf16, fp32), (576, 4096, 8192)):
+        x, weight = meta(32, hidden, dtype=dtype), meta(hidden, dtype=dtype)
+        yield f"rms_norm {TYPES[dtype]} {hidden}", lambda x=x, w=weight: norm.rms_norm(x, w, 1e-5)
+        yield f"add_rms_norm {TYPES[dtype]} {hidden}", lambda x=x, w=weight: norm.add_rms_norm(x, x, w, 1e-5)
+    for dtype, size in itertools.product((bf16, fp32), (1536, 14336)):
+        x = meta(32, 2 * size, dtype=dtype)
+        yield f"silu_and_mul {TYPES[dtype]} {size}", lambda x=x: activation.silu_and_mul(x)
+        yield f"gelu_tanh_and_mul {TYPES[dtype]} {size}", lambda x=x: activation.gelu_tanh_and_mul(x)
+    for heads, rotary in (((32, 8, 128), 128), ((9, 3, 64), 64), ((8, 4, 256), 256), ((32, 32, 80), 32)):
+        for norms in (False, True):
+            name = f"rope_and_cache bf16 {heads} rotary {rotary}{' norms' * norms}"
+            yield name, lambda h=heads, r=rotary, n=norms: rope_case(h, r, n, torch.bfloat16)
+    yield "copy_blocks bf16", lambda: copy_blocks.copy_blocks([meta(32, 2, 8, 64, 128)], ints(4, 2))
+    attention = [
+        ((32, 8, 128), 64, bf16, {}),
+        ((32, 8, 128), 16, bf16, {}),
+        ((32, 32, 128), 64, bf16, {}),
+        ((64, 8, 128), 64, bf16, {}),
+        ((9, 3, 64), 16, bf16, {}),
+        ((9, 3, 64), 16, fp32, {}),
+        ((16, 8, 256), 64, bf16, {"window": 4096, "soft_cap": 50.0}),
+        ((8, 4, 256), 64, bf16, {"window": 1024}),
+        ((32, 32, 96), 64, fp16, {"window": 2047}),
+        ((32, 32, 80), 64, bf16, {}),
+        ((32, 8, 128), 64, fp32, {}),
+    ]
+    for heads, block_size, dtype, options in attention:
+        name = f"{TYPES[dtype]} {heads} page {block_size}{''.join(f' {k}' for k in options)}"
+        yield f"prefill_attention {name}", lambda h=heads, b=block_size, t=dtype, o=options: prefill_case(h, b, t, **o)
+        for query_len in (1, 4, 8) if heads[2] == 128 else (1,):
+            yield (
+                f"decode_attention {name} x{query_len}",
+                lambda h=heads, b=block_size, n=query_len, t=dtype, o=options: decode_case(h, b, n, t, **o),
+            )
+
+
+def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
+    """Compiles a launch for TARGET; returns registers and spilled bytes a thread, and shared bytes a program."""
+    bound = fn.signature.bind(*args, **{name: value for name, value in options.items() if name in fn.arg_names})
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
+        value = bound.arguments[name]
+        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    launch_options = {name: value for name, value in options.items() if name not in fn.arg_names}
+    kernel = triton.compile(ASTSource(fn, signature, constants, attributes), target=TARGET, options=launch_options)
+    with tempfile.TemporaryDirectory() as folder:
+        (ptx := Path(folder) / "kernel.ptx").write_text(kernel.asm["ptx"])
+        command = [get_ptxas(TARGET.arch).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", os.devnull]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(result.stderr)
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", result.stderr)[1]),
+        "spilled": sum(int(number) for number in re.findall(r"(\d+) bytes spill", result.stderr)),
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "mma": kernel.asm["ptx"].count("mma.sync"),
+        "warps": kernel.metadata.num_warps,
+    }
+
+
+def main() -> None:
+    as_json = "--json" in sys.argv
+    wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
+    table = {}
+    for name, call in cases():
+        if all(part in name for part in wanted):
+            launches.clear()
+            call()
+            ((fn, args, options),) = launches
+            table[name] = compile_launch(fn, args, options)
+            if not as_json:
+                print(f"{name:75}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
+    if as_json:
+        print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""Every kernel variant compiles for an H100, fits its shared memory and spills no registers; no GPU needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+SHARED_LIMIT = 227 * 1024  # bytes a program may use on sm_90
+
+
+def test_every_variant_compiles_without_spills() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(REPOSITORY / "python")
+    command = [sys.executable, "-m", "tests.kernels.compile_sm90", "--json"]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    table = json.loads(result.stdout)
+    assert len(table) > 50
+    spilling = {name: entry for name, entry in table.items() if entry["spilled"] and "fp32" not in name}
+    assert not spilling
+    assert all(entry["shared"] <= SHARED_LIMIT for entry in table.values())
