@@ -266,8 +266,8 @@ def _num_programs(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 7
 
 
-def _blocks(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes. query_rows = query_len * group."""
+def _config(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
+    """Tile sizes, warps and stages. query_rows = query_len * group."""
     block_d = triton.next_power_of_2(dim)
     # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as much as leaves room
     # for the rest; a unit with more query rows is cut and its K and V read twice.
@@ -277,12 +277,14 @@ def _blocks(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
         "BLOCK_M": block_m,
         "BLOCK_PARTIAL": block_partial,
         "BLOCK_D": block_d,
-        # A tile of K and V is 32 KiB at most: with 3 stages and two programs a multiprocessor 192 of 228 KiB are
-        # used, and 128 KiB are in flight, five times what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks
-        # for.
+        # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and
+        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for.
         "TILE": max(16, min(64, 16384 // (block_d * itemsize))),
         # 64 registers a thread of pieces in flight while merging.
         "MERGE": max(1, min(16, 8192 // (block_partial * block_d))),
+        "num_warps": 4,
+        # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in front of theirs.
+        "num_stages": 5,
     }
 
 
@@ -314,15 +316,15 @@ def decode_attention(
     if num_rows == 0:
         return out
     group = num_q // num_kv
-    blocks = _blocks(query_len * group, dim, q.element_size())
-    units = num_rows * num_kv * triton.cdiv(query_len * group, blocks["BLOCK_M"])
+    config = _config(query_len * group, dim, q.element_size())
+    units = num_rows * num_kv * triton.cdiv(query_len * group, config["BLOCK_M"])
     if units > _MAX_UNITS:
         raise ValueError(
             f"decode_attention: {units} units (rows x KV heads) exceed {_MAX_UNITS}; use fewer rows a step"
         )
     programs = _num_programs(q.device)
-    pieces = (2 * programs, blocks["BLOCK_PARTIAL"])
-    partial = torch.empty((*pieces, blocks["BLOCK_D"]), dtype=torch.float32, device=q.device)
+    pieces = (2 * programs, config["BLOCK_PARTIAL"])
+    partial = torch.empty((*pieces, config["BLOCK_D"]), dtype=torch.float32, device=q.device)
     partial_stats = torch.empty((pieces[0], 2, pieces[1]), dtype=torch.float32, device=q.device)
     log2_e = 1.4426950408889634
     _decode_attention_kernel[(programs,)](
@@ -352,9 +354,7 @@ def decode_attention(
         window,
         soft_cap > 0.0,
         max(16, triton.next_power_of_2(num_rows)),
-        **blocks,
-        num_warps=4,
+        **config,
         enable_fp_fusion=True,
-        num_stages=3,
     )
     return out
