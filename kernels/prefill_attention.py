@@ -194,7 +194,8 @@ def _config(dim: int, itemsize: int) -> dict[str, int]:
     block_d = triton.next_power_of_2(dim)
     if itemsize == 4:
         # fp32 products run on the ordinary units: small tiles, or the operands do not fit the registers.
-        return {"BLOCK_M": 32 if block_d <= 64 else 16, "BLOCK_D": block_d, "TILE": 32, "num_warps": 4, "num_stages": 2}
+        side = 32 if block_d <= 64 else 16
+        return {"BLOCK_M": side, "BLOCK_D": block_d, "TILE": side, "num_warps": 4, "num_stages": 2}
     if block_d <= 64:
         return {"BLOCK_M": 128, "BLOCK_D": block_d, "TILE": 64, "num_warps": 4, "num_stages": 3}
     if block_d <= 128:
