@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-
 from bench.kernels import cases
 from bench.kernels.timing import microseconds
+
 from octavo.kernels import activation, decode_attention, norm, prefill_attention, rope
 
 
