@@ -234,8 +234,11 @@ impl Outgoing {
             completion_tokens: self.progress.num_output_tokens as usize,
             cached_tokens: Some(self.progress.num_cached_tokens as usize),
         };
+        // Each frame tells the count of its own token, also where several leave together.
+        let pending: usize = self.choices.iter().map(|choice| choice.pending.token_ids.len()).sum();
+        let mut so_far = Usage { completion_tokens: usage.completion_tokens.saturating_sub(pending), ..usage };
         for choice in self.choices.iter_mut().filter(|choice| !choice.failed()) {
-            choice.write_frames(frames, usage, tokenizer, &mut out);
+            choice.write_frames(frames, &mut so_far, tokenizer, &mut out);
         }
         if !finished {
             return out;
@@ -310,7 +313,13 @@ impl Choice {
     }
 
     /// One frame a pending token, the last one with the finish reason; one frame for all of them if the client lags.
-    fn write_frames(&mut self, frames: &FrameTemplate, usage: Usage, tokenizer: Option<&Tokenizer>, out: &mut Vec<u8>) {
+    fn write_frames(
+        &mut self,
+        frames: &FrameTemplate,
+        so_far: &mut Usage,
+        tokenizer: Option<&Tokenizer>,
+        out: &mut Vec<u8>,
+    ) {
         let finish = self.pending.finish.as_ref();
         let tokens = self.pending.token_ids.len();
         let count = match tokens {
@@ -323,6 +332,7 @@ impl Choice {
             let is_last = frame + 1 == count;
             let end = if is_last { self.pending.text.len() } else { self.text_ends[frame] };
             let text = &self.pending.text[start..end];
+            so_far.completion_tokens += if is_last { tokens - frame.min(tokens) } else { 1 };
             let positions = if is_last { frame..self.pending.logprobs.len() } else { frame..frame + 1 };
             let logprobs = tokenizer.filter(|_| !self.pending.logprobs.is_empty()).map(|tokenizer| {
                 let mut json = String::new();
@@ -338,7 +348,7 @@ impl Choice {
                     logprobs: logprobs.as_deref(),
                     finish_reason: finish.filter(|_| is_last).map(|finish| finish.reason.as_str()),
                     stop_reason: finish.filter(|_| is_last).and_then(Finish::stop_reason),
-                    usage: Some(usage),
+                    usage: Some(*so_far),
                 },
             );
             self.text_chars += text.chars().count();

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a model in the terminal", allow_abbrev=False)
     _add_model(chat)
     chat.add_argument("--system", help="what the model is told before the conversation")
-    _add_sampling_flags(chat, max_tokens=1024)
+    _add_sampling_flags(chat, max_tokens=None)
     add_flags(chat, EngineConfig, title="engine", skip=["model"])
     chat.set_defaults(run=run_chat)
 
@@ -122,9 +122,10 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, EngineConfig, title="engine", skip=["model"])
 
 
-def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int) -> None:
+def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"longest answer [default: {max_tokens}]")
+    shown = "up to the model's length" if max_tokens is None else max_tokens
+    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"longest answer [default: {shown}]")
     group.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token [default: 0.7]")
     group.add_argument(
         "--top-p", type=float, default=1.0, help="draw from this share of the probability [default: 1.0]"

@@ -62,7 +62,7 @@ class SamplingParams:
         """The checked form that the scheduler uses."""
         from octavo import _core  # `import octavo` must not load the extension
 
-        stop = self.stop or ()
+        stop = () if self.stop is None else self.stop
         return _core.SamplingParams(
             n=self.n,
             temperature=self.temperature,

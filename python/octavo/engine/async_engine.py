@@ -219,11 +219,15 @@ class AsyncEngine:
         return True
 
     def shutdown(self) -> None:
-        """Ends the engine thread; requests still running end with an error. Idempotent."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_reader(self.core.fileno())
-            self._loop = None
+        """Ends the engine thread; requests still running end with an error, which wakes their streams.
+
+        Idempotent. Call it on the loop's thread, or after the loop has closed.
+        """
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if self._loop is not None and not self._loop.is_closed():
+            self._drain()
+            self._loop.remove_reader(self.core.fileno())
+        self._loop = None
         self._text_pool.shutdown(wait=False)

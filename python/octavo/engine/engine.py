@@ -100,6 +100,8 @@ class Engine:
                 if not self.step():
                     self.core.wait(IDLE_WAIT_SECONDS, time.monotonic())
         except BaseException as error:
+            if self._stop.is_set():
+                return  # the core has dropped the step that was in flight
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
             self.core.fail_all(f"engine_dead: {self.failure}")

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import add_request_id, check_host_and_key, json_errors
+from octavo.server.middleware import add_headers, check_host_and_key, json_errors
 from octavo.server.openai import OpenAIRoutes
 
 if TYPE_CHECKING:
@@ -19,18 +20,19 @@ logger = logging.getLogger(__name__)
 STUCK_AFTER = 60.0
 """Seconds in one step after which `/health` says that the engine hangs."""
 
-ROUTES = web.AppKey("routes", OpenAIRoutes)
+CALLS = web.AppKey("calls", CallServer)
 
 
 def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     """The application over a loaded engine. On start-up it has the engine watch the running loop."""
     metrics = Metrics(engine)
-    routes = OpenAIRoutes(engine, config, metrics)
+    calls = CallServer(engine, config, metrics)
+    routes = OpenAIRoutes(engine, config, metrics, calls)
     app = web.Application(
         middlewares=[json_errors(metrics), check_host_and_key(config)],
         client_max_size=config.max_body_size,
     )
-    app[ROUTES] = routes
+    app[CALLS] = calls
 
     async def health(_: web.Request) -> web.Response:
         """Alive and making progress; also while draining."""
@@ -50,6 +52,6 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
 
     app.add_routes(routes.routes())
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.append(add_headers)
     app.on_startup.append(attach)
     return app

@@ -45,7 +45,9 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(limit) from None
     except web.RequestPayloadError:
-        raise ApiError(400, "invalid_encoding", f"The body is not valid {encoding} data.") from None
+        request.content.feed_eof()  # else aiohttp reads on, for politeness, and logs the same error as its own
+        message = f"The body is not valid {encoding} data."
+        raise ApiError(400, "invalid_encoding", message, headers={"Connection": "close"}) from None
 
 
 def _too_large(limit: int) -> ApiError:
@@ -79,9 +81,6 @@ def decode(struct: type[T], body: bytes, unsupported: dict[str, tuple[Any, ...]]
                 raise bad_request(f"{name[:100]}: at most {MAX_FIELD_BYTES} bytes are allowed.", name[:100])
             if name in unsupported and not _harmless(msgspec.json.decode(raw), unsupported[name]):
                 raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
-        for name in struct.__struct_fields__[: len(struct.__struct_fields__) - len(struct.__struct_defaults__)]:
-            if name not in fields:
-                raise bad_request(f"{name}: this field is required.", name, "missing_required_parameter")
         known = set(struct.__struct_fields__)
         return msgspec.json.decode(body, type=struct), sum(name not in known for name in fields)
     except msgspec.ValidationError as error:
@@ -99,6 +98,14 @@ def _from_validation(text: str) -> ApiError:
     what, _, where = text.partition(" - at ")
     path = re.search(r"\$\.?([^`]*)", where)
     full = path.group(1) if path else ""
-    param = re.split(r"[.\[]", full)[0] or None
+    missing = re.search(r"missing required field `(\w+)`", what)
+    if missing:
+        full = f"{full}.{missing.group(1)}" if full else missing.group(1)
+        return bad_request(f"{full}: this field is required.", _top(full), "missing_required_parameter")
     code = "invalid_type" if ", got `" in what else "invalid_value"
-    return bad_request(f"{full or 'body'}: {what[:1].lower()}{what[1:]}".replace("`", ""), param, code)
+    return bad_request(f"{full or 'body'}: {what[:1].lower()}{what[1:]}.".replace("`", ""), _top(full), code)
+
+
+def _top(path: str) -> str | None:
+    """The field of the request that a path such as `messages[0].role` begins with."""
+    return re.split(r"[.\[]", path)[0] or None

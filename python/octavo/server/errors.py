@@ -110,6 +110,8 @@ def from_engine_text(text: str) -> ApiError:
     code, colon, explanation = text.partition(": ")
     if code == "engine_dead":
         return engine_dead()
+    if code == "server_shutting_down":
+        return shutting_down()
     if not colon or not re.fullmatch(r"[a-z_]{1,40}", code):
         code, explanation = "generation_failed", text
     return ApiError(500, code, explanation)

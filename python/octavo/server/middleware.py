@@ -26,10 +26,11 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 _CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
-async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Before the headers go out: they carry the client's `X-Request-Id`, or one of ours if that is none or odd."""
     given = request.headers.get("X-Request-Id", "")
     known = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
+    response.headers["Server"] = "octavo"  # rather than the versions of Python and aiohttp
     response.headers["X-Request-Id"] = given if known else uuid.uuid4().hex
 
 

@@ -91,9 +91,9 @@ def chat_choice(choice: Choice, tokenizer: _core.Tokenizer | None, logprobs: int
     }
 
 
-def body(head: dict[str, Any], choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+def body(head: dict[str, Any], choices: list[dict[str, Any]], usage: Usage | None) -> bytes:
     """The JSON of an answer or of a chunk; `head` has id, object, created and model."""
-    return msgspec.json.encode({**head, "choices": choices, "usage": usage})
+    return msgspec.json.encode({**head, "choices": choices, "usage": None if usage is None else usage.body()})
 
 
 def _completion_logprobs(

@@ -13,7 +13,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request
 
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
-Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+Long = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
 MAX_CHOICES = 1024
 """Of one call: prompts times `n`."""
@@ -84,24 +84,23 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    seed: Seed | None = None
+    seed: Long | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: list[Long] | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[Long, float] | None = None
     priority: Count | None = None
     cache_salt: str | None = None
 
     def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The parameters as the engine has them. Raises `ValueError`, or `OverflowError` beyond 64 bits."""
+        """The parameters as the engine has them. Raises `ValueError` that names a field."""
         names = ("n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                  "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
                  "skip_special_tokens", "logit_bias")  # fmt: skip
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        seed = None if self.seed is None else self.seed % 2**64
-        return SamplingParams(seed=seed, max_tokens=max_tokens, logprobs=logprobs, **given)
+        return SamplingParams(seed=self.seed, max_tokens=max_tokens, logprobs=logprobs, **given)
 
     def check_stream_options(self) -> None:
         """`stream_options` makes sense in a stream only."""

@@ -1,0 +1,138 @@
+"""An `AsyncEngine` without a model: the real core, outbox and streams, over a thread that writes scripted results.
+
+Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down, fail a row, or kill it.
+"""
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from octavo import _core
+from octavo.config import EngineConfig
+from octavo.engine.async_engine import AsyncEngine
+
+VOCAB_SIZE = 300
+END = 256  # the first id that is no byte
+SAMPLE = 1  # flag of a row that draws a token
+NAN = 1  # status of a row with NaN in its logits
+
+TEMPLATE = (
+    "{% if messages[0].role == 'assistant' %}{{ raise_exception('Roles must alternate. ' * 100) }}{% endif %}"
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% if extra %}{{ extra }}{% endif %}"
+)
+
+
+class Script:
+    """Stands where `Engine` stands: plans with the core, and answers each plan from the script."""
+
+    def __init__(self, config: EngineConfig, max_model_len: int) -> None:
+        self.config = config.for_device("cpu")
+        self.model_name = config.model_name
+        self.max_model_len = max_model_len
+        self.tokenizer = _core.Tokenizer.bytes_only(VOCAB_SIZE)
+        self.chat_template = _core.ChatTemplate(TEMPLATE)
+        self.report: Any = None
+        self.failure: str | None = None
+        self.step_started_at: float | None = None
+        self.answer = b"Hello world"
+        self.step_delay = 0.0
+        self.first_delay = 0.0
+        self.fail_after: int | None = None
+        self.death: str | None = None
+        self.go = threading.Event()
+        self.go.set()
+        self._stop = threading.Event()
+        self.core = _core.EngineCore(
+            num_blocks=31,  # one is the null block: 480 tokens
+            block_size=16,
+            kv_windows=[0],
+            max_num_seqs=self.config.max_num_seqs or 1,
+            max_num_batched_tokens=self.config.max_num_batched_tokens or 1,
+            max_model_len=max_model_len,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=[END],
+            max_waiting=config.max_waiting,
+            tokenizer=self.tokenizer,
+        )
+        self._plan = np.zeros(self.core.plan_bytes, np.uint8)
+        self._result = np.zeros(self.core.result_bytes, np.uint8)
+        self.core.bind(0, self._plan, self._result)
+        self._output_index = [0] * ((self.config.max_num_seqs or 1) + 1)
+
+    def run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self.go.wait()
+                if self.death is not None:
+                    raise RuntimeError(self.death)
+                plan = self.core.schedule(0, time.monotonic())
+                if plan is None:
+                    self.core.wait(0.05, time.monotonic())
+                    continue
+                time.sleep(self.step_delay + (self.first_delay if plan.num_prefill_tokens else 0.0))
+                self._write(plan)
+                self.core.commit(0, time.monotonic())
+        except (RuntimeError, ValueError) as error:
+            if self._stop.is_set():
+                return  # the core has dropped the step that was in flight
+            self.failure = str(error)
+            self.core.fail_all(f"engine_dead: {error}")
+
+    def stop(self) -> None:
+        self._stop.set()
+        self.go.set()
+        self.core.shutdown()
+
+    def _write(self, plan: _core.Plan) -> None:
+        words = self._plan.view(np.int32)
+        enters = words[plan.enters_offset // 4 :][: plan.num_enters * 16].reshape(-1, 16)
+        for slot, _, output_index in enters[:, :3].tolist():
+            self._output_index[slot] = output_index
+        rows = words[plan.rows_offset // 4 :][: plan.padded_rows * 8].reshape(-1, 8)
+        results = self._result.view(np.int32)[: plan.padded_rows * plan.result_width].reshape(-1, plan.result_width)
+        for row, result in zip(rows.tolist(), results, strict=True):
+            slot, flags = row[0], row[3]
+            if not flags & SAMPLE:
+                continue
+            index = self._output_index[slot]
+            self._output_index[slot] += 1
+            token = self.answer[index] if index < len(self.answer) else END
+            result[:3] = (NAN if index == self.fail_after else 0, 1, token)
+            if plan.max_logprobs >= 0:
+                top = plan.max_logprobs
+                result.view(np.float32)[3] = -0.5
+                result[4] = 1
+                result[5 : 5 + top] = [token, *range(65, 64 + top)][:top]
+                result.view(np.float32)[5 + top : 5 + 2 * top] = [-0.5, *(-1.0 - i for i in range(top))][:top]
+
+
+class ScriptedEngine(AsyncEngine):
+    """The engine that tests serve."""
+
+    def __init__(self, *, max_num_seqs: int = 64, max_waiting: int = 1024, max_model_len: int = 512) -> None:
+        config = EngineConfig(
+            model="org/tiny", max_num_seqs=max_num_seqs, max_waiting=max_waiting, disable_log_stats=True
+        )
+        self.script = Script(config, max_model_len)
+        super().__init__(self.script)  # type: ignore[arg-type]  # what it uses of an Engine, Script has
+        self._thread.start()
+
+    @property
+    def num_unfinished(self) -> int:
+        stats = self.stats()
+        return int(stats["num_requests_running"] + stats["num_requests_waiting"])
+
+    def hold(self) -> None:
+        """No step is planned until `release`."""
+        self.script.go.clear()
+
+    def release(self) -> None:
+        self.script.go.set()
+
+    def die(self, why: str) -> None:
+        """The engine thread ends by an error, before its next step."""
+        self.script.death = why
+        self.script.go.set()

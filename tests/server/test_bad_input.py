@@ -1,0 +1,469 @@
+"""One row is one bad (or odd but good) request, with the status, code and param that it must get.
+
+After each row a plain request works.
+
+The letters are groups: B JSON, C types and nulls, D sampling, E prompts, F messages and tools, H streaming.
+"""
+
+import json
+import logging
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Served
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+USER = {"role": "user", "content": "Hi"}
+DEEP = b"[" * 200_000
+ANY = object()  # the row does not say which
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"prompt": "Hi", **fields}
+
+
+def chat(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"messages": list(messages) or [USER], **fields}
+
+
+def raw(fields: bytes, prompt: bytes = b'"Hi"') -> bytes:
+    """A completion body written by hand."""
+    return b'{"prompt": ' + prompt + b", " + fields + b"}"
+
+
+def tool(name: Any, **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+# (name, route, body, status, code, param)
+Row = tuple[str, str, Any, int, Any, Any]
+
+JSON_ROWS: list[Row] = [
+    ("B1 empty", COMPLETIONS, b"", 400, "json_invalid", None),
+    ("B1 spaces", COMPLETIONS, b"   ", 400, "json_invalid", None),
+    *(
+        (f"B2 {body!r}", COMPLETIONS, body, 400, "json_invalid", None)
+        for body in (
+            b"{",
+            b'{"prompt": "Hi",}',
+            b'{"prompt": "Hi"} x',
+            b'{"prompt": "Hi"}{}',
+            b"{'prompt': 'Hi'}",
+            b"{}//",
+        )
+    ),
+    *((f"B3 {body!r}", COMPLETIONS, body, 400, "invalid_type", None) for body in (b"[]", b'"x"', b"null", b"1")),
+    ("B4 invalid utf-8", COMPLETIONS, b'{"prompt": "\xff"}', 400, "json_invalid", None),
+    ("B4 overlong utf-8", COMPLETIONS, b'{"prompt": "\xc0\xaf"}', 400, "json_invalid", None),
+    ("B5 utf-16", COMPLETIONS, '{"prompt": "Hi"}'.encode("utf-16"), 400, "json_invalid", None),
+    ("B5 byte order mark", COMPLETIONS, b"\xef\xbb\xbf" + b'{"prompt": "Hi"}', 400, "json_invalid", None),
+    ("B6 surrogate in prompt", COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "json_invalid", None),
+    ("B6 surrogate in key", COMPLETIONS, raw(b'"\\ud800": 1'), 400, "json_invalid", None),
+    (
+        "B6 surrogate in tool name",
+        CHAT,
+        json.dumps(chat(tools=[tool("NAME")])).replace("NAME", "\\ud800").encode(),
+        400,
+        "json_invalid",
+        None,
+    ),
+    *(
+        (f"B7 {word!r}", COMPLETIONS, raw(b'"temperature": ' + word), 400, ANY, ANY)
+        for word in (b"NaN", b"Infinity", b"-Infinity", b"1e400")
+    ),
+    ("B8 control character", COMPLETIONS, b'{"prompt": "a\x01b"}', 400, "json_invalid", None),
+    ("B9 escaped NUL", COMPLETIONS, b'{"prompt": "a\\u0000b"}', 200, None, None),
+    ("B10 deep", COMPLETIONS, DEEP, 400, "json_too_deep", None),
+    ("B10 deep unknown field", COMPLETIONS, raw(b'"foo": ' + DEEP), 400, "json_too_deep", None),
+    ("B10 deep metadata", CHAT, b'{"messages": [], "metadata": ' + DEEP, 400, "json_too_deep", None),
+    (
+        "B10 deep tool schema",
+        CHAT,
+        json.dumps(chat(tools=[tool("f", parameters="SCHEMA")]))
+        .replace('"SCHEMA"', '{"a":' * 100 + "1" + "}" * 100)
+        .encode(),
+        400,
+        "json_too_deep",
+        None,
+    ),
+    ("B10 brackets inside strings", COMPLETIONS, completion(prompt='\\"' + "[" * 200), 200, None, None),
+    ("B10 depth 64", COMPLETIONS, raw(b'"foo": ' + b"[" * 63 + b"]" * 63), 200, None, None),
+    ("B10 depth 65", COMPLETIONS, raw(b'"foo": ' + b"[" * 64 + b"]" * 64), 400, "json_too_deep", None),
+    ("B11 many keys", COMPLETIONS, {"prompt": "Hi"} | {f"k{i}": 1 for i in range(300_000)}, 400, "invalid_value", None),
+    ("B12 duplicate key: the last one counts", COMPLETIONS, raw(b'"n": 1, "n": 1000000'), 400, "invalid_value", "n"),
+    ("B13 5000 digits", COMPLETIONS, raw(b'"max_tokens": ' + b"9" * 5000), 400, ANY, ANY),
+]
+
+TYPE_ROWS: list[Row] = [
+    *(
+        (f"C2 max_tokens {value!r}", COMPLETIONS, completion(max_tokens=value), 400, "invalid_type", "max_tokens")
+        for value in ("5", 5.0, True, [5])
+    ),
+    *(
+        (f"C3 stream {value!r}", COMPLETIONS, completion(stream=value), 400, "invalid_type", "stream")
+        for value in ("yes", 1)
+    ),
+    ("C4 unknown field", COMPLETIONS, completion(foo=1), 200, None, None),
+    ("C6 no prompt", COMPLETIONS, {"max_tokens": 1}, 400, "missing_required_parameter", "prompt"),
+    ("C6 no messages", CHAT, {"max_tokens": 1}, 400, "missing_required_parameter", "messages"),
+    ("C7 both", COMPLETIONS, completion(messages=[USER]), 200, None, None),
+    ("C9 large user", COMPLETIONS, completion(user="x" * 10_000_000), 400, "invalid_value", "user"),
+    ("C9 large metadata", COMPLETIONS, completion(metadata={"a": "x" * 10_000_000}), 400, "invalid_value", "metadata"),
+    ("C10 no model", COMPLETIONS, completion(), 200, None, None),
+    ("C11 model is a number", COMPLETIONS, completion(model=5), 400, "invalid_type", "model"),
+    ("C11 long model", COMPLETIONS, completion(model="m" * 1_000_000), 400, "invalid_value", "model"),
+    ("C12 other model", COMPLETIONS, completion(model="other"), 404, "model_not_found", "model"),
+    ("C12 other model on chat", CHAT, chat(model="m" * 5000), 404, "model_not_found", "model"),
+    ("C12 dummy", CHAT, chat(model="dummy"), 200, None, None),
+    ("C12 tgi", CHAT, chat(model="tgi"), 200, None, None),
+]
+
+
+def sampling(name: str, value: Any, status: int = 400, code: Any = "invalid_value", **others: Any) -> Row:
+    shown = repr(value) if len(repr(value)) < 40 else repr(value)[:40]
+    return (
+        f"D {name} {shown}",
+        COMPLETIONS,
+        completion(**{name: value}, **others),
+        status,
+        code,
+        name if code else None,
+    )
+
+
+SAMPLING_ROWS: list[Row] = [
+    *(sampling("temperature", value) for value in (-0.1, 2.1)),
+    *(sampling("temperature", value, 200, None) for value in (1e-45, 1e-9, 0, 2)),
+    *(sampling("top_p", value) for value in (0, -1, 1.1)),
+    *(sampling("top_k", value) for value in (-2, 2**31)),
+    *(sampling("top_k", value, 200, None) for value in (-1, 0, 10**9)),
+    *(sampling("min_p", value) for value in (-0.1, 1.1)),
+    *(sampling("n", value) for value in (0, -1, 129, 10**6)),
+    sampling("n", 2**63, code=ANY),
+    sampling("best_of", 2, code="unsupported_parameter"),
+    sampling("best_of", 10**9, code="unsupported_parameter"),
+    sampling("best_of", 2, 200, None, n=2),
+    ("D8 n times prompts", COMPLETIONS, completion(prompt=["a"] * 1024, n=128), 400, "invalid_value", "n"),
+    *(sampling("max_tokens", value) for value in (-1, 0)),
+    ("D11 max_tokens", COMPLETIONS, completion(max_tokens=10**9), 400, "context_length_exceeded", ANY),
+    sampling("max_tokens", 2**63, code=ANY),
+    ("D12 over the KV pool", COMPLETIONS, completion(max_tokens=500), 400, "kv_capacity_exceeded", ANY),
+    sampling("min_tokens", 20),
+    sampling("min_tokens", -1),
+    *(sampling("presence_penalty", value) for value in (-2.1, 2.1)),
+    *(sampling("frequency_penalty", value) for value in (-2.1, 2.1)),
+    *(sampling("repetition_penalty", value) for value in (0, -1, 10**9)),
+    sampling("logit_bias", {str(i): -100 for i in range(1, 300)}, 200, None),
+    sampling("logit_bias", {"x": 1}, code="invalid_type"),
+    sampling("logit_bias", {"1": 101}),
+    sampling("logit_bias", {"-1": 1}),
+    sampling("logit_bias", {"300": 1}, code="token_id_out_of_range"),
+    sampling("logit_bias", {str(i): 1 for i in range(1025)}),
+    *(sampling("stop", value) for value in ("", ["a", ""], ["x"] * 33, "x" * 1_000_000)),
+    *(sampling("stop", value, code="invalid_type") for value in ([1], [["a"]], 1)),
+    *(sampling("stop", value, 200, None) for value in ([], None, ["a" * 1024 + str(i) for i in range(32)])),
+    sampling("stop_token_ids", [-1]),
+    sampling("stop_token_ids", [300], code="token_id_out_of_range"),
+    *(sampling("stop_token_ids", value, code=ANY) for value in ([2**32], [2**64], list(range(100_000)))),
+    sampling("bad_words", [""], code="unsupported_parameter"),
+    sampling("priority", 2**63, code=ANY),
+    sampling("priority", "high", code="invalid_type"),
+    sampling("seed", 2**64, code=ANY),
+    sampling("seed", -5, 200, None),
+    sampling("logprobs", 21),
+    sampling("logprobs", -1),
+    sampling("logprobs", True, code="invalid_type"),
+    *(
+        (f"D top_logprobs {value}", CHAT, chat(logprobs=True, top_logprobs=value), 400, "invalid_value", "top_logprobs")
+        for value in (21, -1)
+    ),
+    ("D top_logprobs alone", CHAT, chat(top_logprobs=3), 400, "invalid_value", "top_logprobs"),
+    (
+        "D response_format",
+        CHAT,
+        chat(response_format={"type": "json_object"}),
+        400,
+        "unsupported_parameter",
+        "response_format",
+    ),
+    ("D response_format text", CHAT, chat(response_format={"type": "text"}), 200, None, None),
+]
+
+PROMPT_ROWS: list[Row] = [
+    *(
+        (f"E1 {value!r}", COMPLETIONS, completion(prompt=value), 400, "invalid_value", "prompt")
+        for value in ("", [], [""], [[]])
+    ),
+    *(
+        (f"E2 {value!r}", COMPLETIONS, completion(prompt=value), 400, "invalid_type", "prompt")
+        for value in (["a", [1]], [1, "a"], [1.5], [True], [None], {}, None, 5, [["a"]])
+    ),
+    *(
+        (f"E3 {value}", COMPLETIONS, completion(prompt=[value]), 400, "token_id_out_of_range", "prompt")
+        for value in (-1, 300, 2**31, 2**32, 2**64)
+    ),
+    ("E5 just fits", COMPLETIONS, completion(prompt=[1] * 470, max_tokens=1), 200, None, None),
+    ("E6 context", COMPLETIONS, completion(prompt=[1] * 512), 400, "context_length_exceeded", "prompt"),
+    ("E6 context + 1", COMPLETIONS, completion(prompt=[1] * 513), 400, "context_length_exceeded", "prompt"),
+    ("E6 text", COMPLETIONS, completion(prompt="x" * 600), 400, "context_length_exceeded", "prompt"),
+    ("E6 chat", CHAT, chat({"role": "user", "content": "x" * 600}), 400, "context_length_exceeded", ANY),
+    *(
+        (
+            f"E7 {letter!r}",
+            COMPLETIONS,
+            completion(prompt=letter * (15_000_000 // len(letter.encode()))),
+            400,
+            ANY,
+            "prompt",
+        )
+        for letter in ("a", " ", "7")
+    ),
+    (
+        "E7 on chat",
+        CHAT,
+        chat({"role": "user", "content": "a" * 15_000_000}),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
+    ("E9 1025 prompts", COMPLETIONS, completion(prompt=["a"] * 1025), 400, "invalid_value", "prompt"),
+    (
+        "E10 one of many is too long",
+        COMPLETIONS,
+        completion(prompt=[[1]] * 9 + [[1] * 600]),
+        400,
+        "context_length_exceeded",
+        "prompt",
+    ),
+    ("E11 special tokens as text", COMPLETIONS, completion(prompt="<|im_start|><|endoftext|>"), 200, None, None),
+    ("E14 suffix", COMPLETIONS, completion(suffix="x"), 400, "unsupported_parameter", "suffix"),
+    ("E17 prompt_embeds", COMPLETIONS, completion(prompt_embeds="AAAA"), 400, "unsupported_parameter", "prompt_embeds"),
+    ("E echo", COMPLETIONS, completion(echo=True), 400, "unsupported_parameter", "echo"),
+]
+
+
+def message(name: str, *messages: Any, status: int = 400, code: Any = ANY) -> Row:
+    return (f"F {name}", CHAT, chat(*messages), status, code, "messages" if status == 400 else None)
+
+
+def tools(name: str, value: Any, status: int = 400) -> Row:
+    return (
+        f"F tools {name}",
+        CHAT,
+        chat(tools=value),
+        status,
+        ANY if status == 400 else None,
+        "tools" if status == 400 else None,
+    )
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "not json"}}
+
+MESSAGE_ROWS: list[Row] = [
+    ("F1 none", CHAT, {"messages": []}, 400, "invalid_value", "messages"),
+    ("F2 a string", CHAT, {"messages": "Hi"}, 400, "invalid_type", "messages"),
+    message("2 holds a string", "Hi"),
+    message("2 holds null", None),
+    message("3 no role", {"content": "Hi"}),
+    message("3 unknown role", {"role": "king", "content": "Hi"}),
+    message("3 role is a number", {"role": 5, "content": "Hi"}),
+    message("3 long role", {"role": "r" * 1_000_000, "content": "Hi"}),
+    message("4 no content", {"role": "user"}),
+    message("4 null content", {"role": "user", "content": None}),
+    message(
+        "5 null content with calls",
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        USER,
+        status=200,
+        code=None,
+    ),
+    message(
+        "6 text parts",
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        status=200,
+        code=None,
+    ),
+    message("7 unknown part", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}),
+    message("7 part without text", {"role": "user", "content": [{"type": "text"}]}),
+    message("8 2049 messages", *[USER] * 2049),
+    message("8 257 parts", {"role": "user", "content": [{"type": "text", "text": "a"}] * 257}),
+    message("9 template refuses", {"role": "assistant", "content": "Hi"}, code="template_error"),
+    ("F10 template", CHAT, chat(chat_template="{{ 1 }}"), 400, "unsupported_parameter", "chat_template"),
+    *(
+        (f"F11 {name}", CHAT, chat(chat_template_kwargs={name: 1}), 400, "invalid_value", "chat_template_kwargs")
+        for name in ("tokenize", "add_generation_prompt", "messages", "__class__", "a b")
+    ),
+    ("F11 allowed", CHAT, chat(chat_template_kwargs={"enable_thinking": False}), 200, None, None),
+    tools("14 empty", [], 200),
+    tools("14 not a list", {"a": 1}),
+    tools("14 257", [tool(f"f{i}") for i in range(257)]),
+    tools("15 no name", [{"type": "function", "function": {}}]),
+    *(tools(f"15 {name[:10]!r}", [tool(name)]) for name in ("a b", 'a"', "a\n", "a" * 1000, "")),
+    tools("15 twice", [tool("f"), tool("f")]),
+    tools("good", [tool("f", description="d", parameters={"type": "object"})], 200),
+    message("18 no tool_call_id", {"role": "tool", "content": "x"}),
+    message("19 arguments", USER, {"role": "assistant", "content": "", "tool_calls": [BAD_CALL]}),
+    (
+        "F21 continue",
+        CHAT,
+        chat(continue_final_message=True, add_generation_prompt=True),
+        400,
+        "unsupported_parameter",
+        ANY,
+    ),
+    ("F tool_choice", CHAT, chat(tool_choice="required"), 400, "unsupported_parameter", "tool_choice"),
+]
+
+STREAM_ROWS: list[Row] = [
+    ("H1", COMPLETIONS, completion(stream_options={"include_usage": True}), 400, "invalid_value", "stream_options"),
+    ("H1 null", COMPLETIONS, completion(stream_options=None), 200, None, None),
+    (
+        "H stream_options type",
+        COMPLETIONS,
+        completion(stream=True, stream_options=5),
+        400,
+        "invalid_type",
+        "stream_options",
+    ),
+    ("H bad in a stream", COMPLETIONS, completion(stream=True, temperature=9), 400, "invalid_value", "temperature"),
+]
+
+ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *PROMPT_ROWS, *MESSAGE_ROWS, *STREAM_ROWS]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0].replace(" ", "-") for row in ROWS])
+async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -> None:
+    _, path, body, status, code, param = row
+    got, answer = await served.post(path, body, headers={"Content-Type": "application/json"})
+    assert got == status, answer
+    if status != 200:
+        error = answer["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert error["type"] == {400: "invalid_request_error", 404: "not_found_error"}[status]
+        assert code is ANY or error["code"] == code, error
+        assert param is ANY or error["param"] == param, error
+        assert len(error["message"]) < 600
+    await assert_unharmed(served, caplog)
+
+
+async def assert_unharmed(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """The next request works, nothing is left running, and the log holds no traceback."""
+    got, answer = await served.post(COMPLETIONS, {"prompt": "Hi", "max_tokens": 2})
+    assert (got, answer["choices"][0]["text"]) == (200, "He")
+    assert await served.metric("vllm:num_requests_running") == 0
+    assert await served.metric("vllm:num_requests_waiting") == 0
+    assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_all_optional_fields_may_be_null(served: Served, path: str) -> None:
+    from octavo.server import schemas
+
+    struct = schemas.CompletionRequest if path == COMPLETIONS else schemas.ChatCompletionRequest
+    unsupported = schemas.UNSUPPORTED_COMPLETION if path == COMPLETIONS else schemas.UNSUPPORTED_CHAT
+    nulls = dict.fromkeys([*struct.__struct_fields__, *unsupported, "user", "metadata"])
+    good = completion() if path == COMPLETIONS else chat()
+    assert (await served.post(path, nulls | good))[0] == 200
+
+
+SWITCHES: dict[str, Any] = {
+    "n": 2,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "top_k": 5,
+    "min_p": 0.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "repetition_penalty": 1.1,
+    "seed": 7,
+    "stop": ["zz"],
+    "stop_token_ids": [5],
+    "ignore_eos": True,
+    "min_tokens": 2,
+    "logprobs": 3,
+    "logit_bias": {"5": -1.0},
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "stream": True,
+}
+
+
+async def test_every_pair_of_sampling_features(served: Served) -> None:
+    names = sorted(SWITCHES)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            body = completion(max_tokens=3, **{first: SWITCHES[first], second: SWITCHES[second]})
+            async with served.http.post(served.url + COMPLETIONS, json=body) as response:
+                assert response.status == 200, (first, second)
+                await response.read()
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "status", "code"),
+    [
+        ({"Content-Type": "application/json; charset=bogus"}, b'{"prompt": "Hi"}', 415, "unsupported_charset"),
+        ({"Content-Type": "text/plain"}, b'{"prompt": "Hi"}', 200, None),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, b'{"prompt": "Hi"}', 200, None),
+        ({"Content-Encoding": "gzip"}, b"not gzip", 400, "invalid_encoding"),
+        ({"Content-Encoding": "foo"}, b'{"prompt": "Hi"}', 415, "unsupported_encoding"),
+        ({}, b'{"prompt": "' + b"x" * (16 * 2**20) + b'"}', 413, "body_too_large"),
+    ],
+)
+async def test_headers_and_sizes(
+    served: Served,
+    headers: dict[str, str],
+    body: bytes,
+    status: int,
+    code: str | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    got, answer = await served.post(COMPLETIONS, body, headers={"Content-Type": "application/json", **headers})
+    assert got == status
+    if code is not None:
+        assert answer["error"]["code"] == code
+    await assert_unharmed(served, caplog)
+
+
+async def test_gzip_bomb(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    import gzip
+
+    body = gzip.compress(b" " * 50_000_000)
+    got, answer = await served.post(COMPLETIONS, body, headers={"Content-Encoding": "gzip"})
+    assert (got, answer["error"]["code"]) == (413, "body_too_large")
+    await assert_unharmed(served, caplog)
+
+
+async def test_announced_size_is_refused_at_once(served: Served) -> None:
+    import asyncio
+
+    host, _, port = served.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\nabc")
+    assert b" 413 " in await asyncio.wait_for(reader.readline(), 5)
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/v1/nope", 404, "route_not_found"),
+        ("POST", "/", 404, "route_not_found"),
+        ("GET", "/v1/models/none", 404, "model_not_found"),
+        ("GET", COMPLETIONS, 405, "method_not_allowed"),
+        ("PUT", CHAT, 405, "method_not_allowed"),
+        ("DELETE", "/v1/models", 405, "method_not_allowed"),
+    ],
+)
+async def test_routes_answer_in_json(served: Served, method: str, path: str, status: int, code: str) -> None:
+    async with served.http.request(method, served.url + path) as response:
+        assert response.status == status
+        assert (await response.json(content_type="application/json"))["error"]["code"] == code
+        assert ("Allow" in response.headers) == (status == 405)
+
+
+async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:
+    async with served.http.head(served.url + COMPLETIONS) as response:
+        assert (response.status, response.headers["Allow"]) == (405, "POST")

@@ -1,0 +1,232 @@
+"""Clients that leave, queues that overflow, engines that die, and SIGTERM: over real sockets."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+
+import aiohttp
+import pytest
+
+from octavo.server.config import ServerConfig
+from octavo.server.serve import open_socket, serve_engine
+from tests.server.conftest import Served, parse_events
+from tests.server.scripted_engine import ScriptedEngine
+
+LONG = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True}
+
+
+async def eventually(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+    """Waits until something holds; fails loudly where it never does."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+# ---- clients that leave ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("when", ["queued", "running"])
+async def test_a_client_that_leaves_frees_its_request(served: Served, path: str, stream: bool, when: str) -> None:
+    engine = served.engine
+    engine.script.step_delay = 0.01
+    if when == "queued":
+        engine.hold()
+    body = {**LONG, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    asking = asyncio.ensure_future(served.http.post(served.url + path, json=body))
+    await eventually(lambda: engine.num_unfinished == 1)
+    if when == "running":
+        await asyncio.sleep(0.05)
+    if stream:
+        (await asking).close()
+    else:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    engine.release()
+    await eventually(lambda: engine.num_unfinished == 0)
+    assert await served.metric("vllm:num_requests_running") == 0
+    assert await served.metric('vllm:request_success_total{finished_reason="abort"') == 1
+    assert (await served.post(path, {**body, "stream": False, "ignore_eos": False}))[0] == 200
+
+
+async def test_half_of_many_leave(served: Served) -> None:
+    served.engine.script.step_delay = 0.002
+
+    async def one(number: int) -> str:
+        body = {"prompt": f"prompt {number}", "max_tokens": 64, "stream": True}
+        async with served.http.post(served.url + "/v1/completions", json=body) as response:
+            if number % 2:
+                await response.content.readany()
+                response.close()
+                return "left"
+            events = parse_events((await response.read()).decode())
+            return "".join(event["choices"][0]["text"] for event in events[:-1])
+
+    assert await asyncio.gather(*map(one, range(16))) == ["Hello world", "left"] * 8
+    await eventually(lambda: served.engine.num_unfinished == 0)
+
+
+async def test_one_bad_prompt_of_many_leaves_nothing_running(served: Served) -> None:
+    served.engine.hold()
+    status, _ = await served.post("/v1/completions", {"prompt": [[1]] * 5 + [[299]] + [[1] * 511], "max_tokens": 10})
+    assert status == 400
+    assert served.engine.num_unfinished == 0
+    served.engine.release()
+
+
+async def test_a_slow_reader_does_not_slow_others(served: Served) -> None:
+    body = {**LONG, "stream": True, "logprobs": 20}
+    async with served.http.post(served.url + "/v1/completions", json=body) as slow:
+        await slow.content.readexactly(10)
+        assert (await served.post("/v1/completions", {"prompt": "Hi"}))[0] == 200
+        assert (await slow.read()).endswith(b"data: [DONE]\n\n")
+
+
+# ---- refusals and failures -------------------------------------------------------------------------------------------
+
+
+async def test_queue_overflow(served_narrowly: Served) -> None:
+    """Every call is either served or refused with 429 and Retry-After; the sum is what was asked."""
+    served_narrowly.engine.script.step_delay = 0.002
+
+    async def one(_: int) -> tuple[int, str | None]:
+        body = {"prompt": "Hi", "max_tokens": 20}
+        async with served_narrowly.http.post(served_narrowly.url + "/v1/completions", json=body) as response:
+            answer = await response.json()
+            if response.status == 429:
+                assert (answer["error"]["code"], answer["error"]["type"]) == ("queue_full", "rate_limit_error")
+                assert 1 <= int(response.headers["Retry-After"]) <= 60
+            return response.status, response.headers.get("Retry-After")
+
+    statuses = [status for status, _ in await asyncio.gather(*map(one, range(40)))]
+    assert set(statuses) == {200, 429}
+    assert (await served_narrowly.post("/v1/completions", {"prompt": "Hi"}))[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_failed_request_says_so(served: Served, stream: bool) -> None:
+    served.engine.script.fail_after = 3
+    body = {"prompt": "Hi", "stream": stream}
+    async with served.http.post(served.url + "/v1/completions", json=body) as response:
+        if stream:
+            *_, error, done = parse_events((await response.read()).decode())
+            assert (response.status, done) == (200, "[DONE]")
+        else:
+            error = await response.json()
+            assert response.status == 500
+    assert (error["error"]["type"], error["error"]["code"]) == ("server_error", "numerical_error")
+    served.engine.script.fail_after = None
+    assert (await served.post("/v1/completions", body | {"stream": False}))[0] == 200
+    assert await served.metric('vllm:request_success_total{finished_reason="error"') == 1
+
+
+async def test_dead_engine(served: Served) -> None:
+    served.engine.die("CUDA error: an illegal memory access at /secret/path")
+    await eventually(lambda: served.engine.is_dead)
+    for path in ("/health", "/ready"):
+        assert (await served.get(path))[0] == 503
+    status, answer = await served.post("/v1/completions", {"prompt": "Hi"})
+    assert (status, answer["error"]["code"]) == (503, "engine_dead")
+    assert "secret" not in answer["error"]["message"]
+
+
+async def test_stuck_engine_is_unhealthy(served: Served) -> None:
+    served.engine.script.step_started_at = time.monotonic() - 61.0
+    assert (await served.get("/health"))[0] == 503
+
+
+# ---- the life of the process -----------------------------------------------------------------------------------------
+
+
+class Process:
+    """`serve_engine` as a task of this process, on a free port."""
+
+    def __init__(self, **options: float) -> None:
+        self.engine = ScriptedEngine()
+        self.engine.script.step_delay = 0.01
+        config = ServerConfig(port=0, **options)
+        listener = open_socket(config)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.task = asyncio.ensure_future(serve_engine(self.engine, config, listener))
+
+    async def ready(self, http: aiohttp.ClientSession) -> None:
+        for _ in range(500):
+            try:
+                async with http.get(self.url + "/ready") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.01)
+        raise AssertionError("never ready")
+
+    async def exit_code(self) -> int:
+        return await asyncio.wait_for(self.task, 10)
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+async def streaming(process: Process, http: aiohttp.ClientSession, **fields: object) -> aiohttp.ClientResponse:
+    """A stream whose first token has come."""
+    response = await http.post(process.url + "/v1/completions", json={**LONG, "stream": True, **fields})
+    await response.content.readuntil(b"\n\n")
+    return response
+
+
+async def test_sigterm_drains(http: aiohttp.ClientSession, capfd: pytest.CaptureFixture[str]) -> None:
+    process = Process(shutdown_timeout=30.0)
+    await process.ready(http)
+    assert f"curl {process.url}/v1/chat/completions" in capfd.readouterr().err
+    response = await streaming(process, http, max_tokens=40)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await eventually(lambda: process.engine.draining)
+    for path, status in (("/health", 200), ("/ready", 503), ("/metrics", 200)):
+        async with http.get(process.url + path) as probe:
+            assert probe.status == status
+    async with http.post(process.url + "/v1/completions", json=LONG) as refused:
+        assert refused.status == 503
+        assert (await refused.json())["error"]["code"] == "server_shutting_down"
+        assert int(refused.headers["Retry-After"]) > 0
+    events = parse_events((await response.read()).decode())
+    assert events[-1] == "[DONE]"
+    assert events[-2]["choices"][0]["finish_reason"] == "length"
+    assert await process.exit_code() == 0
+
+
+@pytest.mark.parametrize("second_signal", [False, True])
+async def test_what_does_not_finish_in_time_gets_an_error(http: aiohttp.ClientSession, second_signal: bool) -> None:
+    process = Process(shutdown_timeout=60.0 if second_signal else 0.1)
+    await process.ready(http)
+    response = await streaming(process, http)
+    os.kill(os.getpid(), signal.SIGTERM)
+    if second_signal:
+        await eventually(lambda: process.engine.draining)
+        os.kill(os.getpid(), signal.SIGTERM)
+    *_, error, done = parse_events((await response.read()).decode())
+    assert (error["error"]["code"], done) == ("server_shutting_down", "[DONE]")
+    assert await process.exit_code() == 0
+
+
+async def test_a_dead_engine_ends_the_process(http: aiohttp.ClientSession) -> None:
+    process = Process()
+    await process.ready(http)
+    response = await streaming(process, http)
+    process.engine.die("illegal memory access")
+    *_, error, done = parse_events((await response.read()).decode())
+    assert (error["error"]["code"], done) == ("engine_dead", "[DONE]")
+    assert await process.exit_code() == 1
+
+
+def test_a_port_in_use_is_said_at_once() -> None:
+    with open_socket(ServerConfig(port=0)) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen on 127.0.0.1:{port}"):
+            open_socket(ServerConfig(port=port))

@@ -1,0 +1,272 @@
+"""OpenAI's routes over a scripted engine: every answer, whole and streamed, in the shape that clients read."""
+
+import asyncio
+import time
+
+import openai
+import pytest
+
+from tests.server.conftest import Served
+
+COMPLETION = {"prompt": "Hi", "max_tokens": 64}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+async def test_completion(served: Served) -> None:
+    status, body = await served.post("/v1/completions", COMPLETION)
+    assert status == 200
+    assert body["object"] == "text_completion"
+    assert body["model"] == "org/tiny"
+    assert body["id"].startswith("cmpl-")
+    assert abs(body["created"] - time.time()) < 60
+    (choice,) = body["choices"]
+    assert (choice["index"], choice["text"], choice["finish_reason"], choice["logprobs"]) == (
+        0,
+        "Hello world",
+        "stop",
+        None,
+    )
+    # The end token is counted as output, as in OpenAI's usage.
+    assert body["usage"] == {
+        "prompt_tokens": 2,
+        "completion_tokens": 12,
+        "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+
+
+async def test_chat(served: Served) -> None:
+    status, body = await served.post("/v1/chat/completions", CHAT)
+    assert status == 200
+    assert body["object"] == "chat.completion"
+    assert body["id"].startswith("chatcmpl-")
+    (choice,) = body["choices"]
+    assert choice["message"] == {"role": "assistant", "content": "Hello world"}
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_default_lengths(served: Served) -> None:
+    """16 tokens on completions, up to the model's length on chats."""
+    served.engine.script.answer = b"x" * 100
+    _, body = await served.post("/v1/completions", {"prompt": "Hi"})
+    assert (body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]) == (16, "length")
+    _, body = await served.post("/v1/chat/completions", CHAT)
+    assert body["choices"][0]["message"]["content"] == "x" * 100
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+async def test_chat_length_fields(served: Served, field: str) -> None:
+    _, body = await served.post("/v1/chat/completions", {**CHAT, field: 3})
+    assert body["choices"][0]["message"]["content"] == "Hel"
+    assert body["choices"][0]["finish_reason"] == "length"
+
+
+async def test_stop_string(served: Served) -> None:
+    _, body = await served.post("/v1/completions", {**COMPLETION, "stop": "o"})
+    assert body["choices"][0]["text"] == "Hell"
+    assert (body["choices"][0]["finish_reason"], body["choices"][0]["stop_reason"]) == ("stop", "o")
+
+
+async def test_stream_joined_equals_the_whole_text(served: Served) -> None:
+    events = await served.events("/v1/completions", COMPLETION)
+    assert events[-1] == "[DONE]"
+    choices = [event["choices"][0] for event in events[:-1]]
+    assert "".join(choice["text"] for choice in choices) == "Hello world"
+    assert [choice["finish_reason"] for choice in choices] == [None] * (len(choices) - 1) + ["stop"]
+    assert len({event["id"] for event in events[:-1]}) == 1
+
+
+async def test_chat_stream(served: Served) -> None:
+    events = await served.events("/v1/chat/completions", CHAT)
+    assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "Hello world"
+    assert events[0]["object"] == "chat.completion.chunk"
+
+
+async def test_include_usage(served: Served) -> None:
+    events = await served.events("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+    assert events[-2]["choices"] == []
+    assert events[-2]["usage"]["completion_tokens"] == 12
+    assert all(event["usage"] is None for event in events[:-2])
+
+
+async def test_continuous_usage(served: Served) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = await served.events("/v1/completions", {**COMPLETION, "stream_options": options})
+    assert [event["usage"]["completion_tokens"] for event in events[:-2]] == list(range(1, 13))
+
+
+async def test_stream_headers_and_request_id(served: Served) -> None:
+    headers = {"X-Request-Id": "abc-1", "Accept": "application/json"}
+    async with served.http.post(
+        served.url + "/v1/completions", json={**COMPLETION, "stream": True}, headers=headers
+    ) as got:
+        assert got.content_type == "text/event-stream"
+        assert got.headers["Cache-Control"] == "no-cache"
+        assert got.headers["X-Accel-Buffering"] == "no"
+        assert got.headers["X-Request-Id"] == "abc-1"
+        await got.read()
+
+
+async def test_several_choices(served: Served) -> None:
+    _, body = await served.post("/v1/completions", {**COMPLETION, "n": 3})
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["text"] for choice in body["choices"]} == {"Hello world"}
+    assert body["usage"]["completion_tokens"] == 36
+
+
+PROMPT_LISTS = [["a", "bc"], [[1], [2, 3]]]
+
+
+@pytest.mark.parametrize("prompts", PROMPT_LISTS)
+async def test_prompt_lists(served: Served, prompts: list[object]) -> None:
+    _, body = await served.post("/v1/completions", {**COMPLETION, "prompt": prompts, "n": 2})
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (3, 48)
+
+
+@pytest.mark.parametrize("prompts", PROMPT_LISTS)
+async def test_prompt_lists_streamed(served: Served, prompts: list[object]) -> None:
+    body = {**COMPLETION, "prompt": prompts, "n": 2, "stream_options": {"include_usage": True}, "logprobs": 1}
+    events = await served.events("/v1/completions", body)
+    assert events[-1] == "[DONE]"
+    assert (events[-2]["choices"], events[-2]["usage"]["completion_tokens"]) == ([], 48)
+    texts, ends = dict.fromkeys(range(4), ""), {}
+    for event in events[:-2]:
+        assert event["usage"] is None
+        for choice in event["choices"]:
+            before = len(texts[choice["index"]])
+            lengths = [len(token) for token in choice["logprobs"]["tokens"]]
+            assert choice["logprobs"]["text_offset"] == [before + sum(lengths[:i]) for i in range(len(lengths))]
+            texts[choice["index"]] += choice["text"]
+            ends[choice["index"]] = choice["finish_reason"]
+    assert set(texts.values()) == {"Hello world"}
+    assert ends == dict.fromkeys(range(4), "stop")
+
+
+async def test_token_id_prompt(served: Served) -> None:
+    _, body = await served.post("/v1/completions", {**COMPLETION, "prompt": [1, 2, 3]})
+    assert body["usage"]["prompt_tokens"] == 3
+
+
+async def test_completion_logprobs(served: Served) -> None:
+    _, body = await served.post("/v1/completions", {**COMPLETION, "max_tokens": 3, "logprobs": 2})
+    logprobs = body["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["H", "e", "l"]
+    assert logprobs["text_offset"] == [0, 1, 2]
+    assert len(logprobs["token_logprobs"]) == 3
+    for token, logprob, top in zip(
+        logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True
+    ):
+        assert top[token] == logprob
+        assert len(top) == 2  # the drawn one is among them
+
+
+async def test_chat_logprobs(served: Served) -> None:
+    _, body = await served.post("/v1/chat/completions", {**CHAT, "max_tokens": 2, "logprobs": True, "top_logprobs": 2})
+    first, second = body["choices"][0]["logprobs"]["content"]
+    assert (first["token"], first["bytes"]) == ("H", [72])
+    assert len(first["top_logprobs"]) == 2
+    assert second["token"] == "e"
+    _, body = await served.post("/v1/chat/completions", {**CHAT, "max_tokens": 2, "logprobs": True})
+    assert body["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+async def test_seed_repeats_and_priority_and_salt_are_taken(served: Served) -> None:
+    body = {**COMPLETION, "seed": -3, "priority": -1, "cache_salt": "tenant", "temperature": 0.5}
+    assert (await served.post("/v1/completions", body))[0] == 200
+
+
+async def test_models(served: Served) -> None:
+    _, body = await served.get("/v1/models")
+    assert body["object"] == "list"
+    (card,) = body["data"]
+    assert (card["id"], card["object"], card["max_model_len"]) == ("org/tiny", "model", served.engine.max_model_len)
+    assert (await served.get("/v1/models/org%2Ftiny"))[1] == card
+    assert (await served.get("/v1/models/org/tiny"))[1] == card
+
+
+async def test_probes_and_metrics(served: Served) -> None:
+    assert (await served.get("/health"))[0] == 200
+    assert (await served.get("/ready"))[0] == 200
+    await served.post("/v1/completions", COMPLETION)
+    await served.events("/v1/chat/completions", CHAT)
+    assert await served.metric("vllm:request_success_total") == 2
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds", "request_queue_time_seconds"):
+        assert await served.metric(f"vllm:{name}_count") == 2
+    assert await served.metric("vllm:inter_token_latency_seconds_count") == 22
+    assert await served.metric("vllm:request_generation_tokens_sum") == 24
+    async with served.http.get(served.url + "/metrics") as response:
+        text = await response.text()
+    assert 'finished_reason="stop",model_name="org/tiny"' in text
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total"):
+        assert f'vllm:{name}{{model_name="org/tiny"}}' in text
+    assert 'block_size="16"' in text
+    buckets = [line for line in text.splitlines() if line.startswith("vllm:e2e_request_latency_seconds_bucket")]
+    assert 'le="+Inf"' in buckets[-1]
+    assert buckets[-1].endswith(" 2.0")
+
+
+async def test_unknown_fields_are_accepted_and_counted(served: Served) -> None:
+    assert (await served.post("/v1/completions", {**COMPLETION, "foo": 1, "user": "me"}))[0] == 200
+    assert await served.metric("octavo:unknown_fields_total") == 2
+
+
+async def test_keep_alive_comments_before_the_first_token(served_slowly: Served) -> None:
+    body = {**COMPLETION, "stream": True}
+    async with served_slowly.http.post(served_slowly.url + "/v1/completions", json=body) as response:
+        lines = (await response.read()).decode().split("\n\n")
+    assert lines[0] == ": keep-alive"
+    assert lines[-2] == "data: [DONE]"
+
+
+async def test_official_client(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        assert [model.id async for model in client.models.list()] == ["org/tiny"]
+        assert (await client.models.retrieve("org/tiny")).id == "org/tiny"
+        chat = await client.chat.completions.create(model="org/tiny", messages=[{"role": "user", "content": "Hi"}])
+        assert chat.choices[0].message.content == "Hello world"
+        assert chat.usage is not None
+        assert chat.usage.prompt_tokens_details.cached_tokens == 0
+        text = ""
+        stream = await client.chat.completions.create(
+            model="org/tiny",
+            messages=[{"role": "user", "content": [{"type": "text", "text": "Hi"}]}],
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body={"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": False},
+        )
+        async for chunk in stream:
+            text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+        assert text == "Hello world"
+        assert chunk.usage is not None
+        assert chunk.usage.completion_tokens == 12
+        completion = await client.completions.create(model="org/tiny", prompt=["a", "b"], max_tokens=2, logprobs=1)
+        assert [choice.text for choice in completion.choices] == ["He", "He"]
+        with pytest.raises(openai.BadRequestError) as caught:
+            await client.completions.create(model="org/tiny", prompt="a", temperature=9)
+        assert (caught.value.param, caught.value.code) == ("temperature", "invalid_value")
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hi"}])
+
+
+async def test_official_client_sees_an_error_in_a_stream(served: Served) -> None:
+    served.engine.script.fail_after = 3
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+        stream = await client.completions.create(model="org/tiny", prompt="Hi", stream=True)
+        with pytest.raises(openai.APIError, match="could not be used") as caught:
+            async for _ in stream:
+                pass
+    assert caught.value.code == "numerical_error"
+
+
+async def test_32_streams_at_once(served: Served) -> None:
+    async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
+
+        async def one(number: int) -> str:
+            stream = await client.completions.create(
+                model="org/tiny", prompt=f"prompt {number}", max_tokens=20, stream=True
+            )
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        assert await asyncio.gather(*map(one, range(32))) == ["Hello world"] * 32

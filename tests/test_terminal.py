@@ -1,0 +1,76 @@
+"""`octavo generate` and `octavo chat` over the scripted engine."""
+
+import io
+
+import pytest
+
+from octavo import cli
+from octavo.engine.async_engine import AsyncEngine
+from tests.server.scripted_engine import ScriptedEngine
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
+    made: list[ScriptedEngine] = []
+
+    def from_config(_: object) -> ScriptedEngine:
+        made.append(ScriptedEngine())
+        return made[-1]
+
+    monkeypatch.setattr(AsyncEngine, "from_config", from_config)
+    return made
+
+
+def test_generate(engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "Hi", "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out == "Hello\n"
+    assert not engines[0]._thread.is_alive()
+
+
+def test_generate_from_standard_input(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi"))
+    assert cli.main(["generate", "-"]) == 0
+    assert capsys.readouterr().out == "Hello world\n"
+
+
+def test_a_prompt_that_is_too_long_ends_with_2(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "x" * 600]) == 2
+    assert "max_model_len" in capsys.readouterr().err
+
+
+def test_chat_keeps_the_conversation(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n/help\ntwo\n/new\nthree\n"))
+    prompts: list[str] = []
+    encode = ScriptedEngine.encode_chat
+
+    async def recorded(self: ScriptedEngine, messages_json: str) -> object:
+        prompts.append(messages_json)
+        return await encode(self, messages_json)
+
+    monkeypatch.setattr(ScriptedEngine, "encode_chat", recorded)
+    assert cli.main(["chat", "--system", "Be brief."]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("/")] == ["Hello world"] * 3
+    system = '{"role": "system", "content": "Be brief."}'
+    assert prompts == [
+        f'[{system}, {{"role": "user", "content": "one"}}]',
+        f'[{system}, {{"role": "user", "content": "one"}}, {{"role": "assistant", "content": "Hello world"}}, '
+        '{"role": "user", "content": "two"}]',
+        f'[{system}, {{"role": "user", "content": "three"}}]',
+    ]
+
+
+def test_chat_goes_on_after_a_message_that_is_too_long(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 600 + "\nshort\n"))
+    assert cli.main(["chat", "--max-tokens", "20"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "Hello world\n"
+    assert "max_model_len" in captured.err
