@@ -8,9 +8,6 @@ const MAX_BYTES: usize = 1_024;
 
 /// Formats `seconds` since 1970 in local time, without a time zone. `None` for a time or a format out of range.
 pub(crate) fn strftime(format: &str, seconds: f64) -> Option<String> {
-    if format.is_empty() {
-        return Some(String::new());
-    }
     // Python fills in what the C library does not know of a time without a zone.
     let micros = format!("{:06}", (seconds.rem_euclid(1.0) * 1e6) as u32);
     let mut native = String::with_capacity(format.len());
@@ -22,6 +19,9 @@ pub(crate) fn strftime(format: &str, seconds: f64) -> Option<String> {
             Some('z' | 'Z') => {}
             Some(directive) => native.extend(['%', directive]),
         }
+    }
+    if native.is_empty() {
+        return Some(native);
     }
     let native = CString::new(native).ok()?;
     let seconds = seconds.floor() as libc::time_t;

@@ -8,6 +8,10 @@ use minijinja_contrib::pycompat;
 /// Calls `method` of `value`.
 pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
     let result = match (value.as_str(), value.kind()) {
+        (Some(text), _) if method == "format" => {
+            pay_for_widths(state, text)?;
+            None
+        }
         (Some(text), _) => string_method(text, method, args)?,
         (None, ValueKind::Seq) => list_method(value, method, args)?,
         (None, ValueKind::Map) if method == "copy" => {
@@ -20,6 +24,13 @@ pub(crate) fn call(state: &mut State, value: &Value, method: &str, args: &[Value
         Some(result) => Ok(result),
         None => pycompat::unknown_method_callback(state, value, method, args),
     }
+}
+
+/// Pays in advance for the widths that the replacement fields of a `str.format` string ask for.
+fn pay_for_widths(state: &State, text: &str) -> Result<(), Error> {
+    text.split(|c: char| !c.is_ascii_digit())
+        .filter(|digits| !digits.is_empty())
+        .try_for_each(|digits| state.consume_fuel(digits.parse::<u64>().unwrap_or(u64::MAX) / 64))
 }
 
 /// What Python's `str.isspace` holds for: also the information separators.

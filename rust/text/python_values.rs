@@ -1,11 +1,12 @@
 //! Values as Python writes them: `str`, `repr` and `json.dumps` for what templates print.
 //!
 //! minijinja is close to Python here but not equal (floats, quoting, JSON options), and chat formats are byte-exact.
+//! Every item written is paid for in fuel, since a lazy list can be longer than memory.
 
 use std::fmt::Write;
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Error, ErrorKind, Value};
+use minijinja::{Error, ErrorKind, State, Value};
 
 /// Deepest nesting that is written. Deeper values can only be built by a hostile template.
 const MAX_DEPTH: usize = 128;
@@ -13,23 +14,18 @@ const MAX_DEPTH: usize = 128;
 type Written = Result<(), Error>;
 
 /// Python's `str(value)`; an undefined value is the empty string, as in jinja2.
-pub(crate) fn to_str(value: &Value) -> Result<String, Error> {
+pub(crate) fn to_str(state: &State, value: &Value) -> Result<String, Error> {
     let mut out = String::new();
-    write_str(&mut out, value)?;
-    Ok(out)
-}
-
-fn write_str(out: &mut String, value: &Value) -> Written {
     match value.as_str() {
         Some(text) => out.push_str(text),
         None if value.is_undefined() => {}
-        None => write_repr(out, value, 0)?,
+        None => write_repr(&mut out, state, value, 0)?,
     }
-    Ok(())
+    Ok(out)
 }
 
-fn write_repr(out: &mut String, value: &Value, depth: usize) -> Written {
-    check_depth(depth)?;
+fn write_repr(out: &mut String, state: &State, value: &Value, depth: usize) -> Written {
+    pay(state, value, depth)?;
     match value.kind() {
         ValueKind::String => write_quoted(out, value.as_str().unwrap_or_default()),
         ValueKind::Number => write_number(out, value, ["nan", "inf"]),
@@ -38,9 +34,9 @@ fn write_repr(out: &mut String, value: &Value, depth: usize) -> Written {
             out.push('{');
             for (index, (key, item)) in pairs(value)?.iter().enumerate() {
                 out.push_str(if index == 0 { "" } else { ", " });
-                write_repr(out, key, depth + 1)?;
+                write_repr(out, state, key, depth + 1)?;
                 out.push_str(": ");
-                write_repr(out, item, depth + 1)?;
+                write_repr(out, state, item, depth + 1)?;
             }
             out.push('}');
         }
@@ -50,7 +46,7 @@ fn write_repr(out: &mut String, value: &Value, depth: usize) -> Written {
             let mut len = 0;
             for item in value.try_iter()?.checked() {
                 out.push_str(if len == 0 { "" } else { ", " });
-                write_repr(out, &item?, depth + 1)?;
+                write_repr(out, state, &item?, depth + 1)?;
                 len += 1;
             }
             out.push_str(match (is_tuple, len) {
@@ -122,9 +118,25 @@ fn write_number(out: &mut String, value: &Value, [nan, infinity]: [&str; 2]) {
     }
 }
 
+/// `escape` as `markupsafe` writes it.
+pub(crate) fn escape(state: &State, value: &Value) -> Result<String, Error> {
+    let mut out = String::new();
+    for c in to_str(state, value)?.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '\'' => out.push_str("&#39;"),
+            '"' => out.push_str("&#34;"),
+            _ => out.push(c),
+        }
+    }
+    Ok(out)
+}
+
 /// `tojson` with the signature Hugging Face gives it: `tojson(x, ensure_ascii=False, indent=None, separators=None,
 /// sort_keys=False)`, which is `json.dumps` and escapes nothing for HTML.
-pub(crate) fn to_json(value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
+pub(crate) fn to_json(state: &State, value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let mut positional = positional.0.into_iter();
     let mut argument = |name: &str| -> Result<Value, Error> {
         Ok(match positional.next() {
@@ -149,17 +161,18 @@ pub(crate) fn to_json(value: &Value, positional: Rest<Value>, kwargs: Kwargs) ->
     let (item, key) = if separators.is_none() || separators.is_undefined() {
         (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned())
     } else {
-        let parts: Vec<String> = separators.try_iter()?.map(|part| to_str(&part)).collect::<Result<_, _>>()?;
+        let parts: Vec<String> = separators.try_iter()?.map(|part| to_str(state, &part)).collect::<Result<_, _>>()?;
         <[String; 2]>::try_from(parts)
             .map(|[item, key]| (item, key))
             .map_err(|_| Error::new(ErrorKind::InvalidOperation, "tojson: separators must be two strings"))?
     };
-    let mut writer = JsonWriter { out: String::new(), ensure_ascii, indent, item, key, sort_keys };
+    let mut writer = JsonWriter { state, out: String::new(), ensure_ascii, indent, item, key, sort_keys };
     writer.write(value, 0)?;
     Ok(writer.out)
 }
 
-struct JsonWriter {
+struct JsonWriter<'a, 'b> {
+    state: &'a State<'b, 'b>,
     out: String,
     ensure_ascii: bool,
     indent: Option<String>,
@@ -168,22 +181,23 @@ struct JsonWriter {
     sort_keys: bool,
 }
 
-impl JsonWriter {
+impl JsonWriter<'_, '_> {
     fn write(&mut self, value: &Value, depth: usize) -> Written {
-        check_depth(depth)?;
+        pay(self.state, value, depth)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool => self.out.push_str(if value.is_true() { "true" } else { "false" }),
             ValueKind::Number => write_number(&mut self.out, value, ["NaN", "Infinity"]),
             ValueKind::String => self.write_string(value.as_str().unwrap_or_default()),
             ValueKind::Seq | ValueKind::Iterable => {
-                let items = value.try_iter()?.checked().collect::<Result<Vec<_>, _>>()?;
                 self.out.push('[');
-                for (index, item) in items.iter().enumerate() {
-                    self.begin_item(index, depth + 1);
-                    self.write(item, depth + 1)?;
+                let mut len = 0;
+                for item in value.try_iter()?.checked() {
+                    self.begin_item(len, depth + 1);
+                    self.write(&item?, depth + 1)?;
+                    len += 1;
                 }
-                self.end_items(items.len(), depth);
+                self.end_items(len, depth);
                 self.out.push(']');
             }
             ValueKind::Map => {
@@ -276,11 +290,27 @@ fn pairs(map: &Value) -> Result<Vec<(Value, Value)>, Error> {
     map.try_iter()?.map(|key| map.get_item(&key).map(|item| (key, item))).collect()
 }
 
-fn check_depth(depth: usize) -> Written {
+/// Walks through a value that is about to be kept: pays for it, and refuses deep nesting, which could overflow the stack
+/// when the value is dropped.
+pub(crate) fn check_bounds(state: &State, value: &Value, depth: usize) -> Written {
+    pay(state, value, depth)?;
+    match value.kind() {
+        // An unsized iterable may be one that can only be read once.
+        ValueKind::Seq | ValueKind::Iterable if value.len().is_some() => {
+            value.try_iter()?.checked().try_for_each(|item| check_bounds(state, &item?, depth + 1))
+        }
+        ValueKind::Map => value.try_iter()?.try_for_each(|key| check_bounds(state, &value.get_item(&key)?, depth + 1)),
+        _ => Ok(()),
+    }
+}
+
+/// Pays for writing `value`, which is `depth` values deep.
+fn pay(state: &State, value: &Value, depth: usize) -> Written {
     if depth > MAX_DEPTH {
         return Err(Error::new(ErrorKind::InvalidOperation, format!("value is nested deeper than {MAX_DEPTH}")));
     }
-    Ok(())
+    let num_bytes = value.as_str().map_or(0, str::len);
+    state.consume_fuel(1 + num_bytes as u64 / 64)
 }
 
 fn not_serializable(what: &str) -> Error {

@@ -4,17 +4,20 @@
 //! controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps`, and Python's string methods. A template comes
 //! with a model file and is not trusted: fuel bounds its work, the recursion limit its stack, and nothing outside the
 //! messages can be reached from it.
+//!
+//! Known hole: minijinja copies lists that were added up more than 32 deep without asking for fuel. A template that
+//! doubles a list through nested macro calls can still take all memory; through `set` it cannot.
 
 use std::sync::Arc;
 
-use minijinja::formatting::{format, FormatStyle};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value};
+use minijinja::value::ValueKind;
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 use crate::text::clock::strftime;
-use crate::text::template_source::{rewrite, PERCENT_FILTER};
+use crate::text::template_source::{rewrite, BOUND_FILTER, ITER_FILTER, PERCENT_FILTER};
 use crate::text::{python_methods, python_values};
 
 /// Longest source, in bytes; the longest known templates have about 20,000.
@@ -24,8 +27,8 @@ const FUEL: u64 = 1_000_000;
 const FUEL_PER_MESSAGE: u64 = 1_000;
 /// Fuel for large messages: what is said may be copied a few times.
 const FUEL_PER_INPUT_BYTE: u64 = 1;
-/// Macros inside macros. Each level takes a few KiB of stack.
-const RECURSION_LIMIT: usize = 100;
+/// A macro inside a macro counts for 4.
+const RECURSION_LIMIT: usize = 200;
 /// Names of variables that only Octavo sets.
 const RESERVED: [&str; 5] = ["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"];
 const NAME: &str = "chat_template";
@@ -112,19 +115,36 @@ impl ChatTemplate {
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_recursion_limit(RECURSION_LIMIT);
         environment.set_unknown_method_callback(python_methods::call);
-        environment.set_formatter(|out, _, value| {
-            out.write_str(&python_values::to_str(value)?).map_err(minijinja::Error::from)
+        environment.set_formatter(|out, state, value| {
+            out.write_str(&python_values::to_str(state, value)?).map_err(minijinja::Error::from)
         });
         environment.add_filter("tojson", python_values::to_json);
         environment.add_filter("string", python_values::to_str);
-        environment.add_filter("trim", |text: &Value, chars: Option<String>| {
-            let text = python_values::to_str(text)?;
+        environment.add_filter("trim", |state: &State, text: &Value, chars: Option<String>| {
+            let text = python_values::to_str(state, text)?;
             let trims = |c: char| chars.as_ref().map_or_else(|| python_methods::is_space(c), |set| set.contains(c));
             Ok::<_, minijinja::Error>(text.trim_matches(trims).to_owned())
         });
-        environment.add_filter(PERCENT_FILTER, |text: &str, value: &Value| {
-            let args = if value.is_tuple() { value.try_iter()?.collect() } else { vec![value.clone()] };
-            format(FormatStyle::Printf, text, &args)
+        environment.add_filter(PERCENT_FILTER, |state: &mut State, text: Value, value: Value| {
+            let mut args = vec![text];
+            match value.is_tuple() {
+                true => args.extend(value.try_iter()?),
+                false => args.push(value),
+            }
+            state.apply_filter("format", &args)
+        });
+        environment.add_filter("escape", python_values::escape);
+        environment.add_filter("e", python_values::escape);
+        environment.add_filter(BOUND_FILTER, |state: &State, value: Value| {
+            python_values::check_bounds(state, &value, 0).map(|()| value)
+        });
+        environment.add_test("iterable", is_iterable);
+        environment.add_test("sequence", |value: &Value| value.is_undefined() || value.len().is_some());
+        environment.add_filter(ITER_FILTER, |value: Value| match is_iterable(&value) {
+            true => Ok(value),
+            false => {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{} is not iterable", value.kind())))
+            }
         });
         environment.add_function("raise_exception", raise_exception);
         environment.add_template_owned(NAME, rewrite(source)).map_err(|error| template_error(&error))?;
@@ -164,9 +184,14 @@ impl ChatTemplate {
     }
 }
 
+/// What Python can loop over; jinja2's undefined values are empty.
+fn is_iterable(value: &Value) -> bool {
+    value.is_undefined() || (!value.is_none() && value.try_iter().is_ok()) || value.kind() == ValueKind::String
+}
+
 /// Refuses the messages.
-fn raise_exception(message: &Value) -> std::result::Result<Value, minijinja::Error> {
-    Err(minijinja::Error::new(ErrorKind::InvalidOperation, python_values::to_str(message)?))
+fn raise_exception(state: &State, message: &Value) -> std::result::Result<Value, minijinja::Error> {
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, python_values::to_str(state, message)?))
 }
 
 fn to_value(json: &Json) -> Value {

@@ -1,9 +1,16 @@
-//! Two rewrites of a template's source, for what minijinja's grammar does not have.
+//! Rewrites of a template's source, for what minijinja does not have or does not refuse.
 //!
 //! - `{% generation %} ... {% endgeneration %}` (a Hugging Face tag that marks the assistant's words for training)
 //!   becomes `{% with %} ... {% endwith %}`, which has the same scope and whitespace rules and no other effect.
 //! - `'...' % x` on a string literal becomes `'...' | python_percent(x)`.
+//! - `for x in y` becomes `for x in (y) | python_iter`: to loop over None is an error in Python, nothing in minijinja.
+//! - `set x = y` becomes `set x = (y) | bounded`: values that a loop builds up stay small enough to be dropped, and are
+//!   paid for.
 
+/// Name of the filter that refuses what Python cannot loop over.
+pub(crate) const ITER_FILTER: &str = "python_iter";
+/// Name of the filter that refuses values that are nested too deep.
+pub(crate) const BOUND_FILTER: &str = "bounded";
 /// Name of the filter that stands for `%` on strings.
 pub(crate) const PERCENT_FILTER: &str = "python_percent";
 
@@ -25,7 +32,7 @@ pub(crate) fn rewrite(source: &str) -> String {
             let closing = if tag.starts_with("{%") { "%}" } else { "}}" };
             let (inside, end) = scan_tag(&tag[2..], closing);
             out.push_str(&tag[..2]);
-            out.push_str(&rename_generation(inside));
+            out.push_str(&rewrite_tag(inside));
             rest = &tag[2 + end..];
         } else {
             out.push('{');
@@ -51,11 +58,42 @@ fn raw_block_end(tag: &str) -> Option<usize> {
     Some(ends.map_or(tag.len(), |(at, _)| at))
 }
 
-fn rename_generation(inside: &str) -> String {
+fn rewrite_tag(inside: &str) -> String {
     match inside.trim_matches(['-', '+']).trim() {
         "generation" => inside.replace("generation", "with"),
         "endgeneration" => inside.replace("endgeneration", "endwith"),
+        statement if statement.starts_with("for ") => {
+            rewrite_percent(&add_filter(inside, "in", &["if", "recursive"], ITER_FILTER))
+        }
+        statement if statement.starts_with("set ") => rewrite_percent(&add_filter(inside, "=", &[], BOUND_FILTER)),
         _ => rewrite_percent(inside),
+    }
+}
+
+/// Puts `filter` on the expression between the token `before` and one of `after` or the end of the tag.
+fn add_filter(inside: &str, before: &str, after: &[&str], filter: &str) -> String {
+    let mut depth = 0;
+    let mut start = None;
+    let mut at = 0;
+    while at < inside.len() {
+        let token = &inside[at..at + token_len(&inside[at..])];
+        match token {
+            "(" | "[" | "{" => depth += 1,
+            ")" | "]" | "}" => depth -= 1,
+            _ if depth == 0 && start.is_none() && token == before => start = Some(at + token.len()),
+            _ if depth == 0 && start.is_some() && after.contains(&token) => break,
+            // Whitespace control before the end of the tag.
+            "-" | "+" if start.is_some() && at + 1 == inside.len() => break,
+            _ => {}
+        }
+        at += token.len();
+    }
+    match start {
+        Some(start) => {
+            let (before, expression, after) = (&inside[..start], inside[start..at].trim(), &inside[at..]);
+            format!("{before} ({expression})|{filter} {after}")
+        }
+        None => inside.to_owned(),
     }
 }
 
@@ -172,11 +210,25 @@ mod tests {
             ("{{ \"%d-%s\" % (i, f('}}')) }}", "{{ \"%d-%s\" | python_percent((i, f('}}'))) }}"),
             ("{% if i % 2 == 0 %}'%s' % x{% endif %}", "{% if i % 2 == 0 %}'%s' % x{% endif %}"),
             (
-                "{% set x = '%' %}{{ '%s'%('%s' % y) }}",
-                "{% set x = '%' %}{{ '%s' | python_percent(('%s' | python_percent(y))) }}",
+                "{% if x == '%' %}{{ '%s'%('%s' % y) }}",
+                "{% if x == '%' %}{{ '%s' | python_percent(('%s' | python_percent(y))) }}",
             ),
             ("{% raw %}{{ '%s' % x }}{% endraw %}", "{% raw %}{{ '%s' % x }}{% endraw %}"),
             ("{# '%s' % x #}{", "{# '%s' % x #}{"),
+        ] {
+            assert_eq!(rewrite(source), expected);
+        }
+    }
+
+    #[test]
+    fn loops_and_assignments_keep_their_parts() {
+        for (source, expected) in [
+            ("{% for x in a[1:] %}", "{% for x in (a[1:])|python_iter %}"),
+            ("{%- for k, v in d|dictsort if v in w -%}", "{%- for k, v in (d|dictsort)|python_iter if v in w -%}"),
+            (
+                "{% for x in f(1 if a else b), 2 recursive %}",
+                "{% for x in (f(1 if a else b), 2)|python_iter recursive %}",
+            ),
         ] {
             assert_eq!(rewrite(source), expected);
         }
