@@ -30,11 +30,11 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Any) -> None
         return sub
 
     latency = command("latency", "One batch from start to end: decode1, decode32, prefill512 and the like")
-    latency.add_argument("--workload", default="decode1", help="decodeN or prefillN")
+    latency.add_argument("--workload", nargs="+", default=["decode1"], help="decodeN or prefillN")
     latency.add_argument("--repeat", type=int, default=3, help="runs; the median is reported")
 
     throughput = command("throughput", "A whole workload, all requests at once or at a rate")
-    throughput.add_argument("--workload", default="chat", help="chat, uniform, long, mixed or prefix")
+    throughput.add_argument("--workload", nargs="+", default=["chat"], help="chat, uniform, long, mixed or prefix")
     throughput.add_argument("--num", type=int, help="only this many requests of the workload")
     throughput.add_argument("--rate", type=float, default=0.0, help="requests a second (Poisson); 0: all at once")
 
@@ -76,27 +76,32 @@ def run(options: argparse.Namespace, config: EngineConfig | None) -> int:
 
 
 def latency_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
-    """The median of some runs of one small workload, after a warm-up."""
+    """The median of some runs of each small workload, after a warm-up."""
     from octavo.bench.replay import replay
 
     engine = engine_of(config)
-    items = workload(options.workload, engine.runner.vocab_size, options.workload_seed)
-    replay(engine, items)
-    runs = sorted((replay(engine, items) for _ in range(options.repeat)), key=lambda run: run.seconds)
-    middle = runs[len(runs) // 2]
-    spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
-    return [described(engine, options.workload) | middle.as_dict() | spread]
+    rows: Rows = []
+    for name in options.workload:
+        items = workload(name, engine.runner.vocab_size, options.workload_seed)
+        replay(engine, items)
+        runs = sorted((replay(engine, items) for _ in range(options.repeat)), key=lambda run: run.seconds)
+        spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
+        rows.append(described(engine, name) | runs[len(runs) // 2].as_dict() | spread)
+    return rows
 
 
 def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
-    """One run of a workload, after a warm-up with its first request."""
+    """One run of each workload, after a warm-up with its first request."""
     from octavo.bench.replay import poisson_arrivals, replay
 
     engine = engine_of(config)
-    items = workload(options.workload, engine.runner.vocab_size, options.workload_seed)[: options.num]
-    replay(engine, items[:1])
-    arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
-    return [described(engine, options.workload) | replay(engine, items, arrivals).as_dict()]
+    rows: Rows = []
+    for name in options.workload:
+        items = workload(name, engine.runner.vocab_size, options.workload_seed)[: options.num]
+        replay(engine, items[:1])
+        arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
+        rows.append(described(engine, name) | replay(engine, items, arrivals).as_dict())
+    return rows
 
 
 def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:

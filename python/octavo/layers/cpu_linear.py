@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 UPCAST_ROWS = 8  # from here on one conversion of the weights costs less than torch's 16-bit loop over the rows
 CHUNK_ELEMENTS = 1 << 21  # of weights converted at once: 8 MB in float32, near the caches and small beside the weights
-PACK_ROWS = 32  # the number of rows that packing is told to expect: no slower at 1 than a packing for 1, twice as fast at 2
+PACK_ROWS = (
+    32  # the number of rows that packing is told to expect: no slower at 1 than a packing for 1, twice as fast at 2
+)
 
 
 class UpcastMethod:
