@@ -10,12 +10,11 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @pytest.mark.parametrize(
-    ("num_q", "num_kv", "dim", "rotary_dim"),
-    [(9, 3, 64, 64), (32, 8, 128, 128), (4, 4, 80, 32), (3, 1, 96, 96), (2, 1, 256, 64)],
+    ("num_q", "num_kv", "dim", "rotary_dim", "block_size"),
+    [(9, 3, 64, 64, 16), (32, 8, 128, 128, 64), (4, 4, 80, 32, 16), (3, 1, 96, 96, 32), (2, 1, 256, 64, 64)],
 )
 @pytest.mark.parametrize("norms", ["", "q", "qk"])
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_rope_and_cache(device, kernel_dtype, num_q, num_kv, dim, rotary_dim, norms, block_size) -> None:
+def test_rope_and_cache(device, kernel_dtype, num_q, num_kv, dim, rotary_dim, block_size, norms) -> None:
     tokens, num_blocks = 3, 5
     qkv = torch.randn(tokens, (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
     weights = {name: torch.randn(dim, device=device).to(kernel_dtype) for name in norms}
