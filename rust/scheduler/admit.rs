@@ -177,8 +177,8 @@ impl Scheduler {
             Batching::None => true,
             Batching::Static => {
                 let waiting: u64 = self.gated.iter().map(|number| u64::from(self.sequences[number].params.n)).sum();
-                let waited = self.oldest_gated().map_or(0.0, |added| now - added);
-                waiting >= u64::from(self.config.max_num_seqs) || waited >= self.config.static_batch_wait
+                let is_due = self.next_wake().is_some_and(|wake| now >= wake);
+                waiting >= u64::from(self.config.max_num_seqs) || is_due
             }
         }
     }
@@ -287,8 +287,10 @@ impl Scheduler {
         self.draft.penalty_tokens -= penalty_tokens as usize;
         self.draft.budget -= len;
         self.enter(number, start, brought.len);
-        for (number, blocks) in reservations.into_iter().flatten() {
-            self.reserve(number, blocks);
+        // A fork has the block of its copy already.
+        let copied = num_live(&self.sequences[number].tables) - brought.shared;
+        for (other, blocks) in reservations.into_iter().flatten() {
+            self.reserve(other, if other == number { blocks.saturating_sub(copied) } else { blocks });
         }
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
