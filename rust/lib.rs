@@ -19,6 +19,7 @@ pub mod block_table;
 pub mod config;
 pub mod error;
 pub mod gguf;
+pub mod inspect;
 pub mod kv_cache;
 pub mod outbox;
 pub mod output;

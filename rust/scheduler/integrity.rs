@@ -1,8 +1,55 @@
 //! Recounts everything from scratch. For tests, the simulation, and an idle server.
 
-use super::{Scheduler, State};
+use super::{Scheduler, Sequence, State};
+use crate::block_table::BlockTable;
+use crate::inspect::{BlockPlace, BlockView, Inspection, Phase, SequenceView};
+use crate::request::{BlockId, NULL_BLOCK};
 
 impl Scheduler {
+    /// A copy of the state of pool and queues; costs a walk over all blocks and tables.
+    pub fn inspect(&self) -> Inspection {
+        let pool = self.kv.pool();
+        let block = |index| {
+            let (block, references) = (BlockId(index), pool.references(BlockId(index)));
+            let is_indexed = pool.key(block).is_some();
+            let place = match (references, pool.is_free(block)) {
+                (1.., _) => BlockPlace::Referenced,
+                (0, false) => BlockPlace::Held,
+                (0, true) if is_indexed => BlockPlace::Cached,
+                (0, true) => BlockPlace::Blank,
+            };
+            BlockView { place, references, is_indexed }
+        };
+        let queued = self.ready.iter().chain(self.gated.iter());
+        let forming = self.sequences.iter().filter(|(_, sequence)| sequence.state == State::Forming);
+        Inspection {
+            blocks: (0..=pool.num_blocks() as u32).map(block).collect(),
+            sequences: (self.running.iter().copied().chain(queued))
+                .map(|number| &self.sequences[number])
+                .chain(forming.map(|(_, sequence)| sequence))
+                .map(|sequence| self.inspect_sequence(sequence))
+                .collect(),
+        }
+    }
+
+    fn inspect_sequence(&self, sequence: &Sequence) -> SequenceView {
+        let phase = match sequence.state {
+            State::Forming => Phase::Forming,
+            State::Running => Phase::Running,
+            State::Waiting | State::Finished => Phase::Waiting,
+        };
+        let blocks = |table: &BlockTable| (0..table.len()).map(|i| table.get(i).unwrap_or(NULL_BLOCK).0).collect();
+        SequenceView {
+            seq: sequence.name,
+            phase,
+            slot: (phase == Phase::Running).then_some(sequence.slot),
+            tables: sequence.tables.iter().map(blocks).collect(),
+            num_planned: sequence.most_len,
+            is_fully_planned: sequence.decoding && !sequence.wants_decode(self.config.max_model_len),
+            preemptions: sequence.preemptions,
+        }
+    }
+
     /// Recounts everything from scratch and compares: references, lists, index, slots, queues, counters.
     ///
     /// # Errors

@@ -1,0 +1,189 @@
+//! The safety rules, recounted from an inspection of the core: S1-S5, S11, S13, and the bounds of L3 and L4.
+//!
+//! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with another count, and with
+//! what the device saw.
+
+use crate::packed::ensure;
+use _core::config::CoreConfig;
+use _core::inspect::{BlockPlace, Inspection, Phase, SequenceView};
+use _core::plan::PlanInfo;
+use _core::policy::HEAD_BYPASS_LIMIT;
+use _core::request::SeqRef;
+use _core::scheduler::Stats;
+use rustc_hash::FxHashMap;
+
+/// S1-S4, S11 and S13 on the present state.
+pub fn recount(config: &CoreConfig, seen: &Inspection, stats: &Stats) -> Result<(), String> {
+    let mut holders = vec![0u32; config.num_blocks as usize];
+    let mut phases: FxHashMap<SeqRef, Phase> = FxHashMap::default();
+    let mut slots = vec![None; config.max_num_seqs as usize];
+    for sequence in &seen.sequences {
+        let earlier = phases.insert(sequence.seq, sequence.phase);
+        ensure!(earlier.is_none(), "S13: {:?} is both {earlier:?} and {:?}", sequence.seq, sequence.phase);
+        let is_running = sequence.phase == Phase::Running;
+        ensure!(is_running == sequence.slot.is_some(), "S13: {:?} has slot {:?}", sequence, sequence.slot);
+        if let Some(slot) = sequence.slot {
+            let other = slots[slot as usize].replace(sequence.seq);
+            ensure!(other.is_none(), "S13: slot {slot} is held by {other:?} and {:?}", sequence.seq);
+        }
+        for table in &sequence.tables {
+            for &block in table.iter().filter(|&&block| block != 0) {
+                ensure!(block < config.num_blocks, "S12: {:?} holds block {block}", sequence.seq);
+                holders[block as usize] += 1;
+            }
+            ensure!(is_running || table.is_empty(), "{:?} waits, and holds blocks", sequence.seq);
+        }
+        if is_running {
+            table_lengths(config, sequence)?;
+        }
+        ensure!(
+            sequence.preemptions <= config.max_preemptions,
+            "L3: {:?} was preempted {} times, max_preemptions is {}",
+            sequence.seq,
+            sequence.preemptions,
+            config.max_preemptions
+        );
+    }
+    let mut counts = FxHashMap::<BlockPlace, u64>::default();
+    for (index, block) in seen.blocks.iter().enumerate().skip(1) {
+        *counts.entry(block.place).or_default() += 1;
+        ensure!(
+            block.references == holders[index],
+            "S3: block {index} counts {} references, {} tables hold it",
+            block.references,
+            holders[index]
+        );
+        let is_referenced = block.place == BlockPlace::Referenced;
+        ensure!(
+            is_referenced == (holders[index] > 0),
+            "S2: block {index} is {:?}, held {}",
+            block.place,
+            holders[index]
+        );
+    }
+    let count = |place| counts.get(&place).copied().unwrap_or_default();
+    let counted = [BlockPlace::Referenced, BlockPlace::Held, BlockPlace::Cached, BlockPlace::Blank].map(count);
+    let stated = [stats.blocks_used, stats.blocks_held, stats.blocks_cached, stats.blocks_blank];
+    ensure!(counted == stated, "S1: {counted:?} blocks are used, held, cached, blank; the core says {stated:?}");
+    ensure!(counted.iter().sum::<u64>() == u64::from(config.num_blocks) - 1, "S1: {counted:?} blocks in all");
+    ensure!(stats.blocks_held == 0 || stats.steps_in_flight > 0, "S7: blocks are held though no step is in flight");
+    let running = phases.values().filter(|phase| **phase == Phase::Running).count() as u64;
+    ensure!(running <= u64::from(config.max_num_seqs), "S10: {running} sequences run");
+    ensure!(running == stats.num_running, "{running} sequences run, the core says {}", stats.num_running);
+    Ok(())
+}
+
+/// S11: every table reaches over all that is computed or planned, by less than one block.
+fn table_lengths(config: &CoreConfig, sequence: &SequenceView) -> Result<(), String> {
+    let planned = sequence.num_planned;
+    for (table, window) in sequence.tables.iter().zip(&config.kv_windows) {
+        let len = table.len() as u32 * config.block_size;
+        ensure!(len >= planned, "S11: {:?} has {len} places for {planned} tokens", sequence.seq);
+        // Rows that were rejected leave at most the blocks of their drafts over.
+        let most = planned + 2 * config.num_draft_tokens;
+        ensure!(len < most + config.block_size, "S11: {:?} has {len} places for {planned} tokens", sequence.seq);
+        let live = table.iter().filter(|&&block| block != 0).count() as u32;
+        let first_live = table.iter().position(|&block| block != 0).unwrap_or(table.len());
+        ensure!(first_live as u32 + live == table.len() as u32, "{:?} has holes in its table", sequence.seq);
+        ensure!(*window > 0 || first_live == 0, "{:?} gave back blocks of full attention", sequence.seq);
+    }
+    Ok(())
+}
+
+/// What a step touches, against the core's books right after it was planned: S5, and no use of what is free.
+pub fn step_blocks(seen: &Inspection, written: &[u32], read: &[u32]) -> Result<(), String> {
+    for &block in written {
+        let view = &seen.blocks[block as usize];
+        ensure!(view.references == 1, "S5: block {block} is written with {} references", view.references);
+        ensure!(!view.is_indexed, "S5: block {block} is written while the prefix cache can find it");
+    }
+    for &block in read {
+        let place = seen.blocks[block as usize].place;
+        ensure!(
+            matches!(place, BlockPlace::Referenced | BlockPlace::Held),
+            "S7: block {block} is read by the step, and is {place:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Plans in a row without the oldest running sequence: its victims' blocks may be held for both steps in flight.
+const MAX_IDLE_PLANS: u32 = 2;
+
+/// Rules about who gets a turn, over several steps.
+#[derive(Default)]
+pub struct Fairness {
+    /// Admissions that went past a waiting sequence while it was first in the queue.
+    bypassed: FxHashMap<SeqRef, u32>,
+    /// Plans in a row without a row of the oldest running sequence.
+    oldest_idle: u32,
+    oldest: Option<SeqRef>,
+    preemptions: u64,
+}
+
+impl Fairness {
+    /// `before` and `after` are inspections around the planning of a step with rows of `seqs`.
+    pub fn step_planned(
+        &mut self,
+        before: &Inspection,
+        after: &Inspection,
+        seqs: &[SeqRef],
+        plan: &PlanInfo,
+    ) -> Result<(), String> {
+        ensure!(plan.num_rows > 0, "L1: an empty step");
+        self.oldest_advances(after, seqs)?;
+        self.the_head_gets_its_turn(before, after)
+    }
+
+    /// L3: the oldest running sequence has a row in every plan, but for the plan in which all its tokens are in flight.
+    fn oldest_advances(&mut self, after: &Inspection, seqs: &[SeqRef]) -> Result<(), String> {
+        let oldest = after.sequences.iter().find(|sequence| sequence.phase == Phase::Running);
+        let oldest = oldest.filter(|sequence| !sequence.is_fully_planned).map(|sequence| sequence.seq);
+        if oldest.is_none() || oldest != self.oldest || oldest.is_some_and(|seq| seqs.contains(&seq)) {
+            self.oldest_idle = 0;
+        } else {
+            self.oldest_idle += 1;
+        }
+        self.oldest = oldest;
+        ensure!(
+            self.oldest_idle <= MAX_IDLE_PLANS,
+            "L3: {oldest:?} is the oldest that runs, and had no row in {} plans",
+            self.oldest_idle
+        );
+        Ok(())
+    }
+
+    /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k before it, at most k + 1
+    /// times as often.
+    fn the_head_gets_its_turn(&mut self, before: &Inspection, after: &Inspection) -> Result<(), String> {
+        let waits = |sequence: &&SequenceView| sequence.phase == Phase::Waiting;
+        let still: Vec<SeqRef> = after.sequences.iter().filter(waits).map(|sequence| sequence.seq).collect();
+        self.bypassed.retain(|seq, _| still.contains(seq));
+        let mut queue = before.sequences.iter().filter(waits).map(|sequence| sequence.seq);
+        let Some(head) = queue.by_ref().find(|seq| still.contains(seq)) else { return Ok(()) };
+        let passed = queue.filter(|seq| !still.contains(seq)).count() as u32;
+        let count = self.bypassed.entry(head).or_default();
+        *count += passed;
+        ensure!(*count <= HEAD_BYPASS_LIMIT, "L4: {head:?} is first in the queue, and {count} later ones went past it");
+        Ok(())
+    }
+
+    /// L7: in one planning, at most as many sequences are preempted as give blocks back, and one that does not.
+    pub fn preempted(&mut self, before: &Inspection, stats: &Stats) -> Result<(), String> {
+        let now = stats.preemptions - self.preemptions;
+        self.preemptions = stats.preemptions;
+        let owners = before
+            .sequences
+            .iter()
+            .filter(|sequence| {
+                sequence
+                    .tables
+                    .iter()
+                    .flatten()
+                    .any(|&block| block != 0 && before.blocks[block as usize].references == 1)
+            })
+            .count() as u64;
+        ensure!(now <= owners + 1, "L7: {now} sequences were preempted at once, only {owners} had blocks of their own");
+        Ok(())
+    }
+}

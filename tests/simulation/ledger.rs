@@ -1,0 +1,293 @@
+//! What was asked of the core and what came out, request by request: each token is held against the oracle as it arrives.
+//!
+//! Knows no blocks and no steps in detail: a step is the list of sequences that have a row in it.
+
+use crate::model::Sampling;
+use crate::oracle::{self, End, Expected};
+use crate::scenario::NewRequest;
+use _core::config::CoreConfig;
+use _core::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
+use _core::request::{RequestId, SeqRef};
+use rustc_hash::FxHashMap;
+use std::hash::BuildHasher;
+
+/// One of the `n` sequences of a request.
+pub struct Choice {
+    expected: Expected,
+    /// The simulated text holds a stop string once this many tokens are out.
+    stop_string_at: Option<u32>,
+    pub received: Vec<u32>,
+    pub ended: Option<FinishReason>,
+    /// Logits of this sequence were NaN in the step with this number.
+    pub nan_in_step: Option<u64>,
+}
+
+/// A request that the core accepted.
+pub struct Request {
+    pub asked: NewRequest,
+    pub choices: Vec<Choice>,
+    is_cache_checked: bool,
+}
+
+impl Request {
+    pub fn has_ended(&self) -> bool {
+        self.choices.iter().all(|choice| choice.ended.is_some())
+    }
+}
+
+/// What the core is doing when it speaks to the ledger: which endings and tokens are in order now.
+#[derive(Clone, Debug)]
+pub enum Call {
+    /// The results of a step with rows of these sequences.
+    Commit {
+        step_id: u64,
+        seqs: Vec<SeqRef>,
+    },
+    /// A step with rows of these sequences failed.
+    Fail {
+        seqs: Vec<SeqRef>,
+    },
+    FailAll,
+    Abort(RequestId),
+}
+
+/// All requests of a world. It is the core's `OutputSink`.
+pub struct Ledger {
+    pub requests: FxHashMap<RequestId, Request>,
+    /// Prompt and output of sequences that ended by themselves.
+    pub histories: Vec<Vec<u32>>,
+    pub call: Call,
+    /// First thing that was wrong.
+    pub violation: Option<String>,
+    pub num_ended: [u64; 4],
+    pub num_tokens: u64,
+    windows: Vec<u32>,
+    config: CoreConfig,
+    /// How many sequences have this prefix under this salt (S8); keyed by a hash of both.
+    prefixes: FxHashMap<u64, u32>,
+}
+
+impl Ledger {
+    pub fn new(config: &CoreConfig) -> Self {
+        Ledger {
+            requests: FxHashMap::default(),
+            histories: Vec::new(),
+            call: Call::FailAll,
+            violation: None,
+            num_ended: [0; 4],
+            num_tokens: 0,
+            windows: config.kv_windows.clone(),
+            config: config.clone(),
+            prefixes: FxHashMap::default(),
+        }
+    }
+
+    /// Enters an accepted request, and computes what must come out of it.
+    pub fn accept(&mut self, id: RequestId, asked: NewRequest, stop_string_at: Option<u32>) {
+        let params = &asked.params;
+        let mut stop_tokens = params.stop_token_ids.clone();
+        if !params.ignore_eos {
+            stop_tokens.extend(&self.config.eos_token_ids);
+        }
+        let room = self.config.max_model_len - asked.prompt.len() as u32;
+        let expect = |index: u32| {
+            let request = oracle::Request {
+                prompt: &asked.prompt,
+                sampling: Sampling {
+                    temperature: params.temperature,
+                    top_k: params.top_k,
+                    top_p: params.top_p,
+                    min_p: params.min_p,
+                    penalties: [params.repetition_penalty, params.presence_penalty, params.frequency_penalty],
+                    seed: params.seed.expect("the scenario gives seeds").wrapping_add(u64::from(index)),
+                },
+                bias: &params.logit_bias,
+                max_tokens: params.max_tokens.unwrap_or(room),
+                min_tokens: params.min_tokens,
+                stop_tokens: &stop_tokens,
+            };
+            oracle::expect(&request, &self.windows, self.config.vocab_size)
+        };
+        let choices = (0..params.n)
+            .map(|index| Choice {
+                expected: expect(index),
+                stop_string_at,
+                received: Vec::new(),
+                ended: None,
+                nan_in_step: None,
+            })
+            .collect();
+        for len in 1..=asked.prompt.len() {
+            *self.prefixes.entry(prefix_key(asked.salt.as_deref(), &asked.prompt[..len])).or_default() += 1;
+        }
+        self.requests.insert(id, Request { asked, choices, is_cache_checked: false });
+    }
+
+    pub fn choice(&mut self, seq: SeqRef) -> Option<&mut Choice> {
+        self.requests.get_mut(&seq.request)?.choices.get_mut(seq.index as usize)
+    }
+
+    /// Tokens that the sequence should output next; a speculator with foresight.
+    pub fn upcoming(&self, seq: SeqRef) -> &[u32] {
+        let choice = self.requests.get(&seq.request).and_then(|request| request.choices.get(seq.index as usize));
+        choice.map_or(&[], |choice| choice.expected.tokens.get(choice.received.len()..).unwrap_or_default())
+    }
+
+    pub fn has_unfinished(&self) -> bool {
+        self.requests.values().any(|request| !request.has_ended())
+    }
+
+    fn token_is_right(&mut self, seq: SeqRef, token: &SampledToken, progress: &Progress) -> Result<(), String> {
+        let Call::Commit { step_id, seqs } = &self.call else {
+            return Err(format!("a token comes out of {:?}", self.call));
+        };
+        if !seqs.contains(&seq) {
+            return Err(format!("a token, but no row in step {step_id}"));
+        }
+        let request = self.requests.get_mut(&seq.request).ok_or("a token of an unknown request")?;
+        if !request.is_cache_checked {
+            request.is_cache_checked = true;
+            let cached = progress.num_cached_tokens as usize;
+            let found = request.asked.prompt.get(..cached).ok_or("S8: more cached tokens than the prompt has")?;
+            let key = prefix_key(request.asked.salt.as_deref(), found);
+            // With windows of 1 only, nothing before a block's border is ever seen: any length can be skipped.
+            let sees_back = self.windows.iter().any(|window| *window != 1);
+            if cached > 0 && sees_back && self.prefixes.get(&key).copied().unwrap_or_default() < 2 {
+                return Err(format!("S8: {cached} tokens found in the cache that nobody computed under this salt"));
+            }
+        }
+        let wants_logprobs = request.asked.params.logprobs;
+        let prompt_len = request.asked.prompt.len();
+        let choice = request.choices.get_mut(seq.index as usize).ok_or("a token of an unknown choice")?;
+        if choice.ended.is_some() {
+            return Err("a token after the end".to_string());
+        }
+        if choice.nan_in_step.is_some_and(|nan| nan <= *step_id) {
+            return Err("a token from NaN logits".to_string());
+        }
+        let place = choice.received.len();
+        if token.output_index as usize != place {
+            return Err(format!("token number {place} says it is number {}", token.output_index));
+        }
+        if choice.expected.tokens.get(place) != Some(&token.id) {
+            return Err(format!(
+                "E1-E8: output token {place} after {prompt_len} prompt tokens is {}, expected {:?}",
+                token.id,
+                choice.expected.tokens.get(place)
+            ));
+        }
+        match (&token.logprobs, wants_logprobs) {
+            (None, None) => {}
+            (Some(found), Some(wanted)) => {
+                if found.logprob().to_bits() != choice.expected.logprobs[place].to_bits()
+                    || found.rank() != token.id % 5 + 1
+                {
+                    return Err(format!(
+                        "output token {place} has logprob {} of rank {}",
+                        found.logprob(),
+                        found.rank()
+                    ));
+                }
+                let top: Vec<u32> = found.top().map(|(id, _)| id).collect();
+                let right: Vec<u32> = (0..wanted).map(|top| (token.id + top) % self.config.vocab_size).collect();
+                if top != right {
+                    return Err(format!("output token {place} has top tokens {top:?}, expected {right:?}"));
+                }
+            }
+            (found, wanted) => return Err(format!("logprobs {:?}, wanted {wanted:?}", found.is_some())),
+        }
+        choice.received.push(token.id);
+        self.num_tokens += 1;
+        let history: Vec<u32> = request.asked.prompt.iter().chain(&choice.received).copied().collect();
+        *self.prefixes.entry(prefix_key(request.asked.salt.as_deref(), &history)).or_default() += 1;
+        Ok(())
+    }
+
+    fn end_is_right(&mut self, seq: SeqRef, reason: FinishReason) -> Result<(), String> {
+        let call = &self.call;
+        let request = self.requests.get_mut(&seq.request).ok_or("the end of an unknown request")?;
+        let prompt_len = request.asked.prompt.len();
+        let choice = request.choices.get_mut(seq.index as usize).ok_or("the end of an unknown choice")?;
+        if let Some(earlier) = choice.ended.replace(reason) {
+            return Err(format!("S13: ends as {reason:?} after it ended as {earlier:?}"));
+        }
+        let place = choice.received.len();
+        let whole = &choice.expected;
+        let has_all = place == whole.tokens.len();
+        let stop_string_hit = choice.stop_string_at.is_some_and(|at| at as usize == place);
+        let (kind, is_right) = match reason {
+            FinishReason::StopString(index) => (0, index == 0 && stop_string_hit),
+            FinishReason::Eos | FinishReason::StopToken(_) => {
+                (0, has_all && whole.end == End::Stop && !stop_string_hit)
+            }
+            FinishReason::Length if request.asked.params.max_tokens.is_none() && !has_all => {
+                (1, self.config.pool_is_full_with(prompt_len + place))
+            }
+            FinishReason::Length => (1, has_all && whole.end == End::Length && !stop_string_hit),
+            FinishReason::Abort => (2, matches!(call, Call::Abort(id) if *id == seq.request)),
+            FinishReason::Error(SequenceError::StepFailed) => (
+                3,
+                match call {
+                    Call::Fail { seqs } => seqs.iter().any(|failed| failed.request == seq.request),
+                    Call::FailAll => true,
+                    Call::Commit { .. } | Call::Abort(_) => false,
+                },
+            ),
+            FinishReason::Error(SequenceError::Numerical) => (3, choice.nan_in_step.is_some()),
+            FinishReason::Error(_) => (3, false),
+        };
+        self.num_ended[kind] += 1;
+        if !is_right {
+            return Err(format!(
+                "ends as {reason:?} after {place} tokens, expected {} tokens and {:?} (in {call:?})",
+                whole.tokens.len(),
+                whole.end
+            ));
+        }
+        if kind < 2 {
+            let history = request.asked.prompt.iter().chain(&choice.received).copied().collect();
+            self.histories.push(history);
+        }
+        Ok(())
+    }
+
+    fn note(&mut self, seq: SeqRef, outcome: Result<(), String>) {
+        if let Err(violation) = outcome {
+            self.violation
+                .get_or_insert_with(|| format!("request {} choice {}: {violation}", seq.request.0, seq.index));
+        }
+    }
+}
+
+impl OutputSink for Ledger {
+    fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
+        let outcome = self.token_is_right(seq, token, progress);
+        self.note(seq, outcome);
+        let choice = self.choice(seq)?;
+        (choice.stop_string_at == Some(choice.received.len() as u32)).then_some(0)
+    }
+
+    fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, _progress: &Progress) {
+        let outcome = self.end_is_right(seq, reason);
+        self.note(seq, outcome);
+    }
+}
+
+/// How much of the pool one sequence needs, at most.
+pub trait PoolNeed {
+    /// Whether a sequence of this many tokens leaves no block for another token, or might; drafts tried at its end
+    /// need places too, and those of two steps may be undecided at once.
+    fn pool_is_full_with(&self, num_tokens: usize) -> bool;
+}
+
+impl PoolNeed for CoreConfig {
+    fn pool_is_full_with(&self, num_tokens: usize) -> bool {
+        let places = num_tokens + 1 + 2 * self.num_draft_tokens as usize;
+        let blocks = places.div_ceil(self.block_size as usize) * self.kv_windows.len();
+        blocks > self.num_blocks as usize - 1
+    }
+}
+
+fn prefix_key(salt: Option<&str>, tokens: &[u32]) -> u64 {
+    rustc_hash::FxBuildHasher.hash_one((salt, tokens))
+}

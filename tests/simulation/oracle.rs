@@ -1,0 +1,92 @@
+//! What a request must output, computed from its prompt and parameters alone: no batch, no blocks, no cache, no preemption.
+//!
+//! All of E1-E8 reduce to one comparison: whatever happened to a request in the world, its stream equals this one.
+
+use crate::model::{attend, bias_term, first_visible, hidden, kv_value, penalty_term, Logits, Sampling};
+
+/// One choice of a request, as the model and the stop rules see it.
+pub struct Request<'a> {
+    pub prompt: &'a [u32],
+    pub sampling: Sampling,
+    pub bias: &'a [(u32, f32)],
+    pub max_tokens: u32,
+    pub min_tokens: u32,
+    /// Tokens that end the request and are themselves output: end-of-sequence ids (unless ignored) and stop ids.
+    pub stop_tokens: &'a [u32],
+}
+
+/// Why a stream ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    Stop,
+    Length,
+}
+
+/// The expected stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Expected {
+    pub tokens: Vec<u32>,
+    pub logprobs: Vec<f32>,
+    pub end: End,
+}
+
+/// Runs the model on one sequence; `windows` has one entry a KV group.
+pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
+    let mut tokens = request.prompt.to_vec();
+    let mut slots: Vec<Vec<u64>> = vec![Vec::new(); windows.len()];
+    let mut expected = Expected { tokens: Vec::new(), logprobs: Vec::new(), end: End::Length };
+    let bias_sum = request.bias.iter().fold(0u64, |sum, &(token, bias)| sum.wrapping_add(bias_term(token, bias)));
+    while (expected.tokens.len() as u32) < request.max_tokens {
+        for position in slots[0].len() as u32..tokens.len() as u32 {
+            let sums = sums_before(&slots, windows, position, position);
+            let state = hidden(tokens[position as usize], position, &sums);
+            for (group, values) in slots.iter_mut().enumerate() {
+                values.push(kv_value(state, group));
+            }
+        }
+        let position = tokens.len() as u32 - 1;
+        let output_index = expected.tokens.len() as u32;
+        let mut extras = bias_sum;
+        if request.sampling.has_penalties() {
+            extras = extras.wrapping_add(penalty_sum(request.prompt, &expected.tokens));
+        }
+        let logits = Logits {
+            state: hidden(0, position, &sums_before(&slots, windows, position, position + 1)),
+            extras,
+            sampling: &request.sampling,
+            output_index,
+            vocab_size,
+        };
+        let banned = |token: u32| output_index < request.min_tokens && request.stop_tokens.contains(&token);
+        let token = logits.draw(banned).expect("a vocabulary has more tokens than a request has stop tokens");
+        expected.logprobs.push(logits.logprob(token));
+        expected.tokens.push(token);
+        tokens.push(token);
+        if request.stop_tokens.contains(&token) {
+            expected.end = End::Stop;
+            break;
+        }
+    }
+    expected
+}
+
+/// Per group, the attention sum of a token at `position` over its visible slots below `end`.
+fn sums_before(slots: &[Vec<u64>], windows: &[u32], position: u32, end: u32) -> Vec<u64> {
+    slots
+        .iter()
+        .zip(windows)
+        .map(|(values, &window)| {
+            (first_visible(position, window)..end).fold(0, |sum, at| attend(sum, at, values[at as usize]))
+        })
+        .collect()
+}
+
+fn penalty_sum(prompt: &[u32], output: &[u32]) -> u64 {
+    let mut seen: Vec<u32> = prompt.iter().chain(output).copied().collect();
+    seen.sort_unstable();
+    seen.dedup();
+    seen.iter().fold(0, |sum, &token| {
+        let times = output.iter().filter(|&&other| other == token).count() as u32;
+        sum.wrapping_add(penalty_term(token, times, prompt.contains(&token)))
+    })
+}

@@ -1,0 +1,170 @@
+//! The packed plan read a second time, straight from the table in DESIGN.md: sections as words, rows checked one by one.
+//!
+//! It uses none of the core's readers and writers, so a slip in them shows.
+
+use _core::plan::PlanInfo;
+
+pub const SAMPLE: u32 = 1;
+pub const PREFILL: u32 = 2;
+pub const LOGPROBS: u32 = 4;
+pub const PENALTIES: u32 = 8;
+pub const PADDING: u32 = 16;
+
+/// A broken rule, in words; the world adds seed and trace.
+pub type Violation = String;
+
+/// The sizes that the device was built for.
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub num_blocks: u32,
+    pub block_size: u32,
+    /// One entry a KV group; 0: full attention.
+    pub windows: Vec<u32>,
+    pub max_num_seqs: u32,
+    pub max_num_batched_tokens: u32,
+    pub max_model_len: u32,
+    pub num_draft_tokens: u32,
+    pub vocab_size: u32,
+}
+
+impl Shape {
+    /// Positions that a slot has room for; rejected drafts may lie past the longest sequence.
+    pub fn max_positions(&self) -> u32 {
+        self.max_model_len + self.num_draft_tokens
+    }
+}
+
+/// One row of the plan.
+#[derive(Clone, Copy)]
+pub struct Row {
+    pub slot: u32,
+    pub query_start: u32,
+    pub query_len: u32,
+    pub flags: u32,
+    pub num_drafts: u32,
+    pub bias_start: u32,
+    pub bias_len: u32,
+}
+
+macro_rules! ensure {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(format!($($message)+));
+        }
+    };
+}
+pub(crate) use ensure;
+
+/// The plan's sections as words.
+pub struct View {
+    rows: Vec<u32>,
+    pub prefill_tokens: Vec<u32>,
+    pub blocks: Vec<u32>,
+    pub enters: Vec<u32>,
+    pub copies: Vec<u32>,
+    pub bias: Vec<u32>,
+    pub drafts: Vec<u32>,
+    pub penalty_tokens: Vec<u32>,
+}
+
+impl View {
+    /// Cuts the sections out of the plan's bytes.
+    pub fn new(plan: &PlanInfo, bytes: &[u8]) -> Result<Self, Violation> {
+        let num_drafts = plan.padded_decodes * (plan.decode_query_len.max(1) - 1);
+        ensure!(plan.num_bytes as usize <= bytes.len(), "the plan says {} bytes of {}", plan.num_bytes, bytes.len());
+        let section = |name: &str, offset: u32, num_words: u32| -> Result<Vec<u32>, Violation> {
+            if num_words == 0 {
+                return Ok(Vec::new());
+            }
+            let end = u64::from(offset) + 4 * u64::from(num_words);
+            ensure!(offset.is_multiple_of(16), "section {name} begins at {offset}, no multiple of 16");
+            ensure!(end <= u64::from(plan.num_bytes), "section {name} ends at {end} of {}", plan.num_bytes);
+            let words = bytes[offset as usize..end as usize].chunks_exact(4);
+            Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
+        };
+        Ok(View {
+            rows: section("rows", plan.rows_offset, plan.padded_rows * 8)?,
+            prefill_tokens: section("prefill_tokens", plan.prefill_tokens_offset, plan.num_prefill_tokens)?,
+            blocks: section("blocks", plan.blocks_offset, plan.num_blocks * 4)?,
+            enters: section("enters", plan.enters_offset, plan.num_enters * 16)?,
+            copies: section("copies", plan.copies_offset, plan.num_copies * 2)?,
+            bias: section("bias", plan.bias_offset, plan.num_bias * 2)?,
+            drafts: section("drafts", plan.drafts_offset, num_drafts)?,
+            penalty_tokens: section("penalty_tokens", plan.penalty_tokens_offset, plan.num_penalty_tokens * 2)?,
+        })
+    }
+
+    /// The rows, with everything checked that the plan says about them.
+    pub fn rows(&self, plan: &PlanInfo, shape: &Shape) -> Result<Vec<Row>, Violation> {
+        ensure!(
+            plan.num_rows <= shape.max_num_seqs,
+            "S10: {} rows, max_num_seqs {}",
+            plan.num_rows,
+            shape.max_num_seqs
+        );
+        let num_prefills = plan.num_rows - plan.num_decodes;
+        ensure!(plan.padded_rows == plan.padded_decodes + num_prefills, "padded_rows is not padded_decodes + prefills");
+        ensure!(
+            plan.padded_decodes == plan.num_decodes || num_prefills == 0,
+            "a step with prefill rows must not be padded"
+        );
+        let mut rows = Vec::with_capacity(plan.padded_rows as usize);
+        let mut slot_seen = vec![false; shape.max_num_seqs as usize];
+        let (mut num_tokens, mut real_tokens, mut prefill_tokens, mut longest) = (0, 0u64, 0, 0);
+        for (index, words) in self.rows.chunks_exact(8).enumerate() {
+            let index = index as u32;
+            let row = Row {
+                slot: words[0],
+                query_start: words[1],
+                query_len: words[2],
+                flags: words[3],
+                num_drafts: words[4],
+                bias_start: words[6],
+                bias_len: words[7],
+            };
+            ensure!(words[5] as i32 == -1, "row {index}: mask row {} though no request has a grammar", words[5]);
+            ensure!(
+                row.query_start == num_tokens,
+                "row {index}: query_start {} after {num_tokens} tokens",
+                row.query_start
+            );
+            ensure!(row.query_len > 0, "row {index}: no tokens");
+            num_tokens += row.query_len;
+            longest = longest.max(row.query_len);
+            let is_prefill = row.flags & PREFILL != 0;
+            ensure!(is_prefill == (index >= plan.padded_decodes), "row {index}: decodes come first, then prefills");
+            if is_prefill {
+                prefill_tokens += row.query_len;
+                ensure!(row.num_drafts == 0, "row {index}: a prefill row with drafts");
+            } else {
+                ensure!(row.query_len == plan.decode_query_len, "row {index}: decode rows are uniform");
+                ensure!(row.num_drafts < plan.decode_query_len, "row {index}: {} drafts", row.num_drafts);
+            }
+            let is_padding = row.flags & PADDING != 0;
+            let pads_decodes = index >= plan.num_decodes && index < plan.padded_decodes;
+            ensure!(is_padding == pads_decodes, "row {index}: PADDING flag {is_padding}, in padding {pads_decodes}");
+            if is_padding {
+                ensure!(row.slot == shape.max_num_seqs, "row {index}: padding in slot {}", row.slot);
+                ensure!(row.flags & SAMPLE == 0, "row {index}: padding must not sample");
+            } else {
+                ensure!(row.slot < shape.max_num_seqs, "S12: row {index}: slot {}", row.slot);
+                let seen = &mut slot_seen[row.slot as usize];
+                ensure!(!*seen, "S13: slot {} has two rows in one step", row.slot);
+                *seen = true;
+                real_tokens += u64::from(row.query_len);
+            }
+            let bias_end = row.bias_start.checked_add(row.bias_len);
+            ensure!(row.bias_len == 0 || bias_end <= Some(plan.num_bias), "S12: row {index}: bias range");
+            rows.push(row);
+        }
+        ensure!(num_tokens == plan.num_tokens, "num_tokens {} but rows hold {num_tokens}", plan.num_tokens);
+        ensure!(prefill_tokens == plan.num_prefill_tokens, "num_prefill_tokens but rows hold {prefill_tokens}");
+        ensure!(longest == plan.max_query_len, "max_query_len {} but {longest}", plan.max_query_len);
+        ensure!(
+            real_tokens <= u64::from(shape.max_num_batched_tokens),
+            "S10: {real_tokens} tokens over the budget {}",
+            shape.max_num_batched_tokens
+        );
+        Ok(rows)
+    }
+}

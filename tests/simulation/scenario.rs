@@ -1,0 +1,253 @@
+//! What one 64-bit seed picks: the sizes of the core, the requests, and which of the troubles happen in this world.
+//!
+//! Each seed switches on another subset of the features, so that rare mixes are met: with everything on at once, the loud
+//! troubles (failures, aborts) would end most requests before the quiet ones could show.
+
+use _core::config::{Batching, CoreConfig, SchedulingPolicy};
+use _core::request::{SamplingOptions, SamplingParams};
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+/// A request before it is submitted.
+#[derive(Clone, Debug)]
+pub struct NewRequest {
+    pub prompt: Vec<u32>,
+    pub params: SamplingParams,
+    pub priority: i32,
+    pub salt: Option<String>,
+}
+
+/// Chances and switches of one world.
+#[derive(Clone, Debug)]
+pub struct Scenario {
+    pub config: CoreConfig,
+    /// Two steps in flight.
+    pub overlap: bool,
+    pub num_requests: usize,
+    /// Requests submitted at once, at most.
+    pub burst: usize,
+    /// Chance, per turn, that a burst arrives.
+    pub arrival: f64,
+    /// Chances per turn; 0 where the feature is off.
+    pub abort: f64,
+    pub unknown_abort: f64,
+    pub step_failure: f64,
+    pub nan: f64,
+    pub cache_reset: f64,
+    pub clock_jump: f64,
+    pub fail_all: f64,
+    /// Chance that the executor is slow, so that the oldest step is not ready when the next is planned.
+    pub slow_executor: f64,
+    /// Chances per request.
+    shared_prefix: f64,
+    follow_up: f64,
+    salted: f64,
+    choices: f64,
+    random_sampling: f64,
+    penalties: f64,
+    biased: f64,
+    min_tokens: f64,
+    logprobs: f64,
+    prioritised: f64,
+    stop_tokens: f64,
+    stop_strings: f64,
+    open_ended: f64,
+    longest_prompt: usize,
+    longest_output: u32,
+    bases: Vec<Vec<u32>>,
+}
+
+impl Scenario {
+    pub fn new(seed: u64) -> Self {
+        let rng = &mut StdRng::seed_from_u64(seed);
+        let config = core_config(rng);
+        let max_len = config.max_model_len as usize;
+        let longest_prompt = rng.random_range(1..max_len);
+        let bases = (0..3).map(|_| random_tokens(rng, max_len, config.vocab_size)).collect();
+        let one_in_two = |rng: &mut StdRng, chance: f64| if rng.random_bool(0.5) { chance } else { 0.0 };
+        let one_in_four = |rng: &mut StdRng, chance: f64| if rng.random_bool(0.25) { chance } else { 0.0 };
+        Scenario {
+            overlap: rng.random_bool(0.7),
+            num_requests: rng.random_range(1..=50),
+            burst: rng.random_range(1..=10),
+            arrival: *[0.02, 0.2, 1.0].choose(rng).expect("not empty"),
+            abort: one_in_four(rng, 0.05),
+            unknown_abort: one_in_four(rng, 0.05),
+            step_failure: one_in_four(rng, 0.02),
+            nan: one_in_four(rng, 0.02),
+            cache_reset: one_in_four(rng, 0.03),
+            clock_jump: one_in_four(rng, 0.05),
+            fail_all: if rng.random_bool(0.1) { 0.01 } else { 0.0 },
+            slow_executor: one_in_two(rng, 0.3),
+            shared_prefix: one_in_two(rng, 0.8),
+            follow_up: one_in_two(rng, 0.3),
+            salted: one_in_four(rng, 0.5),
+            choices: one_in_two(rng, 0.4),
+            random_sampling: one_in_two(rng, 0.5),
+            penalties: one_in_four(rng, 0.5),
+            biased: one_in_four(rng, 0.5),
+            min_tokens: one_in_four(rng, 0.5),
+            logprobs: one_in_four(rng, 0.5),
+            prioritised: one_in_two(rng, 0.5),
+            stop_tokens: one_in_four(rng, 0.5),
+            stop_strings: one_in_four(rng, 0.5),
+            open_ended: one_in_four(rng, 0.2),
+            longest_prompt,
+            longest_output: rng.random_range(1..=(max_len as u32).min(48)),
+            bases,
+            config,
+        }
+    }
+
+    /// A new request; `finished` holds prompt and output of one that has ended, for follow-ups.
+    pub fn new_request(&self, rng: &mut StdRng, finished: Option<&[u32]>) -> NewRequest {
+        let vocab_size = self.config.vocab_size;
+        let mut prompt = Vec::new();
+        if let Some(history) = finished.filter(|_| rng.random_bool(self.follow_up)) {
+            prompt.extend_from_slice(history);
+        } else if rng.random_bool(self.shared_prefix) {
+            let base = self.bases.choose(rng).expect("there are bases");
+            prompt.extend_from_slice(&base[..self.near_block_border(rng, base.len())]);
+        }
+        if prompt.is_empty() || rng.random_bool(0.5) {
+            let tail = rng.random_range(1..=self.longest_prompt);
+            prompt.extend(random_tokens(rng, tail, vocab_size));
+        }
+        // Some are left too long, which the core must refuse.
+        if !rng.random_bool(0.02) {
+            prompt.truncate(self.longest_prompt);
+        }
+        NewRequest {
+            params: self.params(rng, prompt.len() as u32),
+            priority: if rng.random_bool(self.prioritised) { rng.random_range(-2..=2) } else { 0 },
+            salt: rng.random_bool(self.salted).then(|| ["a", "b"].choose(rng).expect("not empty").to_string()),
+            prompt,
+        }
+    }
+
+    /// A length up to `limit`, half of the time within one token of a multiple of the block size.
+    fn near_block_border(&self, rng: &mut StdRng, limit: usize) -> usize {
+        let len = rng.random_range(1..=limit);
+        if rng.random_bool(0.5) {
+            return len;
+        }
+        let block_size = self.config.block_size as usize;
+        (len.div_ceil(block_size) * block_size + rng.random_range(0..3)).saturating_sub(1).clamp(1, limit)
+    }
+
+    /// After how many tokens the simulated text of a request holds a stop string.
+    pub fn stop_string_at(&self, rng: &mut StdRng, params: &SamplingParams) -> Option<u32> {
+        rng.random_bool(self.stop_strings)
+            .then(|| rng.random_range(params.min_tokens.max(1)..=self.longest_output.max(params.min_tokens)))
+    }
+
+    fn params(&self, rng: &mut StdRng, prompt_len: u32) -> SamplingParams {
+        let vocab_size = i64::from(self.config.vocab_size);
+        let room = self.config.max_model_len.saturating_sub(prompt_len).clamp(1, self.longest_output);
+        let most = if rng.random_bool(0.95) { room } else { self.longest_output };
+        let max_tokens = rng.random_range(1..=most);
+        let mut options = SamplingOptions {
+            temperature: 0.0,
+            seed: Some(rng.random()),
+            max_tokens: Some(i64::from(max_tokens)),
+            ignore_eos: rng.random_bool(0.2),
+            ..SamplingOptions::default()
+        };
+        if rng.random_bool(self.choices) {
+            options.n = rng.random_range(2..=4);
+        }
+        if rng.random_bool(self.random_sampling) {
+            options.temperature = 0.7;
+            options.top_k = rng.random_range(0..10);
+            options.top_p = 0.9;
+            options.min_p = 0.1;
+        }
+        if rng.random_bool(self.penalties) {
+            options.repetition_penalty = if rng.random_bool(0.5) { 1.0 } else { 1.25 };
+            options.presence_penalty = 0.5;
+            options.frequency_penalty = f64::from(rng.random_range(0..3)) / 4.0;
+        }
+        if rng.random_bool(self.stop_tokens) {
+            options.stop_token_ids = (0..3).map(|_| rng.random_range(0..vocab_size)).collect();
+        }
+        if rng.random_bool(self.biased) {
+            // Not the tokens that `min_tokens` may ban: which of two entries of one token wins is the device's affair.
+            let free: Vec<i64> = (0..vocab_size)
+                .filter(|token| !options.stop_token_ids.contains(token))
+                .filter(|token| !self.config.eos_token_ids.contains(&(*token as u32)))
+                .collect();
+            let mut tokens: Vec<i64> = free.choose_multiple(rng, 4).copied().collect();
+            tokens.sort_unstable();
+            options.logit_bias = tokens.into_iter().map(|token| (token, token as f64 / 16.0 - 1.0)).collect();
+        }
+        if rng.random_bool(self.min_tokens) {
+            options.min_tokens = i64::from(rng.random_range(0..=max_tokens));
+        }
+        if options.min_tokens == 0 && rng.random_bool(self.open_ended) {
+            options.max_tokens = None;
+        }
+        if rng.random_bool(self.logprobs) {
+            options.logprobs = Some(rng.random_range(0..4));
+        }
+        SamplingParams::new(options).expect("the scenario makes valid parameters")
+    }
+}
+
+/// Sizes of the core: block sizes from 1, budgets from 1, pools from barely one request up.
+fn core_config(rng: &mut StdRng) -> CoreConfig {
+    let block_size = if rng.random_bool(0.5) { rng.random_range(1..=4) } else { rng.random_range(1..=32) };
+    let max_model_len: u32 = rng.random_range(4..=160);
+    let window = |rng: &mut StdRng| rng.random_range(1..=max_model_len.min(40));
+    let kv_windows = match rng.random_range(0..6) {
+        0..=2 => vec![0],
+        3 => vec![window(rng)],
+        4 => vec![0, window(rng)],
+        _ => vec![0, window(rng), window(rng)],
+    };
+    let blocks_of_one = max_model_len.div_ceil(block_size) * kv_windows.len() as u32;
+    let num_blocks = match rng.random_range(0..4) {
+        0 => rng.random_range(2..=blocks_of_one + 2),
+        1 => blocks_of_one + rng.random_range(1..=3),
+        2 => rng.random_range(blocks_of_one + 1..=2 * blocks_of_one + 2),
+        _ => rng.random_range(blocks_of_one + 1..=8 * blocks_of_one + 8),
+    };
+    let num_draft_tokens = if rng.random_bool(0.3) { rng.random_range(1..=3) } else { 0 };
+    let enable_chunked_prefill = rng.random_bool(0.85);
+    let budget = match rng.random_range(0..3) {
+        0 => rng.random_range(1 + num_draft_tokens..=8),
+        1 => rng.random_range(1 + num_draft_tokens..=64),
+        _ => rng.random_range(64..=512),
+    };
+    let max_num_seqs = if rng.random_bool(0.5) { rng.random_range(1..=4) } else { rng.random_range(1..=24) };
+    let eos_token_ids = (0..rng.random_range(0..3)).collect();
+    CoreConfig {
+        num_blocks,
+        block_size,
+        kv_windows,
+        max_num_seqs,
+        max_num_batched_tokens: if enable_chunked_prefill { budget } else { budget.max(max_model_len) },
+        max_model_len,
+        vocab_size: *[24, 64, 64, 1000].choose(rng).expect("not empty"),
+        eos_token_ids,
+        max_waiting: if rng.random_bool(0.3) { rng.random_range(1..=8) } else { 1024 },
+        batching: match rng.random_range(0..8) {
+            0 => Batching::Static,
+            1 => Batching::None,
+            _ => Batching::Continuous,
+        },
+        scheduling_policy: if rng.random_bool(0.3) { SchedulingPolicy::Priority } else { SchedulingPolicy::Fcfs },
+        enable_prefix_caching: rng.random_bool(0.8),
+        enable_chunked_prefill,
+        graph_sizes: if rng.random_bool(0.4) { vec![1, 2, 4, 8, 16, 24] } else { Vec::new() },
+        num_draft_tokens,
+        max_preemptions: rng.random_range(0..=3),
+        priority_aging: *[0.05, 1.0, 60.0].choose(rng).expect("not empty"),
+        static_batch_wait: 0.1,
+        hash_seed: rng.random(),
+    }
+}
+
+fn random_tokens(rng: &mut StdRng, len: usize, vocab_size: u32) -> Vec<u32> {
+    (0..len).map(|_| rng.random_range(0..vocab_size)).collect()
+}

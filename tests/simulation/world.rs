@@ -1,0 +1,430 @@
+//! Drives the core and the device through a scenario as the engine would, and checks the rules after every turn.
+//!
+//! A step is executed when it is planned, in the order of planning; its result is delivered when it is committed. So the
+//! core sees what it would see of a real device: up to two steps in flight, and no word of them until they are done.
+
+use crate::checks::{recount, step_blocks, Fairness};
+use crate::device::{Device, Faults};
+use crate::ledger::{Call, Ledger, PoolNeed};
+use crate::model::mix;
+use crate::packed::{Shape, View, PADDING, SAMPLE};
+use crate::scenario::{NewRequest, Scenario};
+use crate::trace::{Event, Totals};
+use _core::config::Batching;
+use _core::error::Error;
+use _core::inspect::Inspection;
+use _core::plan::PlanInfo;
+use _core::request::{RequestId, SeqRef};
+use _core::scheduler::Scheduler;
+use rand::rngs::StdRng;
+use rand::seq::IteratorRandom;
+use rand::{Rng, SeedableRng};
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// A step that was planned and executed, and not yet delivered.
+struct InFlight {
+    step_id: u64,
+    result: Vec<u8>,
+    is_lost: bool,
+    seqs: Vec<SeqRef>,
+}
+
+/// A row of a plan, by whose it is.
+struct PlannedRow {
+    seq: SeqRef,
+    /// Its place among the rows.
+    index: u32,
+    query_len: u32,
+    samples: bool,
+}
+
+pub struct World {
+    scenario: Scenario,
+    rng: StdRng,
+    core: Scheduler,
+    device: Device,
+    shape: Shape,
+    ledger: Ledger,
+    fairness: Fairness,
+    in_flight: VecDeque<InFlight>,
+    plan_bytes: Vec<u8>,
+    now: f64,
+    submitted: usize,
+    /// Upper bound on the tokens that all accepted requests can cost, preemptions included.
+    work: u64,
+    unknown_aborts: u64,
+    totals: Totals,
+    trace: Vec<Event>,
+}
+
+impl World {
+    pub fn new(seed: u64) -> Self {
+        let scenario = Scenario::new(seed);
+        let core = Scheduler::new(scenario.config.clone()).expect("the scenario makes valid configurations");
+        let config = core.config();
+        let shape = Shape {
+            num_blocks: config.num_blocks,
+            block_size: config.block_size,
+            windows: config.kv_windows.clone(),
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_model_len: config.max_model_len,
+            num_draft_tokens: config.num_draft_tokens,
+            vocab_size: config.vocab_size,
+        };
+        World {
+            rng: StdRng::seed_from_u64(mix(seed)),
+            device: Device::new(shape.clone(), seed),
+            shape,
+            ledger: Ledger::new(config),
+            fairness: Fairness::default(),
+            in_flight: VecDeque::new(),
+            plan_bytes: vec![0xee; core.plan_bytes()],
+            now: 1000.0,
+            submitted: 0,
+            work: 0,
+            unknown_aborts: 0,
+            totals: Totals { worlds: 1, ..Totals::default() },
+            trace: Vec::new(),
+            core,
+            scenario,
+        }
+    }
+
+    /// What happened so far, without the world itself.
+    pub fn totals(&self) -> Totals {
+        let stats = self.core.stats();
+        Totals {
+            ended: self.ledger.num_ended,
+            tokens: self.ledger.num_tokens,
+            preemptions: stats.preemptions,
+            cached_tokens: stats.prefix_cache_hits,
+            ..self.totals.clone()
+        }
+    }
+
+    /// Prints the scenario and the last events.
+    pub fn print_trace(&self, last: usize) {
+        println!("{:?}", self.scenario);
+        for event in &self.trace[self.trace.len().saturating_sub(last)..] {
+            println!("  {event:?}");
+        }
+    }
+
+    /// Runs until every request has ended; the error says which rule was broken.
+    pub fn run(&mut self) -> Result<(), String> {
+        while self.submitted < self.scenario.num_requests || self.ledger.has_unfinished() || !self.in_flight.is_empty()
+        {
+            self.outside_events()?;
+            let depth = if self.scenario.overlap { 2 } else { 1 };
+            // A step that failed before its elder was committed still counts as in flight.
+            let has_room = |world: &Self| world.core.stats().steps_in_flight < depth;
+            let planned = has_room(self) && self.plan_step()?;
+            let may_wait = planned && has_room(self);
+            if !may_wait || !self.rng.random_bool(self.scenario.slow_executor) {
+                self.settle_oldest()?;
+            }
+            self.check_state()?;
+            if self.totals.steps > self.work + 100 {
+                return Err(format!("L1, L3: no end after {} steps", self.totals.steps));
+            }
+        }
+        self.check_end()
+    }
+
+    /// Arrivals, aborts, cache resets, jumps of the clock.
+    fn outside_events(&mut self) -> Result<(), String> {
+        self.now += 0.001;
+        if self.rng.random_bool(self.scenario.clock_jump) {
+            let jump = *[-1000.0, -0.5, 0.5, 1e6].iter().choose(&mut self.rng).expect("not empty");
+            self.now += jump;
+            self.trace.push(Event::Clock(jump));
+        }
+        let is_idle = !self.ledger.has_unfinished();
+        if self.submitted < self.scenario.num_requests && (is_idle || self.rng.random_bool(self.scenario.arrival)) {
+            for _ in 0..self.rng.random_range(1..=self.scenario.burst) {
+                self.submit()?;
+            }
+        }
+        if self.rng.random_bool(self.scenario.abort) {
+            let unfinished = self.ledger.requests.iter().filter(|(_, request)| !request.has_ended());
+            // By id, since the order of a hash map is not the seed's.
+            let ids: Vec<RequestId> = unfinished.map(|(id, _)| *id).collect();
+            if let Some(id) = ids.into_iter().choose(&mut self.rng) {
+                self.abort(id)?;
+            }
+        }
+        if self.rng.random_bool(self.scenario.unknown_abort) {
+            // S15: ids never given, and ids that have ended.
+            let ended = self.ledger.requests.iter().filter(|(_, request)| request.has_ended()).map(|(id, _)| *id).min();
+            self.unknown_aborts += 1;
+            self.abort(ended.unwrap_or(RequestId(u64::MAX)))?;
+        }
+        if self.rng.random_bool(self.scenario.cache_reset) {
+            self.trace.push(Event::ResetCache);
+            self.core.reset_prefix_cache();
+        }
+        if self.rng.random_bool(self.scenario.fail_all) {
+            self.trace.push(Event::FailAll);
+            self.ledger.call = Call::FailAll;
+            self.core.fail_all(&mut self.ledger);
+            for step in self.in_flight.drain(..) {
+                self.device.fence(step.step_id);
+            }
+            self.told()?;
+            if self.ledger.has_unfinished() {
+                return Err("fail_all left a request without an end".to_string());
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self) -> Result<(), String> {
+        let history = self.ledger.histories.iter().choose(&mut self.rng).map(Vec::as_slice);
+        let asked = self.scenario.new_request(&mut self.rng, history);
+        self.submitted += 1;
+        self.totals.requests += 1;
+        let waiting = self.core.stats().num_waiting;
+        let (prompt, params) = (Arc::from(asked.prompt.as_slice()), asked.params.clone());
+        match self.core.add_request(prompt, params, asked.priority, asked.salt.as_deref(), self.now) {
+            Ok(id) => {
+                self.trace.push(Event::Submit {
+                    id: id.0,
+                    prompt_len: asked.prompt.len(),
+                    n: asked.params.n,
+                    max_tokens: asked.params.max_tokens,
+                    priority: asked.priority,
+                });
+                let config = self.core.config();
+                let tokens =
+                    asked.params.max_tokens.map_or(config.max_model_len, |max| max + asked.prompt.len() as u32);
+                let runs = u64::from(config.max_preemptions) + 2;
+                self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * runs;
+                let stop_string_at = self.scenario.stop_string_at(&mut self.rng, &asked.params);
+                self.ledger.accept(id, asked, stop_string_at);
+                Ok(())
+            }
+            Err(error) => {
+                self.totals.refused += 1;
+                let verdict = self.refusal_is_right(&asked, &error, waiting);
+                self.trace.push(Event::Refuse(error));
+                verdict
+            }
+        }
+    }
+
+    /// L2 from the other side: nothing is refused that could be served.
+    fn refusal_is_right(&self, asked: &NewRequest, error: &Error, waiting: u64) -> Result<(), String> {
+        let config = self.core.config();
+        let len = asked.prompt.len() + asked.params.max_tokens.unwrap_or(1) as usize;
+        let is_right = match error {
+            Error::PromptTooLong { .. } => len > config.max_model_len as usize,
+            Error::KvCapacity { .. } => config.pool_is_full_with(len),
+            Error::QueueFull { .. } => waiting >= config.max_waiting as u64,
+            _ => false,
+        };
+        if is_right {
+            Ok(())
+        } else {
+            Err(format!("L2: refused {} + {:?} tokens: {error}", asked.prompt.len(), asked.params.max_tokens))
+        }
+    }
+
+    fn abort(&mut self, id: RequestId) -> Result<(), String> {
+        self.trace.push(Event::Abort(id.0));
+        self.ledger.call = Call::Abort(id);
+        self.core.abort(id, &mut self.ledger);
+        self.told()?;
+        // L6: it is gone at once, and `recount` sees that its blocks are held no longer than the steps in flight.
+        let is_left = self.core.inspect().sequences.iter().any(|sequence| sequence.seq.request == id);
+        match self.ledger.requests.get(&id) {
+            Some(request) if is_left || !request.has_ended() => Err(format!("L6: request {} outlives its abort", id.0)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Plans a step and lets the device run it. False where the core plans none.
+    fn plan_step(&mut self) -> Result<bool, String> {
+        self.offer_drafts()?;
+        let before = self.core.inspect();
+        let has_work = self.core.has_work(self.now);
+        let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
+        let Some(plan) = plan else {
+            self.trace.push(Event::NoPlan);
+            self.fairness.preempted(&before, &self.core.stats())?;
+            return self.nothing_to_do().map(|()| false);
+        };
+        if !has_work {
+            return Err("has_work was false, but a step was planned".to_string());
+        }
+        let after = self.core.inspect();
+        let rows = self.rows_of(&plan, &after)?;
+        let faults = self.choose_faults(&plan, &rows);
+        let seqs: Vec<SeqRef> = rows.iter().map(|row| row.seq).collect();
+        self.trace.push(Event::Plan {
+            step_id: plan.step_id,
+            rows: rows.iter().map(|row| (row.seq.request.0, row.seq.index, row.query_len)).collect(),
+            enters: plan.num_enters,
+            copies: plan.num_copies,
+            faults: faults.clone(),
+        });
+        self.totals.steps += 1;
+        self.totals.copies += u64::from(plan.num_copies);
+        let result = self.device.execute(&plan, &self.plan_bytes, &faults)?;
+        self.in_flight.push_back(InFlight {
+            step_id: plan.step_id,
+            result: result.iter().flat_map(|word| word.to_le_bytes()).collect(),
+            is_lost: faults.lost,
+            seqs: seqs.clone(),
+        });
+        let (written, read) = self.device.touched_blocks();
+        step_blocks(&after, written, read)?;
+        self.fairness.preempted(&before, &self.core.stats())?;
+        self.fairness.step_planned(&before, &after, &seqs, &plan)?;
+        Ok(true)
+    }
+
+    /// L1: with nothing in flight, no plan means no work, or a static batch that is still forming.
+    fn nothing_to_do(&mut self) -> Result<(), String> {
+        if !self.in_flight.is_empty() || !self.ledger.has_unfinished() {
+            return Ok(());
+        }
+        match self.core.next_wake() {
+            Some(wake) if self.core.config().batching == Batching::Static => {
+                self.now = wake;
+                if self.core.has_work(wake) {
+                    Ok(())
+                } else {
+                    Err(format!("L1: the batch was to start at {wake}, but there is no work then"))
+                }
+            }
+            wake => Err(format!("L1: requests wait, nothing runs, and no step is planned (next_wake {wake:?})")),
+        }
+    }
+
+    /// The sequence of each row, padding left out, with its query length and flags.
+    fn rows_of(&self, plan: &PlanInfo, after: &Inspection) -> Result<Vec<PlannedRow>, String> {
+        let running = |slot| after.sequences.iter().find(|sequence| sequence.slot == Some(slot));
+        let rows = View::new(plan, &self.plan_bytes)?.rows(plan, &self.shape)?;
+        let real = (0..).zip(rows).filter(|(_, row)| row.flags & PADDING == 0);
+        real.map(|(index, row)| {
+            let owner = running(row.slot).ok_or(format!("row {index} is in slot {}, which nobody holds", row.slot))?;
+            let samples = row.flags & SAMPLE != 0;
+            Ok(PlannedRow { seq: owner.seq, index, query_len: row.query_len, samples })
+        })
+        .collect()
+    }
+
+    fn choose_faults(&mut self, plan: &PlanInfo, rows: &[PlannedRow]) -> Faults {
+        let mut faults = Faults { lost: self.rng.random_bool(self.scenario.step_failure), ..Faults::default() };
+        if !faults.lost && self.rng.random_bool(self.scenario.nan) {
+            if let Some(row) = rows.iter().filter(|row| row.samples).choose(&mut self.rng) {
+                faults.nan_rows.push(row.index);
+                if let Some(choice) = self.ledger.choice(row.seq) {
+                    choice.nan_in_step.get_or_insert(plan.step_id);
+                }
+            }
+        }
+        faults
+    }
+
+    /// Speculation: drafts that are right, wrong from some place on, or stale.
+    fn offer_drafts(&mut self) -> Result<(), String> {
+        let most = self.core.config().num_draft_tokens as usize;
+        if most == 0 {
+            return Ok(());
+        }
+        for sequence in self.core.inspect().sequences {
+            let mut drafts: Vec<u32> = self.ledger.upcoming(sequence.seq).iter().take(most).copied().collect();
+            if self.rng.random_bool(0.5) {
+                drafts.truncate(self.rng.random_range(0..=most));
+            }
+            if let Some(draft) = drafts.iter_mut().choose(&mut self.rng).filter(|_| self.rng.random_bool(0.5)) {
+                *draft = (*draft + 1) % self.core.config().vocab_size;
+            }
+            self.core.set_drafts(sequence.seq, &drafts).map_err(|error| error.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Delivers the result of the oldest step, or its failure; a failure may also come before older results.
+    fn settle_oldest(&mut self) -> Result<(), String> {
+        let newest_is_lost = self.in_flight.back().is_some_and(|step| step.is_lost);
+        let step = if newest_is_lost && self.rng.random_bool(0.5) {
+            self.in_flight.pop_back()
+        } else {
+            self.in_flight.pop_front()
+        };
+        let Some(step) = step else { return Ok(()) };
+        if step.is_lost {
+            self.trace.push(Event::Fail(step.step_id));
+            // A sequence that had ended before has a wasted row here, which takes nobody along.
+            let mut hit = step.seqs.clone();
+            hit.retain(|seq| self.ledger.choice(*seq).is_some_and(|choice| choice.ended.is_none()));
+            self.ledger.call = Call::Fail { seqs: hit.clone() };
+            self.core.fail_step(step.step_id, &mut self.ledger).map_err(|error| error.to_string())?;
+            self.told()?;
+            if let Some(left) = hit.iter().find(|seq| !self.ledger.requests[&seq.request].has_ended()) {
+                return Err(format!("request {} lives on after its step {} failed", left.request.0, step.step_id));
+            }
+        } else {
+            self.trace.push(Event::Commit(step.step_id));
+            self.ledger.call = Call::Commit { step_id: step.step_id, seqs: step.seqs };
+            self.core
+                .commit(step.step_id, &step.result, self.now, &mut self.ledger)
+                .map_err(|error| error.to_string())?;
+            self.told()?;
+        }
+        self.device.fence(step.step_id);
+        Ok(())
+    }
+
+    fn told(&mut self) -> Result<(), String> {
+        self.ledger.violation.take().map_or(Ok(()), Err)
+    }
+
+    fn check_state(&mut self) -> Result<(), String> {
+        self.core.check_integrity()?;
+        let (seen, stats) = (self.core.inspect(), self.core.stats());
+        recount(self.core.config(), &seen, &stats)?;
+        for sequence in &seen.sequences {
+            let is_known = self.ledger.choice(sequence.seq).is_some_and(|choice| choice.ended.is_none());
+            if !is_known {
+                return Err(format!("S13: {:?} has ended, but is {:?}", sequence.seq, sequence.phase));
+            }
+        }
+        Ok(())
+    }
+
+    /// S14, and that all counts agree.
+    fn check_end(&mut self) -> Result<(), String> {
+        let stats = self.core.stats();
+        let [stop, length, abort, error] = self.ledger.num_ended;
+        let counted = [stop, length, abort, error, self.unknown_aborts, self.ledger.num_tokens];
+        let stated = [
+            stats.finished_stop,
+            stats.finished_length,
+            stats.finished_abort,
+            stats.finished_error,
+            stats.unknown_aborts,
+            stats.generation_tokens,
+        ];
+        if counted != stated {
+            return Err(format!(
+                "stop, length, abort, error, unknown aborts, tokens: {counted:?}; the core says {stated:?}"
+            ));
+        }
+        if self.core.has_unfinished()
+            || stats.num_running + stats.num_waiting + stats.blocks_used + stats.blocks_held > 0
+        {
+            return Err(format!("S14: all requests have ended, and there is {stats:?}"));
+        }
+        self.core.reset_prefix_cache();
+        let stats = self.core.stats();
+        if stats.blocks_cached > 0 || stats.blocks_blank != stats.blocks_total {
+            return Err(format!("S14: after a cache reset there is {stats:?}"));
+        }
+        self.check_state()
+    }
+}
