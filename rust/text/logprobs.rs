@@ -68,10 +68,18 @@ fn write_completion(out: &mut String, tokenizer: &Tokenizer, positions: &[Vec<To
     separated(out, positions, |out, position| {
         // The drawn token is always in its own list: clients find out by it whether the draw was the likeliest.
         out.push('{');
-        separated(out, position, |out, token| {
-            push_string(out, &text(token.token));
+        // Of tokens with the same text only the first is kept, since a JSON object has each key once.
+        let mut entries: Vec<(String, f32)> = Vec::with_capacity(position.len());
+        for token in position {
+            let text = text(token.token);
+            if entries.iter().all(|(known, _)| *known != text) {
+                entries.push((text, token.logprob));
+            }
+        }
+        separated(out, &entries, |out, (text, logprob)| {
+            push_string(out, text);
             out.push(':');
-            push_logprob(out, token.logprob);
+            push_logprob(out, *logprob);
         });
         out.push('}');
     });

@@ -1,7 +1,9 @@
 """OpenAI's routes over a scripted engine: every answer, whole and streamed, in the shape that clients read."""
 
 import asyncio
+import json
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -170,6 +172,32 @@ async def test_chat_logprobs(served: Served) -> None:
     assert second["token"] == "e"
     _, body = await served.post("/v1/chat/completions", {**CHAT, "max_tokens": 2, "logprobs": True})
     assert body["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """For `json.loads`: an object that has each key once."""
+    assert len(dict(pairs)) == len(pairs), pairs
+    return dict(pairs)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**COMPLETION, "logprobs": 3}),
+        ("/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 3}),
+    ],
+)
+async def test_streamed_logprobs_are_those_of_the_whole_answer(served: Served, path: str, body: dict[str, Any]) -> None:
+    """The stream's are written in Rust, the whole answer's in Python."""
+    _, whole = await served.post(path, body)
+    joined: dict[str, list[object]] = {}
+    async with served.http.post(served.url + path, json={**body, "stream": True}) as response:
+        lines = (await response.text()).split("\n\n")
+    for line in lines[:-2]:
+        event = json.loads(line.removeprefix("data: "), object_pairs_hook=once)
+        for name, values in event["choices"][0]["logprobs"].items():
+            joined.setdefault(name, []).extend(values)
+    assert joined == whole["choices"][0]["logprobs"]
 
 
 async def test_seed_repeats_and_priority_and_salt_are_taken(served: Served) -> None:

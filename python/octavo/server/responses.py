@@ -109,9 +109,16 @@ def _completion_logprobs(
         "text_offset": offsets,
         "token_logprobs": [_finite(position[0][1]) for position in positions],
         "tokens": tokens,
-        # The drawn token comes first, so that it is there also when it is not among the likeliest.
-        "top_logprobs": [{token_text(t, tokenizer): _finite(p) for t, p, _ in position} for position in positions],
+        "top_logprobs": [_by_text(position, tokenizer) for position in positions],
     }
+
+
+def _by_text(position: Position, tokenizer: _core.Tokenizer | None) -> dict[str, float]:
+    """The drawn token comes first, so that it is there also when it is not among the likeliest."""
+    entries: dict[str, float] = {}
+    for token, logprob, _ in position:
+        entries.setdefault(token_text(token, tokenizer), _finite(logprob))
+    return entries
 
 
 def _chat_logprobs(positions: list[Position], tokenizer: _core.Tokenizer | None) -> dict[str, Any]:
