@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
+from octavo.engine.async_engine import AsyncEngine
 from octavo.server.app import build_app
 from octavo.server.config import ServerConfig
 from tests.server.scripted_engine import ScriptedEngine
@@ -19,7 +20,7 @@ from tests.server.scripted_engine import ScriptedEngine
 class Served:
     """A server on a real socket, its engine and a client."""
 
-    engine: ScriptedEngine
+    engine: Any
     url: str
     http: aiohttp.ClientSession
 
@@ -62,7 +63,7 @@ def parse_events(text: str) -> list[Any]:
     return [event[6:] if event[6:] == "[DONE]" else msgspec.json.decode(event[6:]) for event in events]
 
 
-async def serving(engine: ScriptedEngine, config: ServerConfig) -> AsyncIterator[Served]:
+async def serving(engine: AsyncEngine, config: ServerConfig, *, shutdown: bool = True) -> AsyncIterator[Served]:
     runner = web.AppRunner(build_app(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -71,7 +72,8 @@ async def serving(engine: ScriptedEngine, config: ServerConfig) -> AsyncIterator
     async with aiohttp.ClientSession() as http:
         yield Served(engine, f"http://{host}:{port}", http)
     await runner.cleanup()
-    engine.shutdown()
+    if shutdown:
+        engine.shutdown()
 
 
 @pytest.fixture
