@@ -8,7 +8,7 @@ fn text(out: &mut Vec<u8>, text: &str) {
     out.extend(text.as_bytes());
 }
 
-/// Two metadata pairs (a number, an array of texts) and two tensors (F32 [2, 8], Q8_0 [1, 32]).
+/// Two metadata pairs (a number, an array of texts) and two tensors (`F32` of 2 x 8, `Q8_0` of 32).
 fn small_file() -> Vec<u8> {
     let mut out = b"GGUF".to_vec();
     out.extend(3u32.to_le_bytes());

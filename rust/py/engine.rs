@@ -341,8 +341,7 @@ impl EngineCore {
         }
         let mut state = self.lock();
         let place = state.slots.get_mut(slot).ok_or_else(|| PyValueError::new_err("slot must be 0 or 1"))?;
-        *place =
-            Some(Slot { plan: plan_bytes.clone().unbind(), result: result_bytes.clone().unbind(), step_id: None });
+        *place = Some(Slot { plan: plan_bytes.clone().unbind(), result: result_bytes.clone().unbind(), step_id: None });
         Ok(())
     }
 

@@ -20,6 +20,7 @@ pub struct GgufFile {
 #[pymethods]
 impl GgufFile {
     #[new]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn new(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         Ok(Self { file: py.detach(|| gguf::GgufFile::open(&path))? })
     }

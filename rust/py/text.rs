@@ -65,6 +65,7 @@ impl From<text::Tokenizer> for Tokenizer {
 #[pymethods]
 impl Tokenizer {
     #[staticmethod]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn from_file(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
         Ok(py.detach(|| text::Tokenizer::from_file(&path))?.into())
     }

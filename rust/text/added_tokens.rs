@@ -53,18 +53,18 @@ impl AddedTokens {
         let mut matches = Vec::new();
         let mut taken = 0; // what is before this belongs to an earlier match
         for found in automaton.find_iter(text) {
-            let (id, token) = &self.tokens[found.pattern().as_usize()];
+            let (id, added) = &self.tokens[found.pattern().as_usize()];
             let (mut start, mut end) = (found.start(), found.end());
-            if (token.special && !parse_special) || (token.single_word && !stands_alone(text, start, end)) {
+            if (added.special && !parse_special) || (added.single_word && !stands_alone(text, start, end)) {
                 continue;
             }
-            if token.lstrip {
+            if added.lstrip {
                 start = text[..start].trim_end().len().max(taken);
             }
-            if token.rstrip {
+            if added.rstrip {
                 end = text.len() - text[end..].trim_start().len();
             }
-            matches.push(AddedMatch { range: start..end, id: *id, special: token.special });
+            matches.push(AddedMatch { range: start..end, id: *id, special: added.special });
             taken = end;
         }
         matches

@@ -31,7 +31,7 @@ pub(crate) fn strftime(format: &str, seconds: f64) -> Option<String> {
     // `strftime` writes at most `MAX_BYTES` bytes and ends them with a zero unless it returns 0, which is checked too.
     #[allow(unsafe_code)]
     unsafe {
-        if libc::localtime_r(&seconds, broken_down.as_mut_ptr()).is_null() {
+        if libc::localtime_r(&raw const seconds, broken_down.as_mut_ptr()).is_null() {
             return None;
         }
         let written = libc::strftime(buffer.as_mut_ptr().cast(), MAX_BYTES, native.as_ptr(), broken_down.as_ptr());

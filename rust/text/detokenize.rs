@@ -122,4 +122,42 @@ mod tests {
             prop_assert_eq!(text, String::from_utf8_lossy(&bytes).into_owned());
         }
     }
+    /// A vocabulary with SentencePiece's rules: byte fallback, a leading space to drop, special tokens.
+    fn sentence_piece() -> Tokenizer {
+        let mut vocab = serde_json::json!({"<unk>": 0, "<s>": 1, "▁": 2, "▁a": 3, "é": 4, "▁▁": 5});
+        for byte in 0..256 {
+            vocab[format!("<0x{byte:02X}>")] = (6 + byte).into();
+        }
+        let special = |id, content| {
+            serde_json::json!({"id": id, "content": content, "special": true, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false})
+        };
+        let pipeline = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "added_tokens": [special(0, "<unk>"), special(1, "<s>")],
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "<unk>", "byte_fallback": true},
+        });
+        let pipeline = tokenizers::Tokenizer::from_bytes(pipeline.to_string()).unwrap();
+        Tokenizer::from_pipeline(pipeline, None, None).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn joined_stream_is_the_full_decode(
+            ids in prop::collection::vec(prop_oneof![0u32..6, (6u32 + 0x80)..(6 + 0x100), Just(6 + 0x20), Just(9999)], 0..30),
+            skip: bool,
+        ) {
+            let tokenizer = Arc::new(sentence_piece());
+            let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), skip);
+            let mut text = String::new();
+            for &id in &ids {
+                detokenizer.push(id, &mut text);
+            }
+            detokenizer.finish(&mut text);
+            prop_assert_eq!(text, tokenizer.decode(&ids, skip));
+        }
+    }
 }

@@ -55,9 +55,13 @@ fn write_repr(out: &mut String, state: &State, value: &Value, depth: usize) -> W
                 (false, _) => "]",
             });
         }
-        _ => write!(out, "{value}").map_err(|_| Error::new(ErrorKind::InvalidOperation, "cannot be printed"))?,
+        _ => push(out, format_args!("{value}")),
     }
     Ok(())
+}
+
+fn push(out: &mut String, text: std::fmt::Arguments) {
+    out.write_fmt(text).expect("writing to a String cannot fail");
 }
 
 /// A string literal as Python's `repr` chooses it.
@@ -73,9 +77,9 @@ fn write_quoted(out: &mut String, text: &str) {
             '\t' => out.push_str("\\t"),
             _ if c == quote => out.extend(['\\', c]),
             _ if is_printable(c) => out.push(c),
-            _ if code <= 0xFF => out.push_str(&format!("\\x{code:02x}")),
-            _ if code <= 0xFFFF => out.push_str(&format!("\\u{code:04x}")),
-            _ => out.push_str(&format!("\\U{code:08x}")),
+            _ if code <= 0xFF => push(out, format_args!("\\x{code:02x}")),
+            _ if code <= 0xFFFF => push(out, format_args!("\\u{code:04x}")),
+            _ => push(out, format_args!("\\U{code:08x}")),
         }
     }
     out.push(quote);
@@ -113,7 +117,7 @@ fn write_number(out: &mut String, value: &Value, [nan, infinity]: [&str; 2]) {
             out.push_str(if plain.contains('.') { "" } else { ".0" });
         } else {
             let sign = if exponent < 0 { '-' } else { '+' };
-            out.push_str(&format!("{digits}e{sign}{:02}", exponent.abs()));
+            push(out, format_args!("{digits}e{sign}{:02}", exponent.abs()));
         }
     }
 }
@@ -136,6 +140,7 @@ pub(crate) fn escape(state: &State, value: &Value) -> Result<String, Error> {
 
 /// `tojson` with the signature Hugging Face gives it: `tojson(x, ensure_ascii=False, indent=None, separators=None,
 /// sort_keys=False)`, which is `json.dumps` and escapes nothing for HTML.
+#[allow(clippy::needless_pass_by_value)] // minijinja's calling convention
 pub(crate) fn to_json(state: &State, value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let mut positional = positional.0.into_iter();
     let mut argument = |name: &str| -> Result<Value, Error> {
@@ -267,11 +272,11 @@ impl JsonWriter<'_, '_> {
                 '\t' => self.out.push_str("\\t"),
                 '\u{8}' => self.out.push_str("\\b"),
                 '\u{c}' => self.out.push_str("\\f"),
-                ..='\u{1f}' => self.out.push_str(&format!("\\u{:04x}", c as u32)),
+                ..='\u{1f}' => push(&mut self.out, format_args!("\\u{:04x}", c as u32)),
                 // DEL is ASCII. Noncharacters are `encode_chat`'s stand-ins for ASCII.
                 _ if self.ensure_ascii && c > '\u{7f}' && !is_noncharacter(c) => {
                     for unit in c.encode_utf16(&mut [0; 2]) {
-                        self.out.push_str(&format!("\\u{unit:04x}"));
+                        push(&mut self.out, format_args!("\\u{unit:04x}"));
                     }
                 }
                 _ => self.out.push(c),

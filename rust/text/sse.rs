@@ -272,4 +272,93 @@ mod tests {
             prop_assert_eq!(serde_json::from_slice::<String>(&out).unwrap(), text);
         }
     }
+    fn frames(kind: FrameKind) -> FrameTemplate {
+        FrameTemplate::new(kind, "id-1", "a \"model\"", 17, true, false)
+    }
+
+    /// The one JSON object of a frame.
+    fn json(frame: &[u8]) -> serde_json::Value {
+        let line = frame.strip_prefix(b"data: ").unwrap().strip_suffix(b"\n\n").unwrap();
+        assert!(!line.contains(&b'\n'));
+        serde_json::from_slice(line).unwrap()
+    }
+
+    fn frame(template: &FrameTemplate, delta: &Delta) -> serde_json::Value {
+        let mut out = Vec::new();
+        template.write_delta(&mut out, delta);
+        json(&out)
+    }
+
+    #[test]
+    fn chat_frames_carry_the_role_with_the_first_text() {
+        let template = frames(FrameKind::Chat);
+        let first = frame(&template, &Delta { index: 1, text: "H\n", first: true, ..Delta::default() });
+        assert_eq!(
+            first,
+            serde_json::json!({
+                "id": "id-1", "object": "chat.completion.chunk", "created": 17, "model": "a \"model\"",
+                "choices": [{"index": 1, "delta": {"role": "assistant", "content": "H\n"}, "logprobs": null,
+                    "finish_reason": null}],
+                "usage": null,
+            })
+        );
+        let last = Delta {
+            logprobs: Some("{\"content\":[]}"),
+            finish_reason: Some("stop"),
+            stop_reason: Some(StopReason::Text("\"")),
+            ..Delta::default()
+        };
+        assert_eq!(
+            frame(&template, &last)["choices"],
+            serde_json::json!([{"index": 0, "delta": {"content": ""}, "logprobs": {"content": []},
+                "finish_reason": "stop", "stop_reason": "\""}])
+        );
+    }
+
+    #[test]
+    fn completion_frames_hold_text() {
+        let last = Delta {
+            text: "é",
+            finish_reason: Some("stop"),
+            stop_reason: Some(StopReason::Token(7)),
+            ..Delta::default()
+        };
+        let object = frame(&frames(FrameKind::Completion), &last);
+        assert_eq!(object["object"], "text_completion");
+        assert_eq!(
+            object["choices"],
+            serde_json::json!([{"index": 0, "text": "é", "logprobs": null, "finish_reason": "stop", "stop_reason": 7}])
+        );
+    }
+
+    #[test]
+    fn usage_comes_where_it_was_asked_for() {
+        let usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: Some(2) };
+        let expected = serde_json::json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 2}});
+        let delta = Delta { usage: Some(usage), ..Delta::default() };
+        assert!(frame(&frames(FrameKind::Chat), &delta)["usage"].is_null());
+        let none = FrameTemplate::new(FrameKind::Chat, "", "", 0, false, false);
+        assert!(frame(&none, &delta).get("usage").is_none());
+        let continuous = FrameTemplate::new(FrameKind::Chat, "", "", 0, false, true);
+        assert_eq!(frame(&continuous, &delta)["usage"], expected);
+
+        let mut out = Vec::new();
+        frames(FrameKind::Chat).write_usage(&mut out, usage);
+        let object = json(&out);
+        assert_eq!((&object["choices"], &object["usage"]), (&serde_json::json!([]), &expected));
+    }
+
+    #[test]
+    fn streams_end_with_done_also_after_an_error() {
+        let mut out = Vec::new();
+        frames(FrameKind::Chat).write_error(&mut out, "it \"broke\"", "server_error", None);
+        assert_eq!(
+            json(&out),
+            serde_json::json!({"error": {"message": "it \"broke\"", "type": "server_error", "param": null, "code": null}})
+        );
+        out.clear();
+        frames(FrameKind::Chat).write_done(&mut out);
+        assert_eq!(out, b"data: [DONE]\n\n");
+    }
 }

@@ -78,12 +78,11 @@ impl Inputs {
             return Err(Error::Template(format!("messages[{index}] must be an object")));
         }
         let tools = options.tools_json.map_or(Ok(Json::Null), |json| parse("tools", json))?;
-        let kwargs = match options
+        let kwargs = options
             .kwargs_json
-            .map_or(Ok(Json::Object(serde_json::Map::new())), |json| parse("chat_template_kwargs", json))?
-        {
-            Json::Object(kwargs) => kwargs,
-            _ => return Err(Error::Template("chat_template_kwargs must be an object".to_owned())),
+            .map_or(Ok(Json::Object(serde_json::Map::new())), |json| parse("chat_template_kwargs", json))?;
+        let Json::Object(kwargs) = kwargs else {
+            return Err(Error::Template("chat_template_kwargs must be an object".to_owned()));
         };
         if let Some(name) = RESERVED.iter().find(|name| kwargs.contains_key(**name)) {
             return Err(Error::Template(format!("chat_template_kwargs must not set {name}")));
@@ -127,9 +126,10 @@ impl ChatTemplate {
         });
         environment.add_filter(PERCENT_FILTER, |state: &mut State, text: Value, value: Value| {
             let mut args = vec![text];
-            match value.is_tuple() {
-                true => args.extend(value.try_iter()?),
-                false => args.push(value),
+            if value.is_tuple() {
+                args.extend(value.try_iter()?);
+            } else {
+                args.push(value);
             }
             state.apply_filter("format", &args)
         });
@@ -140,11 +140,10 @@ impl ChatTemplate {
         });
         environment.add_test("iterable", is_iterable);
         environment.add_test("sequence", |value: &Value| value.is_undefined() || value.len().is_some());
-        environment.add_filter(ITER_FILTER, |value: Value| match is_iterable(&value) {
-            true => Ok(value),
-            false => {
-                Err(minijinja::Error::new(ErrorKind::InvalidOperation, format!("{} is not iterable", value.kind())))
-            }
+        environment.add_filter(ITER_FILTER, |value: Value| {
+            let refusal =
+                || minijinja::Error::new(ErrorKind::InvalidOperation, format!("{} is not iterable", value.kind()));
+            is_iterable(&value).then_some(()).ok_or_else(refusal).map(|()| value)
         });
         environment.add_function("raise_exception", raise_exception);
         environment.add_template_owned(NAME, rewrite(source)).map_err(|error| template_error(&error))?;

@@ -148,7 +148,7 @@ fn rewrite_percent(expression: &str) -> String {
         let operand = operand.trim_start();
         let len = operand_len(operand);
         if len > 0 {
-            out.push_str(&format!(" | {PERCENT_FILTER}({})", rewrite_percent(&operand[..len])));
+            out.extend([" | ", PERCENT_FILTER, "(", &rewrite_percent(&operand[..len]), ")"]);
             at = expression.len() - operand.len() + len;
         }
     }

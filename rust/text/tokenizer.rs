@@ -69,6 +69,9 @@ struct Subwords {
 
 impl Tokenizer {
     /// Reads a `tokenizer.json`; BOS and EOS come from the `tokenizer_config.json` beside it, if there is one.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`]: a file that cannot be read, or a decoder that is not known (see `pieces`).
     pub fn from_file(path: &Path) -> Result<Self> {
         let pipeline = tokenizers::Tokenizer::from_file(path)
             .map_err(|error| Error::Tokenizer(format!("{}: {error}", path.display())))?;
@@ -88,6 +91,9 @@ impl Tokenizer {
     }
 
     /// Wraps a tokenizer of the `tokenizers` crate. Truncation and padding are switched off.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`]: a decoder that is not known, or ids far beyond the number of tokens.
     pub fn from_pipeline(
         mut pipeline: tokenizers::Tokenizer,
         bos_token_id: Option<u32>,
@@ -221,6 +227,9 @@ impl Tokenizer {
     }
 
     /// Tokenises `text`. `add_special_tokens` adds what the tokenizer adds to every text (often BOS).
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`]: the model of the tokenizer cannot express the text.
     pub fn encode_text(&self, text: &str, add_special_tokens: bool, specials: Specials) -> Result<Vec<u32>> {
         match &self.model {
             Vocabulary::Bytes => {

@@ -56,7 +56,8 @@ def test_published_templates_render_as_jinja2(shared_data: Path) -> None:
 
 
 SNIPPETS = [
-    "{{ 1.0 }} {{ 1e22 }} {{ 1e16 }} {{ 123456789012345.0 }} {{ 1e-5 }} {{ 0.0001 }} {{ -0.0 }} {{ 7 / 2 }} {{ 7 // 2 }}",
+    "{{ 1.0 }} {{ 1e22 }} {{ 1e16 }} {{ 123456789012345.0 }} {{ 1e-5 }} {{ 0.0001 }} {{ -0.0 }} "
+    "{{ 7 / 2 }} {{ 7 // 2 }}",
     "{{ [1.5, 'a', \"b'c\", none, true, (1,), (1, 2), {'k': 1e30}] }}",
     "{{ messages }}|{{ messages|string }}|{{ messages[0]|tojson }}",
     "{{ tools|tojson(indent=2) }}{{ tools|tojson(indent=0) }}{{ [] | tojson(indent=4) }}{{ {}|tojson(indent=4) }}",
@@ -69,11 +70,14 @@ SNIPPETS = [
     "{{ '%s is %d, %5.2f%%' % ('x', 3, 2.5) }}{{ '%s' % odd }}{{ 'a' + '%s-' % messages[0].content|upper + 'b' }}",
     "{{ 'a,b,c'.rsplit(',', 1) }}{{ ' a  b c '.split() }}{{ ' a  b c '.rsplit(none, 1) }}{{ ' a b c'.split(' ', 1) }}",
     "{{ odd.strip() }}|{{ odd|trim }}|{{ odd.splitlines() }}|{{ odd.split() }}|{{ 'xaxx'.strip('x') }}",
-    "{{ 'a-b-c'.partition('-') }}{{ 'a-b-c'.rpartition('-') }}{{ 'prefix'.removeprefix('pre') }}{{ 'ab'.removesuffix('b') }}",
-    "{{ 'abc'.find('c') }}{{ 'abc'.index('b') }}{{ 'abc'[::-1] }}{{ 'abc'[-1] }}{{ [3, 1, 2]|sort }}{{ [1, 2].index(2) }}",
+    "{{ 'a-b-c'.partition('-') }}{{ 'a-b-c'.rpartition('-') }}{{ 'prefix'.removeprefix('pre') }}"
+    "{{ 'ab'.removesuffix('b') }}",
+    "{{ 'abc'.find('c') }}{{ 'abc'.index('b') }}{{ 'abc'[::-1] }}{{ 'abc'[-1] }}"
+    "{{ [3, 1, 2]|sort }}{{ [1, 2].index(2) }}",
     "{{ 'a b'.title() }}{{ 'aB'.capitalize() }}{{ 'ab'.upper() }}{{ 'x'.join(['a', 'b']) }}{{ '12'.isdigit() }}",
     "{% for m in messages %}  {{ loop.index }}/{{ loop.length }}{{ loop.last }}\n {% endfor %}",
-    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}"
+    "{% endif %}{{ i }}{% endfor %}",
     "  {% if true %}  \n  x\n  {%- endif +%}  \n  y  {#- c -#}  z\n",
     "{%- set ns = namespace(a=1, b=[]) %}{% for m in messages %}{% set ns.a = ns.a + 1 %}{% endfor %}{{ ns.a }}",
     "a\n  {%- generation %}{{ messages[0].content }}\n{% set x = 1 %}{%- endgeneration %}\nb{{ x is defined }}",
@@ -87,10 +91,12 @@ SNIPPETS = [
     "{{ 'a' ~ 1 ~ none ~ true ~ 1.5 }}{{ 3|string + 'x' }}{{ '3'|int + 1 }}{{ '2.5'|float }}",
     "{{ 'a\\nb' }}{{ '\\u00e9' }}{{ \"it's\" }}{{ 'tab\\t' }}",
     "{% set x %}  block {{ 1 }} {% endset %}[{{ x }}]",
-    "{{ [1, 2] + [3] }}{{ (1, 2)|list }}{{ [1, 2, 3][1:] }}{{ 2 ** 3 }}{{ -7 % 3 }}{{ 5 in [5] }}{{ 'a' not in 'abc' }}",
+    "{{ [1, 2] + [3] }}{{ (1, 2)|list }}{{ [1, 2, 3][1:] }}{{ 2 ** 3 }}{{ -7 % 3 }}{{ 5 in [5] }}"
+    "{{ 'a' not in 'abc' }}",
     "{{ odd|length }}{{ odd|upper }}{{ odd|replace('q', 'Q') }}{{ odd|e }}",
     "{{ messages is iterable }}{{ messages is mapping }}{{ odd is string }}{{ 1 is number }}{{ none is none }}",
-    "{{ messages[0].items()|list }}{{ messages[0].keys()|list }}{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}",
+    "{{ messages[0].items()|list }}{{ messages[0].keys()|list }}"
+    "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}",
 ]
 
 
@@ -114,17 +120,21 @@ def test_python_semantics(source: str) -> None:
 HOSTILE = {
     "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "repeated text": "{{ 'a' * 2000000000 }}",
-    "doubled text": "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}{{ ns.x }}",
+    "doubled text": "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(64) %}{% set ns.x = ns.x + ns.x %}"
+    "{% endfor %}",
+    "doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}"
+    "{% endfor %}{{ ns.x }}",
     "wide format": "{{ '%1000000000d' % 1 }}{{ '%1000000000d' % 1 }}",
     "wide format filter": "{{ '%1000000000d'|format(1) }}",
     "wide str.format": "{{ '{:1000000000}'.format(1) }}",
     "huge range": "{{ range(1000000000)|list }}",
     "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "deep value": "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x }}",
+    "deep value": "{% set ns = namespace(x=[]) %}{% for i in range(99999) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ns.x }}",
     "deepest value": "{% set ns = namespace(x=[]) %}{% for i in range(99) %}{% for j in range(99999) %}"
     "{% set ns.x = [ns.x] %}{% endfor %}{% endfor %}",
-    "deep json": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson }}",
+    "deep json": "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    "{{ ns.x|tojson }}",
     "deep brackets": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "replace": "{{ ('a' * 99999).replace('a', 'a' * 99999) }}",
     "join": "{{ ('a' * 9999).join(range(99999)) }}",
