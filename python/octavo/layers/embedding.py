@@ -37,7 +37,7 @@ class LogitsHead(Layer):
         self.tied = tied
         self.embedding = embedding
         self.soft_cap = soft_cap
-        self.weight = None if tied else torch.empty_like(embedding.weight)
+        self.weight = None if tied else torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
 
     def own_slots(self) -> Iterable[Slot]:
         if self.weight is not None:

@@ -69,4 +69,5 @@ def allocate(slots: Iterable[Slot], device: torch.device) -> None:
     for slot in slots:
         tensor: Tensor = getattr(slot.layer, slot.attribute)
         if tensor.is_meta:
-            setattr(slot.layer, slot.attribute, torch.empty_like(tensor, device=device))
+            # Not `empty_like`: on a meta tensor it imports sympy, which takes seconds.
+            setattr(slot.layer, slot.attribute, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))

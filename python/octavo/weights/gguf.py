@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.model_config import ModelConfig, ModelError, config_from_dict
 from octavo.weights.names import GGUF_ARCHITECTURES, GGUF_KEYS, hugging_face_name
 
-CHUNK_ELEMENTS = 1 << 22  # dequantised at once: 16 MB in float32, which stays near the caches
+CHUNK_ELEMENTS = 1 << 18  # dequantised at once: 1 MB in float32, inside the caches; with 1 << 22 it takes 6x as long
 
 
 class GgufHeader(Protocol):

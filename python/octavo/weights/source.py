@@ -4,7 +4,8 @@ Knows no file format; `safetensors.py`, `gguf.py` and `dummy.py` do.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -37,13 +38,25 @@ def fill_model(model: Model, source: Source, device: torch.device) -> None:
     slots = model.slots()
     check(model, source)
     allocate(slots, device)
-    for slot in tqdm(slots, desc="Loading weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False):
-        destination = slot.destination()
-        source.fill(slot.name, destination)
-        if slot.add_one and not source.norms_include_one:
-            destination.add_(1.0)
+    with _one_thread():
+        for slot in tqdm(slots, desc="Loading weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False):
+            destination = slot.destination()
+            source.fill(slot.name, destination)
+            if slot.add_one and not source.norms_include_one:
+                destination.add_(1.0)
     for layer in model.layers():
         layer.finish()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small copies gain nothing from torch's thread team, and on a busy machine each waits for its slowest member."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check(model: Model, source: Source) -> None:
