@@ -53,6 +53,7 @@ pub struct Scenario {
     stop_tokens: f64,
     stop_strings: f64,
     open_ended: f64,
+    ignore_eos: f64,
     longest_prompt: usize,
     longest_output: u32,
     bases: Vec<Vec<u32>>,
@@ -61,9 +62,19 @@ pub struct Scenario {
 impl Scenario {
     pub fn new(seed: u64) -> Self {
         let rng = &mut StdRng::seed_from_u64(seed);
-        let config = core_config(rng);
+        let mut config = core_config(rng);
         let max_len = config.max_model_len as usize;
-        let longest_prompt = rng.random_range(1..max_len);
+        let mut longest_prompt = rng.random_range(1..max_len);
+        let mut longest_output = rng.random_range(1..=(max_len as u32).min(48));
+        let is_storm = rng.random_bool(0.25);
+        if is_storm {
+            // Many short prompts with long outputs in a pool for hardly more than one: preemption after preemption.
+            config.num_blocks = blocks_of_one(&config) + rng.random_range(2..=4);
+            config.max_num_seqs = rng.random_range(2..=12);
+            config.batching = Batching::Continuous;
+            longest_prompt = rng.random_range(1..=max_len.div_ceil(4));
+            longest_output = max_len as u32;
+        }
         let bases = (0..3).map(|_| random_tokens(rng, max_len, config.vocab_size)).collect();
         let one_in_two = |rng: &mut StdRng, chance: f64| if rng.random_bool(0.5) { chance } else { 0.0 };
         let one_in_four = |rng: &mut StdRng, chance: f64| if rng.random_bool(0.25) { chance } else { 0.0 };
@@ -94,7 +105,8 @@ impl Scenario {
             stop_strings: one_in_four(rng, 0.5),
             open_ended: one_in_four(rng, 0.2),
             longest_prompt,
-            longest_output: rng.random_range(1..=(max_len as u32).min(48)),
+            longest_output,
+            ignore_eos: if is_storm { 1.0 } else { 0.2 },
             bases,
             config,
         }
@@ -151,7 +163,7 @@ impl Scenario {
             temperature: 0.0,
             seed: Some(rng.random()),
             max_tokens: Some(i64::from(max_tokens)),
-            ignore_eos: rng.random_bool(0.2),
+            ignore_eos: rng.random_bool(self.ignore_eos),
             ..SamplingOptions::default()
         };
         if rng.random_bool(self.choices) {
@@ -205,7 +217,8 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         4 => vec![0, window(rng)],
         _ => vec![0, window(rng), window(rng)],
     };
-    let blocks_of_one = max_model_len.div_ceil(block_size) * kv_windows.len() as u32;
+    let config = CoreConfig { block_size, max_model_len, kv_windows, ..CoreConfig::default() };
+    let blocks_of_one = blocks_of_one(&config);
     let num_blocks = match rng.random_range(0..4) {
         0 => rng.random_range(2..=blocks_of_one + 2),
         1 => blocks_of_one + rng.random_range(1..=3),
@@ -223,11 +236,8 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
     let eos_token_ids = (0..rng.random_range(0..3)).collect();
     CoreConfig {
         num_blocks,
-        block_size,
-        kv_windows,
         max_num_seqs,
         max_num_batched_tokens: if enable_chunked_prefill { budget } else { budget.max(max_model_len) },
-        max_model_len,
         vocab_size: *[24, 64, 64, 1000].choose(rng).expect("not empty"),
         eos_token_ids,
         max_waiting: if rng.random_bool(0.3) { rng.random_range(1..=8) } else { 1024 },
@@ -245,7 +255,13 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         priority_aging: *[0.05, 1.0, 60.0].choose(rng).expect("not empty"),
         static_batch_wait: 0.1,
         hash_seed: rng.random(),
+        ..config
     }
+}
+
+/// Blocks of one sequence of the model's full length.
+fn blocks_of_one(config: &CoreConfig) -> u32 {
+    config.max_model_len.div_ceil(config.block_size) * config.kv_windows.len() as u32
 }
 
 fn random_tokens(rng: &mut StdRng, len: usize, vocab_size: u32) -> Vec<u32> {

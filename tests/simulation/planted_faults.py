@@ -1,0 +1,208 @@
+"""Does the net catch? Plants one fault after another into a copy of the core and runs the simulation until it finds it.
+
+    python tests/simulation/planted_faults.py [--seconds 60] [name ...]
+
+The core's own `check_integrity` is switched off in the copy, so each fault is found from outside: by the device, the
+oracle or the recount. A fault that outlives its seconds, or whose line is no longer in the file, fails the run.
+The builds have a target folder of their own: cargo would take the planted crate for the real one in a shared folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Fault(NamedTuple):
+    """One slip of the pen: `old` stands once in `file`, and becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault(
+        "a skipped decrement",
+        "rust/block_pool.rs",
+        "entry.references -= 1;",
+        "entry.references -= u32::from(entry.references != 2);",
+    ),
+    Fault(
+        "a block registered before the step that fills it has completed",
+        "rust/scheduler/commit.rs",
+        "let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;",
+        "let filled = sequence.most_len.min(sequence.known_len()) as usize / block_size;",
+    ),
+    Fault(
+        "a block registered one token before it is full",
+        "rust/scheduler/commit.rs",
+        "let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;",
+        "let filled = (sequence.computed_len + 1).min(sequence.known_len()) as usize / block_size;",
+    ),
+    Fault(
+        "a table entry sent one place too far",
+        "rust/scheduler/schedule.rs",
+        "index: index as u32, block });",
+        "index: index as u32 + u32::from(index == 5), block });",
+    ),
+    Fault(
+        "a block handed out before its fence",
+        "rust/block_pool.rs",
+        "if entry.fence > fenced {",
+        "if entry.fence > fenced + 1 {",
+    ),
+    Fault(
+        "a starved head of the queue",
+        "rust/scheduler/admit.rs",
+        "self.sequences[passed].bypassed >= HEAD_BYPASS_LIMIT",
+        "self.sequences[passed].bypassed >= 100 * HEAD_BYPASS_LIMIT",
+    ),
+    Fault(
+        "a window block released one step early",
+        "rust/kv_cache.rs",
+        "let limit = first_visible(*window, least) as usize / self.block_size;",
+        "let limit = (first_visible(*window, least) as usize + usize::from(*window > 0)) / self.block_size;",
+    ),
+    Fault(
+        "a wrong computed length after a preemption",
+        "rust/scheduler/schedule.rs",
+        "computed_len: row.start,",
+        "computed_len: row.start + u32::from(sequence.preemptions > 0 && row.start > 0),",
+    ),
+    Fault(
+        "a wrong output index after a preemption",
+        "rust/scheduler/schedule.rs",
+        "output_index: sequence.outputs.len() as u32,",
+        "output_index: 0,",
+    ),
+    Fault(
+        "a fork without its copy",
+        "rust/kv_cache.rs",
+        "copies.push((copied, block));",
+        "let _ = (copied, &copies);",
+    ),
+    Fault(
+        "a fork that shares the block it will write",
+        "rust/kv_cache.rs",
+        """                let block = self.allocate();
+                table.push(block);
+                copies.push((copied, block));""",
+        """                self.pool.acquire(copied);
+                table.push(copied);
+                let _ = &copies;""",
+    ),
+    Fault(
+        "a prefix hit that ignores the cache salt",
+        "rust/scheduler/admit.rs",
+        "let root = self.hasher.root(cache_salt);",
+        "let root = self.hasher.root(cache_salt.and(None));",
+    ),
+    Fault(
+        "a sliding window one token too short",
+        "rust/kv_cache.rs",
+        "(position + 1).saturating_sub(window)",
+        "(position + 2).saturating_sub(window)",
+    ),
+    Fault(
+        "a prefix hash that leaves out the parent",
+        "rust/prefix_cache.rs",
+        "hasher.update(&parent.to_le_bytes());",
+        "hasher.update(&[0; 16]);",
+    ),
+    Fault(
+        "rejected drafts that stay counted",
+        "rust/scheduler/commit.rs",
+        "sequence.most_len -= row.len - num_valid;",
+        "sequence.most_len -= (row.len - num_valid).saturating_sub(1);",
+    ),
+    Fault(
+        "a stop token that min_tokens should have banned",
+        "rust/scheduler/sequence.rs",
+        "(self.outputs.len() as u32 + self.pending) < self.params.min_tokens",
+        "(self.outputs.len() as u32 + self.pending + 1) < self.params.min_tokens",
+    ),
+    Fault(
+        "an aborted request that stays in the queue's count",
+        "rust/scheduler/commit.rs",
+        "self.batch_left -= usize::from(entry.in_batch);",
+        "self.batch_left -= usize::from(entry.in_batch && reason != FinishReason::Abort);",
+    ),
+    Fault(
+        "a token over the budget",
+        "rust/scheduler/schedule.rs",
+        "self.draft.budget -= len;",
+        "self.draft.budget -= len - u32::from(len > 3);",
+    ),
+]
+
+
+def plant(fault: Fault, copy: Path) -> None:
+    """Copies the crate to `copy`, with the fault in it and without the core's own check."""
+    for folder in ("rust", "tests/simulation", "benches", "bench"):
+        if (ROOT / folder).is_dir():
+            shutil.copytree(ROOT / folder, copy / folder, dirs_exist_ok=True)
+    for file in ("Cargo.toml", "Cargo.lock"):
+        shutil.copy(ROOT / file, copy / file)
+    replace_once(copy / "tests/simulation/world.rs", "self.core.check_integrity()?;", "")
+    replace_once(copy / fault.file, fault.old, fault.new)
+
+
+def replace_once(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    if text.count(old) != 1:
+        sys.exit(f"{path.name} has {old!r} {text.count(old)} times, but must have it once: bring the table up to date")
+    path.write_text(text.replace(old, new))
+
+
+def find(copy: Path, seconds: int) -> tuple[float, int, str] | None:
+    """Builds the copy and runs fresh seeds: (seconds, seeds, what was found), or None."""
+    command = ["cargo", "test", "--quiet", "--test", "simulation", "--target-dir", str(ROOT / "target" / "planted_faults")]
+    subprocess.run([*command, "--no-run"], cwd=copy, check=True, stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "OCTAVO_SIM_SECONDS": str(seconds), "RUST_BACKTRACE": "0"}
+    start = time.monotonic()
+    command += ["fresh_seeds", "--", "--nocapture"]
+    run = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
+    elapsed = time.monotonic() - start
+    output = run.stdout + run.stderr
+    first = re.search(r"fresh seeds from (\d+)", output)
+    found = re.search(r"simulation seed (\d+): (.*)", output)
+    if first is None or found is None:
+        return None
+    return elapsed, int(found[1]) - int(first[1]) + 1, found[2]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="parts of the names of the faults to plant; default: all")
+    parser.add_argument("--seconds", type=int, default=60, help="how long each may stay unfound")
+    arguments = parser.parse_args()
+    chosen = [fault for fault in FAULTS if not arguments.names or any(name in fault.name for name in arguments.names)]
+    missed = []
+    print(f"{'planted':64} {'seconds':>7} {'seeds':>6}  found as")
+    with tempfile.TemporaryDirectory() as folder:
+        for fault in chosen:
+            plant(fault, Path(folder))
+            found = find(Path(folder), arguments.seconds)
+            if found is None:
+                missed.append(fault.name)
+                print(f"{fault.name:64} {'-':>7} {'-':>6}  NOT FOUND in {arguments.seconds} s", flush=True)
+            else:
+                print(f"{fault.name:64} {found[0]:7.1f} {found[1]:6}  {found[2][:110]}", flush=True)
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults found")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()
