@@ -193,12 +193,12 @@ impl BlockPool {
     }
 
     fn push_back(&mut self, index: u32, place: Place) {
-        let list = self.list(place);
-        let last = list.tail;
-        list.tail = index;
-        list.len += 1;
+        let ends = self.list(place);
+        let last = ends.tail;
+        ends.tail = index;
+        ends.len += 1;
         if last == NIL {
-            list.head = index;
+            ends.head = index;
         } else {
             self.blocks[last as usize].next = index;
         }

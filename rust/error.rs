@@ -109,6 +109,7 @@ impl Error {
     }
 
     /// An [`Error::InvalidValue`]; long values are cut, so that a message never echoes a megabyte.
+    #[allow(clippy::needless_pass_by_value)] // Callers give numbers and strings made for the message.
     pub(crate) fn invalid(field: &'static str, value: impl ToString, limit: impl ToString) -> Self {
         let mut value = value.to_string();
         if let Some((cut, _)) = value.char_indices().nth(100) {

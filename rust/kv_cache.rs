@@ -167,8 +167,7 @@ impl KvCache {
     /// Blocks that a fork of `len` tokens shares with `source`.
     pub fn fork_size(&self, source: &[BlockTable], len: u32) -> usize {
         let shared = len as usize / self.block_size;
-        let first = |group, _: &BlockTable| shared - self.first_entry_at(group, len).min(shared);
-        source.iter().enumerate().map(|(group, table)| first(group, table)).sum()
+        (0..source.len()).map(|group| shared - self.first_entry_at(group, len)).sum()
     }
 
     /// Starts empty `tables` with the first `len` tokens of `source`: full blocks are shared, the partly filled one gets
@@ -183,17 +182,17 @@ impl KvCache {
         let shared = len as usize / self.block_size;
         for (group, (source, table)) in source.iter().zip(tables).enumerate() {
             let first = self.first_entry_at(group, len);
-            table.begin_at(first.min(shared));
+            table.begin_at(first);
             for index in first..shared {
                 let block = source.get(index).expect("can_fork has looked");
                 self.pool.acquire(block);
                 table.push(block);
             }
-            if len as usize % self.block_size > 0 {
-                let copied = source.get(shared).expect("can_fork has looked");
+            if !(len as usize).is_multiple_of(self.block_size) {
+                let partly_filled = source.get(shared).expect("can_fork has looked");
                 let block = self.allocate();
                 table.push(block);
-                copies.push((copied, block));
+                copies.push((partly_filled, block));
             }
         }
     }
@@ -234,7 +233,7 @@ impl KvCache {
             *count += 1;
         }
         self.pool.check(&references)?;
-        let known = self.pool.keys().inspect(|_| ()).count();
+        let known = self.pool.keys().count();
         if let Some((_, block)) = self.pool.keys().find(|(key, block)| self.index.find(*key) != Some(*block)) {
             return Err(format!("block {} has a key, but the index does not lead to it", block.0));
         }
@@ -268,9 +267,7 @@ impl KvCache {
     /// (group, block) of a hit, in table order.
     fn hit<'a>(&'a self, hashes: &'a [u128]) -> impl Iterator<Item = (usize, BlockId)> + 'a {
         (0..self.windows.len()).flat_map(move |group| {
-            // A window that ends inside the first block to compute sees none of the blocks before.
-            let first = self.first_entry(group, hashes.len()).min(hashes.len());
-            hashes[first..]
+            hashes[self.first_entry(group, hashes.len())..]
                 .iter()
                 .map(move |hash| (group, self.find_block(group, *hash).expect("find has found every block of the hit")))
         })

@@ -137,12 +137,12 @@ mod tests {
 
     fn chain(hasher: &PrefixHasher, salt: Option<&str>, tokens: &[u32], block_size: usize) -> Vec<u128> {
         let mut hash = hasher.root(salt);
-        let mut hashes = Vec::new();
+        let mut chain = Vec::new();
         for block in tokens.chunks_exact(block_size) {
             hash = hasher.chain(hash, block);
-            hashes.push(hash);
+            chain.push(hash);
         }
-        hashes
+        chain
     }
 
     proptest! {

@@ -39,6 +39,7 @@ const GREEDY_BELOW: f64 = 1e-5;
 
 /// Sampling parameters as a user gave them: any numbers. [`SamplingParams::new`] checks them.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::struct_excessive_bools)] // They are separate switches of the API.
 #[allow(missing_docs)] // The fields are those of `SamplingParams` in `_core.pyi`.
 pub struct SamplingOptions {
     pub n: i64,
@@ -90,6 +91,7 @@ impl Default for SamplingOptions {
 
 /// Sampling parameters whose ranges hold. Token ids are checked against the vocabulary when a request is added.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::struct_excessive_bools)] // They are separate switches of the API.
 pub struct SamplingParams {
     /// Sequences to produce, 1 to [`MAX_CHOICES`].
     pub n: u32,
@@ -208,6 +210,7 @@ impl SamplingParams {
     }
 
     /// Whether any penalty is on, so that the device must count this sequence's tokens.
+    #[allow(clippy::float_cmp)] // "Off" is exactly the default.
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }

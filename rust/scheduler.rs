@@ -294,8 +294,16 @@ impl Scheduler {
         }
     }
 
-    /// Sets aside `blocks` for a running sequence: it will not be preempted any more.
-    fn reserve(&mut self, number: u32, blocks: usize) {
+    /// Blocks that a sequence can still need until its end.
+    fn still_to_come(&self, number: u32) -> usize {
+        let sequence = &self.sequences[number];
+        let len = sequence.final_len(self.config.num_draft_tokens, self.config.max_model_len);
+        self.kv.footprint(len).saturating_sub(admit::num_live(&sequence.tables))
+    }
+
+    /// Sets aside what a running sequence can still need: it will not be preempted any more.
+    fn reserve(&mut self, number: u32) {
+        let blocks = self.still_to_come(number);
         self.sequences[number].reservation = Some(blocks);
         self.reserved_blocks += blocks;
         self.num_reservations += 1;
@@ -338,3 +346,6 @@ impl Scheduler {
         self.nothing_fits_in = None;
     }
 }
+
+#[cfg(test)]
+mod tests;

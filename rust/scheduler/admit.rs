@@ -47,6 +47,7 @@ impl Scheduler {
     /// # Errors
     /// [`Error::EmptyPrompt`], [`Error::TokenOutOfRange`], [`Error::PromptTooLong`], [`Error::KvCapacity`],
     /// [`Error::QueueFull`]. A refused request leaves no trace.
+    #[allow(clippy::needless_pass_by_value)] // The request keeps the prompt.
     pub fn add_request(
         &mut self,
         prompt: Arc<[u32]>,
@@ -269,13 +270,14 @@ impl Scheduler {
         if !self.running.is_empty() {
             needed += self.watermark();
         }
-        let reservations = self.reservations_to_admit(number, brought);
-        if let Some(reservations) = &reservations {
+        let reserving = self.reserving_to_admit(number);
+        if let Some(others) = &reserving {
             if self.kv.has_windows() && !self.running.is_empty() {
                 return Admission::TooBig;
             }
-            let reserved: usize = reservations.iter().map(|(_, blocks)| blocks).sum();
-            needed = needed.max(self.reserved_blocks + reserved + brought.free);
+            let others: usize = others.iter().map(|other| self.still_to_come(*other)).sum();
+            let own = self.still_to_come(number).saturating_sub(brought.shared) + brought.free;
+            needed = needed.max(self.reserved_blocks + others + own);
         }
         let pool = self.kv.pool();
         if needed > pool.num_free() {
@@ -287,10 +289,11 @@ impl Scheduler {
         self.draft.penalty_tokens -= penalty_tokens as usize;
         self.draft.budget -= len;
         self.enter(number, start, brought.len);
-        // A fork has the block of its copy already.
-        let copied = num_live(&self.sequences[number].tables) - brought.shared;
-        for (other, blocks) in reservations.into_iter().flatten() {
-            self.reserve(other, if other == number { blocks.saturating_sub(copied) } else { blocks });
+        if let Some(others) = reserving {
+            self.reserve(number);
+            for other in others {
+                self.reserve(other);
+            }
         }
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
@@ -299,11 +302,11 @@ impl Scheduler {
         Admission::Admitted
     }
 
-    /// Who must have a reservation before this sequence may join, with the blocks of each; None if nobody.
+    /// None if this sequence may join without a reservation; else the others that must get one with it.
     ///
-    /// It must have one itself if it has been preempted often enough, or if it would stand before one that has one; and
-    /// then everyone before it must, so that whoever is first can advance.
-    fn reservations_to_admit(&self, number: u32, brought: Brought) -> Option<Vec<(u32, usize)>> {
+    /// It must have one if it has been preempted often enough, or if it would stand before one that has one; and then
+    /// everyone before it must, so that whoever is first can advance.
+    fn reserving_to_admit(&self, number: u32) -> Option<Vec<u32>> {
         let sequence = &self.sequences[number];
         let order = sequence.order;
         let stands_before = |other: &u32| {
@@ -314,18 +317,11 @@ impl Scheduler {
         if !protected && (self.num_reservations == 0 || !self.running.iter().any(stands_before)) {
             return None;
         }
-        let missing = |other: u32, has: usize| {
-            let len = self.sequences[other].final_len(self.config.num_draft_tokens, self.config.max_model_len);
-            self.kv.footprint(len).saturating_sub(has)
-        };
-        let before = self.running.iter().copied().filter(|other| {
+        let must_reserve = |other: &u32| {
             let other = &self.sequences[*other];
             other.reservation.is_none() && other.order < order
-        });
-        let mut reservations: Vec<(u32, usize)> =
-            before.map(|other| (other, missing(other, num_live(&self.sequences[other].tables)))).collect();
-        reservations.push((number, missing(number, brought.shared)));
-        Some(reservations)
+        };
+        Some(self.running.iter().copied().filter(must_reserve).collect())
     }
 
     /// Blocks kept free at admissions for the growth of what runs: one hundredth of the pool.

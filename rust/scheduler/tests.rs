@@ -1,0 +1,609 @@
+//! The scheduler against a scripted device, event by event. The seeded simulation has the exact model and the mixes.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::config::SchedulingPolicy;
+use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
+use crate::plan::{
+    PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
+};
+use crate::request::{SamplingOptions, SamplingParams};
+
+/// Notes what it is told.
+#[derive(Debug, Default)]
+struct Told {
+    tokens: Vec<(SeqRef, u32)>,
+    finished: Vec<(SeqRef, FinishReason)>,
+    progress: Progress,
+    /// Ends a sequence by its stop string 0 when this token comes.
+    stop_string_at: Option<u32>,
+}
+
+impl OutputSink for Told {
+    fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
+        self.tokens.push((seq, token.id));
+        self.progress = *progress;
+        (Some(token.id) == self.stop_string_at).then_some(0)
+    }
+
+    fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, _: &Progress) {
+        self.finished.push((seq, reason));
+    }
+}
+
+/// A scheduler with its plan buffer and what it has told.
+struct Bench {
+    scheduler: Scheduler,
+    plan: Vec<u8>,
+    told: Told,
+    now: f64,
+}
+
+/// A planned step, with its rows read back from the plan.
+#[derive(Debug)]
+struct Planned {
+    info: PlanInfo,
+    rows: Vec<Row>,
+    plan: Vec<u8>,
+}
+
+impl Bench {
+    fn new(config: CoreConfig) -> Self {
+        let scheduler = Scheduler::new(config).expect("a good configuration");
+        Self { plan: vec![0; scheduler.plan_bytes()], scheduler, told: Told::default(), now: 0.0 }
+    }
+
+    fn add(&mut self, prompt: &[u32], options: SamplingOptions) -> RequestId {
+        self.try_add(prompt, options).expect("an admissible request")
+    }
+
+    fn try_add(&mut self, prompt: &[u32], options: SamplingOptions) -> Result<RequestId, Error> {
+        let params = SamplingParams::new(options).expect("good parameters");
+        self.scheduler.add_request(Arc::from(prompt), params, 0, None, self.now)
+    }
+
+    fn schedule(&mut self) -> Option<Planned> {
+        let info = self.scheduler.schedule(&mut self.plan, self.now).expect("fewer than two steps are in flight")?;
+        assert_eq!(self.scheduler.check_integrity(), Ok(()));
+        let rows = PlanView::new(&info, &self.plan).rows().collect();
+        Some(Planned { info, rows, plan: self.plan.clone() })
+    }
+
+    /// Commits a step in which every sampling row draws `token`.
+    fn commit(&mut self, step: &Planned, token: u32) {
+        self.commit_with(step, |_| (STATUS_OK, vec![token]));
+    }
+
+    fn commit_with(&mut self, step: &Planned, draw: impl Fn(&Row) -> (u32, Vec<u32>)) {
+        let layout = step.info.result_layout();
+        let mut result = vec![0; layout.bytes(step.rows.len())];
+        for (index, row) in step.rows.iter().enumerate() {
+            let (status, tokens) = if row.flags & ROW_SAMPLE == 0 { (STATUS_NO_TOKEN, Vec::new()) } else { draw(row) };
+            ResultWriter::new(layout, &mut result, index).tokens(status, &tokens);
+        }
+        self.scheduler.commit(step.info.step_id, &result, self.now, &mut self.told).expect("the oldest step");
+        assert_eq!(self.scheduler.check_integrity(), Ok(()));
+    }
+
+    /// Runs one step at a time until nothing is left; returns the number of steps.
+    fn run(&mut self, token: u32) -> usize {
+        let mut steps = 0;
+        while self.scheduler.has_unfinished() {
+            let step = self.schedule().expect("something can run while nothing is in flight");
+            self.commit(&step, token);
+            steps += 1;
+            assert!(steps < 100_000, "it does not end");
+        }
+        steps
+    }
+
+    fn assert_empty(&self) {
+        let stats = self.scheduler.stats();
+        assert_eq!((stats.blocks_used, stats.blocks_held, stats.num_running, stats.num_waiting), (0, 0, 0, 0));
+        assert!(self.scheduler.sequences.iter().next().is_none(), "sequences are left over");
+        assert!(self.scheduler.requests.iter().next().is_none(), "requests are left over");
+    }
+
+    fn lens(step: &Planned) -> Vec<u32> {
+        step.rows.iter().map(|row| row.query_len).collect()
+    }
+}
+
+fn small() -> CoreConfig {
+    CoreConfig { num_blocks: 17, block_size: 4, max_num_batched_tokens: 16, max_model_len: 64, ..CoreConfig::default() }
+}
+
+fn max_tokens(count: i64) -> SamplingOptions {
+    SamplingOptions { max_tokens: Some(count), ..SamplingOptions::default() }
+}
+
+fn counted(len: u32) -> Vec<u32> {
+    (1..=len).collect()
+}
+
+#[test]
+fn a_prompt_is_chunked_under_the_budget_and_then_decodes() {
+    let mut bench = Bench::new(small());
+    let id = bench.add(&counted(37), max_tokens(2));
+    let step = bench.schedule().expect("a chunk");
+    assert_eq!((Bench::lens(&step), step.rows[0].flags), (vec![16], ROW_PREFILL));
+    let tokens: Vec<u32> = PlanView::new(&step.info, &step.plan).prefill_tokens().collect();
+    assert_eq!(tokens, counted(16));
+    bench.commit(&step, 0);
+    let step = bench.schedule().expect("a chunk");
+    bench.commit(&step, 0);
+    let step = bench.schedule().expect("the last chunk");
+    assert_eq!((Bench::lens(&step), step.rows[0].flags), (vec![5], ROW_PREFILL | ROW_SAMPLE));
+    bench.now = 3.0;
+    bench.commit(&step, 9);
+    let step = bench.schedule().expect("a decode");
+    assert_eq!((Bench::lens(&step), step.rows[0].flags, step.info.max_seq_len), (vec![1], ROW_SAMPLE, 38));
+    bench.commit(&step, 8);
+    let seq = SeqRef { request: id, index: 0 };
+    assert_eq!(bench.told.tokens, [(seq, 9), (seq, 8)]);
+    assert_eq!(bench.told.finished, [(seq, FinishReason::Length)]);
+    assert_eq!((bench.told.progress.first_token, bench.told.progress.num_output_tokens), (3.0, 2));
+    bench.assert_empty();
+}
+
+#[test]
+fn with_two_steps_in_flight_a_finished_sequence_has_one_wasted_row_and_its_blocks_wait_for_it() {
+    let mut bench = Bench::new(CoreConfig { eos_token_ids: vec![7], ..small() });
+    bench.add(&counted(5), max_tokens(10));
+    let first = bench.schedule().expect("the prompt");
+    let second = bench.schedule().expect("a decode with its token unknown");
+    let refused = Error::StepOrder { step_id: 3, reason: "two steps are in flight already" };
+    assert_eq!(bench.scheduler.schedule(&mut bench.plan, 0.0), Err(refused));
+    bench.commit(&first, 7);
+    assert_eq!(bench.told.finished.len(), 1);
+    let stats = bench.scheduler.stats();
+    assert_eq!((stats.blocks_used, stats.blocks_held), (0, 2));
+    assert_eq!(bench.scheduler.free_slots.len(), 7);
+    assert!(bench.schedule().is_none());
+    bench.commit(&second, 3);
+    assert_eq!((bench.told.tokens.len(), bench.scheduler.free_slots.len()), (1, 8));
+    bench.assert_empty();
+}
+
+#[test]
+fn no_row_is_planned_past_max_tokens() {
+    let mut bench = Bench::new(small());
+    bench.add(&counted(5), max_tokens(1));
+    let first = bench.schedule().expect("the prompt");
+    assert!(bench.schedule().is_none());
+    bench.commit(&first, 1);
+    bench.assert_empty();
+}
+
+#[test]
+fn stop_rules() {
+    let run = |options: SamplingOptions, tokens: &[u32]| {
+        let mut bench = Bench::new(CoreConfig { eos_token_ids: vec![7], ..small() });
+        bench.told.stop_string_at = Some(5);
+        bench.add(&[1, 2], SamplingOptions { max_tokens: Some(4), ..options });
+        for token in tokens {
+            let step = bench.schedule().expect("a row");
+            bench.commit(&step, *token);
+        }
+        bench.assert_empty();
+        bench.told.finished[0].1
+    };
+    let plain = SamplingOptions::default;
+    assert_eq!(run(plain(), &[1, 7]), FinishReason::Eos);
+    assert_eq!(run(plain(), &[1, 1, 1, 1]), FinishReason::Length);
+    assert_eq!(run(plain(), &[1, 5]), FinishReason::StopString(0));
+    assert_eq!(run(SamplingOptions { stop_token_ids: vec![3], ..plain() }, &[3]), FinishReason::StopToken(3));
+    assert_eq!(run(SamplingOptions { ignore_eos: true, ..plain() }, &[7, 7, 7, 7]), FinishReason::Length);
+    assert_eq!(run(SamplingOptions { min_tokens: 2, ..plain() }, &[7, 7, 7]), FinishReason::Eos);
+    assert_eq!(run(plain(), &[1024]), FinishReason::Error(SequenceError::BadResult));
+}
+
+#[test]
+fn min_tokens_bans_end_tokens_by_bias_while_the_token_before_is_unknown() {
+    let mut bench = Bench::new(CoreConfig { eos_token_ids: vec![7], ..small() });
+    let options =
+        SamplingOptions { min_tokens: 2, stop_token_ids: vec![3], logit_bias: vec![(9, 1.5)], ..max_tokens(5) };
+    bench.add(&[1, 2], options);
+    let bias = |step: &Planned| PlanView::new(&step.info, &step.plan).bias().collect::<Vec<_>>();
+    let first = bench.schedule().expect("the prompt");
+    let second = bench.schedule().expect("a decode");
+    let banned = [(9, 1.5), (7, f32::NEG_INFINITY), (3, f32::NEG_INFINITY)];
+    assert_eq!((bias(&first), bias(&second)), (banned.to_vec(), banned.to_vec()));
+    assert!(!first.info.all_greedy);
+    bench.commit(&first, 1);
+    let third = bench.schedule().expect("a decode");
+    assert_eq!(bias(&third), [(9, 1.5)]);
+}
+
+#[test]
+fn refusals_are_typed_and_leave_no_trace() {
+    let mut bench = Bench::new(CoreConfig { max_waiting: 1, num_blocks: 9, ..small() });
+    let error = |bench: &mut Bench, prompt: &[u32], count| bench.try_add(prompt, max_tokens(count)).expect_err("bad");
+    assert_eq!(error(&mut bench, &[], 1), Error::EmptyPrompt);
+    assert_eq!(error(&mut bench, &[1, 1024], 1).code(), "token_id_out_of_range");
+    assert_eq!(error(&mut bench, &counted(60), 5).code(), "context_length_exceeded");
+    assert_eq!(error(&mut bench, &counted(30), 4).code(), "kv_capacity_exceeded");
+    assert_eq!(error(&mut bench, &counted(1), 1 << 31).code(), "context_length_exceeded");
+    bench.assert_empty();
+    bench.add(&counted(30), max_tokens(3));
+    assert_eq!(error(&mut bench, &[1], 1), Error::QueueFull { limit: 1 });
+    bench.run(1);
+    // Left open, the length is what model and pool allow: 8 blocks of 4 tokens, and the last token needs no place.
+    bench.add(&counted(30), SamplingOptions::default());
+    bench.run(1);
+    assert_eq!(bench.told.tokens.len(), 3 + 3);
+    bench.assert_empty();
+}
+
+#[test]
+fn a_second_request_finds_the_first_ones_blocks_but_computes_the_last_token() {
+    let mut bench = Bench::new(small());
+    bench.add(&counted(12), max_tokens(1));
+    bench.run(1);
+    bench.add(&counted(12), max_tokens(1));
+    let step = bench.schedule().expect("the rest of the prompt");
+    assert_eq!(Bench::lens(&step), [4]);
+    let enters: Vec<_> = PlanView::new(&step.info, &step.plan).enters().collect();
+    assert_eq!((enters[0].computed_len, step.info.num_blocks), (8, 3));
+    bench.commit(&step, 1);
+    assert_eq!(bench.told.progress.num_cached_tokens, 8);
+    bench.scheduler.reset_prefix_cache();
+    assert_eq!(bench.scheduler.stats().blocks_cached, 0);
+    bench.add(&counted(12), max_tokens(1));
+    assert_eq!(Bench::lens(&bench.schedule().expect("all of it")), [12]);
+}
+
+#[test]
+fn blocks_are_findable_only_after_their_step_is_committed() {
+    let mut bench = Bench::new(small());
+    bench.add(&counted(9), max_tokens(2));
+    let first = bench.schedule().expect("the prompt");
+    bench.add(&counted(9), max_tokens(2));
+    let second = bench.schedule().expect("a decode and a whole prompt");
+    assert_eq!(Bench::lens(&second), [1, 9]);
+    bench.commit(&first, 1);
+    bench.add(&counted(9), max_tokens(2));
+    assert_eq!(Bench::lens(&bench.schedule().expect("a prompt with a hit")), [1, 1]);
+}
+
+#[test]
+fn choices_share_the_prompt_and_draw_their_own_first_token() {
+    let mut bench = Bench::new(small());
+    let id = bench.add(&counted(6), SamplingOptions { n: 3, seed: Some(5), ..max_tokens(2) });
+    let step = bench.schedule().expect("the first choice");
+    assert_eq!(Bench::lens(&step), [6]);
+    bench.commit(&step, 1);
+    let step = bench.schedule().expect("a decode and two forks");
+    let view = PlanView::new(&step.info, &step.plan);
+    assert_eq!(Bench::lens(&step), [1, 1, 1]);
+    assert_eq!(view.prefill_tokens().collect::<Vec<_>>(), [6, 6]);
+    assert_eq!(view.copies().count(), 2);
+    assert_eq!(view.enters().map(|enter| (enter.computed_len, enter.seed)).collect::<Vec<_>>(), [(5, 6), (5, 7)]);
+    // One full block shared by three, a second one for each.
+    assert_eq!(bench.scheduler.stats().blocks_used, 4);
+    bench.commit(&step, 1);
+    bench.run(1);
+    let finished: Vec<u32> = bench.told.finished.iter().map(|(seq, _)| seq.index).collect();
+    assert_eq!((finished, bench.told.tokens.len()), (vec![0, 1, 2], 6));
+    assert!(bench.told.finished.iter().all(|(seq, _)| seq.request == id));
+    bench.assert_empty();
+}
+
+#[test]
+fn aborts_reach_every_state_and_unknown_ids_are_counted() {
+    let mut bench = Bench::new(CoreConfig { max_num_seqs: 1, ..small() });
+    let running = bench.add(&counted(6), SamplingOptions { n: 2, ..max_tokens(5) });
+    let waiting = bench.add(&counted(6), max_tokens(5));
+    let step = bench.schedule().expect("the first");
+    bench.scheduler.abort(waiting, &mut bench.told);
+    bench.scheduler.abort(running, &mut bench.told);
+    assert_eq!(bench.scheduler.check_integrity(), Ok(()));
+    assert_eq!(bench.told.finished.len(), 3);
+    assert_eq!(bench.scheduler.stats().blocks_held, 2);
+    bench.scheduler.abort(running, &mut bench.told);
+    bench.commit(&step, 1);
+    assert_eq!((bench.told.tokens.len(), bench.scheduler.stats().unknown_aborts), (0, 1));
+    bench.assert_empty();
+}
+
+#[test]
+fn a_bad_row_ends_one_request_and_a_failed_step_those_in_it() {
+    let mut bench = Bench::new(small());
+    bench.add(&[1, 2, 3], max_tokens(5));
+    let good = bench.add(&[4, 5], max_tokens(5));
+    let step = bench.schedule().expect("both prompts");
+    bench.commit_with(&step, |row| if row.query_len == 3 { (STATUS_NAN, vec![]) } else { (STATUS_OK, vec![6]) });
+    assert_eq!(bench.told.finished[0].1, FinishReason::Error(SequenceError::Numerical));
+    let first = bench.schedule().expect("the good one");
+    let late = bench.add(&[7], max_tokens(5));
+    let second = bench.schedule().expect("both");
+    bench.scheduler.fail_step(second.info.step_id, &mut bench.told).expect("it is in flight");
+    assert_eq!(bench.scheduler.check_integrity(), Ok(()));
+    let failed: Vec<RequestId> = bench.told.finished[1..].iter().map(|(seq, _)| seq.request).collect();
+    assert_eq!(failed, [good, late]);
+    bench.commit(&first, 1);
+    bench.assert_empty();
+    bench.add(&[1], max_tokens(1));
+    assert_eq!(bench.run(1), 1);
+    bench.add(&[1], max_tokens(3));
+    bench.schedule().expect("a step");
+    bench.scheduler.fail_all(&mut bench.told);
+    assert_eq!(bench.scheduler.check_integrity(), Ok(()));
+    bench.assert_empty();
+}
+
+#[test]
+fn the_newest_gives_way_and_is_computed_again() {
+    // 8 blocks of 4: two sequences of 12 + 8 need 10.
+    let mut bench = Bench::new(CoreConfig { num_blocks: 9, max_num_batched_tokens: 32, ..small() });
+    let old = bench.add(&counted(12), max_tokens(8));
+    let prompt: Vec<u32> = (100..112).collect();
+    let new = bench.add(&prompt, max_tokens(8));
+    bench.run(1);
+    assert!(bench.scheduler.stats().preemptions > 0);
+    let finished: Vec<RequestId> = bench.told.finished.iter().map(|(seq, _)| seq.request).collect();
+    assert_eq!((finished, bench.told.tokens.len()), (vec![old, new], 16));
+    bench.assert_empty();
+}
+
+#[test]
+fn preemption_is_bounded_and_everybody_ends() {
+    let config = CoreConfig { num_blocks: 9, max_preemptions: 2, max_num_batched_tokens: 32, ..small() };
+    let mut bench = Bench::new(config);
+    for first in 0..20 {
+        bench.add(&[first, 1, 2, 3, 4], max_tokens(24));
+    }
+    bench.run(1);
+    assert!(bench.scheduler.stats().preemptions <= 40);
+    assert_eq!(bench.told.tokens.len(), 20 * 24);
+    bench.assert_empty();
+}
+
+#[test]
+fn a_big_head_is_passed_a_bounded_number_of_times() {
+    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 64, ..small() });
+    bench.add(&counted(8), max_tokens(40));
+    let step = bench.schedule().expect("a small one");
+    bench.commit(&step, 1);
+    let prompt: Vec<u32> = (500..558).collect();
+    let big = bench.add(&prompt, max_tokens(2));
+    let mut admitted_before = 0;
+    for small in 0..1000 {
+        bench.add(&[small, small], max_tokens(1));
+        let step = bench.schedule().expect("something runs");
+        bench.commit(&step, 1);
+        if bench.told.tokens.iter().any(|(seq, _)| seq.request == big) {
+            break;
+        }
+        admitted_before = bench.told.finished.iter().filter(|(seq, _)| seq.request > big).count();
+    }
+    assert_eq!(admitted_before, crate::policy::HEAD_BYPASS_LIMIT as usize);
+    bench.run(1);
+    bench.assert_empty();
+}
+
+#[test]
+fn window_blocks_come_back_while_the_sequence_runs() {
+    let mut bench = Bench::new(CoreConfig { kv_windows: vec![0, 8], num_blocks: 64, ..small() });
+    bench.add(&counted(8), max_tokens(50));
+    let mut most = 0;
+    let first = bench.schedule().expect("the prompt");
+    let mut in_flight = std::collections::VecDeque::from([first]);
+    while bench.scheduler.has_unfinished() {
+        in_flight.extend(bench.schedule());
+        most = most.max(bench.scheduler.stats().blocks_used);
+        let done = in_flight.pop_front().expect("a step is in flight");
+        bench.commit(&done, 1);
+    }
+    // 57 tokens lie in blocks: 15 blocks of the full group, and a window of 8 touches at most 3.
+    assert_eq!(most, 15 + 3);
+    bench.assert_empty();
+}
+
+#[test]
+fn decode_steps_are_padded_to_a_captured_size() {
+    let mut bench = Bench::new(CoreConfig { graph_sizes: vec![4, 1, 8], ..small() });
+    for first in 0..3 {
+        bench.add(&[first], max_tokens(2));
+    }
+    let step = bench.schedule().expect("prompts");
+    assert_eq!(step.info.padded_rows, 3);
+    bench.commit(&step, 1);
+    let step = bench.schedule().expect("decodes");
+    assert_eq!((step.info.num_decodes, step.info.padded_decodes, step.info.num_tokens), (3, 4, 4));
+    assert_eq!((step.rows[3].slot, step.rows[3].flags), (8, ROW_PADDING));
+    bench.commit(&step, 1);
+    bench.assert_empty();
+}
+
+#[test]
+fn accepted_drafts_move_the_sequence_on_and_rejected_ones_do_not() {
+    let mut bench = Bench::new(CoreConfig { num_draft_tokens: 3, num_blocks: 33, ..small() });
+    let seq = SeqRef { request: bench.add(&counted(5), max_tokens(12)), index: 0 };
+    let step = bench.schedule().expect("the prompt");
+    bench.commit(&step, 20);
+    bench.scheduler.set_drafts(seq, &[21, 22]).expect("good drafts");
+    let step = bench.schedule().expect("a row with drafts");
+    assert_eq!((step.info.decode_query_len, step.rows[0].num_drafts, step.info.result_width), (3, 2, 5));
+    let drafts: Vec<_> = PlanView::new(&step.info, &step.plan).drafts().collect();
+    assert_eq!(drafts, [Some(21), Some(22)]);
+    let next = bench.schedule().expect("a row behind undecided drafts");
+    assert_eq!((next.info.decode_query_len, next.info.max_seq_len), (1, 5 + 3 + 1));
+    bench.commit_with(&step, |_| (STATUS_OK, vec![21, 30]));
+    bench.commit(&next, 31);
+    let sequence = &bench.scheduler.sequences[0];
+    assert_eq!((sequence.computed_len, sequence.least_len, sequence.most_len), (8, 8, 8));
+    assert_eq!(sequence.outputs, [20, 21, 30, 31]);
+    assert!(bench.scheduler.set_drafts(seq, &[1, 2, 3, 4]).is_err());
+    bench.run(1);
+    bench.assert_empty();
+}
+
+#[test]
+fn static_batches_form_run_to_their_end_and_only_then_let_others_in() {
+    let config = CoreConfig { batching: Batching::Static, max_num_seqs: 2, static_batch_wait: 1.0, ..small() };
+    let mut bench = Bench::new(config);
+    bench.add(&[1], max_tokens(3));
+    assert!(bench.schedule().is_none());
+    assert_eq!((bench.scheduler.has_work(0.5), bench.scheduler.next_wake()), (false, Some(1.0)));
+    bench.add(&[2], max_tokens(1));
+    bench.add(&[3], max_tokens(1));
+    for expected in [2, 1, 1] {
+        let step = bench.schedule().expect("the batch");
+        assert_eq!(step.rows.len(), expected);
+        bench.commit(&step, 1);
+    }
+    assert!(bench.schedule().is_none());
+    bench.now = 1.0;
+    assert!(bench.scheduler.has_work(1.0));
+    bench.run(1);
+    bench.assert_empty();
+}
+
+#[test]
+fn without_batching_one_request_runs_at_a_time() {
+    let mut bench = Bench::new(CoreConfig { batching: Batching::None, ..small() });
+    bench.add(&[1], SamplingOptions { n: 2, ..max_tokens(2) });
+    bench.add(&[2], max_tokens(1));
+    let rows: Vec<usize> = (0..4)
+        .map(|_| {
+            let step = bench.schedule().expect("a row");
+            bench.commit(&step, 1);
+            step.rows.len()
+        })
+        .collect();
+    assert_eq!(rows, [1, 2, 1, 1]);
+    bench.assert_empty();
+}
+
+#[test]
+fn penalties_tell_the_device_what_was_seen() {
+    let mut bench = Bench::new(small());
+    bench.add(&[5, 6, 5], SamplingOptions { presence_penalty: 1.0, ..max_tokens(2) });
+    let step = bench.schedule().expect("the prompt");
+    let view = PlanView::new(&step.info, &step.plan);
+    let mut seen: Vec<_> = view.penalty_tokens().collect();
+    seen.sort_unstable();
+    assert_eq!(seen, [(5, 0, true), (6, 0, true)]);
+    assert_eq!(view.enters().next().expect("it enters").penalty, (0, 2));
+    assert!(step.info.has_penalties && !step.info.all_greedy);
+}
+
+/// One event of a random history.
+#[derive(Debug, Clone)]
+enum Event {
+    Add { len: usize, family: u32, max_tokens: i64, n: i64 },
+    Abort(usize),
+    Schedule,
+    Commit { accept: usize },
+    Fail,
+    Drafts(usize),
+    Wait,
+    Reset,
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    prop_oneof![
+        3 => (1..30usize, 0..3u32, 1..20i64, prop_oneof![3 => Just(1), 1 => 2..4i64])
+            .prop_map(|(len, family, max_tokens, n)| Event::Add { len, family, max_tokens, n }),
+        1 => (0..20usize).prop_map(Event::Abort),
+        12 => Just(Event::Schedule),
+        12 => (0..3usize).prop_map(|accept| Event::Commit { accept }),
+        1 => Just(Event::Fail),
+        2 => (0..20usize).prop_map(Event::Drafts),
+        1 => Just(Event::Wait),
+        1 => Just(Event::Reset),
+    ]
+}
+
+fn config() -> impl Strategy<Value = CoreConfig> {
+    let sizes = (2..40u32, 1..6u32, 1..6u32, 1..40u32);
+    let windows = prop::collection::vec(prop_oneof![Just(0u32), 1..12u32], 1..3);
+    let batching = prop_oneof![3 => Just(Batching::Continuous), 1 => Just(Batching::Static), 1 => Just(Batching::None)];
+    (sizes, windows, batching, any::<[bool; 3]>(), 0..3u32, 0..3u32).prop_map(
+        |((num_blocks, block_size, max_num_seqs, budget), kv_windows, batching, flags, drafts, max_preemptions)| {
+            let [caching, chunked, priority] = flags;
+            CoreConfig {
+                num_blocks,
+                block_size,
+                max_num_seqs,
+                max_num_batched_tokens: if chunked { budget.max(1 + drafts) } else { 48 },
+                max_model_len: 48,
+                kv_windows,
+                batching,
+                enable_prefix_caching: caching,
+                enable_chunked_prefill: chunked,
+                scheduling_policy: if priority { SchedulingPolicy::Priority } else { SchedulingPolicy::Fcfs },
+                num_draft_tokens: drafts,
+                max_preemptions,
+                eos_token_ids: vec![0],
+                graph_sizes: vec![2, 4],
+                ..CoreConfig::default()
+            }
+        },
+    )
+}
+
+proptest! {
+    /// Whatever happens in whatever order: the books balance after each event, and afterwards everything drains.
+    #[test]
+    fn any_history_keeps_the_books_and_drains(config in config(), events in prop::collection::vec(event(), 1..120)) {
+        let mut bench = Bench::new(config);
+        let limit = bench.scheduler.config.max_num_batched_tokens;
+        let mut in_flight = std::collections::VecDeque::new();
+        let mut ids = Vec::new();
+        let mut sequences = 0;
+        for (number, event) in events.into_iter().enumerate() {
+            match event {
+                Event::Add { len, family, max_tokens, n } => {
+                    let prompt: Vec<u32> = (0..len as u32).map(|i| i % 5 + family).collect();
+                    let options = SamplingOptions { n, max_tokens: Some(max_tokens), ..SamplingOptions::default() };
+                    if let Ok(id) = bench.try_add(&prompt, options) {
+                        ids.push(id);
+                        sequences += n as usize;
+                    }
+                }
+                Event::Abort(index) if index < ids.len() => bench.scheduler.abort(ids[index], &mut bench.told),
+                // A failed step behind one that runs still counts.
+                Event::Schedule if bench.scheduler.stats().steps_in_flight < 2 => {
+                    let step = bench.schedule();
+                    prop_assert!(step.as_ref().is_none_or(|step| step.info.num_tokens <= limit));
+                    in_flight.extend(step);
+                }
+                Event::Commit { accept } => {
+                    if let Some(step) = in_flight.pop_front() {
+                        bench.commit_with(&step, |row| {
+                            let count = 1 + accept.min(row.num_drafts as usize);
+                            (STATUS_OK, (0..count as u32).map(|i| (number as u32 + i) % 7).collect())
+                        });
+                    }
+                }
+                Event::Fail => {
+                    if let Some(step) = in_flight.pop_back() {
+                        bench.scheduler.fail_step(step.info.step_id, &mut bench.told).expect("it is in flight");
+                    }
+                }
+                Event::Drafts(index) if index < ids.len() => {
+                    let drafts = vec![1; bench.scheduler.config.num_draft_tokens as usize];
+                    bench.scheduler.set_drafts(SeqRef { request: ids[index], index: 0 }, &drafts).expect("good drafts");
+                }
+                Event::Wait => bench.now += 0.06,
+                Event::Reset => bench.scheduler.reset_prefix_cache(),
+                Event::Abort(_) | Event::Schedule | Event::Drafts(_) => {}
+            }
+            prop_assert_eq!(bench.scheduler.check_integrity(), Ok(()));
+        }
+        for step in in_flight {
+            bench.commit(&step, 1);
+        }
+        bench.now += 1.0;
+        bench.run(1);
+        bench.assert_empty();
+        prop_assert_eq!(bench.told.finished.len(), sequences);
+        bench.scheduler.reset_prefix_cache();
+        prop_assert_eq!(bench.scheduler.stats().blocks_blank, bench.scheduler.stats().blocks_total);
+    }
+}
