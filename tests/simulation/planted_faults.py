@@ -168,7 +168,15 @@ def replace_once(path: Path, old: str, new: str) -> None:
 
 def find(copy: Path, seconds: int) -> tuple[float, int, str] | None:
     """Builds the copy and runs fresh seeds: (seconds, seeds, what was found), or None."""
-    command = ["cargo", "test", "--quiet", "--test", "simulation", "--target-dir", str(ROOT / "target" / "planted_faults")]
+    command = [
+        "cargo",
+        "test",
+        "--quiet",
+        "--test",
+        "simulation",
+        "--target-dir",
+        str(ROOT / "target" / "planted_faults"),
+    ]
     subprocess.run([*command, "--no-run"], cwd=copy, check=True, stderr=subprocess.DEVNULL)
     environment = {**os.environ, "OCTAVO_SIM_SECONDS": str(seconds), "RUST_BACKTRACE": "0"}
     start = time.monotonic()

@@ -8,6 +8,8 @@ all lengths.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class DecodeGraphs:
         self._state = state
         self._max_seq_len = max_seq_len
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None  # torch's opaque handle of the graphs' shared memory
 
     def capture(self, rows: int) -> None:
         """Captures the decode step of `rows` rows; a warm-up run first compiles the kernels and fills their caches."""

@@ -28,7 +28,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        config = EngineConfig(**({} if model is None else {"model": model}), **options)
+        config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
 
