@@ -7,10 +7,11 @@ if the tokens strictly above it hold less than p of the mass that top-k left), a
 id wins.
 
 The draw is Gumbel-max: the token with the highest logit + noise, where the noise is a hash of (seed, output index,
-token id) alone. So it does not depend on the batch, the slot, padding, preemption, or on what was cut away. No softmax
-and, but for top-p, no sort.
+token id) alone. So it does not depend on the batch, the slot, padding, preemption, or on what was cut away. No softmax,
+no sort.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Draw:
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest token (lowest id on ties; -1 if none) and status of each row. logits [rows, vocab] -> [rows] int32 x 2."""
+    """Highest token (lowest id on ties; -1 if none) and status by row. logits [rows, vocab] -> 2 x [rows] int32."""
     rows, vocab = logits.shape
     tile = 128
     if vocab % tile == 0 and not logits.is_cuda:
@@ -109,50 +110,66 @@ def process(
         times = counts >> 1
         logits = logits - params.frequency_penalty * times - params.presence_penalty * (times > 0)
     if not params.greedy and params.temperature != 1.0:
-        logits = logits * inverse(params.temperature)
+        logits = logits * _inverse(params.temperature)
     return logits
 
 
 def draw(logits: Tensor, params: Draw) -> tuple[int, int]:
     """Token and status for processed logits [vocab] f32."""
+    vocab = logits.shape[0]
     peak = logits.amax().item()
     if peak == -math.inf:
         return -1, fmt.STATUS_MASKED
-    if params.greedy:
-        return int(argmax_rows(logits[None])[0]), fmt.STATUS_OK
-    threshold = peak + math.log(params.min_p) if params.min_p > 0 else -math.inf
-    if 0 < params.top_k < logits.shape[0]:
-        threshold = max(threshold, logits.topk(params.top_k, sorted=False).values.amin().item())
-    if params.top_p < 1:
-        threshold = max(threshold, nucleus_threshold(logits, peak, threshold, params.top_p))
-    key = noise_key(params)
     best = int(argmax_rows(logits[None])[0])
-    # No token further than the largest noise below a known score can win, so most need no noise.
-    floor = peak + gumbel(torch.tensor([best], dtype=torch.int32, device=logits.device), key).item() - NOISE_MAX
-    if math.isfinite(floor):
-        threshold = max(threshold, floor)
-    candidates = (logits >= max(threshold, -torch.finfo(torch.float32).max)).nonzero()[:, 0]
-    scores = logits[candidates] + gumbel(candidates.int(), key)
-    return int(candidates[scores.argmax()]), fmt.STATUS_OK
+    if params.greedy:
+        return best, fmt.STATUS_OK
+    key = noise_key(params)
+    threshold = -torch.finfo(torch.float32).max
+    if params.min_p > 0:
+        threshold = max(threshold, peak + math.log(params.min_p))
+    if 0 < params.top_k < vocab:
+        threshold = max(threshold, logits.topk(params.top_k, sorted=False).values.amin().item())
+    if params.top_p >= 1:
+        # The best token is in every set, so nothing further below its score than the largest noise can win.
+        own = gumbel(torch.tensor([best], dtype=torch.int32, device=logits.device), key).item()
+        threshold = max(threshold, peak + own - NOISE_MAX)
+
+    token_ids, kept = _all_ids(vocab, logits.device), logits >= threshold
+    if int(kept.sum()) * 8 < vocab:
+        token_ids = kept.nonzero()[:, 0].int()
+        logits = logits[token_ids]
+    else:
+        logits = logits.masked_fill(~kept, -math.inf)
+    scores = logits + gumbel(token_ids, key)
+    if params.top_p >= 1:
+        return int(token_ids[argmax_rows(scores[None])[0]]), fmt.STATUS_OK
+    return int(token_ids[_first_in_nucleus(logits, scores, peak, params.top_p)]), fmt.STATUS_OK
 
 
-def nucleus_threshold(logits: Tensor, peak: float, threshold: float, top_p: float) -> float:
-    """Lowest logit of the top-p set among the logits >= `threshold`: those with less than top_p of the mass strictly
-    above them.
+def _first_in_nucleus(logits: Tensor, scores: Tensor, peak: float, top_p: float) -> int:
+    """Index of the highest score within the top-p set, without a sort.
+
+    If the highest score of all is in the set, it is the highest of the set; if not, the set lies strictly above its
+    logit, and the search goes on there. The mass outside the set is 1 - top_p, so the first is mostly the last.
     """
-    weights = torch.exp(logits - peak).masked_fill_(logits < threshold, 0.0)
+    weights = torch.exp(logits - peak)
     wanted = top_p * weights.sum()
-    # A full sort costs ten times a top-1024, which nearly always holds the set.
-    for size in (1024, logits.shape[0]):
-        values, order = logits.topk(min(size, logits.shape[0]))
-        mass = weights[order].cumsum(0)
-        last = int((mass < wanted).sum())
-        if last < values.shape[0]:
-            return values[last].item()
-    return threshold
+    while True:
+        index = int(argmax_rows(scores[None])[0])
+        above = logits > logits[index]
+        mass = (weights * above).sum()
+        # So written that an empty rest, or weights that are not numbers, end the search too.
+        if not (mass >= wanted and mass > 0):
+            return index
+        scores = scores.masked_fill(~above, -math.inf)
 
 
-def inverse(value: float) -> float:
+@functools.lru_cache(maxsize=4)
+def _all_ids(vocab: int, device: torch.device) -> Tensor:
+    return torch.arange(vocab, dtype=torch.int32, device=device)
+
+
+def _inverse(value: float) -> float:
     """1 / value rounded to float32, as the kernel has it."""
     return float(1.0 / torch.tensor(value, dtype=torch.float32))
 

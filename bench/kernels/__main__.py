@@ -2,11 +2,13 @@
 peer's, the goal.
 """
 
+import itertools
 import sys
 
 import torch
 import triton
 from bench.kernels.cases import all_cases
+from bench.kernels.sample import sampling
 from bench.kernels.timing import ARITHMETIC, BANDWIDTH, microseconds
 
 
@@ -14,7 +16,7 @@ def main() -> None:
     wanted = sys.argv[1:]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; bf16, microseconds")
     print(f"{'op':18} {'shape':30} {'ours':>8} {'rate':>14} {'limit':>6} {'torch':>8} {'peer':>8} {'goal':>8}")
-    for case in all_cases():
+    for case in itertools.chain(all_cases(), sampling()):
         if not all(part in f"{case.op} {case.shape}" for part in wanted):
             continue
         ours = microseconds(case.calls)

@@ -97,7 +97,7 @@ class Sampler:
         self.state = DeviceState(
             max_num_seqs=self.slots - 1, num_groups=1, max_blocks=64, vocab_size=self.vocab, device=device
         )
-        self.inputs = StepInputs(max_tokens=512, max_rows=self.slots, num_groups=1, device=device)
+        self.inputs = StepInputs(max_tokens=512, max_rows=self.slots + 8, num_groups=1, device=device)
 
     def step(
         self,

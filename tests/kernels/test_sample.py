@@ -22,7 +22,10 @@ def sampler(request, device) -> Callable[..., Sampler]:
     else:
         sample = pytest.importorskip("octavo.kernels.sample").sample
     # The twin's prepare: this file is about sample.
-    return lambda vocab=VOCAB, slots=33: Sampler(sample, reference_step.prepare, device, vocab, slots)
+    make = lambda vocab=VOCAB, slots=33: Sampler(sample, reference_step.prepare, device, vocab, slots)  # noqa: E731
+    # Triton's interpreter takes some 50 ms a row.
+    make.many = 8 if request.param == "triton" and device == "cpu" else 32
+    return make
 
 
 def random_logits(rows: int, vocab: int = VOCAB, seed: int = 0, scale: float = 3.0) -> torch.Tensor:
@@ -37,7 +40,7 @@ def tokens_of(records) -> list[int]:
 def check(tokens: list[int], logits: torch.Tensor, enters: list[Enter]) -> None:
     """Each token is the oracle's; at most one row in ten may be too close to tell."""
     expected = [expected_token(row, enter) for row, enter in zip(logits.numpy(), enters, strict=True)]
-    assert sum(token is None for token in expected) <= len(expected) // 10
+    assert sum(token is None for token in expected) <= 1 + len(expected) // 10
     pairs = [(token, want) for token, want in zip(tokens, expected, strict=True) if want is not None]
     assert [token for token, _ in pairs] == [want for _, want in pairs]
 
@@ -85,7 +88,7 @@ FILTERS = {
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_draws_are_the_oracles(sampler, name):
-    rows = 32
+    rows = sampler.many
     logits = random_logits(rows, seed=len(name))
     enters = [
         Enter(slot, seed=(slot * 7919, slot), output_index=slot % 5, **{"temperature": 1.0, **FILTERS[name]})
@@ -108,24 +111,27 @@ def test_mixed_filters_in_one_batch(sampler):
 @pytest.mark.parametrize("vocab", [2, 127, 4096, 4097, 9000])
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 2000, "top_p": 0.9}], ids=str)
 def test_vocabulary_sizes(sampler, vocab, options):
-    logits = random_logits(8, vocab, seed=vocab)
-    enters = [Enter(slot, temperature=1.0, seed=(slot, 9), **options) for slot in range(8)]
-    check(tokens_of(sampler(vocab).step(logits, [Row(slot) for slot in range(8)], enters=enters)), logits, enters)
+    rows = sampler.many // 4
+    logits = random_logits(rows, vocab, seed=vocab)
+    enters = [Enter(slot, temperature=1.0, seed=(slot, 9), **options) for slot in range(rows)]
+    check(tokens_of(sampler(vocab).step(logits, [Row(slot) for slot in range(rows)], enters=enters)), logits, enters)
 
 
 def test_equal_logits_stay_together(sampler):
-    """Of ten equal tokens top_k 3 and top_p 0.35 keep all: every one is drawn by some seed, and nothing below."""
+    """Of ten equal tokens top_k 3 and top_p 0.35 keep all ten, and nothing below."""
     logits = torch.full((1, VOCAB), -5.0)
     high = torch.arange(40, 1500, 146)[:10]
     logits[0, high] = 4.0
     logits[0, 3] = 4.0 - 1e-3
-    logits = logits.expand(32, -1).contiguous()
+    rows = [Row(slot) for slot in range(sampler.many)]
+    logits = logits.expand(len(rows), -1).contiguous()
     for options in ({"top_k": 3}, {"top_p": 0.35}, {"min_p": 1.0}):
-        drawn = set()
-        for index in range(4):
-            enters = [Enter(slot, temperature=1.0, seed=(slot, 3), output_index=index, **options) for slot in range(32)]
-            drawn |= set(tokens_of(sampler().step(logits, [Row(slot) for slot in range(32)], enters=enters)))
-        assert drawn == set(high.tolist()), options
+        enters = [Enter(slot, temperature=1.0, seed=(slot, 3), **options) for slot in range(len(rows))]
+        drawn = set(tokens_of(sampler().step(logits, rows, enters=enters)))
+        # 32 draws miss one of ten tokens more often than not; the oracle knows which these seeds give.
+        assert drawn == {expected_token(logits[0].numpy(), enter) for enter in enters}, options
+        assert drawn <= set(high.tolist()), options
+        assert len(drawn) > 3, options
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-9, 9e-6])
@@ -142,21 +148,25 @@ def test_bfloat16_logits(sampler):
 
 
 def test_same_draw_in_any_company(sampler):
-    """Alone in slot 0, and in a batch of 32 in another order and other slots, beside other parameters."""
+    """Alone in slot 0, and in a batch in another order and other slots, beside other parameters and padding."""
     wanted = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
-    logits = random_logits(32)
+    many = sampler.many
+    logits = random_logits(many)
     alone = []
-    for row in range(8):
+    for row in range(many // 2):
         options = wanted if row % 2 else {"temperature": 0.7}
         enter = Enter(0, seed=(row, 77), output_index=row, **options)
         alone += tokens_of(sampler().step(logits[row : row + 1], [Row(0)], enters=[enter]))
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(1)).tolist()
+    order = torch.randperm(many, generator=torch.Generator().manual_seed(1)).tolist()
     enters = [
         Enter(31 - row, seed=(row, 77), output_index=row, **(wanted if row % 2 else {"temperature": 0.7}))
         for row in order
     ]
-    together = tokens_of(sampler().step(logits[order], [Row(31 - row) for row in order], enters=enters, padding=0))
-    assert [together[order.index(row)] for row in range(8)] == alone
+    records = sampler().step(
+        torch.cat([logits[order], logits[:3]]), [Row(31 - row) for row in order], enters=enters, padding=3
+    )
+    together = tokens_of(records[:many])
+    assert [together[order.index(row)] for row in range(many // 2)] == alone
 
 
 def test_draws_follow_the_distribution():

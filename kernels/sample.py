@@ -1,0 +1,295 @@
+"""`sample` in Triton: one pass over the logits, then one program a row that chooses, accepts drafts and advances the
+state.
+
+Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and keeps what a choice
+needs: the highest logit, the highest logit + noise, the mass, whether a number is sick, and the peak of every `SUB`
+tokens. Pass 2, `_choose_kernel`, one program a row: greedy and plain temperature are done with those figures, the
+filters (`filters.py`) read a few sub-tiles again.
+
+All sums have an order that depends on the vocabulary alone, so a row's draw is the same in any batch. Twin:
+`reference_step.sample`, with the rules for order and ties in `reference_draw.py`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels import plan_format as fmt
+from octavo.kernels.filters import search, top_k_threshold
+from octavo.kernels.logits import load_float, load_raw, process
+from octavo.kernels.logprobs import write_logprobs
+from octavo.kernels.noise import gumbel, noise_key
+
+TILE = 2048  # tokens of one program of the first pass: 59 registers a thread with filters, so half of the SM's warps
+SEARCH_TILE = 4096  # tokens that one program of the second pass reads at a time
+SUB = 128  # tokens that share one kept peak
+KEPT = 1024  # logits that a row's top-k bisection holds in registers
+
+_ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
+_ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
+_ROW_QUERY_LEN = tl.constexpr(fmt.ROW_QUERY_LEN)
+_ROW_FLAGS = tl.constexpr(fmt.ROW_FLAGS)
+_ROW_NUM_DRAFTS = tl.constexpr(fmt.ROW_NUM_DRAFTS)
+_SAMPLE = tl.constexpr(fmt.SAMPLE)
+_PREFILL = tl.constexpr(fmt.PREFILL)
+_PENALTIES = tl.constexpr(fmt.PENALTIES)
+_ENTER_WORDS = tl.constexpr(fmt.ENTER_WORDS)
+_COMPUTED_LEN = tl.constexpr(fmt.ENTER_COMPUTED_LEN)
+_OUTPUT_INDEX = tl.constexpr(fmt.ENTER_OUTPUT_INDEX)
+_TEMPERATURE = tl.constexpr(fmt.ENTER_TEMPERATURE)
+_TOP_K = tl.constexpr(fmt.ENTER_TOP_K)
+_TOP_P = tl.constexpr(fmt.ENTER_TOP_P)
+_MIN_P = tl.constexpr(fmt.ENTER_MIN_P)
+_SEED_LOW = tl.constexpr(fmt.ENTER_SEED_LOW)
+_SEED_HIGH = tl.constexpr(fmt.ENTER_SEED_HIGH)
+_GREEDY_TEMPERATURE = tl.constexpr(fmt.GREEDY_TEMPERATURE)
+_STATUS_OK = tl.constexpr(fmt.STATUS_OK)
+_STATUS_NAN = tl.constexpr(fmt.STATUS_NAN)
+_STATUS_MASKED = tl.constexpr(fmt.STATUS_MASKED)
+_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_SAMPLE)
+_RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
+_NO_TOKEN = tl.constexpr(2**31 - 1)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
+
+# Planes of the per-tile figures [planes, num_logits, tiles].
+_BEST, _BEST_LOGIT, _PEAK, _MASS, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(6))
+_BEST_ID, _SICK = (tl.constexpr(plane) for plane in range(2))
+
+
+def sample(
+    logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
+) -> None:
+    """As `reference_step.sample`, on CUDA tensors; logits f32 or bf16, rows contiguous."""
+    del inputs
+    words = plan_device.view(torch.int32)
+    length, num_decodes, num_rows = plan.decode_query_len, plan.padded_decodes, plan.padded_rows
+    num_logits, vocab = num_decodes * length + num_rows - num_decodes, state.vocab_size
+    tiles = triton.cdiv(vocab, TILE)
+    subs = tiles * (TILE // SUB)
+    device, with_logprobs = logits.device, plan.max_logprobs >= 0
+    tile_floats = torch.empty((6, num_logits, tiles), dtype=torch.float32, device=device)
+    tile_ints = torch.empty((2, num_logits, tiles), dtype=torch.int32, device=device)
+    peaks = torch.empty((2, num_logits, subs), dtype=torch.float32, device=device)  # of processed and of raw logits
+    rows_at, drafts_at, bias_at = plan.rows_offset // 4, plan.drafts_offset // 4, plan.bias_offset // 4
+    # Pointers that no row will follow where the real thing is absent.
+    counts = words if state.penalty_counts is None else state.penalty_counts
+    mask_width = 0 if masks is None else masks.stride(0)
+    masks = words if masks is None else masks
+    _scan_kernel[(tiles, num_logits)](
+        logits, tile_floats, tile_ints, peaks, words, state.records, counts, masks,
+        rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
+        GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB,
+        num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+    listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
+    kept = torch.empty((num_rows, KEPT), dtype=torch.float32, device=device)
+    _choose_kernel[(num_rows,)](
+        logits, tile_floats, tile_ints, peaks, listed, kept, words, state.records, state.last_token, counts, masks,
+        result,
+        rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
+        plan.result_width, tiles, subs,
+        GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
+        TILE=SEARCH_TILE, SUB=SUB, KEPT=KEPT,
+        num_warps=1 if plan.all_greedy else 8, enable_fp_fusion=False,
+    )  # fmt: skip
+    if with_logprobs:
+        raw_peaks, raw_tiles = peaks[1], tile_floats[_RAW_PEAK.value :]
+        write_logprobs(
+            logits, raw_peaks, raw_tiles, words, rows_at, num_rows, num_decodes, length, vocab, plan.max_logprobs,
+            result, plan.result_width, tile=TILE, sub=SUB,
+        )  # fmt: skip
+
+
+def sample_peak_rehearsal(logits: Tensor) -> None:
+    """Allocates and drops what sampling may need at most beside `logits` [rows, vocab]: a table of penalty counts and
+    the figures of the first pass.
+    """
+    rows, vocab = logits.shape
+    tiles = triton.cdiv(vocab, TILE)
+    counts = torch.empty((rows + 1, vocab), dtype=torch.int32, device=logits.device)
+    figures = torch.empty((rows, 8 * tiles + 3 * tiles * (TILE // SUB) + KEPT), device=logits.device)
+    del counts, figures
+
+
+@triton.jit(do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits"])
+def _scan_kernel(
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, peaks_ptr, words_ptr, records_ptr, counts_ptr, masks_ptr,
+    rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
+    GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, row of logits). GREEDY: the plan's `all_greedy`, so nothing but the peak counts."""
+    tile = tl.program_id(0)
+    index = tl.program_id(1)
+    tiles = tl.num_programs(0)
+    SUBS_OF_TILE: tl.constexpr = TILE // SUB
+    ids = tile * TILE + tl.arange(0, TILE)
+    raw = load_raw(logits_ptr + index.to(tl.int64) * logits_stride, ids, vocab)
+    sick = (raw < float("inf")) == 0  # NaN or +inf
+    # They would make what follows undefined. The row is only reported, whatever that is.
+    raw = tl.where(sick, -float("inf"), raw)
+    at = index * tiles + tile
+    plane = num_logits * tiles
+    tl.store(tile_ints_ptr + _SICK * plane + at, tl.max(sick.to(tl.int32), 0))
+
+    if WITH_LOGPROBS:
+        raw_peak = tl.max(raw, 0)
+        raw_mass = tl.sum(tl.exp(raw - tl.maximum(raw_peak, _LOWEST)), 0)
+        tl.store(tile_floats_ptr + _RAW_PEAK * plane + at, raw_peak)
+        tl.store(tile_floats_ptr + _RAW_MASS * plane + at, raw_mass)
+        raw_peaks = tl.max(tl.reshape(raw, [SUBS_OF_TILE, SUB]), 1)
+        tl.store(peaks_ptr + (plane + at) * SUBS_OF_TILE + tl.arange(0, SUBS_OF_TILE), raw_peaks)
+
+    if GREEDY:
+        _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, raw, ids)
+    else:
+        in_decodes = index < num_decodes * length
+        row = tl.where(in_decodes, index // length, index - num_decodes * (length - 1))
+        place = tl.where(in_decodes, index % length, 0)
+        row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+        if (tl.load(row_ptr + _ROW_FLAGS) & _SAMPLE) != 0:
+            record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
+            logits = process(
+                raw, ids, row_ptr, record_ptr, words_ptr + bias_at, words_ptr + drafts_at + row * (length - 1),
+                counts_ptr, masks_ptr, mask_width, vocab, place,
+            )  # fmt: skip
+            if load_float(record_ptr + _TEMPERATURE) < _GREEDY_TEMPERATURE:
+                _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, logits, ids)
+            else:
+                output_index = tl.load(record_ptr + _OUTPUT_INDEX) + place
+                first, second = noise_key(
+                    tl.load(record_ptr + _SEED_LOW), tl.load(record_ptr + _SEED_HIGH), output_index
+                )
+                scores = logits + gumbel(ids, first, second)
+                winner = _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, scores, ids)
+                filtered = load_float(record_ptr + _TOP_P) < 1
+                filtered = filtered | (tl.load(record_ptr + _TOP_K) > 0) | (load_float(record_ptr + _MIN_P) > 0)
+                if filtered:
+                    peak = tl.max(logits, 0)
+                    mass = tl.sum(tl.exp(logits - tl.maximum(peak, _LOWEST)), 0)
+                    winner_logit = tl.max(tl.where(ids == winner, logits, -float("inf")), 0)
+                    tl.store(tile_floats_ptr + _PEAK * plane + at, peak)
+                    tl.store(tile_floats_ptr + _MASS * plane + at, mass)
+                    tl.store(tile_floats_ptr + _BEST_LOGIT * plane + at, winner_logit)
+                    sub_peaks = tl.max(tl.reshape(logits, [SUBS_OF_TILE, SUB]), 1)
+                    tl.store(peaks_ptr + at * SUBS_OF_TILE + tl.arange(0, SUBS_OF_TILE), sub_peaks)
+
+
+@triton.jit
+def _store_best(tile_floats_ptr, tile_ints_ptr, plane, values, ids):
+    """Stores the tile's highest value and the lowest token that has it; returns the token."""
+    best = tl.max(values, 0)
+    token = tl.min(tl.where(values == best, ids, _NO_TOKEN), 0)
+    tl.store(tile_floats_ptr + _BEST * plane, best)
+    tl.store(tile_ints_ptr + _BEST_ID * plane, token)
+    return token
+
+
+@triton.jit(
+    do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits", "result_width"]
+)
+def _choose_kernel(
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, peaks_ptr, listed_ptr, kept_ptr, words_ptr, records_ptr,
+    last_token_ptr, counts_ptr, masks_ptr, result_ptr,
+    rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
+    result_width, tiles, subs,
+    GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
+    TILE: tl.constexpr, SUB: tl.constexpr, KEPT: tl.constexpr,
+):  # fmt: skip
+    """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
+    row = tl.program_id(0)
+    row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+    slot = tl.load(row_ptr + _ROW_SLOT)
+    flags = tl.load(row_ptr + _ROW_FLAGS)
+    query_len = tl.load(row_ptr + _ROW_QUERY_LEN)
+    num_drafts = tl.load(row_ptr + _ROW_NUM_DRAFTS)
+    record_ptr = records_ptr + slot * _ENTER_WORDS
+    result_ptr += row.to(tl.int64) * result_width
+    drafts_ptr = words_ptr + drafts_at + row * (length - 1)
+    decode = row < num_decodes
+    first_index = tl.where(decode, row * length, row + num_decodes * (length - 1))
+    places = tl.where(decode, tl.minimum(length, num_drafts + 1), 1)
+
+    alive = (flags & _SAMPLE) != 0
+    status = tl.where(alive, _STATUS_OK, _STATUS_NO_SAMPLE)
+    num_valid = 0
+    last = -1
+    tile_lane = tl.arange(0, TILES)
+    in_tiles = tile_lane < tiles
+    plane = num_logits * tiles
+    while alive:
+        at = (first_index + num_valid) * tiles + tile_lane
+        tile_bests = tl.load(tile_floats_ptr + _BEST * plane + at, mask=in_tiles, other=-float("inf"))
+        tile_tokens = tl.load(tile_ints_ptr + _BEST_ID * plane + at, mask=in_tiles, other=_NO_TOKEN)
+        sick = tl.max(tl.load(tile_ints_ptr + _SICK * plane + at, mask=in_tiles, other=0), 0)
+        best = tl.max(tile_bests, 0)
+        token = tl.min(tl.where(tile_bests == best, tile_tokens, _NO_TOKEN), 0)
+        status = tl.where(best == -float("inf"), _STATUS_MASKED, _STATUS_OK)
+        status = tl.where(sick != 0, _STATUS_NAN, status)
+        if not GREEDY:  # noqa: SIM102 - decided when compiled, the inner one when run
+            if (status == _STATUS_OK) & (load_float(record_ptr + _TEMPERATURE) >= _GREEDY_TEMPERATURE):
+                top_k = tl.load(record_ptr + _TOP_K)
+                top_p = load_float(record_ptr + _TOP_P)
+                min_p = load_float(record_ptr + _MIN_P)
+                limited = (top_k > 0) & (top_k < vocab)
+                if limited | (top_p < 1) | (min_p > 0):
+                    index = first_index + num_valid
+                    source = (
+                        logits_ptr + index.to(tl.int64) * logits_stride, row_ptr, record_ptr, words_ptr + bias_at,
+                        drafts_ptr, counts_ptr, masks_ptr, mask_width, vocab, num_valid,
+                    )  # fmt: skip
+                    sub = tl.arange(0, SUBS)
+                    sub_peaks = tl.load(peaks_ptr + index * subs + sub, mask=sub < subs, other=-float("inf"))
+                    tile_peaks = tl.load(tile_floats_ptr + _PEAK * plane + at, mask=in_tiles, other=-float("inf"))
+                    tile_masses = tl.load(tile_floats_ptr + _MASS * plane + at, mask=in_tiles, other=0.0)
+                    tile_logits = tl.load(tile_floats_ptr + _BEST_LOGIT * plane + at, mask=in_tiles, other=0.0)
+                    token_logit = tl.max(tl.where(tile_tokens == token, tile_logits, -float("inf")), 0)
+                    peak = tl.max(tile_peaks, 0)
+                    total = tl.sum(tl.where(in_tiles, tile_masses * tl.exp(tile_peaks - peak), 0.0), 0)
+                    threshold = tl.full([], _LOWEST, tl.float32)
+                    if min_p > 0:
+                        threshold = peak + tl.log(min_p)
+                    if limited:
+                        threshold = top_k_threshold(
+                            source, sub_peaks, threshold, peak, top_k, listed_ptr + row * subs, kept_ptr + row * KEPT,
+                            TILE, SUB, KEPT, SUBS,
+                        )  # fmt: skip
+                    first, second = noise_key(
+                        tl.load(record_ptr + _SEED_LOW),
+                        tl.load(record_ptr + _SEED_HIGH),
+                        tl.load(record_ptr + _OUTPUT_INDEX) + num_valid,
+                    )
+                    token = search(
+                        source, sub_peaks, token, token_logit, threshold, threshold > _LOWEST, top_p, peak, total,
+                        first, second, listed_ptr + row * subs, TILE, SUB, SUBS,
+                    )  # fmt: skip
+
+        alive = False
+        if status == _STATUS_OK:
+            tl.store(result_ptr + _RESULT_TOKENS + num_valid, token)
+            last = token
+            num_valid += 1
+            if num_valid < places:
+                alive = tl.load(drafts_ptr + num_valid - 1) == token
+
+    tl.store(result_ptr, status)
+    tl.store(result_ptr + 1, num_valid)
+    for place in range(num_valid, length):
+        tl.store(result_ptr + _RESULT_TOKENS + place, -1)
+    # Padding rows share a slot, of which nothing may change: they neither prefill nor draw.
+    computed_by = tl.where((flags & _PREFILL) != 0, query_len, num_valid)
+    if computed_by > 0:
+        tl.store(record_ptr + _COMPUTED_LEN, tl.load(record_ptr + _COMPUTED_LEN) + computed_by)
+    if num_valid > 0:
+        tl.store(last_token_ptr + slot, last)
+        tl.store(record_ptr + _OUTPUT_INDEX, tl.load(record_ptr + _OUTPUT_INDEX) + num_valid)
+    if not GREEDY:  # noqa: SIM102 - decided when compiled, the inner one when run
+        if (flags & _PENALTIES) != 0:
+            for place in range(num_valid):
+                # All but the last valid token are the row's own drafts.
+                token = last
+                if place < num_valid - 1:
+                    token = tl.load(drafts_ptr + place)
+                tl.atomic_add(counts_ptr + slot.to(tl.int64) * vocab + token, 2)

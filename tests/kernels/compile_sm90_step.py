@@ -1,0 +1,74 @@
+"""Compiles every variant of `prepare` and `sample` for an H100 without one, as `compile_sm90.py` does the model's ops.
+
+`python -m tests.kernels.compile_sm90_step [name part]` prints registers, spills and shared memory of each launch; the
+test of `test_compile_sm90.py` runs it with `--json`.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tests.kernels.compile_sm90 import TYPES, compile_launch, ints, meta
+from tests.kernels.plan_bytes import PENALTIES, SAMPLE, Enter, Row, write_plan
+from triton.runtime.jit import JITFunction
+
+from octavo.engine.step_buffers import DeviceState, StepInputs
+from octavo.kernels import prepare, sample
+
+META = torch.device("meta")
+
+
+def prepare_case(query_len: int, num_groups: int, block_size: int) -> None:
+    state = DeviceState(max_num_seqs=256, num_groups=num_groups, max_blocks=64, vocab_size=128256, device=META)
+    inputs = StepInputs(max_tokens=8192, max_rows=256, num_groups=num_groups, device=META)
+    enters = [Enter(0, penalty_tokens=[(1, 1)]), Enter(1)]
+    rows = [Row(0, tokens=[1] * query_len)]
+    plan, data = write_plan([Row(2), Row(3)], rows, enters=enters, blocks=[(0, 0, 0, 1), (0, 1, 0, 2)])
+    prepare.prepare(plan, data.to(META), state, inputs, block_size=block_size)
+
+
+def sample_case(vocab: int, dtype: torch.dtype, **plan_options: Any) -> None:
+    state = DeviceState(max_num_seqs=256, num_groups=1, max_blocks=64, vocab_size=vocab, device=META)
+    plan, data = write_plan([Row(slot, flags=SAMPLE | PENALTIES) for slot in range(32)], **plan_options)
+    state.require_penalty_counts()
+    logits, masks = meta(32, vocab, dtype=dtype), ints(8, -(-vocab // 32))
+    sample.sample(logits, plan, data.to(META), state, None, ints(32 * plan.result_width), masks)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    for query_len, groups, block_size in itertools.product((1, 512), (1, 2), (16, 64)):
+        name = f"prepare query {query_len} groups {groups} page {block_size}"
+        yield name, lambda n=query_len, g=groups, b=block_size: prepare_case(n, g, b)
+    sizes = [(49152, torch.float32), (128256, torch.float32), (128256, torch.bfloat16), (262144, torch.float32)]
+    for vocab, dtype in sizes:
+        for all_greedy, top in itertools.product((True, False), (-1, 20)):
+            name = f"sample {TYPES[dtype]} {vocab}{' greedy' * all_greedy}{' logprobs' * (top > 0)}"
+            options = {"all_greedy": all_greedy, "max_logprobs": top}
+            yield name, lambda v=vocab, t=dtype, o=options: sample_case(v, t, **o)
+
+
+def main() -> None:
+    as_json = "--json" in sys.argv
+    wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
+    table: dict[str, dict[str, int]] = {}
+    for case, call in cases():
+        if not all(part in case for part in wanted):
+            continue
+        launches.clear()
+        call()
+        for fn, args, options in launches:
+            name = f"{case}: {fn.fn.__name__}"
+            table[name] = compile_launch(fn, args, options)
+            if not as_json:
+                print(f"{name:75}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
+    if as_json:
+        print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()
