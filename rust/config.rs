@@ -63,8 +63,10 @@ pub struct CoreConfig {
     pub priority_aging: f64,
     /// Longest wait, in seconds, of the first request of a static batch.
     pub static_batch_wait: f64,
-    /// Secret key of the prefix hashes and of the seeds of requests that give none.
-    pub hash_seed: [u8; 32],
+    /// Secret key of the prefix hashes.
+    pub hash_secret: [u8; 32],
+    /// From which requests that give no seed get theirs.
+    pub seed: u64,
 }
 
 impl Default for CoreConfig {
@@ -89,7 +91,8 @@ impl Default for CoreConfig {
             max_preemptions: 3,
             priority_aging: 60.0,
             static_batch_wait: 0.1,
-            hash_seed: [0; 32],
+            hash_secret: [0; 32],
+            seed: 0,
         }
     }
 }

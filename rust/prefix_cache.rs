@@ -32,7 +32,6 @@ enum Tag {
     Unsalted = 0,
     Salted = 1,
     Block = 2,
-    Seed = 3,
 }
 
 impl PrefixHasher {
@@ -61,13 +60,6 @@ impl PrefixHasher {
             hasher.update(&bytes[..chunk.len() * 4]);
         }
         first_half(&hasher)
-    }
-
-    /// The seed of a request that gives none: a function of the secret and the request's number.
-    pub fn seed(&self, request: u64) -> u64 {
-        let mut hasher = self.hasher(Tag::Seed);
-        hasher.update(&request.to_le_bytes());
-        first_half(&hasher) as u64
     }
 
     fn hasher(&self, tag: Tag) -> blake3::Hasher {

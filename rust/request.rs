@@ -109,7 +109,7 @@ pub struct SamplingParams {
     pub presence_penalty: f32,
     /// Subtracted once for each time a token was output, in \[-2, 2\].
     pub frequency_penalty: f32,
-    /// Seed of choice 0; choice i draws with `seed + i` (wrapping). None: derived from the core's own key.
+    /// Seed of choice 0; choice i draws with `seed + i` (wrapping). None: derived from the configuration's seed.
     pub seed: Option<u64>,
     /// Output tokens at most; None: as many as the model's length and the KV pool allow.
     pub max_tokens: Option<u32>,

@@ -174,7 +174,7 @@ impl Scheduler {
         let kv = KvCache::new(&config);
         Ok(Self {
             capacity: PlanCapacity::new(&config),
-            hasher: PrefixHasher::new(config.hash_seed),
+            hasher: PrefixHasher::new(config.hash_secret),
             requests: Slab::new(),
             by_id: FxHashMap::default(),
             sequences: Slab::new(),

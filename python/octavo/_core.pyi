@@ -303,6 +303,9 @@ class EngineCore:
         """Largest plan this configuration can make; size of each plan buffer."""
     @property
     def result_bytes(self) -> int: ...
+    @property
+    def longest_request(self) -> int:
+        """Prompt and output tokens of the longest request that the KV pool can hold, at most `max_model_len`."""
     def bind(self, slot: int, plan_bytes: npt.NDArray[np.uint8], result_bytes: npt.NDArray[np.uint8]) -> None: ...
     def add_request(
         self,

@@ -239,6 +239,8 @@ pub struct EngineCore {
     plan_bytes: usize,
     #[pyo3(get)]
     result_bytes: usize,
+    #[pyo3(get)]
+    longest_request: u32,
 }
 
 #[pymethods]
@@ -308,12 +310,14 @@ impl EngineCore {
             max_preemptions,
             priority_aging,
             static_batch_wait,
-            hash_seed: *blake3::hash(&[&hash_secret[..], &seed.to_le_bytes()].concat()).as_bytes(),
+            hash_secret: *blake3::hash(&hash_secret).as_bytes(),
+            seed,
         })?;
         let tokenizer = tokenizer.map(|tokenizer| tokenizer.get().shared());
         Ok(Self {
             plan_bytes: scheduler.plan_bytes(),
             result_bytes: scheduler.result_bytes(),
+            longest_request: scheduler.longest_request(),
             state: Mutex::new(State { scheduler, outbox: outbox::Outbox::new(tokenizer), slots: [None, None] }),
             awake: Mutex::new(false),
             bell: Condvar::new(),

@@ -64,7 +64,7 @@ impl Scheduler {
         self.num_queued += 1;
 
         let params = Arc::new(params);
-        let seed = params.seed.unwrap_or_else(|| self.hasher.seed(id.0));
+        let seed = params.seed.unwrap_or_else(|| derived_seed(self.config.seed, id.0));
         let root = self.hasher.root(cache_salt);
         let progress = Progress { num_prompt_tokens: prompt.len() as u32, added: self.now, ..Progress::default() };
         let request = self.requests.insert(Request {
@@ -118,9 +118,19 @@ impl Scheduler {
         Ok(id)
     }
 
+    /// Prompt and output tokens of the longest request that can ever be served.
+    pub fn longest_request(&self) -> u32 {
+        let CoreConfig { max_model_len, num_draft_tokens, .. } = self.config;
+        if self.longest_sequence == max_model_len {
+            return max_model_len;
+        }
+        // The last output token is never computed, so it needs no place in a block; drafts tried at the end do.
+        (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
+    }
+
     /// Refuses what would fail later; returns how many tokens the request may output.
     fn check_request(&self, prompt: &[u32], params: &SamplingParams) -> Result<u32, Error> {
-        let CoreConfig { vocab_size, max_model_len, num_draft_tokens, max_waiting, .. } = self.config;
+        let CoreConfig { vocab_size, max_model_len, max_waiting, .. } = self.config;
         if self.num_queued >= max_waiting {
             return Err(Error::QueueFull { limit: max_waiting });
         }
@@ -134,12 +144,7 @@ impl Scheduler {
         }
         check_tokens("prompt", prompt.iter().copied(), vocab_size)?;
         params.check_tokens(vocab_size)?;
-        // The last output token is never computed, so it needs no place in a block; drafts tried at the end do.
-        let limit = if self.longest_sequence == max_model_len {
-            max_model_len
-        } else {
-            (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
-        };
+        let limit = self.longest_request();
         if prompt_len as u64 + max_tokens > u64::from(limit) {
             return Err(Error::KvCapacity { prompt_len, max_tokens, limit });
         }
@@ -424,6 +429,14 @@ impl Scheduler {
         let place = self.running.partition_point(|other| self.sequences[*other].order < order);
         self.running.insert(place, number);
     }
+}
+
+/// The seed of a request that gives none: `SplitMix64` of the configured seed and the request's number.
+fn derived_seed(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
 }
 
 pub(super) fn num_live(tables: &[BlockTable]) -> usize {

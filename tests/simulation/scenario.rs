@@ -254,7 +254,8 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         max_preemptions: rng.random_range(0..=3),
         priority_aging: *[0.05, 1.0, 60.0].choose(rng).expect("not empty"),
         static_batch_wait: 0.1,
-        hash_seed: rng.random(),
+        hash_secret: rng.random(),
+        seed: rng.random(),
         ..config
     }
 }

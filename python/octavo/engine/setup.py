@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 16 << 20
 """Memory set aside for one captured graph's own bookkeeping; its activations are shared with the rehearsed step's."""
+
+
+MEMORY_FLAG = {"cuda": "--gpu-memory-utilization", "cpu": "--kv-cache-memory"}
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,12 @@ def build_engine(config: EngineConfig) -> EngineParts:
     if device.type == "cuda" and not config.enforce_eager:
         graph_sizes = list(config.cudagraph_capture_sizes) or decode_graph_sizes(max_num_seqs)
     num_blocks = pick_num_blocks(config, runner, graphs=len(graph_sizes))
-    core = _core.EngineCore(
+    core_options: dict[str, Any] = dict(
         num_blocks=num_blocks,
         block_size=block_size,
         kv_windows=[group.window for group in loaded.model.kv_groups],
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=max_model_len,
         vocab_size=loaded.config.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
         max_waiting=config.max_waiting,
@@ -113,6 +116,16 @@ def build_engine(config: EngineConfig) -> EngineParts:
         seed=config.seed,
         tokenizer=loaded.tokenizer,
     )
+    core = _core.EngineCore(max_model_len=max_model_len, **core_options)
+    if core.longest_request < max_model_len:
+        if config.max_model_len != AUTO_LENGTH:
+            raise ValueError(
+                f"kv cache: {num_blocks * runner.kv_shape.block_bytes / 2**30:.2f} GiB ({num_blocks} blocks) hold at most "
+                f"{core.longest_request} tokens of one request, but max_model_len = {max_model_len}: "
+                f"lower --max-model-len (auto takes what fits), or raise {MEMORY_FLAG[device.type]}"
+            )
+        max_model_len = core.longest_request
+        core = _core.EngineCore(max_model_len=max_model_len, **core_options)
     buffers = (
         StepBuffers(core.plan_bytes, core.result_bytes, device),
         StepBuffers(core.plan_bytes, core.result_bytes, device),
@@ -188,7 +201,6 @@ def decode_graph_sizes(max_num_seqs: int) -> list[int]:
 
 def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> int:
     """Blocks of the pool, the null block included, from the memory that is left or that was given."""
-    block_bytes = runner.kv_shape.block_bytes
     if runner.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(runner.device)
         # What other processes hold is not ours to plan with.
@@ -197,16 +209,13 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
         available = int(total * config.gpu_memory_utilization) - peak - foreign
         if config.kv_cache_memory is not None:
             available = min(available, config.kv_cache_memory)
-        hint = "raise --gpu-memory-utilization, or lower --max-num-batched-tokens or --max-model-len"
     else:
         available = known(config.kv_cache_memory)
-        hint = "raise --kv-cache-memory, or lower --max-model-len"
-    num_blocks = available // block_bytes
-    blocks_of_one = runner.kv_shape.num_groups * -(-runner.max_model_len // runner.kv_shape.block_size) + 1
-    if num_blocks < blocks_of_one:
-        needed = blocks_of_one * block_bytes / 2**30
+    num_blocks = available // runner.kv_shape.block_bytes
+    if num_blocks < 2:
         raise ValueError(
-            f"kv cache: {max(available, 0) / 2**30:.2f} GiB hold {max(num_blocks, 0)} blocks, but one request of "
-            f"max_model_len = {runner.max_model_len} needs {blocks_of_one} ({needed:.2f} GiB): {hint}"
+            f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, less than two blocks of "
+            f"{runner.kv_shape.block_bytes / 2**20:.1f} MiB: raise {MEMORY_FLAG[runner.device.type]}, or lower "
+            f"--max-num-batched-tokens"
         )
-    return int(num_blocks)
+    return num_blocks

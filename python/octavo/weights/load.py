@@ -47,10 +47,17 @@ def load_model(config: EngineConfig, *, device: torch.device) -> LoadedModel:
     """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and field."""
     place = resolve(config.model, config.load_format)
     if place is None:
-        return _load(preset_config(config.model), None, config, device)
-    if place.suffix == ".gguf":
-        return _load_gguf(place, config, device)
-    return _load_folder(place, config, device)
+        loaded = _load(preset_config(config.model), None, config, device)
+    elif place.suffix == ".gguf":
+        loaded = _load_gguf(place, config, device)
+    else:
+        loaded = _load_folder(place, config, device)
+    if config.tokenizer is not None:
+        tokenizer, template = read_text_side(Path(config.tokenizer).expanduser())
+        loaded = dataclasses.replace(loaded, tokenizer=tokenizer, chat_template=template or loaded.chat_template)
+    if config.chat_template is not None:
+        loaded = dataclasses.replace(loaded, chat_template=_own_template(config.chat_template, loaded.tokenizer))
+    return loaded
 
 
 def resolve(model: str, load_format: str) -> Path | None:
@@ -100,20 +107,56 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     model_config = config_from_gguf(header)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config)
     loaded = _load(model_config, source, config, device)
-    tokenizer = _core.Tokenizer.from_gguf(header)
-    template_text = header.metadata().get("tokenizer.chat_template")
-    template = None
-    if isinstance(template_text, str):
-        template = _core.ChatTemplate(
-            template_text,
-            bos_token=_token_text(tokenizer, tokenizer.bos_token_id),
-            eos_token=_token_text(tokenizer, tokenizer.eos_token_id),
-        )
+    tokenizer, template = _gguf_text(header)
     return dataclasses.replace(loaded, tokenizer=tokenizer, chat_template=template)
 
 
-def _token_text(tokenizer: _core.Tokenizer, token_id: int | None) -> str:
-    return "" if token_id is None else tokenizer.id_to_token(token_id) or ""
+def read_text_side(path: Path) -> tuple[_core.Tokenizer, _core.ChatTemplate | None]:
+    """Tokenizer, and chat template where there is one, of a folder, a `tokenizer.json` or a `.gguf` file."""
+    from octavo import _core
+
+    if path.suffix == ".gguf" and path.is_file():
+        try:
+            return _gguf_text(_core.GgufFile(str(path)))
+        except _core.GgufError as error:
+            raise ModelError(str(error)) from None
+    folder = path.parent if path.name == "tokenizer.json" else path
+    tokenizer, template = _folder_text(folder)
+    if tokenizer is None:
+        raise ModelError(f"tokenizer {path}: not a folder with a tokenizer.json, a tokenizer.json or a .gguf file")
+    return tokenizer, template
+
+
+def _gguf_text(header: _core.GgufFile) -> tuple[_core.Tokenizer, _core.ChatTemplate | None]:
+    from octavo import _core
+
+    tokenizer = _core.Tokenizer.from_gguf(header)
+    text = header.metadata().get("tokenizer.chat_template")
+    return tokenizer, _template_for(text, tokenizer) if isinstance(text, str) else None
+
+
+def _own_template(given: str, tokenizer: _core.Tokenizer | None) -> _core.ChatTemplate:
+    """The user's chat template: the text itself, or the path of a file that holds it."""
+    if "{{" in given or "{%" in given:
+        return _template_for(given, tokenizer)
+    try:
+        return _template_for(Path(given).expanduser().read_text(encoding="utf-8"), tokenizer)
+    except OSError as error:
+        raise ModelError(
+            f"chat_template {given!r}: neither a template nor a readable file ({error.strerror})"
+        ) from None
+
+
+def _template_for(text: str, tokenizer: _core.Tokenizer | None) -> _core.ChatTemplate:
+    from octavo import _core
+
+    bos = None if tokenizer is None else tokenizer.bos_token_id
+    eos = None if tokenizer is None else tokenizer.eos_token_id
+    return _core.ChatTemplate(text, bos_token=_token_text(tokenizer, bos), eos_token=_token_text(tokenizer, eos))
+
+
+def _token_text(tokenizer: _core.Tokenizer | None, token_id: int | None) -> str:
+    return "" if tokenizer is None or token_id is None else tokenizer.id_to_token(token_id) or ""
 
 
 def _load(config: ModelConfig, source: Source | None, wanted: EngineConfig, device: torch.device) -> LoadedModel:
