@@ -119,8 +119,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
     core = _core.EngineCore(max_model_len=max_model_len, **core_options)
     if core.longest_request < max_model_len:
         if config.max_model_len != AUTO_LENGTH:
+            gib = num_blocks * runner.kv_shape.block_bytes / 2**30
             raise ValueError(
-                f"kv cache: {num_blocks * runner.kv_shape.block_bytes / 2**30:.2f} GiB ({num_blocks} blocks) hold at most "
+                f"kv cache: {gib:.2f} GiB ({num_blocks} blocks) hold at most "
                 f"{core.longest_request} tokens of one request, but max_model_len = {max_model_len}: "
                 f"lower --max-model-len (auto takes what fits), or raise {MEMORY_FLAG[device.type]}"
             )
@@ -214,8 +215,8 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
     num_blocks = available // runner.kv_shape.block_bytes
     if num_blocks < 2:
         raise ValueError(
-            f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, less than two blocks of "
-            f"{runner.kv_shape.block_bytes / 2**20:.1f} MiB: raise {MEMORY_FLAG[runner.device.type]}, or lower "
+            f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, "
+            f"less than two blocks of {runner.kv_shape.block_bytes / 2**20:.1f} MiB: raise {MEMORY_FLAG[runner.device.type]}, or lower "
             f"--max-num-batched-tokens"
         )
     return num_blocks
