@@ -216,7 +216,8 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
     if num_blocks < 2:
         raise ValueError(
             f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, "
-            f"less than two blocks of {runner.kv_shape.block_bytes / 2**20:.1f} MiB: raise {MEMORY_FLAG[runner.device.type]}, or lower "
+            f"less than two blocks of {runner.kv_shape.block_bytes / 2**20:.1f} MiB: "
+            f"raise {MEMORY_FLAG[runner.device.type]}, or lower "
             f"--max-num-batched-tokens"
         )
     return num_blocks
