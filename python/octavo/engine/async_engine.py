@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +26,10 @@ from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
 T = TypeVar("T")
+
+GIL_SWITCH_SECONDS = 0.0002
+"""How long a busy thread may keep the GIL from one that waits for it. At Python's 5 ms the engine thread, back from its
+wait for the device, would lose that much of a step to a busy event loop."""
 
 TEXT_THREADS = 2
 """Threads for templates and tokenising. Their work is detached Rust: two keep two cores busy, and more gain nothing."""
@@ -86,6 +91,7 @@ class AsyncEngine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> AsyncEngine:
         """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in an executor."""
+        sys.setswitchinterval(GIL_SWITCH_SECONDS)
         engine = cls(Engine.from_config(config))
         engine._thread.start()
         return engine

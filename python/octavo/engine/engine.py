@@ -54,23 +54,28 @@ class Engine:
         return cls(build_engine(config))
 
     def step(self) -> bool:
-        """One turn of the loop: launches what can be launched, commits the oldest step. False if there was nothing to
-        do.
-        """
+        """One turn: launches what can be launched, commits the oldest step. False: there was nothing to do."""
+        self.step_started_at = time.monotonic()
+        try:
+            return self._turn()
+        finally:
+            self.step_started_at = None
+
+    def _turn(self) -> bool:
         core, in_flight = self.core, self._in_flight
         if not in_flight and not self._launch(core.schedule(0, time.monotonic()), 0):
             return False
         if self._overlap and len(in_flight) == 1:
             slot = 1 - in_flight[0]
             self._launch(core.schedule(slot, time.monotonic()), slot)
-        done = in_flight.popleft()
-        self.step_started_at = time.monotonic()
-        self._buffers[done].wait()
-        self._launch(core.advance(done, done, time.monotonic()), done)
-        self.step_started_at = None
+        if in_flight:
+            done = in_flight.popleft()
+            self._buffers[done].wait()
+            self._launch(core.advance(done, done, time.monotonic()), done)
         return True
 
     def _launch(self, plan: Plan | None, slot: int) -> bool:
+        """Launches a planned step; one that does not fit into memory is dropped. False if nothing was planned."""
         if plan is None:
             return False
         try:
