@@ -98,15 +98,23 @@ def kv_groups(config: ModelConfig) -> list[KvGroup]:
 
 
 class _Fields:
-    """Typed reading of one file's fields. `spelling` maps the keys of config.json to those of the file."""
+    """Typed reading of one file's fields. `spelling` maps the keys of config.json to those of the file; others are
+    named with `prefix` before them.
+    """
 
-    def __init__(self, source: str, values: Mapping[str, Any], spelling: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: str, values: Mapping[str, Any], spelling: Mapping[str, str] | None = None, prefix: str = ""
+    ) -> None:
+        self.prefix = prefix
         self.source = source
         self.values = values
         self.spelling = spelling or {}
 
     def error(self, key: str, problem: str) -> ModelError:
-        return ModelError(f"{self.source}: {self.spelling.get(key, key)}: {problem}")
+        return ModelError(f"{self.source}: {self.label(key)}: {problem}")
+
+    def label(self, key: str) -> str:
+        return self.spelling.get(key, self.prefix + key)
 
     def get(self, key: str) -> Any:
         return self.values.get(key)
@@ -153,7 +161,7 @@ class _Fields:
         return value
 
     def token_ids(self, key: str, vocab_size: int) -> tuple[int, ...]:
-        return read_token_ids(self.values.get(key), self.source, self.spelling.get(key, key), vocab_size)
+        return read_token_ids(self.values.get(key), self.source, self.label(key), vocab_size)
 
     def table(self, key: str) -> Mapping[str, Any]:
         value = self.values.get(key)
@@ -360,7 +368,7 @@ def _subtable(fields: _Fields, parameters: Mapping[str, Any], kind: str) -> Mapp
 
 
 def _rope_from_table(fields: _Fields, key: str, table: Mapping[str, Any]) -> RopeConfig:
-    inner = _Fields(fields.source, _without_none(table), {name: f"{key}.{name}" for name in table})
+    inner = _Fields(fields.source, _without_none(table), prefix=f"{key}.")
     theta = inner.number("rope_theta") if "rope_theta" in inner.values else fields.number("rope_theta")
     kind = inner.text("rope_type", inner.text("type", "default"))
     if kind == "default":

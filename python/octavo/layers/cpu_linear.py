@@ -10,7 +10,7 @@ Measured on 2 cores with AVX2 and no more (torch 2.15, the gate-up matrix of Smo
 | 32 | 6.12 ms | 1.75 ms | 1.57 ms | 1.03 ms |
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ PACK_ROWS = (
 
 
 class UpcastMethod:
-    """16-bit weights where the processor has no 16-bit product: one row streams them, more rows share a float32 copy."""
+    """16-bit weights where the processor has no 16-bit product: a few rows stream them, more share a float32 copy."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
@@ -64,11 +64,15 @@ class PackedMethod:
         return (self.packed,) if self.bias is None else (self.packed, self.bias)
 
 
+def has_onednn() -> bool:
+    """Whether this torch was built with oneDNN."""
+    available: Callable[[], bool] = torch.backends.mkldnn.is_available
+    return available()
+
+
 def multiplies_16_bit(dtype: torch.dtype) -> bool:
     """Whether this processor has a 16-bit matrix product worth the name (AVX-512 or AMX, through oneDNN)."""
-    if not torch.backends.mkldnn.is_available():
+    if not has_onednn():
         return False
-    supported = torch.ops.mkldnn
-    return bool(
-        supported._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else supported._is_mkldnn_fp16_supported()
-    )
+    ops = torch.ops.mkldnn
+    return bool(ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo.layers.cpu_linear import PackedMethod, UpcastMethod, multiplies_16_bit
+from octavo.layers.cpu_linear import PackedMethod, UpcastMethod, has_onednn, multiplies_16_bit
 from octavo.layers.weight import Layer, Slot
 
 
@@ -47,7 +47,7 @@ def linear_method(weight: Tensor, bias: Tensor | None, *, shared: bool = False) 
     if weight.device.type == "cpu":
         if weight.dtype != torch.float32 and not multiplies_16_bit(weight.dtype):
             return UpcastMethod(weight, bias)
-        if weight.dtype == torch.float32 and not shared and torch.backends.mkldnn.is_available():
+        if weight.dtype == torch.float32 and not shared and has_onednn():
             return PackedMethod(weight, bias)
     return DenseMethod(weight, bias)
 

@@ -1,0 +1,165 @@
+"""GGUF against the `gguf` package: block formats bit for bit, names and permutation by its own converter's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from octavo import _core
+from octavo.config import EngineConfig
+from octavo.model_config import ModelError
+from octavo.weights.gguf import GgufSource, config_from_gguf, dequantise
+from octavo.weights.load import load_model
+from tests.models.harness import Runner, Sequence
+from tests.models.test_architectures import PROMPT, assert_close, make
+
+TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"]
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_format_decodes_like_the_gguf_package(kind: str) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
+    raw = gguf.quantize(values, gguf.GGMLQuantizationType[kind])
+    expected = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    actual = dequantise(torch.from_numpy(np.ascontiguousarray(raw).view(np.uint8).reshape(-1)), kind)
+    assert np.array_equal(actual.numpy(), expected.reshape(-1))
+
+
+def test_default_model_equals_the_gguf_package_exactly(smollm2_path: Path) -> None:
+    header = _core.GgufFile(str(smollm2_path))
+    source = GgufSource(header, config_from_gguf(header))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 30)
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(smollm2_path).tensors}
+    shapes = source.shapes()
+    assert len(shapes) == len(stored) == 272
+    for name, shape in shapes.items():
+        tensor = stored[names.get_name(name, try_suffixes=(".weight", ".bias"))]
+        expected = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            expected = unpermute(expected, 9 if "q_proj" in name else 3)
+        actual = torch.empty(shape)
+        source.fill(name, actual)
+        assert np.array_equal(actual.numpy(), expected.reshape(shape)), name
+
+
+def permute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """What llama.cpp's converter does to q and k of Llama models."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Its inverse by search, not by a formula of its own: where did each row go?"""
+    order = permute(np.arange(rows.shape[0]), heads)
+    result = np.empty_like(rows)
+    result[order] = rows
+    return result
+
+
+ARCHITECTURES = {
+    "llama-gqa-tied": gguf.MODEL_ARCH.LLAMA,
+    "llama-mha-untied": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+}
+
+
+def write(
+    case: str, folder: Path, change: Callable[[dict[str, Any]], None] = lambda fields: None, extra_tokens: int = 0
+) -> tuple[Any, Path]:
+    """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil the metadata."""
+    model = make(case, folder)
+    config, arch = model.config, ARCHITECTURES[case]
+    name = gguf.MODEL_ARCH_NAMES[arch]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    fields: dict[str, Any] = {
+        f"{name}.block_count": config.num_hidden_layers,
+        f"{name}.context_length": config.max_position_embeddings,
+        f"{name}.embedding_length": config.hidden_size,
+        f"{name}.feed_forward_length": config.intermediate_size,
+        f"{name}.attention.head_count": heads,
+        f"{name}.attention.head_count_kv": kv_heads,
+        f"{name}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        f"{name}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{name}.attention.key_length": getattr(config, "head_dim", None) or config.hidden_size // heads,
+    }
+    change(fields)
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, name)
+    for key, value in fields.items():
+        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+    pieces = ["a", "b", "ab", *(f"t{index}" for index in range(3, config.vocab_size + extra_tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([1] * len(pieces))
+    writer.add_token_merges(["a b"])
+    for key, tensor in model.state_dict().items():
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.numpy()
+        if arch == gguf.MODEL_ARCH.LLAMA and "self_attn.q_proj" in key:
+            values = permute(values, heads)
+        elif arch == gguf.MODEL_ARCH.LLAMA and "self_attn.k_proj" in key:
+            values = permute(values, kv_heads)
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, path
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_logits_from_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
+    reference, path = write(case, tmp_path)
+    loaded = load_model(EngineConfig(model=str(path), dtype="float32"), device=torch.device("cpu"))
+    (logits,) = Runner(loaded.model, torch.float32).step([], [(Sequence(0), PROMPT)])
+    with torch.inference_mode():
+        assert_close(logits, reference(torch.tensor([PROMPT])).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("llama.attention.head_count", 0, "llama.attention.head_count: 0 is outside"),
+        ("llama.attention.head_count", 7, "llama.attention.head_count"),
+        ("llama.attention.head_count_kv", 8, "llama.attention.head_count_kv: 8 does not divide"),
+        ("llama.block_count", 1_000_000_000, "llama.block_count: 1000000000 is outside"),
+        ("llama.block_count", 4, "9 tensors do not fit the config: model.layers.3.input_layernorm.weight: missing"),
+        ("llama.rope.dimension_count", 999, "llama.rope.dimension_count: 999 is not the head size"),
+        ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base: nan must be"),
+        ("llama.rope.freq_base", 0.0, "llama.rope.freq_base: 0.0 must be"),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon: nan must be"),
+        ("llama.embedding_length", 68, "do not fit the config"),
+    ],
+)
+def test_lying_metadata_is_named(field: str, value: float, named: str, tmp_path: Path) -> None:
+    _, path = write("llama-gqa-tied", tmp_path, lambda fields: fields.update({field: value}))
+    with pytest.raises(ModelError) as caught:
+        load_model(EngineConfig(model=str(path)), device=torch.device("cpu"))
+    assert named in str(caught.value)
+    assert "model.gguf" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 4096, 0.5, 0.999])
+def test_truncated_file_is_refused(kept: float, tmp_path: Path) -> None:
+    _, path = write("llama-gqa-tied", tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
+    with pytest.raises(ModelError, match=r"model\.gguf"):
+        load_model(EngineConfig(model=str(path)), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_vocabulary_of_another_length_than_the_embedding(extra: int, tmp_path: Path) -> None:
+    _, path = write("llama-gqa-tied", tmp_path, extra_tokens=extra)
+    with pytest.raises(ModelError, match=rf"model\.gguf.*{199 + extra}"):
+        load_model(EngineConfig(model=str(path)), device=torch.device("cpu"))
