@@ -144,7 +144,47 @@ mod tests {
         Tokenizer::from_pipeline(pipeline, None, None).unwrap()
     }
 
+    /// Byte-level tokens of several bytes, most of them cut or broken characters.
+    const PIECES: [&[u8]; 10] = [
+        b"a",
+        b"\xE2\x82",
+        b"\xAC",
+        b"\xE2\x82a",
+        b"a\xE2",
+        b"\x82\xAC\xF0\x9F",
+        b"\xA6\x9C",
+        b"\xC3\xC3\xA9",
+        b"\xF0\x9F\xA6b\xF0",
+        b"\xFF\xE2\x82\xAC",
+    ];
+
+    fn byte_level() -> Tokenizer {
+        let table = crate::text::pieces::ByteTable::new();
+        let vocab: serde_json::Map<_, _> =
+            PIECES.iter().zip(0..).map(|(piece, id)| (table.encode(piece), id.into())).collect();
+        let pipeline = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "added_tokens": [],
+            "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
+            "model": {"type": "BPE", "vocab": vocab, "merges": []},
+        });
+        let pipeline = tokenizers::Tokenizer::from_bytes(pipeline.to_string()).unwrap();
+        Tokenizer::from_pipeline(pipeline, None, None).unwrap()
+    }
+
     proptest! {
+        #[test]
+        fn tokens_of_broken_characters_join_as_one_text(ids in prop::collection::vec(0u32..10, 0..20)) {
+            let mut detokenizer = Detokenizer::new(Arc::new(byte_level()), true);
+            let mut text = String::new();
+            for &id in &ids {
+                detokenizer.push(id, &mut text);
+            }
+            detokenizer.finish(&mut text);
+            let bytes: Vec<u8> = ids.iter().flat_map(|&id| PIECES[id as usize]).copied().collect();
+            prop_assert_eq!(text, String::from_utf8_lossy(&bytes).into_owned());
+        }
+
         #[test]
         fn joined_stream_is_the_full_decode(
             ids in prop::collection::vec(prop_oneof![0u32..6, (6u32 + 0x80)..(6 + 0x100), Just(6 + 0x20), Just(9999)], 0..30),

@@ -113,6 +113,13 @@ impl ByteTable {
         Self((0..=255).map(stand_in).zip(0..=255).collect())
     }
 
+    /// The token that stands for `bytes`.
+    #[cfg(test)]
+    pub fn encode(&self, bytes: &[u8]) -> String {
+        let stand_in = |byte: &u8| self.0.iter().find(|(_, of)| *of == byte).map(|(c, _)| *c);
+        bytes.iter().filter_map(stand_in).collect()
+    }
+
     /// The bytes that `token` stands for, or `None` if it holds any other character.
     fn decode(&self, token: &str) -> Option<Vec<u8>> {
         token.chars().map(|c| self.0.get(&c).copied()).collect()

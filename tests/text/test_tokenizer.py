@@ -129,22 +129,33 @@ def test_token_bytes_against_the_byte_table(smollm2: Pair, smollm2_path: Path) -
     assert ours.token_to_id("<|im_end|>") == 2 and ours.id_to_token(2) == "<|im_end|>"
 
 
-TRICKY = st.lists(
-    st.sampled_from(
-        ["<|im_end|>", "<|im_", "end|>", "<", "|", ">", "<|im_start|>", "x", " ", "\n", "é", "\ufdd0", "|>"]
-    ),
-    max_size=6,
-).map("".join)
+PARTS = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|im_",
+    "<|im_end",
+    "|im_end|>",
+    "end|>",
+    "<",
+    "|",
+    ">",
+    "|>",
+    "x",
+    "é",
+    "\ufdd0",
+]
+TRICKY = st.lists(st.sampled_from([*PARTS, " ", "\n"]), max_size=6).map("".join)
 
 # The template trims and glues, so that parts of special tokens meet each other and its own text.
 GLUE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.parts %}{{ p|trim }}{% endfor %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{{ tools|tojson }}{{ extra }}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{{ tools|tojson }}\n"
+    "{{ extra|trim }}|>\n<{{ extra|trim }}"
 )
 
 
 @given(contents=st.lists(st.tuples(TRICKY, st.lists(TRICKY, max_size=3)), min_size=1, max_size=3), more=TRICKY)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_messages_cannot_write_special_tokens(smollm2: Pair, contents: list[tuple[str, list[str]]], more: str) -> None:
     ours, oracle = smollm2
     messages = [{"role": "user", "content": content, "parts": parts} for content, parts in contents]
