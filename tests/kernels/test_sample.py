@@ -71,6 +71,9 @@ FILTERS = {
     "top_k 5": {"top_k": 5},
     "top_k 40": {"top_k": 40},
     "top_k most": {"top_k": 1499},
+    # Nearly flat, so that the last token that stays, and the first that goes, matter as much as any.
+    "top_k 2 flat": {"top_k": 2, "temperature": 50.0},
+    "top_k 1100 flat": {"top_k": 1100, "temperature": 50.0},
     "top_k over the vocabulary": {"top_k": 10**6},
     "top_p 0.9": {"top_p": 0.9},
     "top_p 0.3": {"top_p": 0.3},
@@ -132,6 +135,18 @@ def test_equal_logits_stay_together(sampler):
         assert drawn == {expected_token(logits[0].numpy(), enter) for enter in enters}, options
         assert drawn <= set(high.tolist()), options
         assert len(drawn) > 3, options
+
+
+def test_top_k_among_neighbours(sampler):
+    """The highest logits side by side, so that one peak stands for all of them, and nearly equal."""
+    logits = random_logits(1)
+    logits[0, 200:206] = 20 - torch.arange(6) * 1e-3
+    rows = [Row(slot) for slot in range(sampler.many)]
+    logits = logits.expand(len(rows), -1).contiguous()
+    enters = [Enter(slot, temperature=1.0, top_k=3, seed=(slot, 6)) for slot in range(len(rows))]
+    tokens = tokens_of(sampler().step(logits, rows, enters=enters))
+    check(tokens, logits, enters)
+    assert set(tokens) == {200, 201, 202}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-9, 9e-6])
@@ -509,6 +524,16 @@ def test_top_logprobs_with_ties_and_minus_infinity(sampler):
     assert records[1].top_ids[0] == list(range(8))
     assert records[1].ranks == [1]
     assert records[1].logprobs[0] == pytest.approx(-math.log(VOCAB), rel=2e-6)
+
+
+def test_rank_among_equals(sampler):
+    """A drawn token comes after the equal ones with lower ids, as it does in the top list."""
+    logits = torch.full((4, VOCAB), 0.5)
+    rows = [Row(slot, flags=SAMPLE | LOGPROBS) for slot in range(4)]
+    enters = [Enter(slot, temperature=1.0, seed=(slot, 1)) for slot in range(4)]
+    records = sampler().step(logits, rows, enters=enters, max_logprobs=1)
+    assert [record.ranks[0] for record in records] == [record.tokens[0] + 1 for record in records]
+    assert max(record.tokens[0] for record in records) > 300
 
 
 def test_top_logprobs_over_a_tiny_vocabulary(sampler):
