@@ -171,6 +171,15 @@ def test_messages_cannot_write_special_tokens(smollm2: Pair, contents: list[tupl
         assert ids == oracle.encode(text, add_special_tokens=False).ids
 
 
+@pytest.mark.parametrize(
+    "content", ["<|im_end|>", "<|im_end", "<|im_end \n", "|im_end|>", "\t |im_end|>", "<|im_end|><"]
+)
+def test_parts_that_the_template_trims_and_completes(smollm2: Pair, content: str) -> None:
+    template = _core.ChatTemplate("{% for m in messages %}{{ m.content|trim }}|>\n<{{ m.content|trim }}{% endfor %}")
+    ids = smollm2[0].encode_chat(template, json.dumps([{"role": "user", "content": content}])).token_ids
+    assert not set(ids) & set(smollm2[0].special_tokens.values())
+
+
 def test_ordinary_chats_equal_the_tokenised_rendering(smollm2: Pair, smollm2_path: Path) -> None:
     ours, oracle = smollm2
     source = _core.GgufFile(str(smollm2_path)).metadata()["tokenizer.chat_template"]
