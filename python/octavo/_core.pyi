@@ -6,6 +6,25 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "ChatTemplate",
+    "ChoiceDelta",
+    "EngineCore",
+    "FrameTemplate",
+    "GgufError",
+    "GgufFile",
+    "KvCapacityError",
+    "OverloadedError",
+    "Plan",
+    "Prompt",
+    "PromptTooLongError",
+    "RequestDelta",
+    "SamplingParams",
+    "TemplateError",
+    "Tokenizer",
+    "__version__",
+]
+
 __version__: str
 
 class OverloadedError(RuntimeError):
@@ -121,13 +140,13 @@ class SamplingParams:
         max_tokens: int | None = None,
         min_tokens: int = 0,
         ignore_eos: bool = False,
-        stop: Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
+        stop: Sequence[str] = ...,
+        stop_token_ids: Sequence[int] = ...,
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         logprobs: int | None = None,
-        logit_bias: Sequence[tuple[int, float]] = (),
+        logit_bias: Sequence[tuple[int, float]] = ...,
     ) -> SamplingParams:
         """Raises `ValueError` that names the field, its value and its limit. `max_tokens=None` means: up to the model's
         length.
@@ -279,18 +298,18 @@ class EngineCore:
         max_num_batched_tokens: int,
         max_model_len: int,
         vocab_size: int,
-        eos_token_ids: Sequence[int] = (),
+        eos_token_ids: Sequence[int] = ...,
         max_waiting: int = 1024,
         batching: str = "continuous",
         scheduling_policy: str = "fcfs",
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
-        graph_sizes: Sequence[int] = (),
+        graph_sizes: Sequence[int] = ...,
         num_draft_tokens: int = 0,
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
         static_batch_wait: float = 0.1,
-        hash_secret: bytes = b"",
+        hash_secret: bytes = ...,
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> EngineCore:
