@@ -249,7 +249,7 @@ impl EngineCore {
     #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
         vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], num_draft_tokens=0,
-        max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=vec![], seed=0, tokenizer=None))]
+        max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -270,7 +270,7 @@ impl EngineCore {
         max_preemptions: u32,
         priority_aging: f64,
         static_batch_wait: f64,
-        hash_secret: Vec<u8>,
+        hash_secret: &[u8],
         seed: u64,
         tokenizer: Option<&Bound<'_, Tokenizer>>,
     ) -> PyResult<Self> {
@@ -310,7 +310,7 @@ impl EngineCore {
             max_preemptions,
             priority_aging,
             static_batch_wait,
-            hash_secret: *blake3::hash(&hash_secret).as_bytes(),
+            hash_secret: *blake3::hash(hash_secret).as_bytes(),
             seed,
         })?;
         let tokenizer = tokenizer.map(|tokenizer| tokenizer.get().shared());
