@@ -92,7 +92,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
     )
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.tensors())
+    weight_bytes = loaded.model.weight_bytes()
     graph_sizes: list[int] = []
     if device.type == "cuda" and not config.enforce_eager:
         graph_sizes = list(config.cudagraph_capture_sizes) or decode_graph_sizes(max_num_seqs)

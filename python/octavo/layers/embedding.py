@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo.layers.linear import LinearMethod, linear_method
+from octavo.layers.linear import DenseMethod, LinearMethod, linear_method
 from octavo.layers.weight import Layer, Slot
 
 
@@ -43,17 +43,17 @@ class LogitsHead(Layer):
         if self.weight is not None:
             yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
 
-    def own_tensors(self) -> Iterable[Tensor]:
-        return self.method.tensors()
+    def own_bytes(self) -> int:
+        shared = isinstance(self.method, DenseMethod) and self.method.weight is self.embedding.weight
+        return 0 if shared else self.method.num_bytes
 
     def children(self) -> Iterator[Layer]:
         return iter(())  # the embedding belongs to the model
 
     def finish(self) -> None:
-        if self.weight is None:
-            self.method = linear_method(self.embedding.weight, None, shared=True)
-        else:
-            self.method = linear_method(self.weight, None)
+        # A tied head in packed form is a second copy of the table, which a CPU's largest product repays: SmolLM2's
+        # takes 3.1 ms instead of 6.2 for one row and 4.0 instead of 23 for four (bf16, one core).
+        self.method = linear_method(self.embedding.weight if self.weight is None else self.weight, None)
         self.weight = None
 
     def __call__(self, hidden: Tensor) -> Tensor:  # hidden [n, size] -> [n, vocab_size] float32

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo.layers.cpu_linear import PackedMethod, UpcastMethod, has_onednn, multiplies_16_bit
+from octavo.layers.cpu_linear import HalfMethod, PackedMethod, has_onednn, prefers_half
 from octavo.layers.weight import Layer, Slot
 
 
 class LinearMethod(Protocol):
     """Owns the weights in the form it multiplies with."""
 
+    num_bytes: int  # of its weights in memory
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [num_tokens, in_features] -> [num_tokens, out_features]."""
-
-    def tensors(self) -> Iterable[Tensor]:
-        """What it holds in memory."""
 
 
 class DenseMethod:
@@ -31,24 +30,19 @@ class DenseMethod:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
         self.bias = bias
+        self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def tensors(self) -> Iterable[Tensor]:
-        return (self.weight,) if self.bias is None else (self.weight, self.bias)
 
-
-def linear_method(weight: Tensor, bias: Tensor | None, *, shared: bool = False) -> LinearMethod:
-    """The fastest plain way to multiply by `weight` [out, in] on its device.
-
-    shared: somebody else keeps `weight` too, so a packed form would be a second copy and is not made.
-    """
+def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
+    """The fastest plain way to multiply by `weight` [out, in] on its device."""
     if weight.device.type == "cpu":
-        if weight.dtype != torch.float32 and not multiplies_16_bit(weight.dtype):
-            return UpcastMethod(weight, bias)
-        if weight.dtype == torch.float32 and not shared and has_onednn():
+        if weight.dtype == torch.float32 and has_onednn():
             return PackedMethod(weight, bias)
+        if weight.dtype != torch.float32 and prefers_half(weight):
+            return HalfMethod(weight, bias)
     return DenseMethod(weight, bias)
 
 
@@ -75,12 +69,12 @@ class Linear(Layer):
                 yield Slot(f"{name}.bias", self, "bias", start, (rows,), init="zeros")
             start += rows
 
-    def own_tensors(self) -> Iterable[Tensor]:
-        return self.method.tensors()
+    def own_bytes(self) -> int:
+        return self.method.num_bytes
 
     def finish(self) -> None:
         self.method = linear_method(self.weight, self.bias)
-        del self.weight  # the method owns it now: a packed form must not keep a second copy alive
+        del self.weight, self.bias  # the method owns them now: a packed form must not keep a second copy alive
 
     def __call__(self, x: Tensor) -> Tensor:  # x [num_tokens, in_features] -> [num_tokens, out_features]
         return self.method(x)

@@ -38,9 +38,9 @@ class Layer:
         """Slots of this layer's own tensors."""
         return ()
 
-    def own_tensors(self) -> Iterable[Tensor]:
-        """This layer's weights in memory, as they are after `finish`."""
-        return (getattr(self, attribute) for attribute in {slot.attribute for slot in self.own_slots()})
+    def own_bytes(self) -> int:
+        """Memory of this layer's weights, as they are after `finish`."""
+        return sum(getattr(self, attribute).nbytes for attribute in {slot.attribute for slot in self.own_slots()})
 
     def finish(self) -> None:
         """Called once after the weights are in place, to choose or pack what the forward pass will use."""

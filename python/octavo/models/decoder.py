@@ -3,7 +3,7 @@
 Knows no files and no steps: weights come through slots, pages and metadata through the step's context.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -70,14 +70,9 @@ class Model(Layer):
             for place, layer in enumerate(group.layers):
                 self.decoder_layers[layer].attention.kv_cache = pool[place]
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Every weight in memory once, packed forms included."""
-        seen: set[int] = set()
-        for layer in self.layers():
-            for tensor in layer.own_tensors():
-                if id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield tensor
+    def weight_bytes(self) -> int:
+        """Memory of all weights, packed forms as they are."""
+        return sum(layer.own_bytes() for layer in self.layers())
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids [num_tokens], positions [num_tokens] int64 -> hidden states [num_tokens, hidden_size], normed."""
