@@ -15,7 +15,8 @@ from octavo import LLM, SamplingParams
 from octavo.outputs import RequestOutput
 from tests.engine.conftest import Reference
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+TOKENS = 16
+GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def engine(**options: Any) -> Iterator[LLM]:
     gc.collect()
 
 
-def check(reference: Reference, outputs: list[RequestOutput], tokens: int = 24) -> None:
+def check(reference: Reference, outputs: list[RequestOutput], tokens: int = TOKENS) -> None:
     for output in outputs:
         for choice in output.outputs:
             assert len(choice.token_ids) == tokens
@@ -67,7 +68,7 @@ def test_preempted(reference: Reference, prompts: list[str]) -> None:
 
 
 def test_forked(reference: Reference, prompts: list[str]) -> None:
-    forked = SamplingParams(n=4, temperature=0.0, max_tokens=24, ignore_eos=True)
+    forked = SamplingParams(n=4, temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     with engine(max_num_seqs=16, enable_prefix_caching=False) as llm:
         check(reference, llm.generate(prompts, forked, use_tqdm=False))
 
