@@ -16,6 +16,7 @@ pub struct KvCache {
     block_size: usize,
     /// By group; 0 for full attention.
     windows: Vec<u32>,
+    has_windows: bool,
     /// By group: blocks that a sequence holds at most, however long it is.
     limits: Vec<usize>,
     pool: BlockPool,
@@ -36,9 +37,14 @@ impl KvCache {
         Self {
             block_size,
             windows: config.kv_windows.clone(),
+            has_windows: config.kv_windows.iter().any(|window| *window > 0),
             limits: config.kv_windows.iter().map(limit).collect(),
             pool: BlockPool::new(config.num_blocks),
-            index: PrefixCache::default(),
+            index: PrefixCache::with_capacity(if config.enable_prefix_caching {
+                config.num_blocks as usize
+            } else {
+                0
+            }),
         }
     }
 
@@ -49,7 +55,7 @@ impl KvCache {
 
     /// Whether any group has a sliding window.
     pub fn has_windows(&self) -> bool {
-        self.windows.iter().any(|window| *window > 0)
+        self.has_windows
     }
 
     /// Blocks, over all groups, that a sequence of `len` tokens holds at most at any moment.
@@ -78,6 +84,11 @@ impl KvCache {
         entries.saturating_sub(tables[0].len()) * tables.len()
     }
 
+    /// Tokens that `tables` have places for.
+    pub fn covered(&self, tables: &[BlockTable]) -> u32 {
+        self.coverable(tables, 0)
+    }
+
     /// Tokens that `tables` would cover with `blocks` more blocks.
     pub fn coverable(&self, tables: &[BlockTable], blocks: usize) -> u32 {
         let entries = tables[0].len() + blocks / tables.len();
@@ -98,6 +109,9 @@ impl KvCache {
     /// Gives back the blocks that no token from position `least` on can see. A step before may still read them: the
     /// last one that could is `fence`.
     pub fn release_outside_window(&mut self, tables: &mut [BlockTable], least: u32, fence: u64) {
+        if !self.has_windows {
+            return;
+        }
         for (table, window) in tables.iter_mut().zip(&self.windows) {
             let limit = first_visible(*window, least) as usize / self.block_size;
             while let Some(block) = table.pop_before(limit) {

@@ -7,7 +7,7 @@
 //!
 //! It knows neither references nor windows: [`KvCache`](crate::kv_cache::KvCache) combines it with the pool.
 
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxBuildHasher, FxHashMap};
 
 use crate::request::BlockId;
 
@@ -81,6 +81,11 @@ pub struct PrefixCache {
 }
 
 impl PrefixCache {
+    /// An index of up to `num_blocks` blocks. It takes its memory now: growing would stop a step for milliseconds.
+    pub fn with_capacity(num_blocks: usize) -> Self {
+        Self { blocks: FxHashMap::with_capacity_and_hasher(num_blocks, FxBuildHasher) }
+    }
+
     /// The block that has this content.
     pub fn find(&self, key: BlockKey) -> Option<BlockId> {
         self.blocks.get(&key).copied()

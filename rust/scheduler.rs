@@ -29,7 +29,7 @@ mod integrity;
 mod schedule;
 mod sequence;
 
-use sequence::{Request, Sequence, State};
+use sequence::{Request, Sequence, State, Traits};
 
 /// Most steps in flight.
 pub const MAX_STEPS_IN_FLIGHT: usize = 2;
@@ -312,7 +312,12 @@ impl Scheduler {
     /// Gives a running sequence blocks for `len` tokens, out of its reservation if it has one.
     fn extend(&mut self, number: u32, len: u32) {
         let sequence = &mut self.sequences[number];
+        if len <= sequence.covered_len {
+            return;
+        }
         let added = self.kv.extend(&mut sequence.tables, len);
+        sequence.covered_len = self.kv.covered(&sequence.tables);
+        sequence.has_unsent = true;
         if let Some(left) = &mut sequence.reservation {
             let taken = added.min(*left);
             *left -= taken;
@@ -333,6 +338,7 @@ impl Scheduler {
             self.reserved_blocks -= left;
             self.num_reservations -= 1;
         }
+        sequence.covered_len = 0;
         sequence.decoding = false;
         sequence.drafts.clear();
         self.nothing_fits_in = None;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::schedule::PlannedRow;
-use super::{Request, Scheduler, Sequence, State};
+use super::{Request, Scheduler, Sequence, State, Traits};
 use crate::block_table::BlockTable;
 use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
@@ -83,6 +83,7 @@ impl Scheduler {
                 request,
                 order: Order::new(&self.config, id.0, index, priority, self.now),
                 params: Arc::clone(&params),
+                traits: Traits::new(&params),
                 seed: seed.wrapping_add(u64::from(index)),
                 prompt: Arc::clone(&prompt),
                 outputs: Vec::new(),
@@ -90,6 +91,8 @@ impl Scheduler {
                 state: State::Forming,
                 slot: 0,
                 tables: Vec::new(),
+                covered_len: 0,
+                has_unsent: false,
                 hashes: Vec::new(),
                 root,
                 num_registered: 0,
@@ -406,6 +409,8 @@ impl Scheduler {
             }
         }
         let sequence = &mut self.sequences[number];
+        sequence.covered_len = self.kv.covered(&tables);
+        sequence.has_unsent = true;
         sequence.tables = tables;
         sequence.slot = self.free_slots.pop().expect("admit has looked for a free slot");
         sequence.state = State::Running;

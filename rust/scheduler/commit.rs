@@ -1,9 +1,9 @@
 //! A step or a request ends: tokens are appended, stop rules applied, blocks registered and given back.
 
-use super::{Scheduler, State, StepRow};
+use super::{Scheduler, Sequence, State, StepRow};
 use crate::error::Error;
 use crate::output::{FinishReason, OutputSink, SampledToken, SequenceError};
-use crate::plan::{RowResult, STATUS_MASKED, STATUS_NAN, STATUS_OK};
+use crate::plan::{RowResult, ROW_LOGPROBS, STATUS_MASKED, STATUS_NAN, STATUS_OK};
 use crate::request::RequestId;
 
 impl Scheduler {
@@ -178,13 +178,13 @@ impl Scheduler {
             return Some(FinishReason::Error(SequenceError::BadResult));
         }
         let sequence = &mut self.sequences[number];
-        let params = &sequence.params;
+        let traits = sequence.traits;
         let output_index = sequence.outputs.len() as u32;
         sequence.outputs.push(id);
-        let may_stop = output_index >= params.min_tokens;
-        let finish = if may_stop && !params.ignore_eos && self.config.eos_token_ids.contains(&id) {
+        let may_stop = output_index >= traits.min_tokens;
+        let finish = if may_stop && !traits.ignore_eos && self.config.eos_token_ids.contains(&id) {
             Some(FinishReason::Eos)
-        } else if may_stop && params.stop_token_ids.binary_search(&id).is_ok() {
+        } else if may_stop && traits.has_stop_tokens && sequence.params.stop_token_ids.binary_search(&id).is_ok() {
             Some(FinishReason::StopToken(id))
         } else if output_index + 1 == sequence.max_tokens {
             Some(FinishReason::Length)
@@ -198,7 +198,11 @@ impl Scheduler {
         progress.last_token = self.now;
         progress.num_output_tokens += 1;
         self.stats.generation_tokens += 1;
-        let logprobs = params.logprobs.and_then(|wanted| Some(result.logprobs(index)?.limited(wanted)));
+        let logprobs = if traits.row_flags & ROW_LOGPROBS > 0 {
+            sequence.params.logprobs.and_then(|wanted| Some(result.logprobs(index)?.limited(wanted)))
+        } else {
+            None
+        };
         let token = SampledToken { id, output_index, logprobs, finish };
         sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish)
     }
@@ -207,10 +211,11 @@ impl Scheduler {
     fn register_filled(&mut self, number: u32) {
         let sequence = &mut self.sequences[number];
         let block_size = self.config.block_size as usize;
-        let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;
-        if filled == sequence.num_registered || !self.config.enable_prefix_caching {
+        let known = sequence.computed_len.min(sequence.known_len()) as usize;
+        if known < (sequence.num_registered + 1) * block_size || !self.config.enable_prefix_caching {
             return;
         }
+        let filled = known / block_size;
         sequence.hash_blocks(&self.hasher, block_size, filled, &mut self.token_scratch);
         for index in sequence.num_registered..filled {
             self.kv.register(&sequence.tables, index, sequence.hashes[index]);
@@ -220,8 +225,8 @@ impl Scheduler {
 
     /// The first choice has computed the prompt: the others may come.
     fn release_choices(&mut self, number: u32) {
-        let request = self.sequences[number].request;
-        if !std::mem::take(&mut self.requests[request].forming) {
+        let Sequence { request, traits, .. } = self.sequences[number];
+        if !traits.has_choices || !std::mem::take(&mut self.requests[request].forming) {
             return;
         }
         for index in 1..self.requests[request].sequences.len() {

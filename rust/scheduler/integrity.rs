@@ -90,6 +90,10 @@ impl Scheduler {
                     return Err(format!("{name:?} has blocks for {covered} tokens, needs {}", sequence.most_len));
                 }
             }
+            let covered = if sequence.state == State::Running { self.kv.covered(&sequence.tables) } else { 0 };
+            if sequence.covered_len != covered {
+                return Err(format!("{name:?} has places for {covered} tokens, counts {}", sequence.covered_len));
+            }
             let lens = (sequence.computed_len, sequence.least_len, sequence.most_len);
             if !(lens.0 <= lens.1 && lens.1 <= lens.2 && lens.2 <= self.config.max_model_len) {
                 return Err(format!("{name:?} has the lengths {lens:?}"));

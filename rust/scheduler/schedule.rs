@@ -2,9 +2,7 @@
 
 use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
-use crate::plan::{
-    BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL, ROW_SAMPLE,
-};
+use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL};
 
 /// A row that has been decided on; its blocks are allocated.
 #[derive(Debug, Clone, Copy)]
@@ -150,12 +148,12 @@ impl Scheduler {
     /// would free nothing sooner.
     fn secure(&mut self, place: usize, len: u32) -> Blocks {
         let number = self.running[place];
+        if len <= self.sequences[number].covered_len {
+            return Blocks::Granted;
+        }
+        let missing = self.kv.missing(&self.sequences[number].tables, len);
         loop {
-            let needed = self.kv.missing(&self.sequences[number].tables, len);
-            if needed == 0 {
-                return Blocks::Granted;
-            }
-            let needed = needed + self.spoken_for(number);
+            let needed = missing + self.spoken_for(number);
             if needed <= self.kv.pool().num_free() {
                 return Blocks::Granted;
             }
@@ -271,34 +269,31 @@ impl Scheduler {
         }
         let bias_start = self.writer.num_bias();
         if row.sample {
-            flags |= ROW_SAMPLE;
-            let params = &sequence.params;
-            if let Some(wanted) = params.logprobs {
-                flags |= ROW_LOGPROBS;
-                info.max_logprobs = info.max_logprobs.max(Some(wanted));
+            let traits = sequence.traits;
+            flags |= traits.row_flags;
+            if flags & ROW_LOGPROBS > 0 {
+                info.max_logprobs = info.max_logprobs.max(sequence.params.logprobs);
             }
-            if params.has_penalties() {
-                flags |= ROW_PENALTIES;
-                info.has_penalties = true;
-            }
-            for (token, value) in &params.logit_bias {
-                self.writer.push_bias(*token, *value);
+            info.has_penalties |= flags & ROW_PENALTIES > 0;
+            if traits.has_bias {
+                for (token, value) in &sequence.params.logit_bias {
+                    self.writer.push_bias(*token, *value);
+                }
             }
             if sequence.below_min_tokens() {
-                let eos: &[u32] = if params.ignore_eos { &[] } else { &self.config.eos_token_ids };
-                for token in eos.iter().chain(&params.stop_token_ids) {
+                let eos: &[u32] = if traits.ignore_eos { &[] } else { &self.config.eos_token_ids };
+                for token in eos.iter().chain(&sequence.params.stop_token_ids) {
                     self.writer.push_bias(*token, f32::NEG_INFINITY);
                 }
             }
+            let asks_more = flags & (ROW_LOGPROBS | ROW_PENALTIES) > 0 || self.writer.num_bias() > bias_start;
+            info.all_greedy &= traits.greedy && !asks_more;
         }
-        let num_bias = self.writer.num_bias() - bias_start;
-        if row.sample {
-            let plain = flags & (ROW_LOGPROBS | ROW_PENALTIES) == 0 && num_bias == 0;
-            info.all_greedy &= plain && sequence.params.temperature == 0.0;
-        }
-        for (group, table) in (0..).zip(&mut sequence.tables) {
-            for (index, block) in table.take_unsent() {
-                self.writer.push_block(&BlockEntry { group, slot: sequence.slot, index: index as u32, block });
+        if std::mem::take(&mut sequence.has_unsent) {
+            for (group, table) in (0..).zip(&mut sequence.tables) {
+                for (index, block) in table.take_unsent() {
+                    self.writer.push_block(&BlockEntry { group, slot: sequence.slot, index: index as u32, block });
+                }
             }
         }
         self.writer.push_row(&Row {
@@ -307,7 +302,7 @@ impl Scheduler {
             query_len: row.len,
             flags,
             num_drafts,
-            bias: (bias_start, num_bias),
+            bias: (bias_start, self.writer.num_bias() - bias_start),
         });
         info.num_tokens += row.len;
         info.max_query_len = info.max_query_len.max(row.len);

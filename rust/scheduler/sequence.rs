@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crate::block_table::BlockTable;
 use crate::output::Progress;
+use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::Order;
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{RequestId, SamplingParams, SeqRef};
@@ -21,6 +22,36 @@ pub(super) enum State {
     Finished,
 }
 
+/// What every step asks of the sampling parameters, beside the sequence's own state: they lie elsewhere in memory, and a
+/// step of a thousand rows is bound by that.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Traits {
+    /// Flags of each row that samples.
+    pub row_flags: u32,
+    pub min_tokens: u32,
+    pub greedy: bool,
+    pub has_bias: bool,
+    pub has_choices: bool,
+    pub ignore_eos: bool,
+    pub has_stop_tokens: bool,
+}
+
+impl Traits {
+    pub fn new(params: &SamplingParams) -> Self {
+        let logprobs = if params.logprobs.is_some() { ROW_LOGPROBS } else { 0 };
+        let penalties = if params.has_penalties() { ROW_PENALTIES } else { 0 };
+        Self {
+            row_flags: ROW_SAMPLE | logprobs | penalties,
+            min_tokens: params.min_tokens,
+            greedy: params.temperature == 0.0,
+            has_choices: params.n > 1,
+            has_bias: !params.logit_bias.is_empty(),
+            ignore_eos: params.ignore_eos,
+            has_stop_tokens: !params.stop_token_ids.is_empty(),
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Sequence {
     pub name: SeqRef,
@@ -28,6 +59,7 @@ pub(super) struct Sequence {
     pub request: u32,
     pub order: Order,
     pub params: Arc<SamplingParams>,
+    pub traits: Traits,
     pub seed: u64,
     pub prompt: Arc<[u32]>,
     pub outputs: Vec<u32>,
@@ -38,6 +70,10 @@ pub(super) struct Sequence {
     pub slot: u32,
     /// One a KV group.
     pub tables: Vec<BlockTable>,
+    /// Tokens that the tables have places for.
+    pub covered_len: u32,
+    /// The tables have entries that the device has not been told about.
+    pub has_unsent: bool,
     /// Chained hashes of its full blocks, as far as they have been needed; the root is that of an empty prefix.
     pub hashes: Vec<u128>,
     pub root: u128,
@@ -85,7 +121,7 @@ impl Sequence {
 
     /// Whether its next token is too early to stop.
     pub fn below_min_tokens(&self) -> bool {
-        (self.outputs.len() as u32 + self.pending) < self.params.min_tokens
+        (self.outputs.len() as u32 + self.pending) < self.traits.min_tokens
     }
 
     /// Calls `visit` with the tokens from `start` to `end`: one or two slices.
