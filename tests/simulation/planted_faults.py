@@ -90,17 +90,17 @@ FAULTS = [
     Fault(
         "a fork without its copy",
         "rust/kv_cache.rs",
-        "copies.push((copied, block));",
-        "let _ = (copied, &copies);",
+        "copies.push((partly_filled, block));",
+        "let _ = (partly_filled, &copies);",
     ),
     Fault(
         "a fork that shares the block it will write",
         "rust/kv_cache.rs",
         """                let block = self.allocate();
                 table.push(block);
-                copies.push((copied, block));""",
-        """                self.pool.acquire(copied);
-                table.push(copied);
+                copies.push((partly_filled, block));""",
+        """                self.pool.acquire(partly_filled);
+                table.push(partly_filled);
                 let _ = &copies;""",
     ),
     Fault(
@@ -160,10 +160,14 @@ def plant(fault: Fault, copy: Path) -> None:
 
 
 def replace_once(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
+    path.write_text(once(path.read_text(), old, path.name).replace(old, new))
+
+
+def once(text: str, old: str, name: str) -> str:
+    """The text again, if `old` stands in it exactly once."""
     if text.count(old) != 1:
-        sys.exit(f"{path.name} has {old!r} {text.count(old)} times, but must have it once: bring the table up to date")
-    path.write_text(text.replace(old, new))
+        sys.exit(f"{name} has {old!r} {text.count(old)} times, but must have it once: bring the table up to date")
+    return text
 
 
 def find(copy: Path, seconds: int) -> tuple[float, int, str] | None:
@@ -197,6 +201,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=int, default=60, help="how long each may stay unfound")
     arguments = parser.parse_args()
     chosen = [fault for fault in FAULTS if not arguments.names or any(name in fault.name for name in arguments.names)]
+    for fault in chosen:  # Before the first build, so that a stale table costs no hour.
+        once((ROOT / fault.file).read_text(), fault.old, fault.file)
     missed = []
     print(f"{'planted':64} {'seconds':>7} {'seeds':>6}  found as")
     with tempfile.TemporaryDirectory() as folder:
