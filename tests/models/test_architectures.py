@@ -63,6 +63,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "gemma3": ("Gemma3Text", GEMMA),
+    "gemma3-published": (  # the pattern and rotary bases of the published models, which GGUF files leave out
+        "Gemma3Text",
+        {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32, "num_hidden_layers": 7},
+    ),
     "gemma3-logit-soft-cap": (
         "Gemma3Text",
         {**GEMMA, "final_logit_softcapping": 3.0},

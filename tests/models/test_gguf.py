@@ -66,6 +66,7 @@ ARCHITECTURES = {
     "llama-mha-untied": gguf.MODEL_ARCH.LLAMA,
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3-published": gguf.MODEL_ARCH.GEMMA3,
 }
 
 
@@ -86,9 +87,13 @@ def write(
         f"{name}.attention.head_count": heads,
         f"{name}.attention.head_count_kv": kv_heads,
         f"{name}.attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        f"{name}.rope.freq_base": float(config.rope_parameters["rope_theta"]),
+        f"{name}.rope.freq_base": float(
+            config.rope_parameters.get("full_attention", config.rope_parameters)["rope_theta"]
+        ),
         f"{name}.attention.key_length": getattr(config, "head_dim", None) or config.hidden_size // heads,
     }
+    if arch == gguf.MODEL_ARCH.GEMMA3:
+        fields[f"{name}.attention.sliding_window"] = config.sliding_window
     change(fields)
     path = folder / "model.gguf"
     writer = gguf.GGUFWriter(path, name)
@@ -108,6 +113,8 @@ def write(
             values = permute(values, heads)
         elif arch == gguf.MODEL_ARCH.LLAMA and "self_attn.k_proj" in key:
             values = permute(values, kv_heads)
+        elif arch == gguf.MODEL_ARCH.GEMMA3 and key.endswith("norm.weight"):
+            values = values + 1
         writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
