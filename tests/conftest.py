@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# Two OpenMP threads on two busy cores spin for each other: one is slower on a quiet machine and steady on a noisy one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
