@@ -25,6 +25,7 @@ pub(super) enum State {
 /// What every step asks of the sampling parameters, beside the sequence's own state: they lie elsewhere in memory, and a
 /// step of a thousand rows is bound by that.
 #[derive(Debug, Clone, Copy)]
+#[allow(clippy::struct_excessive_bools)] // Independent answers, each asked on its own.
 pub(super) struct Traits {
     /// Flags of each row that samples.
     pub row_flags: u32,

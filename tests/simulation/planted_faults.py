@@ -42,14 +42,14 @@ FAULTS = [
     Fault(
         "a block registered before the step that fills it has completed",
         "rust/scheduler/commit.rs",
-        "let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;",
-        "let filled = sequence.most_len.min(sequence.known_len()) as usize / block_size;",
+        "let known = sequence.computed_len.min(sequence.known_len()) as usize;",
+        "let known = sequence.most_len.min(sequence.known_len()) as usize;",
     ),
     Fault(
         "a block registered one token before it is full",
         "rust/scheduler/commit.rs",
-        "let filled = sequence.computed_len.min(sequence.known_len()) as usize / block_size;",
-        "let filled = (sequence.computed_len + 1).min(sequence.known_len()) as usize / block_size;",
+        "let known = sequence.computed_len.min(sequence.known_len()) as usize;",
+        "let known = (sequence.computed_len + 1).min(sequence.known_len()) as usize;",
     ),
     Fault(
         "a table entry sent one place too far",
@@ -130,8 +130,8 @@ FAULTS = [
     Fault(
         "a stop token that min_tokens should have banned",
         "rust/scheduler/sequence.rs",
-        "(self.outputs.len() as u32 + self.pending) < self.params.min_tokens",
-        "(self.outputs.len() as u32 + self.pending + 1) < self.params.min_tokens",
+        "(self.outputs.len() as u32 + self.pending) < self.traits.min_tokens",
+        "(self.outputs.len() as u32 + self.pending + 1) < self.traits.min_tokens",
     ),
     Fault(
         "an aborted request that stays in the queue's count",
