@@ -142,7 +142,7 @@ fn steady_decode(criterion: &mut Criterion) {
                         decoding.schedule();
                         decoding.commit();
                     }
-                    elapsed += thread_time() - start;
+                    elapsed += thread_time().saturating_sub(start);
                     steps += run;
                     left -= run;
                 }

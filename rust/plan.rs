@@ -1,12 +1,21 @@
 //! The packed plan of a step and the result that comes back: the boundary's format, as the table in `DESIGN.md` has it.
 //!
 //! [`PlanWriter`] gathers the sections of one step and lays them out; [`PlanView`] reads them again, for the simulation
-//! and the tests. [`ResultLayout`] knows where a row's tokens lie. It knows words and offsets, nothing of requests.
+//! and the tests. [`PlanCapacity`] bounds a configuration's plans; [`ResultLayout`] knows where a row's tokens lie. All of
+//! this knows words and offsets, nothing of requests.
+//!
 //! All words are 32-bit little-endian; every section begins at a multiple of 16 bytes.
 
-use crate::config::CoreConfig;
 use crate::error::Error;
-use crate::request::{BlockId, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
+use crate::request::BlockId;
+
+mod capacity;
+mod result;
+
+pub use capacity::PlanCapacity;
+pub use result::{
+    ResultLayout, ResultWriter, RowResult, TokenLogprobs, STATUS_MASKED, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
+};
 
 /// A token is drawn at the row's last position.
 pub const ROW_SAMPLE: u32 = 1;
@@ -18,15 +27,6 @@ pub const ROW_LOGPROBS: u32 = 4;
 pub const ROW_PENALTIES: u32 = 8;
 /// A padding row of the reserved slot.
 pub const ROW_PADDING: u32 = 16;
-
-/// A token was drawn.
-pub const STATUS_OK: u32 = 0;
-/// The logits held a NaN.
-pub const STATUS_NAN: u32 = 1;
-/// Every token was masked out.
-pub const STATUS_MASKED: u32 = 2;
-/// The row draws no token.
-pub const STATUS_NO_TOKEN: u32 = 3;
 
 /// Words of one record of `rows`.
 const ROW_WORDS: usize = 8;
@@ -157,73 +157,6 @@ impl PlanInfo {
             query_len: self.decode_query_len.max(1) as usize,
             top: self.max_logprobs.map(|top| top as usize),
         }
-    }
-}
-
-/// The largest sections that one configuration can produce; the scheduler stops admitting before it would pass them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PlanCapacity {
-    /// Records of `rows`, padding included.
-    pub rows: usize,
-    /// Words of `prefill_tokens`.
-    pub prefill_tokens: usize,
-    /// Records of `blocks` that sequences may bring along when they enter, from prefix hits and forks.
-    pub entered_blocks: usize,
-    /// Records of `blocks` in all.
-    pub blocks: usize,
-    /// Records of `copies`.
-    pub copies: usize,
-    /// Records of `bias`.
-    pub bias: usize,
-    /// Words of `drafts`.
-    pub drafts: usize,
-    /// Records of `penalty_tokens`.
-    pub penalty_tokens: usize,
-}
-
-impl PlanCapacity {
-    /// Sequences with a prefix hit of the longest kind that may enter in one step.
-    const LONG_HITS: usize = 16;
-
-    /// The bounds of a checked configuration.
-    pub fn new(config: &CoreConfig) -> Self {
-        let rows = config.max_num_seqs as usize;
-        let tokens = config.max_num_batched_tokens as usize;
-        let block_size = config.block_size as usize;
-        let entered_blocks = config.num_groups() * config.max_blocks_per_seq() * Self::LONG_HITS.min(rows);
-        // Beyond what it brings along, a row of q tokens touches at most q / block_size + 1 new blocks of each group.
-        let new_blocks = config.num_groups() * (tokens / block_size + rows);
-        Self {
-            rows,
-            prefill_tokens: tokens,
-            entered_blocks,
-            blocks: entered_blocks + new_blocks,
-            copies: config.num_groups() * rows,
-            bias: rows * (MAX_LOGIT_BIAS + MAX_STOP_TOKENS + config.eos_token_ids.len()),
-            drafts: rows * config.num_draft_tokens as usize,
-            penalty_tokens: config.vocab_size.min(config.max_model_len) as usize + tokens,
-        }
-    }
-
-    /// Bytes of the largest plan.
-    pub fn plan_bytes(&self) -> usize {
-        let sections = [
-            self.rows * ROW_WORDS,
-            self.prefill_tokens,
-            self.blocks * BLOCK_WORDS,
-            self.rows * ENTER_WORDS,
-            self.copies * PAIR_WORDS,
-            self.bias * PAIR_WORDS,
-            self.drafts,
-            self.penalty_tokens * PAIR_WORDS,
-        ];
-        sections.iter().map(|words| align(words * 4)).sum()
-    }
-
-    /// Bytes of the largest result.
-    pub fn result_bytes(&self, num_draft_tokens: u32) -> usize {
-        let layout = ResultLayout { query_len: 1 + num_draft_tokens as usize, top: Some(MAX_LOGPROBS as usize) };
-        self.rows * layout.width() * 4
     }
 }
 
@@ -468,141 +401,6 @@ fn word(bytes: &[u8], index: usize) -> u32 {
     u32::from_le_bytes(bytes[index * 4..index * 4 + 4].try_into().expect("a slice of four bytes"))
 }
 
-/// Where the parts of one result record lie, in words: status, number valid, tokens, then log probabilities.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ResultLayout {
-    /// Tokens a row may bring: the plan's `decode_query_len`.
-    pub query_len: usize,
-    /// Top log probabilities a token; None where the record has none at all.
-    pub top: Option<usize>,
-}
-
-impl ResultLayout {
-    /// Words of one record.
-    pub fn width(&self) -> usize {
-        let logprobs = self.top.map_or(0, |top| 2 * self.query_len + 2 * self.query_len * top);
-        2 + self.query_len + logprobs
-    }
-
-    /// Bytes of a result of `rows` rows.
-    pub fn bytes(&self, rows: usize) -> usize {
-        rows * self.width() * 4
-    }
-
-    /// The record of one row. Panics where `result` is shorter than [`Self::bytes`] of more than `row` rows.
-    pub fn row<'a>(&self, result: &'a [u8], row: usize) -> RowResult<'a> {
-        let bytes = self.bytes(1);
-        RowResult { layout: *self, record: &result[row * bytes..(row + 1) * bytes] }
-    }
-}
-
-/// The result of one row.
-#[derive(Debug, Clone, Copy)]
-pub struct RowResult<'a> {
-    layout: ResultLayout,
-    record: &'a [u8],
-}
-
-impl<'a> RowResult<'a> {
-    /// A `STATUS_*` value.
-    pub fn status(&self) -> u32 {
-        word(self.record, 0)
-    }
-
-    /// Tokens drawn: 1 + accepted drafts for a decode row.
-    pub fn num_valid(&self) -> u32 {
-        word(self.record, 1)
-    }
-
-    /// The token at `index` below [`Self::num_valid`].
-    pub fn token(&self, index: usize) -> u32 {
-        word(self.record, 2 + index)
-    }
-
-    /// Log probabilities of the token at `index`, where the step has any.
-    pub fn logprobs(&self, index: usize) -> Option<TokenLogprobs<'a>> {
-        self.layout.top.map(|_| TokenLogprobs { layout: self.layout, record: self.record, index, wanted: usize::MAX })
-    }
-}
-
-/// Log probabilities of one token: its own, and the top ones.
-#[derive(Debug, Clone, Copy)]
-pub struct TokenLogprobs<'a> {
-    layout: ResultLayout,
-    record: &'a [u8],
-    index: usize,
-    wanted: usize,
-}
-
-impl<'a> TokenLogprobs<'a> {
-    /// The same, with at most `wanted` top entries: a row may ask for fewer than the step's `max_logprobs`.
-    #[must_use]
-    pub fn limited(self, wanted: u32) -> Self {
-        Self { wanted: wanted as usize, ..self }
-    }
-
-    /// Log probability of the token itself.
-    pub fn logprob(&self) -> f32 {
-        f32::from_bits(word(self.record, 2 + self.layout.query_len + self.index))
-    }
-
-    /// Its rank in the whole vocabulary, from 1.
-    pub fn rank(&self) -> u32 {
-        word(self.record, 2 + 2 * self.layout.query_len + self.index)
-    }
-
-    /// The likeliest tokens and their log probabilities, best first.
-    pub fn top(&self) -> impl ExactSizeIterator<Item = (u32, f32)> + 'a {
-        let top = self.layout.top.unwrap_or(0);
-        let ids = 2 + 3 * self.layout.query_len + self.index * top;
-        let values = ids + self.layout.query_len * top;
-        let record = self.record;
-        (0..top.min(self.wanted)).map(move |i| (word(record, ids + i), f32::from_bits(word(record, values + i))))
-    }
-}
-
-/// Writes result records: what the device does, for the simulation and the tests.
-#[derive(Debug)]
-pub struct ResultWriter<'a> {
-    layout: ResultLayout,
-    record: &'a mut [u8],
-}
-
-impl<'a> ResultWriter<'a> {
-    /// The record of one row; every word of it is cleared first.
-    pub fn new(layout: ResultLayout, result: &'a mut [u8], row: usize) -> Self {
-        let bytes = layout.bytes(1);
-        let record = &mut result[row * bytes..(row + 1) * bytes];
-        record.fill(0);
-        Self { layout, record }
-    }
-
-    /// Sets the status and the tokens.
-    pub fn tokens(&mut self, status: u32, tokens: &[u32]) {
-        self.set(0, status);
-        self.set(1, tokens.len() as u32);
-        for (index, token) in tokens.iter().enumerate() {
-            self.set(2 + index, *token);
-        }
-    }
-
-    /// Sets the log probabilities of the token at `index`; `top` is cut to what the record holds.
-    pub fn logprobs(&mut self, index: usize, logprob: f32, rank: u32, top: &[(u32, f32)]) {
-        let ResultLayout { query_len, top: Some(width) } = self.layout else { return };
-        self.set(2 + query_len + index, logprob.to_bits());
-        self.set(2 + 2 * query_len + index, rank);
-        for (i, (id, value)) in top.iter().take(width).enumerate() {
-            let ids = 2 + 3 * query_len + index * width;
-            self.set(ids + i, *id);
-            self.set(ids + query_len * width + i, value.to_bits());
-        }
-    }
-
-    fn set(&mut self, index: usize, value: u32) {
-        self.record[index * 4..index * 4 + 4].copy_from_slice(&value.to_le_bytes());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -669,26 +467,5 @@ mod tests {
         let mut info = PlanInfo::default();
         let refused = Error::BufferTooSmall { what: "plan", len: 16, needed: 400 };
         assert_eq!(writer.finish(&mut [0; 16], &mut info), Err(refused));
-    }
-
-    #[test]
-    fn result_records_hold_tokens_then_logprobs_ranks_top_ids_and_top_values() {
-        let layout = ResultLayout { query_len: 2, top: Some(3) };
-        assert_eq!(layout.width(), 2 + 2 + 2 + 2 + 6 + 6);
-        let mut result = vec![0; layout.bytes(2)];
-        let mut writer = ResultWriter::new(layout, &mut result, 1);
-        writer.tokens(STATUS_OK, &[7, 8]);
-        writer.logprobs(1, -0.5, 2, &[(9, -0.25), (8, -0.5), (1, -4.0)]);
-        let words: Vec<u32> = (0..layout.width()).map(|i| word(&result[layout.bytes(1)..], i)).collect();
-        assert_eq!(words[..4], [0, 2, 7, 8]);
-        assert_eq!((words[5], words[7]), ((-0.5f32).to_bits(), 2));
-        assert_eq!(words[8 + 3..8 + 6], [9, 8, 1]);
-        assert_eq!(words[14 + 3..14 + 5], [(-0.25f32).to_bits(), (-0.5f32).to_bits()]);
-
-        let row = layout.row(&result, 1);
-        assert_eq!((row.status(), row.num_valid(), row.token(1)), (STATUS_OK, 2, 8));
-        let logprobs = row.logprobs(1).expect("the layout has them").limited(2);
-        assert_eq!((logprobs.logprob(), logprobs.rank()), (-0.5, 2));
-        assert_eq!(logprobs.top().collect::<Vec<_>>(), [(9, -0.25), (8, -0.5)]);
     }
 }

@@ -1,7 +1,7 @@
 //! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life of a request.
 //!
-//! Split by event: `admit` (a request arrives; a waiting sequence joins), `schedule` (a step is planned), `commit` (a step
-//! or a request ends). This file holds the state they share.
+//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins), `schedule` (a step is planned), `commit`
+//! (a step or a request ends). This file holds the state they share.
 //!
 //! # Why everybody gets on
 //! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)), and preempted from its
@@ -24,6 +24,7 @@ use crate::request::{check_tokens, BlockId, RequestId, SeqRef};
 use crate::slab::Slab;
 
 mod admit;
+mod arrive;
 mod commit;
 mod integrity;
 mod schedule;

@@ -105,7 +105,7 @@ FAULTS = [
     ),
     Fault(
         "a prefix hit that ignores the cache salt",
-        "rust/scheduler/admit.rs",
+        "rust/scheduler/arrive.rs",
         "let root = self.hasher.root(cache_salt);",
         "let root = self.hasher.root(cache_salt.and(None));",
     ),

@@ -1,0 +1,72 @@
+//! How large the plans and results of one configuration can become: the size of the buffers that cross the boundary.
+
+use super::{align, ResultLayout, BLOCK_WORDS, ENTER_WORDS, PAIR_WORDS, ROW_WORDS};
+use crate::config::CoreConfig;
+use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
+
+/// The largest sections that one configuration can produce; the scheduler stops admitting before it would pass them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlanCapacity {
+    /// Records of `rows`, padding included.
+    pub rows: usize,
+    /// Words of `prefill_tokens`.
+    pub prefill_tokens: usize,
+    /// Records of `blocks` that sequences may bring along when they enter, from prefix hits and forks.
+    pub entered_blocks: usize,
+    /// Records of `blocks` in all.
+    pub blocks: usize,
+    /// Records of `copies`.
+    pub copies: usize,
+    /// Records of `bias`.
+    pub bias: usize,
+    /// Words of `drafts`.
+    pub drafts: usize,
+    /// Records of `penalty_tokens`.
+    pub penalty_tokens: usize,
+}
+
+impl PlanCapacity {
+    /// Sequences with a prefix hit of the longest kind that may enter in one step.
+    const LONG_HITS: usize = 16;
+
+    /// The bounds of a checked configuration.
+    pub fn new(config: &CoreConfig) -> Self {
+        let rows = config.max_num_seqs as usize;
+        let tokens = config.max_num_batched_tokens as usize;
+        let block_size = config.block_size as usize;
+        let entered_blocks = config.num_groups() * config.max_blocks_per_seq() * Self::LONG_HITS.min(rows);
+        // Beyond what it brings along, a row of q tokens touches at most q / block_size + 1 new blocks of each group.
+        let new_blocks = config.num_groups() * (tokens / block_size + rows);
+        Self {
+            rows,
+            prefill_tokens: tokens,
+            entered_blocks,
+            blocks: entered_blocks + new_blocks,
+            copies: config.num_groups() * rows,
+            bias: rows * (MAX_LOGIT_BIAS + MAX_STOP_TOKENS + config.eos_token_ids.len()),
+            drafts: rows * config.num_draft_tokens as usize,
+            penalty_tokens: config.vocab_size.min(config.max_model_len) as usize + tokens,
+        }
+    }
+
+    /// Bytes of the largest plan.
+    pub fn plan_bytes(&self) -> usize {
+        let sections = [
+            self.rows * ROW_WORDS,
+            self.prefill_tokens,
+            self.blocks * BLOCK_WORDS,
+            self.rows * ENTER_WORDS,
+            self.copies * PAIR_WORDS,
+            self.bias * PAIR_WORDS,
+            self.drafts,
+            self.penalty_tokens * PAIR_WORDS,
+        ];
+        sections.iter().map(|words| align(words * 4)).sum()
+    }
+
+    /// Bytes of the largest result.
+    pub fn result_bytes(&self, num_draft_tokens: u32) -> usize {
+        let layout = ResultLayout { query_len: 1 + num_draft_tokens as usize, top: Some(MAX_LOGPROBS as usize) };
+        self.rows * layout.width() * 4
+    }
+}

@@ -1,0 +1,173 @@
+//! The result of a step: one record a row, in row order. The table in `DESIGN.md` has its words.
+
+use super::word;
+
+/// A token was drawn.
+pub const STATUS_OK: u32 = 0;
+/// The logits held a NaN.
+pub const STATUS_NAN: u32 = 1;
+/// Every token was masked out.
+pub const STATUS_MASKED: u32 = 2;
+/// The row draws no token.
+pub const STATUS_NO_TOKEN: u32 = 3;
+
+/// Where the parts of one result record lie, in words: status, number valid, tokens, then log probabilities.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ResultLayout {
+    /// Tokens a row may bring: the plan's `decode_query_len`.
+    pub query_len: usize,
+    /// Top log probabilities a token; None where the record has none at all.
+    pub top: Option<usize>,
+}
+
+impl ResultLayout {
+    /// Words of one record.
+    pub fn width(&self) -> usize {
+        let logprobs = self.top.map_or(0, |top| 2 * self.query_len + 2 * self.query_len * top);
+        2 + self.query_len + logprobs
+    }
+
+    /// Bytes of a result of `rows` rows.
+    pub fn bytes(&self, rows: usize) -> usize {
+        rows * self.width() * 4
+    }
+
+    /// The record of one row. Panics where `result` is shorter than [`Self::bytes`] of more than `row` rows.
+    pub fn row<'a>(&self, result: &'a [u8], row: usize) -> RowResult<'a> {
+        let bytes = self.bytes(1);
+        RowResult { layout: *self, record: &result[row * bytes..(row + 1) * bytes] }
+    }
+}
+
+/// The result of one row.
+#[derive(Debug, Clone, Copy)]
+pub struct RowResult<'a> {
+    layout: ResultLayout,
+    record: &'a [u8],
+}
+
+impl<'a> RowResult<'a> {
+    /// A `STATUS_*` value.
+    pub fn status(&self) -> u32 {
+        word(self.record, 0)
+    }
+
+    /// Tokens drawn: 1 + accepted drafts for a decode row.
+    pub fn num_valid(&self) -> u32 {
+        word(self.record, 1)
+    }
+
+    /// The token at `index` below [`Self::num_valid`].
+    pub fn token(&self, index: usize) -> u32 {
+        word(self.record, 2 + index)
+    }
+
+    /// Log probabilities of the token at `index`, where the step has any.
+    pub fn logprobs(&self, index: usize) -> Option<TokenLogprobs<'a>> {
+        self.layout.top.map(|_| TokenLogprobs { layout: self.layout, record: self.record, index, wanted: usize::MAX })
+    }
+}
+
+/// Log probabilities of one token: its own, and the top ones.
+#[derive(Debug, Clone, Copy)]
+pub struct TokenLogprobs<'a> {
+    layout: ResultLayout,
+    record: &'a [u8],
+    index: usize,
+    wanted: usize,
+}
+
+impl<'a> TokenLogprobs<'a> {
+    /// The same, with at most `wanted` top entries: a row may ask for fewer than the step's `max_logprobs`.
+    #[must_use]
+    pub fn limited(self, wanted: u32) -> Self {
+        Self { wanted: wanted as usize, ..self }
+    }
+
+    /// Log probability of the token itself.
+    pub fn logprob(&self) -> f32 {
+        f32::from_bits(word(self.record, 2 + self.layout.query_len + self.index))
+    }
+
+    /// Its rank in the whole vocabulary, from 1.
+    pub fn rank(&self) -> u32 {
+        word(self.record, 2 + 2 * self.layout.query_len + self.index)
+    }
+
+    /// The likeliest tokens and their log probabilities, best first.
+    pub fn top(&self) -> impl ExactSizeIterator<Item = (u32, f32)> + 'a {
+        let top = self.layout.top.unwrap_or(0);
+        let ids = 2 + 3 * self.layout.query_len + self.index * top;
+        let values = ids + self.layout.query_len * top;
+        let record = self.record;
+        (0..top.min(self.wanted)).map(move |i| (word(record, ids + i), f32::from_bits(word(record, values + i))))
+    }
+}
+
+/// Writes result records: what the device does, for the simulation and the tests.
+#[derive(Debug)]
+pub struct ResultWriter<'a> {
+    layout: ResultLayout,
+    record: &'a mut [u8],
+}
+
+impl<'a> ResultWriter<'a> {
+    /// The record of one row; every word of it is cleared first.
+    pub fn new(layout: ResultLayout, result: &'a mut [u8], row: usize) -> Self {
+        let bytes = layout.bytes(1);
+        let record = &mut result[row * bytes..(row + 1) * bytes];
+        record.fill(0);
+        Self { layout, record }
+    }
+
+    /// Sets the status and the tokens.
+    pub fn tokens(&mut self, status: u32, tokens: &[u32]) {
+        self.set(0, status);
+        self.set(1, tokens.len() as u32);
+        for (index, token) in tokens.iter().enumerate() {
+            self.set(2 + index, *token);
+        }
+    }
+
+    /// Sets the log probabilities of the token at `index`; `top` is cut to what the record holds.
+    pub fn logprobs(&mut self, index: usize, logprob: f32, rank: u32, top: &[(u32, f32)]) {
+        let ResultLayout { query_len, top: Some(width) } = self.layout else { return };
+        self.set(2 + query_len + index, logprob.to_bits());
+        self.set(2 + 2 * query_len + index, rank);
+        for (i, (id, value)) in top.iter().take(width).enumerate() {
+            let ids = 2 + 3 * query_len + index * width;
+            self.set(ids + i, *id);
+            self.set(ids + query_len * width + i, value.to_bits());
+        }
+    }
+
+    fn set(&mut self, index: usize, value: u32) {
+        self.record[index * 4..index * 4 + 4].copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn result_records_hold_tokens_then_logprobs_ranks_top_ids_and_top_values() {
+        let layout = ResultLayout { query_len: 2, top: Some(3) };
+        assert_eq!(layout.width(), 2 + 2 + 2 + 2 + 6 + 6);
+        let mut result = vec![0; layout.bytes(2)];
+        let mut writer = ResultWriter::new(layout, &mut result, 1);
+        writer.tokens(STATUS_OK, &[7, 8]);
+        writer.logprobs(1, -0.5, 2, &[(9, -0.25), (8, -0.5), (1, -4.0)]);
+        let words: Vec<u32> = (0..layout.width()).map(|i| word(&result[layout.bytes(1)..], i)).collect();
+        assert_eq!(words[..4], [0, 2, 7, 8]);
+        assert_eq!((words[5], words[7]), ((-0.5f32).to_bits(), 2));
+        assert_eq!(words[8 + 3..8 + 6], [9, 8, 1]);
+        assert_eq!(words[14 + 3..14 + 5], [(-0.25f32).to_bits(), (-0.5f32).to_bits()]);
+
+        let row = layout.row(&result, 1);
+        assert_eq!((row.status(), row.num_valid(), row.token(1)), (STATUS_OK, 2, 8));
+        let logprobs = row.logprobs(1).expect("the layout has them").limited(2);
+        assert_eq!((logprobs.logprob(), logprobs.rank()), (-0.5, 2));
+        assert_eq!(logprobs.top().collect::<Vec<_>>(), [(9, -0.25), (8, -0.5)]);
+    }
+}

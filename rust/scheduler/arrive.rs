@@ -1,0 +1,177 @@
+//! A request arrives: it is refused, or waits; where the policy has batches, it waits for its batch to open.
+
+use std::sync::Arc;
+
+use super::{Request, Scheduler, Sequence, State, Traits};
+use crate::config::{Batching, CoreConfig};
+use crate::error::Error;
+use crate::output::Progress;
+use crate::policy::Order;
+use crate::request::{check_tokens, RequestId, SamplingParams, SeqRef};
+
+impl Scheduler {
+    /// Adds a request to the waiting queue. `now` is seconds of any clock that does not go back (one that does is
+    /// taken to stand still).
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`], [`Error::TokenOutOfRange`], [`Error::PromptTooLong`], [`Error::KvCapacity`],
+    /// [`Error::QueueFull`]. A refused request leaves no trace.
+    #[allow(clippy::needless_pass_by_value)] // The request keeps the prompt.
+    pub fn add_request(
+        &mut self,
+        prompt: Arc<[u32]>,
+        params: SamplingParams,
+        priority: i32,
+        cache_salt: Option<&str>,
+        now: f64,
+    ) -> Result<RequestId, Error> {
+        let max_tokens = self.check_request(&prompt, &params)?;
+        self.now = self.clock(now);
+        let id = RequestId(self.next_request);
+        self.next_request += 1;
+        self.stats.requests_added += 1;
+        self.num_queued += 1;
+
+        let params = Arc::new(params);
+        let seed = params.seed.unwrap_or_else(|| derived_seed(self.config.seed, id.0));
+        let root = self.hasher.root(cache_salt);
+        let progress = Progress { num_prompt_tokens: prompt.len() as u32, added: self.now, ..Progress::default() };
+        let request = self.requests.insert(Request {
+            id,
+            sequences: Vec::with_capacity(params.n as usize),
+            unfinished: params.n,
+            forming: params.n > 1,
+            started: false,
+            in_batch: false,
+            progress,
+        });
+        self.by_id.insert(id, request);
+        for index in 0..params.n {
+            let sequence = self.sequences.insert(Sequence {
+                name: SeqRef { request: id, index },
+                request,
+                order: Order::new(&self.config, id.0, index, priority, self.now),
+                params: Arc::clone(&params),
+                traits: Traits::new(&params),
+                seed: seed.wrapping_add(u64::from(index)),
+                prompt: Arc::clone(&prompt),
+                outputs: Vec::new(),
+                max_tokens,
+                state: State::Forming,
+                slot: 0,
+                tables: Vec::new(),
+                covered_len: 0,
+                has_unsent: false,
+                hashes: Vec::new(),
+                root,
+                num_registered: 0,
+                computed_len: 0,
+                least_len: 0,
+                most_len: 0,
+                pending: 0,
+                in_flight: 0,
+                last_step: 0,
+                run: 0,
+                decoding: false,
+                preemptions: 0,
+                reservation: None,
+                bypassed: 0,
+                drafts: Vec::new(),
+            });
+            self.requests[request].sequences.push(sequence);
+        }
+        let first = self.requests[request].sequences[0];
+        if self.config.batching == Batching::Continuous {
+            self.make_ready(first);
+        } else {
+            self.sequences[first].state = State::Waiting;
+            self.gated.insert(self.sequences[first].order, first);
+        }
+        Ok(id)
+    }
+
+    /// Prompt and output tokens of the longest request that can ever be served.
+    pub fn longest_request(&self) -> u32 {
+        let CoreConfig { max_model_len, num_draft_tokens, .. } = self.config;
+        if self.longest_sequence == max_model_len {
+            return max_model_len;
+        }
+        // The last output token is never computed, so it needs no place in a block; drafts tried at the end do.
+        (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
+    }
+
+    /// Refuses what would fail later; returns how many tokens the request may output.
+    fn check_request(&self, prompt: &[u32], params: &SamplingParams) -> Result<u32, Error> {
+        let CoreConfig { vocab_size, max_model_len, max_waiting, .. } = self.config;
+        if self.num_queued >= max_waiting {
+            return Err(Error::QueueFull { limit: max_waiting });
+        }
+        if prompt.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let prompt_len = prompt.len();
+        let max_tokens = u64::from(params.max_tokens.unwrap_or(1));
+        if prompt_len as u64 + max_tokens > u64::from(max_model_len) {
+            return Err(Error::PromptTooLong { prompt_len, max_tokens, max_model_len });
+        }
+        check_tokens("prompt", prompt.iter().copied(), vocab_size)?;
+        params.check_tokens(vocab_size)?;
+        let limit = self.longest_request();
+        if prompt_len as u64 + max_tokens > u64::from(limit) {
+            return Err(Error::KvCapacity { prompt_len, max_tokens, limit });
+        }
+        let most = limit - prompt_len as u32;
+        let max_tokens = params.max_tokens.unwrap_or(most);
+        if params.min_tokens > max_tokens {
+            return Err(Error::invalid("min_tokens", params.min_tokens, format!("at most {max_tokens}, what fits")));
+        }
+        Ok(max_tokens)
+    }
+
+    /// Opens the next batch, where the policy has batches and it is time for one.
+    pub(super) fn open_batch(&mut self) {
+        if !self.batch_may_open(self.now) {
+            return;
+        }
+        let mut places = match self.config.batching {
+            Batching::None => 1,
+            _ => self.config.max_running(),
+        };
+        while let Some((order, number)) = self.gated.next_after(None).filter(|_| places > 0) {
+            self.gated.remove(order);
+            self.make_ready(number);
+            self.requests[self.sequences[number].request].in_batch = true;
+            self.batch_left += 1;
+            places = places.saturating_sub(self.sequences[number].params.n as usize);
+        }
+    }
+
+    pub(super) fn batch_may_open(&self, now: f64) -> bool {
+        if self.batch_left > 0 || self.gated.is_empty() {
+            return false;
+        }
+        match self.config.batching {
+            Batching::Continuous => false,
+            Batching::None => true,
+            Batching::Static => {
+                let waiting: u64 = self.gated.iter().map(|number| u64::from(self.sequences[number].params.n)).sum();
+                let is_due = self.next_wake().is_some_and(|wake| now >= wake);
+                waiting >= u64::from(self.config.max_num_seqs) || is_due
+            }
+        }
+    }
+
+    /// When the oldest request that waits for a batch was added.
+    pub(super) fn oldest_gated(&self) -> Option<f64> {
+        let added = |number| self.requests[self.sequences[number].request].progress.added;
+        self.gated.iter().map(added).reduce(f64::min)
+    }
+}
+
+/// The seed of a request that gives none: `SplitMix64` of the configured seed and the request's number.
+fn derived_seed(seed: u64, number: u64) -> u64 {
+    let mut z = seed.wrapping_add(number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
