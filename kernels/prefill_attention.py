@@ -2,7 +2,7 @@
 arithmetic.
 
 One program takes a block of a row's new tokens and one query head, and walks the keys those tokens see, cached prefix
-and new ones alike, through the block table. Only tiles on the diagonal, or in a window, pay for masks. The
+and new ones alike, through the block table. Only tiles on the diagonal, or on a window's edge, pay for masks. The
 grid is bounded by the number of tokens and rows, so rows of very different lengths cost no idle programs; each finds
 its row on the device.
 
@@ -151,28 +151,33 @@ def _prefill_attention_kernel(
     first_position = seq_len - query_len + block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)
 
-    # Keys [first_key, stop) are seen by some token of the block; without a window, keys [0, full_end) by all of them.
+    # Keys [first_key, stop) are seen by some token of the block, keys [full_begin, full_end) by all of them.
     stop = tl.minimum(first_position + BLOCK_M, seq_len)
     first_key = 0
+    full_begin = 0
     if WINDOW > 0:
         first_key = tl.maximum(first_position - WINDOW + 1, 0)
+        full_begin = tl.cdiv(tl.maximum(first_position + BLOCK_M - WINDOW, 0), TILE) * TILE
     begin = first_key // TILE * TILE
-    full_end = begin
+    full_end = tl.maximum((first_position + 1) // TILE * TILE, begin)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), full_end)
 
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     table = block_table_ptr + slot.to(tl.int64) * table_stride
     head_ptr = cache_ptr + (head // GROUP).to(tl.int64) * cache_head_stride
-    # A window has masks in every tile. With a masked loop before and behind an unmasked one, the compiled kernel gave
-    # wrong answers on an H100 (triton 3.6, pages smaller than a tile) where the middle loop was empty.
-    if WINDOW == 0:
-        full_end = (first_position + 1) // TILE * TILE
+    if WINDOW > 0:
         acc, maximum, weights = _attend_tiles(
-            acc, maximum, weights, q, head_ptr, table, begin, full_end, position, first_key, seq_len, scale, soft_cap,
+            acc, maximum, weights, q, head_ptr, table, begin, full_begin, position, first_key, seq_len, scale, soft_cap,
             cache_block_stride, cache_kv_stride, cache_offset_stride,
-            DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFT_CAP, TILE, False,
+            DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFT_CAP, TILE, True,
         )  # fmt: skip
+    acc, maximum, weights = _attend_tiles(
+        acc, maximum, weights, q, head_ptr, table, full_begin, full_end, position, first_key, seq_len, scale, soft_cap,
+        cache_block_stride, cache_kv_stride, cache_offset_stride,
+        DIM, BLOCK_D, BLOCK_SIZE, WINDOW, SOFT_CAP, TILE, False,
+    )  # fmt: skip
     acc, maximum, weights = _attend_tiles(
         acc, maximum, weights, q, head_ptr, table, full_end, stop, position, first_key, seq_len, scale, soft_cap,
         cache_block_stride, cache_kv_stride, cache_offset_stride,

@@ -57,6 +57,8 @@ def test_prefill_attention(
         soft_cap,
     )
     out = kernels.prefill_attention(q, rows.kv_cache, *arguments)
-    expected = reference.prefill_attention(q.float(), rows.kv_cache.float(), *arguments)
+    # On the CPU: torch's own attention answers wrongly on an H100 for some of these strided, masked views (torch 2.11).
+    on_cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
+    expected = reference.prefill_attention(q.float().cpu(), rows.kv_cache.float().cpu(), *on_cpu)
     assert out.dtype == kernel_dtype
-    torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[kernel_dtype], rtol=TOLERANCE[kernel_dtype])
+    torch.testing.assert_close(out.float().cpu(), expected, atol=TOLERANCE[kernel_dtype], rtol=TOLERANCE[kernel_dtype])
