@@ -1,9 +1,8 @@
 """CUDA graphs of the decode forward pass, one a batch size.
 
-A graph covers embedding to logits for rows of one new token each, over the static inputs that `prepare` fills, so
-replaying it costs
-the host one call instead of hundreds of launches. Attention reads the real lengths on the device, so one graph serves
-all lengths.
+A graph covers embedding to the last norm for rows of one new token each, over the static inputs that `prepare` fills,
+so replaying it costs the host one call instead of hundreds of launches. Attention reads the real lengths on the device,
+so one graph serves all lengths. The logits stay outside: every graph would keep its own, of rows x vocabulary.
 """
 
 from __future__ import annotations
@@ -52,20 +51,19 @@ class DecodeGraphs:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
-            logits = self._run(rows)
+            hidden = self._run(rows)
         self._pool = graph.pool()
-        self._graphs[rows] = (graph, logits)
+        self._graphs[rows] = (graph, hidden)
 
     def fits(self, plan: Plan) -> bool:
         """Whether a captured graph runs this plan: decodes only, one token each, padded to a captured size."""
         return plan.num_prefill_tokens == 0 and plan.decode_query_len == 1 and plan.padded_decodes in self._graphs
 
     def replay(self, plan: Plan) -> Tensor:
-        """Logits [padded_decodes, vocab] float32 of the step whose inputs `prepare` has just filled."""
-        graph, logits = self._graphs[plan.padded_decodes]
+        """Hidden states [padded_decodes, hidden_size] of the step whose inputs `prepare` has just filled."""
+        graph, hidden = self._graphs[plan.padded_decodes]
         graph.replay()
-        return logits
+        return hidden
 
     def _run(self, rows: int) -> Tensor:
-        hidden = self._model.forward(self._inputs.token_ids[:rows], self._inputs.positions[:rows])
-        return self._model.compute_logits(hidden)
+        return self._model.forward(self._inputs.token_ids[:rows], self._inputs.positions[:rows])

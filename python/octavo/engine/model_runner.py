@@ -7,7 +7,6 @@ request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -162,7 +161,7 @@ class ModelRunner:
     def forward(self, plan: Plan) -> Tensor:
         """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
         if self.graphs is not None and self.graphs.fits(plan):
-            return self.graphs.replay(plan)
+            return self.model.compute_logits(self.graphs.replay(plan))
         context = self.context(plan)
         set_context(context)
         tokens = plan.num_tokens
@@ -190,11 +189,9 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def capture_graphs(self, sizes: list[int], progress: Callable[[int, int], None] | None = None) -> None:
+    def capture_graphs(self, sizes: list[int]) -> None:
         """Captures one CUDA graph for each decode batch size, largest first so that they share one memory pool."""
         graphs = DecodeGraphs(self.model, self.inputs, self.state, max_seq_len=self.max_model_len)
-        for done, size in enumerate(sorted(sizes, reverse=True), start=1):
+        for size in sorted(sizes, reverse=True):
             graphs.capture(size)
-            if progress is not None:
-                progress(done, len(sizes))
         self.graphs = graphs
