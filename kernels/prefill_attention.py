@@ -95,6 +95,19 @@ def _attend_tiles(
 
 
 @triton.jit
+def _row_blocks(query_start_loc_ptr, rows, num_rows, BLOCK_M: tl.constexpr):
+    """Blocks of tokens of each of `rows`; 0 for those that there are not."""
+    starts = tl.load(query_start_loc_ptr + rows, mask=rows < num_rows, other=0)
+    ends = tl.load(query_start_loc_ptr + rows + 1, mask=rows < num_rows, other=0)
+    return tl.cdiv(ends - starts, BLOCK_M)
+
+
+# How many rows there are and where the prefill rows begin changes from step to step. Triton would compile a variant for
+# each pattern of their divisibility, while streams wait.
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+)
 def _prefill_attention_kernel(
     # pointers
     q_ptr,  # [T, Hq, D]
@@ -121,7 +134,7 @@ def _prefill_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
-    BLOCK_R: tl.constexpr,  # a power of two >= R
+    ROWS: tl.constexpr,  # rows looked through at a time
     BLOCK_M: tl.constexpr,  # tokens a program
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,  # keys a tile
@@ -129,14 +142,19 @@ def _prefill_attention_kernel(
     head = tl.program_id(0)
     # The last blocks of a row see the most keys: they start first.
     block = tl.num_programs(1) - 1 - tl.program_id(1)
-    rows = tl.arange(0, BLOCK_R)
-    starts = tl.load(query_start_loc_ptr + rows, mask=rows < num_rows, other=0)
-    ends = tl.load(query_start_loc_ptr + rows + 1, mask=rows < num_rows, other=0)
-    row_blocks = tl.cdiv(ends - starts, BLOCK_M)
-    before = tl.cumsum(row_blocks, axis=0) <= block
-    row = tl.sum((before & (rows < num_rows)).to(tl.int32), axis=0)
-    if row >= num_rows:
+    lanes = tl.arange(0, ROWS)
+    first_row = 0
+    row_blocks = _row_blocks(query_start_loc_ptr, lanes, num_rows, BLOCK_M)
+    total = tl.sum(row_blocks, axis=0)
+    while (block >= total) & (first_row + ROWS < num_rows):
+        block -= total
+        first_row += ROWS
+        row_blocks = _row_blocks(query_start_loc_ptr, first_row + lanes, num_rows, BLOCK_M)
+        total = tl.sum(row_blocks, axis=0)
+    if block >= total:
         return
+    before = tl.cumsum(row_blocks, axis=0) <= block
+    row = first_row + tl.sum(before.to(tl.int32), axis=0)
     block -= tl.sum(tl.where(before, row_blocks, 0), axis=0)
 
     query_start = tl.load(query_start_loc_ptr + row)
@@ -256,7 +274,7 @@ def prefill_attention(
         block_size,
         window,
         soft_cap > 0.0,
-        max(16, triton.next_power_of_2(num_rows)),
+        32,
         **config,
         enable_fp_fusion=True,
     )

@@ -55,6 +55,8 @@ pub struct CoreConfig {
     pub enable_chunked_prefill: bool,
     /// Captured sizes, in rows, to which a step of decodes only is padded.
     pub graph_sizes: Vec<u32>,
+    /// Captured sizes to which a step with prompt tokens is padded.
+    pub prefill_graphs: PrefillGraphs,
     /// Most draft tokens a decode row may carry.
     pub num_draft_tokens: u32,
     /// How often one request may be preempted before it is given a reservation.
@@ -67,6 +69,17 @@ pub struct CoreConfig {
     pub hash_secret: [u8; 32],
     /// From which requests that give no seed get theirs.
     pub seed: u64,
+}
+
+/// Captured steps with prompt tokens: one for each pair of `decodes` and `tokens`, each with `rows` prefill rows.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PrefillGraphs {
+    /// Numbers of prompt tokens; none: no step with prompt tokens is padded.
+    pub tokens: Vec<u32>,
+    /// Numbers of decode rows; 0 for prompts alone.
+    pub decodes: Vec<u32>,
+    /// Prefill rows of each, the last of which is always padding.
+    pub rows: u32,
 }
 
 impl Default for CoreConfig {
@@ -87,6 +100,7 @@ impl Default for CoreConfig {
             enable_prefix_caching: true,
             enable_chunked_prefill: true,
             graph_sizes: Vec::new(),
+            prefill_graphs: PrefillGraphs::default(),
             num_draft_tokens: 0,
             max_preemptions: 3,
             priority_aging: 60.0,
@@ -149,6 +163,10 @@ impl CoreConfig {
         if self.graph_sizes.contains(&0) {
             return Err(Error::invalid("graph_sizes", 0, "at least 1"));
         }
+        if self.prefill_graphs.tokens.contains(&0) {
+            return Err(Error::invalid("prefill_graph_tokens", 0, "at least 1"));
+        }
+        in_range("prefill_graph_rows", self.prefill_graphs.rows, 0)?;
         if !(self.priority_aging > 0.0 && self.priority_aging.is_finite()) {
             return Err(Error::invalid("priority_aging", self.priority_aging, "a finite number of seconds above 0"));
         }
@@ -161,8 +179,10 @@ impl CoreConfig {
         }
         self.eos_token_ids.sort_unstable();
         self.eos_token_ids.dedup();
-        self.graph_sizes.sort_unstable();
-        self.graph_sizes.dedup();
+        for sizes in [&mut self.graph_sizes, &mut self.prefill_graphs.tokens, &mut self.prefill_graphs.decodes] {
+            sizes.sort_unstable();
+            sizes.dedup();
+        }
         Ok(self)
     }
 
@@ -174,6 +194,11 @@ impl CoreConfig {
     /// Sequences that may run at once: all of them must fit a decode row into the token budget.
     pub fn max_running(&self) -> usize {
         self.max_num_seqs.min(self.max_num_batched_tokens / (1 + self.num_draft_tokens)) as usize
+    }
+
+    /// Most rows of one step, padding included: a captured step may have more than there are sequences.
+    pub fn max_rows(&self) -> u32 {
+        self.max_num_seqs + self.prefill_graphs.rows
     }
 
     /// Entries of a slot's block table in each group: the longest sequence, with room for rejected drafts.
@@ -205,6 +230,10 @@ mod tests {
             ("eos_token_ids", CoreConfig { eos_token_ids: vec![1024], ..good() }),
             ("max_waiting", CoreConfig { max_waiting: 0, ..good() }),
             ("graph_sizes", CoreConfig { graph_sizes: vec![1, 0], ..good() }),
+            (
+                "prefill_graph_tokens",
+                CoreConfig { prefill_graphs: PrefillGraphs { tokens: vec![0], ..PrefillGraphs::default() }, ..good() },
+            ),
             ("priority_aging", CoreConfig { priority_aging: 0.0, ..good() }),
             ("static_batch_wait", CoreConfig { static_batch_wait: f64::NAN, ..good() }),
         ] {

@@ -201,6 +201,11 @@ impl PlanWriter {
         self.prefill_tokens.extend_from_slice(tokens);
     }
 
+    /// Appends the tokens of a padding row behind the prefill rows.
+    pub fn push_prefill_padding(&mut self, len: u32) {
+        self.prefill_tokens.resize(self.prefill_tokens.len() + len as usize, 0);
+    }
+
     /// Appends one block of a slot's table.
     pub fn push_block(&mut self, entry: &BlockEntry) {
         self.blocks.push([entry.group, entry.slot, entry.index, entry.block.0]);

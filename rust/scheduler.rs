@@ -27,6 +27,7 @@ mod admit;
 mod arrive;
 mod commit;
 mod integrity;
+mod padding;
 mod schedule;
 mod sequence;
 
@@ -100,8 +101,22 @@ struct Step {
     layout: Option<ResultLayout>,
     /// Records of its result, padding included.
     num_records: usize,
+    /// Decode rows, without and with the padding rows that stand between them and the prefill rows.
+    num_decodes: usize,
+    padded_decodes: usize,
     /// It did not run; its rows have been dropped.
     failed: bool,
+}
+
+impl Step {
+    /// Place of the result record of `rows[index]`: records are in the plan's row order, padding included.
+    fn record_of(&self, index: usize) -> usize {
+        if index < self.num_decodes {
+            index
+        } else {
+            index - self.num_decodes + self.padded_decodes
+        }
+    }
 }
 
 /// What is decided of the step being planned, before it is written. Kept between steps for its memory.

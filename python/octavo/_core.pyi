@@ -305,6 +305,9 @@ class EngineCore:
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         graph_sizes: Sequence[int] = ...,
+        prefill_graph_tokens: Sequence[int] = ...,
+        prefill_graph_decodes: Sequence[int] = ...,
+        prefill_graph_rows: int = 0,
         num_draft_tokens: int = 0,
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
@@ -314,6 +317,9 @@ class EngineCore:
         tokenizer: Tokenizer | None = None,
     ) -> EngineCore:
         """kv_windows: one entry a KV group, 0 for full attention, else the sliding window in tokens.
+
+        graph_sizes: rows of the captured steps of decodes only. A step with prompt tokens is padded to the smallest
+        pair of prefill_graph_tokens and prefill_graph_decodes that holds it, with prefill_graph_rows prefill rows.
 
         hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no seed.
         """

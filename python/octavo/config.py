@@ -108,7 +108,7 @@ class EngineConfig:
     )
     enforce_eager: bool = option(False, "Launch every kernel by itself rather than replaying CUDA graphs.")
     cudagraph_capture_sizes: tuple[int, ...] = option(
-        (), "Batch sizes captured as CUDA graphs; default: a ladder up to --max-num-seqs.", parse=parse_count
+        (), "Batch sizes of decodes captured as CUDA graphs; default: a ladder up to --max-num-seqs.", parse=parse_count
     )
     disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
 

@@ -31,7 +31,7 @@ impl PlanCapacity {
 
     /// The bounds of a checked configuration.
     pub fn new(config: &CoreConfig) -> Self {
-        let rows = config.max_num_seqs as usize;
+        let rows = config.max_rows() as usize;
         let tokens = config.max_num_batched_tokens as usize;
         let block_size = config.block_size as usize;
         let entered_blocks = config.num_groups() * config.max_blocks_per_seq() * Self::LONG_HITS.min(rows);

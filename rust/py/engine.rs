@@ -12,7 +12,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
-use crate::config::{Batching, CoreConfig, SchedulingPolicy};
+use crate::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
 use crate::outbox;
 use crate::output::FinishReason;
 use crate::plan::PlanInfo;
@@ -248,8 +248,8 @@ impl EngineCore {
     #[new]
     #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
         vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
-        enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], num_draft_tokens=0,
-        max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
+        enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
+        prefill_graph_decodes=vec![], prefill_graph_rows=0, num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -266,6 +266,9 @@ impl EngineCore {
         enable_prefix_caching: bool,
         enable_chunked_prefill: bool,
         graph_sizes: Vec<u32>,
+        prefill_graph_tokens: Vec<u32>,
+        prefill_graph_decodes: Vec<u32>,
+        prefill_graph_rows: u32,
         num_draft_tokens: u32,
         max_preemptions: u32,
         priority_aging: f64,
@@ -306,6 +309,11 @@ impl EngineCore {
             enable_prefix_caching,
             enable_chunked_prefill,
             graph_sizes,
+            prefill_graphs: PrefillGraphs {
+                tokens: prefill_graph_tokens,
+                decodes: prefill_graph_decodes,
+                rows: prefill_graph_rows,
+            },
             num_draft_tokens,
             max_preemptions,
             priority_aging,

@@ -23,9 +23,8 @@ impl Scheduler {
         self.now = self.clock(now);
         let step = self.in_flight.pop_front().expect("it was looked at above");
         self.fence(step.id);
-        // Result records are in row order; padding is only there behind the last row of a step of decodes.
         for (index, row) in step.rows.iter().enumerate() {
-            self.commit_row(row, &layout.row(result, index), sink);
+            self.commit_row(row, &layout.row(result, step.record_of(index)), sink);
         }
         self.spare_steps.push(step);
         self.retire_failed();

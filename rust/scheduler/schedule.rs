@@ -2,7 +2,7 @@
 
 use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
-use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL};
+use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
 
 /// A row that has been decided on; its blocks are allocated.
 #[derive(Debug, Clone, Copy)]
@@ -190,12 +190,12 @@ impl Scheduler {
         let mut step = self.spare_steps.pop().unwrap_or_default();
         self.writer.clear();
         let num_decodes = draft.decodes.len() as u32;
-        let padded_decodes = if draft.prefills.is_empty() { self.padded(num_decodes, &draft) } else { num_decodes };
+        let padding = self.padding(&draft);
         let mut info = PlanInfo {
             step_id: self.next_step,
             num_rows: num_decodes + draft.prefills.len() as u32,
             num_decodes,
-            padded_decodes,
+            padded_decodes: num_decodes + padding.decode_rows,
             decode_query_len: 1 + draft.num_draft_tokens,
             all_greedy: true,
             ..PlanInfo::default()
@@ -209,42 +209,24 @@ impl Scheduler {
         for row in &draft.decodes {
             self.write_row(row, false, &mut info, &mut step);
         }
-        for _ in num_decodes..padded_decodes {
-            self.write_padding(&mut info);
+        for _ in 0..padding.decode_rows {
+            self.write_decode_padding(&mut info);
         }
         for row in &draft.prefills {
             self.write_row(row, true, &mut info, &mut step);
+        }
+        for row in 0..padding.prefill_rows {
+            // The first of them takes all tokens.
+            self.write_prefill_padding(if row == 0 { padding.prefill_tokens } else { 0 }, &mut info);
         }
         self.draft = draft;
         self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
         step.layout = Some(info.result_layout());
         step.num_records = info.padded_rows as usize;
+        (step.num_decodes, step.padded_decodes) = (num_decodes as usize, info.padded_decodes as usize);
         self.in_flight.push_back(step);
         self.next_step += 1;
         info
-    }
-
-    /// The captured size to which a step of decodes is padded: none where it would pass the configured bounds.
-    fn padded(&self, num_decodes: u32, draft: &super::Draft) -> u32 {
-        let bound = self.config.max_num_seqs.min(self.config.max_num_batched_tokens / (1 + draft.num_draft_tokens));
-        let mut sizes = self.config.graph_sizes.iter().copied();
-        sizes.find(|size| *size >= num_decodes).filter(|size| *size <= bound).unwrap_or(num_decodes)
-    }
-
-    fn write_padding(&mut self, info: &mut PlanInfo) {
-        let query_len = info.decode_query_len;
-        self.writer.push_row(&Row {
-            slot: self.config.max_num_seqs,
-            query_start: info.num_tokens,
-            query_len,
-            flags: ROW_PADDING,
-            num_drafts: 0,
-            bias: (0, 0),
-        });
-        if query_len > 1 {
-            self.writer.push_drafts(&[], query_len - 1);
-        }
-        info.num_tokens += query_len;
     }
 
     fn write_row(&mut self, row: &PlannedRow, prefill: bool, info: &mut PlanInfo, step: &mut Step) {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::SchedulingPolicy;
+use crate::config::{PrefillGraphs, SchedulingPolicy};
 use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
 use crate::plan::{
     PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
@@ -415,6 +415,35 @@ fn decode_steps_are_padded_to_a_captured_size() {
     let step = bench.schedule().expect("decodes");
     assert_eq!((step.info.num_decodes, step.info.padded_decodes, step.info.num_tokens), (3, 4, 4));
     assert_eq!((step.rows[3].slot, step.rows[3].flags), (8, ROW_PADDING));
+    bench.commit(&step, 1);
+    bench.assert_empty();
+}
+
+#[test]
+fn steps_with_prompts_are_padded_to_a_captured_size() {
+    let prefill_graphs = PrefillGraphs { tokens: vec![14, 4], decodes: vec![2, 0], rows: 3 };
+    let mut bench = Bench::new(CoreConfig { prefill_graphs, ..small() });
+    bench.add(&counted(3), max_tokens(3));
+    let step = bench.schedule().expect("a prompt");
+    let shape = |info: &PlanInfo| (info.num_decodes, info.padded_decodes, info.num_rows, info.padded_rows);
+    assert_eq!(shape(&step.info), (0, 0, 1, 3));
+    assert_eq!((step.info.num_tokens, step.info.num_prefill_tokens), (4, 4));
+    let padding: Vec<_> = step.rows[1..].iter().map(|row| (row.slot, row.flags, row.query_len)).collect();
+    assert_eq!(padding, [(8, ROW_PADDING, 1), (8, ROW_PADDING, 0)]);
+    bench.commit(&step, 1);
+
+    bench.add(&counted(9), max_tokens(1));
+    bench.add(&counted(5), max_tokens(1));
+    let step = bench.schedule().expect("a decode and two prompts");
+    assert_eq!(shape(&step.info), (1, 2, 3, 5));
+    assert_eq!((step.info.num_tokens, step.info.max_query_len), (2 + 14, 9));
+    bench.commit(&step, 1); // each row reads its own record, the prompts' behind the padding
+
+    for _ in 0..3 {
+        bench.add(&counted(3), max_tokens(1));
+    }
+    let step = bench.schedule().expect("more prompts than a captured step has rows for");
+    assert_eq!(shape(&step.info), (1, 1, 4, 4));
     bench.commit(&step, 1);
     bench.assert_empty();
 }

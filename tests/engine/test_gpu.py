@@ -100,3 +100,33 @@ def test_seeded_draws_do_not_depend_on_company(folder: Path) -> None:
     ]
     # A draw may sit on a border that rounding moves between batch shapes: nearly all must agree.
     assert sum(a == b for a, b in zip(together, alone, strict=True)) >= 15
+
+
+def test_nothing_is_compiled_while_requests_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel variant that start-up did not prepare would stop every stream for a second or two."""
+    triton = pytest.importorskip("triton")
+    llm = LLM(
+        str(folder), dtype="bfloat16", device="cuda", max_num_seqs=64, max_model_len=1024, kv_cache_memory=1 << 28
+    )
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **call: compiled.append(call["repr"]) or None)
+    rng = random.Random(3)
+    for count in (1, 3, 16, 17, 40):
+        prompts = [
+            {"prompt_token_ids": [rng.randrange(2048) for _ in range(rng.randrange(1, 300))]} for _ in range(count)
+        ]
+        params = [
+            SamplingParams(
+                temperature=rng.choice([0.0, 1.0]),
+                top_k=rng.choice([0, 5]),
+                top_p=rng.choice([0.9, 1.0]),
+                repetition_penalty=rng.choice([1.0, 1.1]),
+                logprobs=rng.choice([None, 3]),
+                n=rng.choice([1, 2]),
+                max_tokens=rng.randrange(1, 20),
+                ignore_eos=True,
+            )
+            for _ in range(count)
+        ]
+        llm.generate(prompts, params, use_tqdm=False)
+    assert compiled == []

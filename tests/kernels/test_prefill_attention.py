@@ -18,6 +18,7 @@ CASES = [
     ([5, 70], [129, 0], 2, 2, 80, 64),
     ([40, 3], [50, 0], 4, 2, 128, 32),
     ([20], [75], 2, 1, 256, 64),
+    ([0, 2] * 20 + [3, 0], [1] * 42, 2, 1, 64, 16),  # more rows than are looked through at a time, and empty ones
     *(
         pytest.param(query_lens, cached, num_q, num_kv, dim, block_size, marks=gpu)
         for query_lens, cached in (

@@ -103,10 +103,11 @@ impl View {
             shape.max_num_seqs
         );
         let num_prefills = plan.num_rows - plan.num_decodes;
-        ensure!(plan.padded_rows == plan.padded_decodes + num_prefills, "padded_rows is not padded_decodes + prefills");
+        let prefills_end = plan.padded_decodes + num_prefills;
+        ensure!(plan.padded_rows >= prefills_end, "padded_rows is less than padded_decodes + prefills");
         ensure!(
-            plan.padded_decodes == plan.num_decodes || num_prefills == 0,
-            "a step with prefill rows must not be padded"
+            plan.padded_rows == prefills_end || num_prefills > 0,
+            "padding behind the prefill rows of a step without any"
         );
         let mut rows = Vec::with_capacity(plan.padded_rows as usize);
         let mut slot_seen = vec![false; shape.max_num_seqs as usize];
@@ -128,11 +129,12 @@ impl View {
                 "row {index}: query_start {} after {num_tokens} tokens",
                 row.query_start
             );
-            ensure!(row.query_len > 0, "row {index}: no tokens");
+            ensure!(row.query_len > 0 || index >= prefills_end, "row {index}: no tokens");
             num_tokens += row.query_len;
             longest = longest.max(row.query_len);
-            let is_prefill = row.flags & PREFILL != 0;
-            ensure!(is_prefill == (index >= plan.padded_decodes), "row {index}: decodes come first, then prefills");
+            let is_prefill = index >= plan.padded_decodes;
+            let moves_on = is_prefill && index < prefills_end;
+            ensure!((row.flags & PREFILL != 0) == moves_on, "row {index}: decodes come first, then prefills");
             if is_prefill {
                 prefill_tokens += row.query_len;
                 ensure!(row.num_drafts == 0, "row {index}: a prefill row with drafts");
@@ -141,9 +143,10 @@ impl View {
                 ensure!(row.num_drafts < plan.decode_query_len, "row {index}: {} drafts", row.num_drafts);
             }
             let is_padding = row.flags & PADDING != 0;
-            let pads_decodes = index >= plan.num_decodes && index < plan.padded_decodes;
-            ensure!(is_padding == pads_decodes, "row {index}: PADDING flag {is_padding}, in padding {pads_decodes}");
+            let pads = (index >= plan.num_decodes && index < plan.padded_decodes) || index >= prefills_end;
+            ensure!(is_padding == pads, "row {index}: PADDING flag {is_padding}, in padding {pads}");
             if is_padding {
+                ensure!(row.query_len <= shape.max_positions(), "row {index}: {} padding tokens", row.query_len);
                 ensure!(row.slot == shape.max_num_seqs, "row {index}: padding in slot {}", row.slot);
                 ensure!(row.flags & SAMPLE == 0, "row {index}: padding must not sample");
             } else {

@@ -3,7 +3,7 @@
 //! Each seed switches on another subset of the features, so that rare mixes are met: with everything on at once, the loud
 //! troubles (failures, aborts) would end most requests before the quiet ones could show.
 
-use _core::config::{Batching, CoreConfig, SchedulingPolicy};
+use _core::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
 use _core::request::{SamplingOptions, SamplingParams};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -234,7 +234,7 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
     };
     let max_num_seqs = if rng.random_bool(0.5) { rng.random_range(1..=4) } else { rng.random_range(1..=24) };
     let eos_token_ids = (0..rng.random_range(0..3)).collect();
-    CoreConfig {
+    let config = CoreConfig {
         num_blocks,
         max_num_seqs,
         max_num_batched_tokens: if enable_chunked_prefill { budget } else { budget.max(max_model_len) },
@@ -257,7 +257,14 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         hash_secret: rng.random(),
         seed: rng.random(),
         ..config
-    }
+    };
+    // Without a draw of its own: the kept seeds stay the scenarios that they were.
+    let prefill_graphs = if config.graph_sizes.is_empty() {
+        PrefillGraphs::default()
+    } else {
+        PrefillGraphs { tokens: vec![1, 4, 16, 48, 200], decodes: vec![0, 1, 4, 16], rows: 4 }
+    };
+    CoreConfig { prefill_graphs, ..config }
 }
 
 /// Blocks of one sequence of the model's full length.

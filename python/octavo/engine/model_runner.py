@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from octavo._core import Plan
-from octavo.engine.cuda_graph import DecodeGraphs
+from octavo.engine.cuda_graph import GraphSizes, StepGraphs
+from octavo.engine.forward import hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
 from octavo.kernels import ops
-from octavo.layers.context import StepContext, set_context
 from octavo.weights.load import LoadedModel
 
 
@@ -50,6 +50,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        graph_sizes: GraphSizes,
     ) -> None:
         self.model = loaded.model
         self.device = device
@@ -57,6 +58,7 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.graph_sizes = graph_sizes
         groups = loaded.model.kv_groups
         self.kv_shape = KvShape(
             num_groups=len(groups),
@@ -77,12 +79,12 @@ class ModelRunner:
         # A step of decodes only may be padded beyond the token budget's last row, never beyond one row a sequence.
         self.inputs = StepInputs(
             max_tokens=max(max_num_batched_tokens, max_num_seqs),
-            max_rows=max_num_seqs,
+            max_rows=max_num_seqs + graph_sizes.prefill_rows,
             num_groups=len(groups),
             device=device,
         )
         self.kv_caches: list[Tensor] = []
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
 
     # ---- memory
     # ---------------------------------------------------------------------------------------------------------
@@ -115,25 +117,17 @@ class ModelRunner:
         tokens = self.max_num_batched_tokens
         lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
         lengths = [min(length, self.max_model_len) for length in lengths]
-        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(self.device)
-        total = sum(lengths)
-        context = StepContext(
-            num_decode_tokens=0,
+        self.inputs.rehearse(0, lengths, slot=self.state.padding_slot)
+        context = step_context(
+            self.inputs,
+            self.state,
             num_decodes=0,
-            decode_query_len=1,
             num_prefills=rows,
+            num_tokens=sum(lengths),
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
-            row_slots=torch.full((rows,), self.max_num_seqs, dtype=torch.int32, device=self.device),
-            query_start_loc=starts,
-            seq_lens=starts.diff(),
-            slot_mapping=[torch.zeros(total, dtype=torch.int64, device=self.device)] * self.kv_shape.num_groups,
-            block_tables=self.state.block_tables,
         )
-        set_context(context)
-        ids = torch.zeros(total, dtype=self.inputs.token_ids.dtype, device=self.device)
-        hidden = self.model.forward(ids, torch.zeros(total, dtype=torch.int64, device=self.device))
-        logits = self.model.compute_logits(hidden[: self.max_num_seqs])
+        logits = self.model.compute_logits(hidden_states(self.model, self.inputs, context))
         ops.sample_peak_rehearsal(logits)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -161,37 +155,25 @@ class ModelRunner:
     def forward(self, plan: Plan) -> Tensor:
         """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
         if self.graphs is not None and self.graphs.fits(plan):
-            return self.model.compute_logits(self.graphs.replay(plan))
-        context = self.context(plan)
-        set_context(context)
-        tokens = plan.num_tokens
-        hidden = self.model.forward(self.inputs.token_ids[:tokens], self.inputs.positions[:tokens])
-        if context.num_prefills:
-            hidden = hidden[self.inputs.sample_index[: context.num_decode_tokens + context.num_prefills]]
+            hidden = self.graphs.replay(plan)
+        else:
+            context = step_context(
+                self.inputs,
+                self.state,
+                num_decodes=plan.padded_decodes,
+                num_prefills=plan.padded_rows - plan.padded_decodes,
+                num_tokens=plan.num_tokens,
+                max_query_len=plan.max_query_len,
+                max_seq_len=plan.max_seq_len,
+                decode_query_len=plan.decode_query_len,
+            )
+            hidden = hidden_states(self.model, self.inputs, context)
         return self.model.compute_logits(hidden)
 
-    def context(self, plan: Plan) -> StepContext:
-        """What attention needs to know of a step, as views of the static inputs."""
-        rows, tokens = plan.padded_rows, plan.num_tokens
-        inputs = self.inputs
-        return StepContext(
-            num_decode_tokens=plan.padded_decodes * plan.decode_query_len,
-            num_decodes=plan.padded_decodes,
-            decode_query_len=plan.decode_query_len,
-            num_prefills=rows - plan.padded_decodes,
-            max_query_len=plan.max_query_len,
-            max_seq_len=plan.max_seq_len,
-            row_slots=inputs.row_slots[:rows],
-            query_start_loc=inputs.query_start_loc[: rows + 1],
-            seq_lens=inputs.seq_lens[:rows],
-            slot_mapping=[mapping[:tokens] for mapping in inputs.slot_mapping],
-            block_tables=self.state.block_tables,
-        )
-
     @torch.inference_mode()
-    def capture_graphs(self, sizes: list[int]) -> None:
-        """Captures one CUDA graph for each decode batch size, largest first so that they share one memory pool."""
-        graphs = DecodeGraphs(self.model, self.inputs, self.state, max_seq_len=self.max_model_len)
-        for size in sorted(sizes, reverse=True):
-            graphs.capture(size)
+    def capture_graphs(self) -> None:
+        """Captures one CUDA graph for each of `graph_sizes`' shapes."""
+        graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=self.max_model_len)
+        for shape in self.graph_sizes.shapes():
+            graphs.capture(*shape)
         self.graphs = graphs

@@ -17,8 +17,10 @@ import torch
 
 from octavo import _core
 from octavo.config import AUTO_LENGTH, EngineConfig
+from octavo.engine.cuda_graph import GraphSizes
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
+from octavo.engine.warm_up import warm_up
 from octavo.weights.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -84,6 +86,11 @@ def build_engine(config: EngineConfig) -> EngineParts:
     loaded = load_model(config, device=device)
     load_seconds = time.monotonic() - started
     max_model_len = pick_max_model_len(config, loaded)
+    graph_sizes = GraphSizes()
+    if device.type == "cuda" and not config.enforce_eager:
+        graph_sizes = GraphSizes.ladder(
+            max_num_seqs, max_num_batched_tokens, max_model_len, list(config.cudagraph_capture_sizes)
+        )
     runner = ModelRunner(
         loaded,
         device=device,
@@ -91,12 +98,11 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        graph_sizes=graph_sizes,
     )
     weight_bytes = loaded.model.weight_bytes()
-    graph_sizes: list[int] = []
-    if device.type == "cuda" and not config.enforce_eager:
-        graph_sizes = list(config.cudagraph_capture_sizes) or decode_graph_sizes(max_num_seqs)
-    num_blocks = pick_num_blocks(config, runner, graphs=len(graph_sizes))
+    num_graphs = len(graph_sizes.shapes())
+    num_blocks = pick_num_blocks(config, runner, graphs=num_graphs)
     core_options: dict[str, Any] = dict(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -110,7 +116,10 @@ def build_engine(config: EngineConfig) -> EngineParts:
         scheduling_policy=config.scheduling_policy,
         enable_prefix_caching=config.enable_prefix_caching,
         enable_chunked_prefill=config.enable_chunked_prefill,
-        graph_sizes=graph_sizes,
+        graph_sizes=graph_sizes.decodes,
+        prefill_graph_tokens=graph_sizes.prefill_tokens,
+        prefill_graph_decodes=graph_sizes.prefill_decodes,
+        prefill_graph_rows=graph_sizes.prefill_rows,
         # A secret of this process, so that nobody can make two prompts share cached blocks by crafting a collision.
         hash_secret=os.urandom(32),
         seed=config.seed,
@@ -132,8 +141,10 @@ def build_engine(config: EngineConfig) -> EngineParts:
         StepBuffers(core.plan_bytes, core.result_bytes, device),
     )
     runner.allocate_kv(num_blocks)
-    if graph_sizes:
-        runner.capture_graphs(graph_sizes)
+    if device.type == "cuda":
+        logger.info("preparing the kernels (the first start on a machine compiles them, about half a minute)")
+        runner.capture_graphs()
+        warm_up(runner, buffers[0], core_options | {"max_model_len": max_model_len})
     kv_tokens = (num_blocks - 1) * block_size // runner.kv_shape.num_groups
     report = StartupReport(
         device=torch.cuda.get_device_name(device)
@@ -146,7 +157,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         block_size=block_size,
         kv_tokens=kv_tokens,
         max_concurrency=kv_tokens / max_model_len,
-        kernels=f"triton, {len(graph_sizes)} decode graphs" if device.type == "cuda" else "torch",
+        kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
         load_seconds=load_seconds,
         total_seconds=time.monotonic() - started,
     )
@@ -192,12 +203,6 @@ def pick_max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
             f"max_model_len = {config.max_model_len}: must be at most the model's max_position_embeddings = {limit}"
         )
     return config.max_model_len
-
-
-def decode_graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes to capture: fine where padding would cost most, then by 8, then by 16, up to `max_num_seqs`."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
-    return sorted({min(size, max_num_seqs) for size in sizes if size <= max_num_seqs or size // 2 < max_num_seqs})
 
 
 def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> int:

@@ -8,6 +8,7 @@ what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class DeviceState:
         slots = max_num_seqs + 1
         self.vocab_size = vocab_size
         self.max_num_seqs = max_num_seqs
+        self.padding_slot = max_num_seqs
         self.block_table = torch.zeros((num_groups, slots, max_blocks), dtype=torch.int32, device=device)
         self.block_tables: list[Tensor] = list(self.block_table.unbind(0))  # per KV group [slots, max_blocks] int32
         self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -83,18 +85,20 @@ class StepInputs:
         # prefill row.
         self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
 
-    def fill_padding(self, rows: int) -> None:
-        """Makes the first `rows` rows one-token decodes of slot 0: before any request entered, its block table is all
-        null block.
+    def rehearse(self, num_decodes: int, prefill_lens: Sequence[int], *, slot: int) -> None:
+        """Makes the inputs those of a step that does no harm: one-token decode rows, then prefill rows of the given
+        lengths, all of `slot`, whose block table must be all null block.
         """
-        self.token_ids[:rows].zero_()
-        self.positions[:rows].zero_()
-        self.slots_of_groups[:, :rows].zero_()
-        self.row_slots[:rows].zero_()
-        self.seq_lens[:rows].fill_(1)
-        ramp = torch.arange(rows + 1, device=self.token_ids.device)
-        self.query_start_loc[: rows + 1].copy_(ramp)
-        self.sample_index[:rows].copy_(ramp[:rows])
+        lens = torch.tensor([1] * num_decodes + list(prefill_lens), dtype=torch.int32)
+        rows, tokens = len(lens), int(lens.sum())
+        starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        self.token_ids[:tokens].zero_()
+        self.positions[:tokens].zero_()
+        self.slots_of_groups[:, :tokens].zero_()
+        self.row_slots[:rows].fill_(slot)
+        self.seq_lens[:rows].copy_(lens)
+        self.query_start_loc[: rows + 1].copy_(starts)
+        self.sample_index[:rows].copy_(starts[1:] - 1)
 
 
 class StepBuffers:

@@ -1,0 +1,45 @@
+"""Made-up requests before the first real one, so that no kernel is compiled while somebody waits.
+
+Triton compiles a variant of a kernel when it is first launched with new constants: one or two seconds that would stop
+every stream. Which variants a step needs follows from what its requests ask for, so the warm-up asks for all of it,
+through a core of its own on the real device buffers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from octavo._core import EngineCore, Prompt, SamplingParams
+from octavo.engine.model_runner import ModelRunner
+from octavo.engine.step_buffers import StepBuffers
+
+FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
+PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+REQUESTS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.0, "logprobs": 2},
+    {"temperature": 0.0, **PENALTIES, "logit_bias": [(0, 1.0)]},
+    {**FILTERS, "n": 2},  # a fork: its blocks are copied
+    {**FILTERS, **PENALTIES, "logprobs": 2},
+]
+PROMPT_LENS = (3, 40)  # `prepare` has a variant for short rows and one for long ones
+
+
+def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, Any]) -> None:
+    """Runs every kind of request to its end. `core_options`: those of the real core, whose pool must be unused yet."""
+    core = EngineCore(**core_options | {"batching": "continuous"})
+    core.bind(0, buffers.plan_array, buffers.result_array)
+    for options in REQUESTS:
+        if options.get("n", 1) > runner.max_num_seqs:
+            continue
+        for length in PROMPT_LENS:
+            if length + 2 > core.longest_request:
+                continue
+            params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, **options)
+            core.add_request(Prompt([0] * length), params, now=time.monotonic())
+            while (plan := core.schedule(0, time.monotonic())) is not None:
+                runner.launch(plan, buffers)
+                buffers.wait()
+                core.commit(0, time.monotonic())
+    runner.state.penalty_counts = None  # taken again by the first request that needs them

@@ -1,0 +1,73 @@
+"""Steps padded to captured shapes compute the same, and the warm-up leaves nothing behind; both on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import random
+
+import pytest
+
+from octavo import LLM, SamplingParams
+from octavo.engine import setup
+from octavo.engine.cuda_graph import GraphSizes, decode_ladder
+from octavo.engine.warm_up import warm_up
+
+TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
+SIZES = GraphSizes(decodes=[4, 8], prefill_tokens=[8, 24, 40, 56], prefill_decodes=[0, 3, 8])
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    rng = random.Random(0)
+    prompts = [{"prompt_token_ids": [rng.randrange(100) for _ in range(rng.randrange(1, 60))]} for _ in range(12)]
+    params = [
+        SamplingParams(temperature=float(i % 2), seed=i, max_tokens=4 + i, ignore_eos=True, repetition_penalty=1.1)
+        for i in range(12)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    llm.core.check_integrity()
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def test_padded_steps_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = answers(LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80))
+    monkeypatch.setattr(setup, "GraphSizes", lambda: SIZES)
+    llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
+    shapes = []
+    launch = llm._engine.runner.launch
+
+    @functools.wraps(launch)
+    def spy(plan, buffers) -> None:
+        shapes.append((plan.num_prefill_tokens, plan.padded_rows - plan.num_rows))
+        launch(plan, buffers)
+
+    monkeypatch.setattr(llm._engine.runner, "launch", spy)
+    assert answers(llm) == plain
+    assert sum(tokens in SIZES.prefill_tokens and padding > 0 for tokens, padding in shapes) >= 3
+
+
+def test_warm_up_leaves_nothing_behind() -> None:
+    llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
+    options = {
+        "num_blocks": llm._engine.runner.kv_caches[0].shape[0],
+        "block_size": llm._engine.runner.kv_shape.block_size,
+        "kv_windows": [0],
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 80,
+        "max_model_len": 128,
+        "vocab_size": llm._engine.runner.vocab_size,
+    }
+    plain = answers(LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80))
+    warm_up(llm._engine.runner, llm._engine._buffers[0], options)
+    assert llm.core.stats()["kv_blocks_used"] == 0
+    assert answers(llm) == plain
+
+
+def test_the_ladder_ends_at_the_bounds() -> None:
+    sizes = GraphSizes.ladder(256, 8192, 4096)
+    assert sizes.decodes[:4] == [1, 2, 4, 8] and sizes.decodes[-1] == 256
+    assert sizes.prefill_decodes == [0, 32, 128, 256] and sizes.prefill_tokens[-1] == 1024
+    assert decode_ladder(5) == [1, 2, 4, 5]
+    tight = GraphSizes.ladder(8, 256, 1024, [2])
+    assert tight.prefill_tokens == [64, 128, 256] and tight.prefill_decodes == [0, 4, 8]
+    assert all(rows + tokens <= 256 for rows, _, tokens in tight.shapes())
+    assert GraphSizes.ladder(3, 20, 128, [2]).shapes() == [(2, 0, 0)]
