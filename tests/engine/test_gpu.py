@@ -130,3 +130,16 @@ def test_nothing_is_compiled_while_requests_run(folder: Path, monkeypatch: pytes
         ]
         llm.generate(prompts, params, use_tqdm=False)
     assert compiled == []
+
+
+def test_memory_stays_within_its_share(folder: Path) -> None:
+    """KV blocks are what the share leaves after a rehearsed worst step: a full load then needs no more."""
+    share, total = 0.15, torch.cuda.get_device_properties(0).total_memory
+    llm = LLM(str(folder), dtype="bfloat16", device="cuda", max_num_seqs=64, gpu_memory_utilization=share)
+    torch.cuda.reset_peak_memory_stats()
+    rng = random.Random(4)
+    prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(700)]} for _ in range(100)]
+    params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=3, max_tokens=20)
+    llm.generate(prompts, params, use_tqdm=False)
+    used = torch.cuda.max_memory_allocated()
+    assert 0.8 * share * total < used < share * total
