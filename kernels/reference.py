@@ -9,6 +9,8 @@ block table `[slots, max_blocks]` int32. The memory behind a row's last key may 
 included, so values outside a row's length never take part, not even multiplied by zero.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,9 +21,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x [..., H] bf16/fp16/fp32; weight [H]; returns [..., H] of x's dtype.
     """
-    if weight.dtype == x.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps)  # fp32 inside, rounded after the weight
-    return F.rms_norm(x.float(), weight.shape, weight.float(), eps).to(x.dtype)
+    # Not F.rms_norm: on a CPU that is twice as many small ops (16 us against 9 for one row of 576).
+    wide = x.float()
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse_rms = torch.addcmul(_scalar(eps, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (wide * inverse_rms).mul_(weight).to(x.dtype)
+
+
+@functools.cache
+def _scalar(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, device=device)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,25 +66,29 @@ def rope_and_cache(
 
     q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read. positions [T] int; cos_sin [max_positions,
     rotary_dim] fp32 = (cos | sin); slot_mapping [T] int64 = block * block_size + offset. The first rotary_dim of the
-    D components are rotated.
+    D components are rotated. The pages may be of a narrower dtype than q, k and v.
     """
     num_q, num_kv, block_size = q.shape[1], k.shape[1], kv_cache.shape[3]
     half = cos_sin.shape[1] // 2
-    cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
-    heads = torch.cat((q, k, v), dim=1)  # [T, Hq + 2 * Hkv, D]
+    cos, sin = cos_sin.index_select(0, positions).view(-1, 1, 2, half).split(1, dim=2)
+    heads = torch.cat((q, k, v), dim=1).float()  # [T, Hq + 2 * Hkv, D]
     if q_norm is not None:
         heads[:, :num_q] = rms_norm(q, q_norm, eps)
     if k_norm is not None:
         heads[:, num_q : num_q + num_kv] = rms_norm(k, k_norm, eps)
-    rotated = heads[:, : num_q + num_kv].float()
-    first, second = rotated[..., :half], rotated[..., half : 2 * half]
-    # Both halves before either is written: in fp32 `rotated` shares its memory with `heads`.
-    turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-    heads[:, : num_q + num_kv, :half], heads[:, : num_q + num_kv, half : 2 * half] = turned
+    rotated = heads[:, : num_q + num_kv, : 2 * half].unflatten(2, (2, half))
+    turned = rotated * cos
+    turned[:, :, :1].addcmul_(rotated[:, :, 1:], sin, value=-1)
+    turned[:, :, 1:].addcmul_(rotated[:, :, :1], sin)
+    rotated.copy_(turned)
     q.copy_(heads[:, :num_q])
     new_kv = heads[:, num_q:].view(-1, 2, num_kv, q.shape[2])
+    if new_kv.shape[0] == 1:  # the commonest step of a CPU: plain indices are cheaper than tensors of them
+        block, offset = divmod(int(slot_mapping), block_size)
+        kv_cache[block, :, :, offset] = new_kv[0]
+        return
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
-    kv_cache.permute(0, 3, 1, 2, 4).index_put_((blocks, offsets), new_kv)
+    kv_cache.permute(0, 3, 1, 2, 4).index_put_((blocks, offsets), new_kv.to(kv_cache.dtype))
 
 
 def decode_attention(
@@ -99,22 +112,24 @@ def decode_attention(
     num_rows, num_q, dim = row_slots.shape[0], q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
     group = num_q // num_kv
-    longest = int(seq_lens.max())
-    first_block = max(0, int(seq_lens.min()) - query_len + 1 - window) // block_size if window else 0
+    lengths = seq_lens.tolist()
+    longest = max(lengths)
+    first_block = max(0, min(lengths) - query_len + 1 - window) // block_size if window else 0
     num_blocks = max(1, -(-longest // block_size) - first_block)
     blocks = block_table.index_select(0, row_slots)[:, first_block : first_block + num_blocks]
     num_keys = num_blocks * block_size
     # One gather puts the pages in head-major order: [2, Hkv, R, num_keys, D]. The heads of a group are rows of one
     # product, so K and V are read once and never repeated.
     pages = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, blocks.reshape(-1))
-    pages = pages.view(2, num_kv, num_rows, num_keys, dim)
+    pages = pages.to(q.dtype).view(2, num_kv, num_rows, num_keys, dim)
     queries = q.view(num_rows, query_len, num_kv, group, dim).permute(2, 0, 1, 3, 4)
     queries = queries.reshape(num_kv, num_rows, query_len * group, dim)
     if num_rows == 1 and query_len == 1:
         # The commonest step of a CPU needs no mask: cut to the keys it sees.
         start = max(0, longest - window) if window else 0
         used = slice(start - first_block * block_size, longest - first_block * block_size)
-        out = _attend(queries, pages[0, :, :, used], pages[1, :, :, used], None, scale, soft_cap)
+        keys, values = pages[:, :, :, used].unbind(0)
+        out = _attend(queries, keys, values, None, scale, soft_cap)
     else:
         position = torch.arange(first_block * block_size, first_block * block_size + num_keys, device=q.device)
         last = seq_lens.view(-1, 1) + torch.arange(
@@ -164,7 +179,7 @@ def prefill_attention(
         first_block = first_key // block_size
         blocks = block_table[slot, first_block : -(-seq_len // block_size)]
         pages = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, blocks)
-        pages = pages.view(2, num_kv, 1, -1, dim)[
+        pages = pages.to(q.dtype).view(2, num_kv, 1, -1, dim)[
             :, :, :, first_key - first_block * block_size : seq_len - first_block * block_size
         ]
         # The heads of a group share their K and V by a stride of zero, not by a copy.

@@ -118,8 +118,8 @@ def test_generate_and_chat_reach_the_terminal(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("octavo.terminal.generate", lambda *args: calls.append(args) or 0)
     monkeypatch.setattr("octavo.terminal.chat", lambda *args, **kwargs: calls.append((args, kwargs)) or 0)
     assert cli.main(["generate", "Once upon", "--max-tokens", "5", "--temperature", "0", "--seed", "3"]) == 0
-    config, params, prompt = calls[0]
-    assert (config.seed, params.max_tokens, params.temperature, prompt) == (3, 5, 0.0, "Once upon")
+    config, sampling, prompt = calls[0]
+    assert (config.seed, sampling.given, prompt) == (3, {"max_tokens": 5, "temperature": 0.0}, "Once upon")
     assert cli.main(["chat", "m", "--system", "Be brief."]) == 0
     assert calls[1][0][0].model == "m"
     assert calls[1][1] == {"system": "Be brief."}

@@ -4,8 +4,9 @@ import io
 
 import pytest
 
-from octavo import cli
+from octavo import _core, cli
 from octavo.engine.async_engine import AsyncEngine
+from octavo.terminal import Sampling
 from tests.server.scripted_engine import ScriptedEngine
 
 
@@ -74,3 +75,16 @@ def test_chat_goes_on_after_a_message_that_is_too_long(
     captured = capsys.readouterr()
     assert captured.out == "Hello world\n"
     assert "max_model_len" in captured.err
+
+
+def test_the_models_defaults_count_where_no_flag_does(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = ScriptedEngine()
+    engine.generation_defaults = {"max_tokens": 3, "top_k": 5}
+    sampling = Sampling({"temperature": 0.7, "max_tokens": 256}, {"top_k": 4})
+    params = sampling.params(engine, _core.Prompt([1]))
+    assert (params.temperature, params.max_tokens, params.top_k) == (0.7, 3, 4)
+    assert sampling.params(engine, _core.Prompt([1] * 510)).max_tokens == 2
+    engine.shutdown()
+    assert cli.main(["generate", "Hi", "--temperature", "-1"]) == 2 and not engines

@@ -8,12 +8,15 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from octavo import __version__
 from octavo.config import EngineConfig
 from octavo.options import add_flags, from_flags
-from octavo.sampling_params import SamplingParams
 from octavo.server.config import ServerConfig
+
+if TYPE_CHECKING:
+    from octavo.terminal import Sampling
 
 _VLLM_FLAGS = """
 --allow-credentials --allowed-headers --allowed-methods --allowed-origins --async-scheduling
@@ -22,7 +25,7 @@ _VLLM_FLAGS = """
 --disable-custom-all-reduce --disable-hybrid-kv-cache-manager --disable-log-requests --disable-sliding-window
 --distributed-executor-backend --download-dir --enable-auto-tool-choice --enable-eplb --enable-expert-parallel
 --enable-force-include-usage --enable-log-requests --enable-lora --enable-prompt-embeds --enable-prompt-tokens-details
---enable-request-id-headers --enable-sleep-mode --generation-config --guided-decoding-backend --headless
+--enable-request-id-headers --enable-sleep-mode --guided-decoding-backend --headless
 --hf-config-path --hf-overrides --hf-token --ignore-patterns --kv-cache-dtype --kv-events-config
 --kv-offloading-backend --kv-offloading-size --kv-transfer-config --limit-mm-per-prompt --log-config-file
 --logits-processors --long-prefill-token-threshold --lora-modules --max-cpu-loras --max-log-len --max-logprobs
@@ -123,15 +126,16 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
-    group = parser.add_argument_group("sampling")
     shown = "up to the model's length" if max_tokens is None else max_tokens
-    group.add_argument("--max-tokens", type=int, default=max_tokens, help=f"longest answer [default: {shown}]")
-    group.add_argument("--temperature", type=float, default=0.7, help="0: always the likeliest token [default: 0.7]")
-    group.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from this share of the probability [default: 1.0]"
+    group = parser.add_argument_group(
+        "sampling", "Where a flag is not given, the model's own default counts (see --generation-config), then ours."
     )
-    group.add_argument("--top-k", type=int, default=0, help="draw from this many tokens; 0: all [default: 0]")
-    group.add_argument("--sampling-seed", type=int, default=None, help="makes the draws repeatable")
+    group.add_argument("--max-tokens", type=int, help=f"longest answer [default: {shown}]")
+    group.add_argument("--temperature", type=float, help="0: always the likeliest token [default: 0.7]")
+    group.add_argument("--top-p", type=float, help="draw from this share of the probability [default: 1.0]")
+    group.add_argument("--top-k", type=int, help="draw from this many tokens; 0: all [default: 0]")
+    group.add_argument("--sampling-seed", type=int, help="makes the draws repeatable")
+    parser.set_defaults(default_sampling={"temperature": 0.7, "max_tokens": max_tokens})
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -156,7 +160,7 @@ def run_chat(args: argparse.Namespace) -> int:
     from octavo.terminal import chat
 
     _log_to_stderr(logging.WARNING)
-    return chat(engine_config(args), sampling_params(args), system=args.system)
+    return chat(engine_config(args), sampling(args), system=args.system)
 
 
 def run_generate(args: argparse.Namespace) -> int:
@@ -165,7 +169,7 @@ def run_generate(args: argparse.Namespace) -> int:
 
     _log_to_stderr(logging.WARNING)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    return generate(engine_config(args), sampling_params(args), prompt)
+    return generate(engine_config(args), sampling(args), prompt)
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -182,15 +186,13 @@ def run_version(_: argparse.Namespace) -> int:
     return 0
 
 
-def sampling_params(args: argparse.Namespace) -> SamplingParams:
-    """What the terminal commands draw with."""
-    return SamplingParams(
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        seed=args.sampling_seed,
-        max_tokens=args.max_tokens,
-    )
+def sampling(args: argparse.Namespace) -> "Sampling":
+    """What the terminal commands draw with. Raises `ValueError` before a model is loaded."""
+    from octavo.terminal import Sampling
+
+    given = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
+    given["seed"] = args.sampling_seed  # --seed is the engine's
+    return Sampling(args.default_sampling, {name: value for name, value in given.items() if value is not None})
 
 
 def _log_to_stderr(level: int) -> None:

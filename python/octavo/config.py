@@ -16,6 +16,9 @@ DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 AUTO_LENGTH = -1
 """`max_model_len` of this value means: the largest length that fits into the KV memory."""
 
+GENERATION_AUTO, GENERATION_NEUTRAL = "auto", "vllm"
+"""`generation_config`: the model's own sampling defaults, or none. Anything else is a folder."""
+
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's other names
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -45,6 +48,11 @@ class EngineConfig:
     )
     chat_template: str | None = option(
         None, "A chat template (Jinja), or the path of a file that holds one, in place of the model's."
+    )
+    generation_config: str = option(
+        GENERATION_AUTO,
+        "Where sampling defaults come from: auto: the model's generation_config.json, vllm: nowhere (neutral values), "
+        "or a folder with another generation_config.json.",
     )
     served_model_name: tuple[str, ...] = option(
         (), "Names under which clients reach the model; the first one is put into answers."

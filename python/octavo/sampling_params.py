@@ -5,7 +5,7 @@ there, in one place.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,6 +57,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.to_core()
+
+    def fitting(self, room: int) -> "SamplingParams":
+        """The same with at most `room` output tokens, if there is room at all: a default must not cause a refusal."""
+        if self.max_tokens is None or not self.min_tokens <= room < self.max_tokens or room < 1:
+            return self
+        return replace(self, max_tokens=room)
 
     def to_core(self) -> "_core.SamplingParams":
         """The checked form that the scheduler uses."""

@@ -7,7 +7,8 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
@@ -20,14 +21,32 @@ if TYPE_CHECKING:
 _HELP = "/new starts over, /exit (or Ctrl-D) leaves, Ctrl-C stops an answer."
 
 
-def chat(config: EngineConfig, params: SamplingParams, *, system: str | None) -> int:
+@dataclass(frozen=True)
+class Sampling:
+    """How the terminal draws: what was asked for, else the model's own defaults, else these. Fields of
+    `SamplingParams`.
+    """
+
+    defaults: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        SamplingParams(**{**self.defaults, **self.given})  # a bad value is said before a model is loaded
+
+    def params(self, engine: "AsyncEngine", prompt: "_core.Prompt") -> SamplingParams:
+        """For one prompt; a default length gives way to a long prompt."""
+        params = SamplingParams(**{**self.defaults, **engine.generation_defaults, **self.given})
+        return params if "max_tokens" in self.given else params.fitting(engine.max_model_len - len(prompt))
+
+
+def chat(config: EngineConfig, sampling: Sampling, *, system: str | None) -> int:
     """An interactive conversation; returns the exit code."""
-    return _with_engine(config, lambda engine: _chat(engine, params, system))
+    return _with_engine(config, lambda engine: _chat(engine, sampling, system))
 
 
-def generate(config: EngineConfig, params: SamplingParams, prompt: str) -> int:
+def generate(config: EngineConfig, sampling: Sampling, prompt: str) -> int:
     """Prints the continuation of `prompt`; returns the exit code."""
-    return _with_engine(config, lambda engine: _generate(engine, params, prompt))
+    return _with_engine(config, lambda engine: _generate(engine, sampling, prompt))
 
 
 def _with_engine(config: EngineConfig, run: Callable[["AsyncEngine"], Coroutine[Any, Any, int]]) -> int:
@@ -47,12 +66,13 @@ def _with_engine(config: EngineConfig, run: Callable[["AsyncEngine"], Coroutine[
         engine.shutdown()
 
 
-async def _generate(engine: "AsyncEngine", params: SamplingParams, prompt: str) -> int:
-    await print_stream(engine, await engine.encode_text(prompt), params)
+async def _generate(engine: "AsyncEngine", sampling: Sampling, prompt: str) -> int:
+    encoded = await engine.encode_text(prompt)
+    await print_stream(engine, encoded, sampling.params(engine, encoded))
     return 0
 
 
-async def _chat(engine: "AsyncEngine", params: SamplingParams, system: str | None) -> int:
+async def _chat(engine: "AsyncEngine", sampling: Sampling, system: str | None) -> int:
     start = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     interactive = sys.stdin.isatty()
@@ -74,7 +94,8 @@ async def _chat(engine: "AsyncEngine", params: SamplingParams, system: str | Non
             messages.append({"role": "user", "content": text})
             try:
                 prompt = await engine.encode_chat(json.dumps(messages))
-                messages.append({"role": "assistant", "content": await print_stream(engine, prompt, params)})
+                answer = await print_stream(engine, prompt, sampling.params(engine, prompt))
+                messages.append({"role": "assistant", "content": answer})
             except (ValueError, RuntimeError) as error:  # for example, the conversation has become too long
                 messages.pop()
                 print(f"{error}. {_HELP}", file=sys.stderr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,14 @@ async def test_a_dropped_iterator_frees_its_blocks() -> None:
         assert whole[-1].finished
     finally:
         engine.shutdown()
+
+
+def test_the_models_defaults_are_used_without_params(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 100, "temperature": 0.0, "eos_token_id": 1}')
+    llm = LLM(**TINY, generation_config=str(tmp_path))
+    assert llm.get_default_sampling_params() == SamplingParams(max_tokens=100, temperature=0.0)
+    prompts = [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7] * 120}]
+    assert "temperature 0.0" in "\n".join(llm._engine.report.lines())
+    greedy = SamplingParams(max_tokens=100, temperature=0.0), SamplingParams(max_tokens=8, temperature=0.0)
+    expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
+    assert [output.outputs[0].token_ids for output in llm.generate(prompts, use_tqdm=False)] == expected

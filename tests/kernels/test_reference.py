@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,26 @@ def test_copy_blocks() -> None:
 def test_ops_run_the_twins_on_a_cpu() -> None:
     x, weight = torch.randn(3, 16), torch.randn(16)
     assert torch.equal(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pages_may_be_narrower_than_what_is_computed(make_rows: Callable, dtype: torch.dtype) -> None:
+    rows = make_rows([9, 13], num_kv_heads=2, head_dim=16, block_size=4, dtype=dtype)
+    cache, table, slots, lens = rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens
+    for lengths in ([1], [1, 1], [3, 3]):  # one row, many rows, drafts
+        q, n = torch.randn(sum(lengths), 6, 16), len(lengths)
+        one = replace(rows, row_slots=slots[:n], seq_lens=lens[:n])
+        out = reference.decode_attention(q, cache, table, slots[:n], lens[:n], lengths[0], 0.3)
+        assert_close(out, paged_attention(q, one, lengths, 0.3, 0, 0.0))
+    q, starts = torch.randn(22, 6, 16), torch.tensor([0, 9, 22], dtype=torch.int32)
+    out = reference.prefill_attention(q, cache, table, slots, starts, lens, 13, 0.3)
+    assert_close(out, paged_attention(q, rows, [9, 13], 0.3, 0, 0.0))
+    for tokens in (1, 3):
+        k, v = torch.randn(2, tokens, 2, 16)
+        where = torch.arange(5, 5 + tokens)
+        no_turn = torch.zeros(tokens, dtype=torch.long)
+        reference.rope_and_cache(
+            torch.randn(tokens, 6, 16), k, v, no_turn, torch.tensor([[1.0] * 8 + [0.0] * 8]), cache, where
+        )
+        written = cache[where // 4, :, :, where % 4]
+        assert torch.equal(written[:, 0], k.to(dtype)) and torch.equal(written[:, 1], v.to(dtype))

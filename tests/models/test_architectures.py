@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from octavo.config import EngineConfig
+from octavo.layers.cpu_linear import widens_half
 from octavo.weights.load import load_model
 from tests.models.harness import Runner, Sequence
 
@@ -136,3 +137,20 @@ def test_decodes_beside_a_prefill(case: tuple[torch.Tensor, torch.Tensor, Runner
         parts += runner.step([(sequence, token)], [])
     assert_close(torch.cat(parts), expected)
     assert_close(torch.cat(others), other)
+
+
+@pytest.mark.skipif(not widens_half(torch.bfloat16), reason="this processor multiplies bfloat16 by itself")
+@pytest.mark.parametrize("name", ["llama3-rope", "qwen3"])
+def test_only_weights_are_rounded_to_bfloat16(name: str, tmp_path: Path) -> None:
+    reference = make(name, tmp_path)
+    for parameter in reference.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    with torch.inference_mode():
+        expected = reference(torch.tensor([PROMPT])).logits[0]
+    loaded = load_model(EngineConfig(model=str(tmp_path), dtype="bfloat16"), device=torch.device("cpu"))
+    sequence, runner = Sequence(0), Runner(loaded.model, torch.float32)
+    parts = runner.step([], [(sequence, PROMPT[:30])])
+    for token in PROMPT[30:]:
+        parts += runner.step([(sequence, token)], [])
+    # Weights under 6e-5 move in float16 (`HalfMethod`); a hidden state in bfloat16 would be off by 1e-2.
+    torch.testing.assert_close(torch.cat(parts), expected, atol=5e-4, rtol=5e-4)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from octavo.config import EngineConfig
+from octavo.layers.cpu_linear import widens_half
 from octavo.model_config import ModelError
 from octavo.weights import default_model, hub
 from octavo.weights.load import load_model, pick_dtype, resolve
@@ -183,6 +184,23 @@ def test_generation_config_adds_end_tokens_and_defaults(folder: Path) -> None:
     assert loaded.generation_defaults == {"temperature": 0.6, "top_k": 20}
     path.write_text(json.dumps({"eos_token_id": [2, 700]}))
     assert "generation_config.json: eos_token_id: 700" in refused(folder)
+    for values, named in (({"top_p": 1.5}, "top_p = 1.5"), ({"top_k": 2.5}, "top_k = 2.5"), ({"min_p": "1"}, "min_p")):
+        path.write_text(json.dumps(values))
+        assert str(path) in refused(folder) and named in refused(folder)
+
+
+def test_generation_config_may_be_neutral_or_come_from_elsewhere(folder: Path, tmp_path_factory: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7, "temperature": 0.6}))
+    neutral = load(folder, generation_config="vllm")
+    assert neutral.generation_defaults == {} and neutral.eos_token_ids == (2, 7)
+    other = tmp_path_factory.mktemp("generation")
+    with pytest.raises(ModelError, match="must be auto, vllm or a folder"):
+        load(folder, generation_config=str(other))
+    (other / "generation_config.json").write_text(json.dumps({"max_new_tokens": 9, "repetition_penalty": 1.1}))
+    assert load(folder, generation_config=str(other)).generation_defaults == {
+        "max_tokens": 9,
+        "repetition_penalty": 1.1,
+    }
 
 
 def test_auto_dtype_is_that_of_the_checkpoint(folder: Path) -> None:
@@ -200,8 +218,10 @@ def test_auto_dtype_is_that_of_the_checkpoint(folder: Path) -> None:
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_fused_weights_are_held_once(tmp_path: Path, dtype: str, width: int) -> None:
     make("llama-mha-untied", tmp_path)
-    stored = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert load(tmp_path, dtype=dtype).model.weight_bytes() == width * stored
+    of_norms = 4 if widens_half(getattr(torch, dtype)) else width  # float32 beside float32 hidden states
+    tensors = load_file(tmp_path / "model.safetensors").values()
+    stored = sum(tensor.numel() * (of_norms if tensor.dim() == 1 else width) for tensor in tensors)
+    assert load(tmp_path, dtype=dtype).model.weight_bytes() == stored
 
 
 def test_dummy_weights_need_no_files_and_are_seeded() -> None:

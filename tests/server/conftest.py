@@ -2,6 +2,7 @@
 
 import io
 import json
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from aiohttp import web
 from octavo.engine.async_engine import AsyncEngine
 from octavo.server.app import build_app
 from octavo.server.config import ServerConfig
+from octavo.server.connections import listen
 from tests.server.scripted_engine import ScriptedEngine
 
 
@@ -66,11 +68,12 @@ def parse_events(text: str) -> list[Any]:
 async def serving(engine: AsyncEngine, config: ServerConfig, *, shutdown: bool = True) -> AsyncIterator[Served]:
     runner = web.AppRunner(build_app(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    host, port = runner.addresses[0][:2]
+    listener = socket.create_server(("127.0.0.1", 0))
+    listening = await listen(runner, listener, backlog=128)
+    host, port = listener.getsockname()
     async with aiohttp.ClientSession() as http:
         yield Served(engine, f"http://{host}:{port}", http)
+    listening.close()
     await runner.cleanup()
     if shutdown:
         engine.shutdown()

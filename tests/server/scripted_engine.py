@@ -34,6 +34,7 @@ class Script:
         self.max_model_len = max_model_len
         self.tokenizer = _core.Tokenizer.bytes_only(VOCAB_SIZE)
         self.chat_template = _core.ChatTemplate(TEMPLATE)
+        self.generation_defaults: dict[str, Any] = {}
         self.report: Any = None
         self.failure: str | None = None
         self.step_started_at: float | None = None

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from octavo.server.schemas import CompletionRequest
 from tests.server.conftest import Served
 
 COMPLETION = {"prompt": "Hi", "max_tokens": 64}
@@ -54,6 +55,23 @@ async def test_default_lengths(served: Served) -> None:
     assert (body["usage"]["completion_tokens"], body["choices"][0]["finish_reason"]) == (16, "length")
     _, body = await served.post("/v1/chat/completions", CHAT)
     assert body["choices"][0]["message"]["content"] == "x" * 100
+
+
+async def test_the_models_defaults_count_where_a_request_says_nothing(served: Served) -> None:
+    defaults = {"max_tokens": 5, "temperature": 0.25}
+    served.engine.generation_defaults = defaults
+    for path, body in (("/v1/completions", {"prompt": "Hi"}), ("/v1/chat/completions", CHAT)):
+        _, answer = await served.post(path, body)
+        assert answer["usage"]["completion_tokens"] == 5
+        _, answer = await served.post(path, {**body, "max_tokens": 7, "temperature": 0.5})
+        assert answer["usage"]["completion_tokens"] == 7
+    for given, expected in ((None, 0.25), (0.0, 0.0), (0.5, 0.5)):
+        params = CompletionRequest(prompt="Hi", temperature=given).to_sampling_params(defaults)
+        assert (params.temperature, params.max_tokens) == (expected, 5)
+    # A default that the prompt leaves no room for is cut, not refused.
+    served.engine.generation_defaults = {"max_tokens": 500}
+    status, _ = await served.post("/v1/completions", {"prompt": "x" * 400})
+    assert status == 200
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])

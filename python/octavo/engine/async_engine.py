@@ -80,6 +80,7 @@ class AsyncEngine:
         self.model_name = engine.model_name
         self.tokenizer: _core.Tokenizer | None = engine.tokenizer
         self.chat_template: _core.ChatTemplate | None = engine.chat_template
+        self.generation_defaults = engine.generation_defaults
         self.report = engine.report
         self.streams: dict[int, RequestStream] = {}
         self.draining = False
@@ -159,7 +160,7 @@ class AsyncEngine:
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
         """Yields the growing output of one prompt; the request is aborted when the iterator is dropped."""
-        params = sampling_params or SamplingParams()
+        params = sampling_params or SamplingParams(**self.generation_defaults)
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
         if self._loop is None:
             self.attach_loop(asyncio.get_running_loop())

@@ -37,6 +37,7 @@ class Engine:
         self.tokenizer = parts.tokenizer
         self.chat_template = parts.chat_template
         self.max_model_len = parts.max_model_len
+        self.generation_defaults = parts.generation_defaults
         self.report = parts.report
         self.model_name = parts.model_name
         self._buffers: tuple[StepBuffers, StepBuffers] = parts.buffers

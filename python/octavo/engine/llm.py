@@ -46,6 +46,10 @@ class LLM:
         """The model's tokenizer, or None for a model without one."""
         return self._engine.tokenizer
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What is used where none are given: the model's own defaults, see `EngineConfig.generation_config`."""
+        return SamplingParams(**self._engine.generation_defaults)
+
     def generate(
         self,
         prompts: PromptInput | Sequence[PromptInput],
@@ -102,8 +106,11 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            params = [sampling_params or SamplingParams()] * len(prompts)
+        if sampling_params is None:
+            defaults, longest = self.get_default_sampling_params(), self._engine.max_model_len
+            params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
+        elif isinstance(sampling_params, SamplingParams):
+            params = [sampling_params] * len(prompts)
         else:
             params = list(sampling_params)
         if len(params) != len(prompts):

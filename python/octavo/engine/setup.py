@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,7 @@ class StartupReport:
     kv_tokens: int
     max_concurrency: float
     kernels: str
+    sampling: str
     load_seconds: float
     total_seconds: float
 
@@ -57,6 +59,7 @@ class StartupReport:
             f"{self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
+            f"sampling     {self.sampling}",
             f"ready in     {self.total_seconds:.1f} s",
         ]
 
@@ -73,6 +76,7 @@ class EngineParts:
     chat_template: _core.ChatTemplate | None
     model_name: str
     max_model_len: int
+    generation_defaults: dict[str, Any]
     report: StartupReport
 
 
@@ -158,6 +162,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         kv_tokens=kv_tokens,
         max_concurrency=kv_tokens / max_model_len,
         kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
+        sampling=describe_defaults(loaded.generation_defaults),
         load_seconds=load_seconds,
         total_seconds=time.monotonic() - started,
     )
@@ -172,6 +177,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         chat_template=loaded.chat_template,
         model_name=config.model_name,
         max_model_len=max_model_len,
+        generation_defaults=loaded.generation_defaults,
         report=report,
     )
 
@@ -183,6 +189,13 @@ def pick_device(wanted: str) -> torch.device:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: {wanted!r} asked for, but torch sees no CUDA device; use --device cpu or auto")
     return torch.device("cuda", 0) if wanted == "cuda" else torch.device(wanted)
+
+
+def describe_defaults(defaults: Mapping[str, Any]) -> str:
+    """The sampling defaults that come with the model, as the start-up report says them."""
+    if not defaults:
+        return "neutral defaults"
+    return "defaults of the model: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
 
 
 def known(value: int | None) -> int:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octavo.layers.cpu_linear import activation_dtype
 from octavo.layers.linear import DenseMethod, LinearMethod, linear_method
 from octavo.layers.weight import Layer, Slot
 
 
 class Embedding(Layer):
-    """A table of one row a token id; `scale` multiplies what is looked up (Gemma)."""
+    """A table of one row a token id; `scale` multiplies what is looked up (Gemma). Its dtype is that of all hidden
+    states.
+    """
 
     def __init__(self, name: str, vocab_size: int, size: int, *, dtype: torch.dtype, scale: float = 1.0) -> None:
         self.name = name
@@ -22,8 +25,11 @@ class Embedding(Layer):
     def own_slots(self) -> Iterable[Slot]:
         yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
 
+    def finish(self) -> None:
+        self.activation_dtype = activation_dtype(self.weight)
+
     def __call__(self, input_ids: Tensor) -> Tensor:  # input_ids [num_tokens] -> [num_tokens, size]
-        hidden = F.embedding(input_ids, self.weight)
+        hidden = F.embedding(input_ids, self.weight).to(self.activation_dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 

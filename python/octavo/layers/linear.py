@@ -33,7 +33,8 @@ class DenseMethod:
         self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        # On a CPU a matrix that FBGEMM cannot hold may stand among those that take float32.
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
@@ -41,7 +42,7 @@ def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
     if weight.device.type == "cpu":
         if weight.dtype == torch.float32 and has_onednn():
             return PackedMethod(weight, bias)
-        if weight.dtype != torch.float32 and prefers_half(weight):
+        if prefers_half(weight):
             return HalfMethod(weight, bias)
     return DenseMethod(weight, bias)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import ops
+from octavo.layers.cpu_linear import activation_dtype
 from octavo.layers.weight import Layer, Slot
 
 
@@ -25,6 +26,9 @@ class RMSNorm(Layer):
     def own_slots(self) -> Iterable[Slot]:
         init = "zeros" if self.add_one else "ones"
         yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape), init=init, add_one=self.add_one)
+
+    def finish(self) -> None:
+        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, activation_dtype(self.weight)))
 
     def __call__(self, x: Tensor) -> Tensor:  # x [num_tokens, size]
         out: Tensor = ops.rms_norm(x, self.weight, self.eps)

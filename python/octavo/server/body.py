@@ -41,12 +41,15 @@ async def read_body(request: web.Request, limit: int) -> bytes:
     try:
         return await asyncio.wait_for(request.read(), BODY_TIMEOUT)
     except asyncio.TimeoutError:
-        raise ApiError(408, "body_timeout", f"The body did not arrive within {BODY_TIMEOUT:.0f} s.") from None
+        request.content.feed_eof()  # else aiohttp reads on, for politeness
+        message = f"The body did not arrive within {BODY_TIMEOUT:.0f} s."
+        raise ApiError(408, "body_timeout", message, headers={"Connection": "close"}) from None
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(limit) from None
     except web.RequestPayloadError:
         request.content.feed_eof()  # else aiohttp reads on, for politeness, and logs the same error as its own
-        message = f"The body is not valid {encoding} data."
+        what = "chunked" if encoding == "identity" else encoding
+        message = f"The body is not valid {what} data."
         raise ApiError(400, "invalid_encoding", message, headers={"Connection": "close"}) from None
 
 

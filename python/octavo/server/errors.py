@@ -50,9 +50,12 @@ class ApiError(Exception):
 
     def response(self) -> web.Response:
         """The HTTP answer."""
-        return web.Response(
+        response = web.Response(
             status=self.status, body=self.body() + b"\n", content_type="application/json", headers=self.headers
         )
+        if self.headers.get("Connection") == "close":
+            response.force_close()  # aiohttp does not look at the header
+        return response
 
     def frames(self) -> bytes:
         """How a stream ends whose status 200 has been sent: OpenAI's clients raise on this."""

@@ -43,6 +43,7 @@ class OpenAIRoutes:
         self._config = config
         self._metrics = metrics
         self._names = engine.config.served_model_name or (engine.model_name,)
+        self._longest = min(engine.max_model_len, engine.core.longest_request)
         self._max_characters = max(64 * 1024, 16 * engine.max_model_len)
         self._started = int(time.time())
 
@@ -96,8 +97,10 @@ class OpenAIRoutes:
         given = parsed.prompts()
         check_choices(len(given), parsed.n or 1)
         try:
-            params = parsed.to_sampling_params()
+            params = parsed.to_sampling_params(self._engine.generation_defaults)
             prompts = [await self._encode(prompt, parsed.add_special_tokens is not False) for prompt in given]
+            if parsed.max_tokens is None:
+                params = params.fitting(self._longest - max(map(len, prompts)))
         except (ValueError, OverflowError) as error:
             raise refusal(parsed, error, "prompt") from None
         call = Call("completion", parsed, prompts, params, f"cmpl-{uuid.uuid4().hex}", int(time.time()), arrival)
@@ -112,13 +115,15 @@ class OpenAIRoutes:
         tools = template_tools(parsed.tools)
         kwargs = template_kwargs(parsed.chat_template_kwargs)
         try:
-            params = parsed.to_sampling_params()
+            params = parsed.to_sampling_params(self._engine.generation_defaults)
             prompt = await self._engine.encode_chat(
                 msgspec.json.encode(messages).decode(),
                 tools,
                 add_generation_prompt=parsed.add_generation_prompt is not False,
                 kwargs_json=kwargs,
             )
+            if parsed.max_tokens is None and parsed.max_completion_tokens is None:
+                params = params.fitting(self._longest - len(prompt))
         except (ValueError, OverflowError) as error:
             raise refusal(parsed, error, "messages") from None
         call = Call("chat", parsed, [prompt], params, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), arrival)

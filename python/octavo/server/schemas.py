@@ -5,6 +5,7 @@ of the integers that Rust can hold; what a value may be is written in Rust, once
 Fields that nobody knows are accepted.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -94,13 +95,20 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: Count | None = None
     cache_salt: str | None = None
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """The parameters as the engine has them. Raises `ValueError` that names a field."""
+    def sampling_params(
+        self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """The parameters as the engine has them; what the client leaves out comes from `defaults`, the model's.
+
+        Raises `ValueError` that names a field.
+        """
         names = ("n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                  "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
                  "skip_special_tokens", "logit_bias")  # fmt: skip
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return SamplingParams(seed=self.seed, max_tokens=max_tokens, logprobs=logprobs, **given)
+        if max_tokens is not None:
+            given["max_tokens"] = max_tokens
+        return SamplingParams(**{"max_tokens": None, **defaults, "seed": self.seed, "logprobs": logprobs, **given})
 
     def check_stream_options(self) -> None:
         """`stream_options` makes sense in a stream only."""
@@ -141,11 +149,11 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
             raise bad_request(f"prompt: {len(self.prompt)} prompts, at most {MAX_PROMPTS} are allowed.", "prompt")
         return self.prompt  # type: ignore[return-value]  # no ints, as just checked
 
-    def to_sampling_params(self) -> SamplingParams:
-        """Output is 16 tokens unless the client says otherwise, as OpenAI has it."""
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI has it."""
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
-        return self.sampling_params(16 if self.max_tokens is None else self.max_tokens, self.logprobs)
+        return self.sampling_params({"max_tokens": 16, **defaults}, self.max_tokens, self.logprobs)
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
@@ -207,8 +215,8 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
 
-    def to_sampling_params(self) -> SamplingParams:
-        """Output goes up to the model's length unless the client says otherwise."""
+    def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
+        """Output goes up to the model's length unless the client or the model's defaults say otherwise."""
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
             raise bad_request("top_logprobs: only allowed when logprobs is true.", "top_logprobs")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
@@ -216,7 +224,7 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
                 f"top_logprobs = {self.top_logprobs}: must be from 0 to {MAX_TOP_LOGPROBS}.", "top_logprobs"
             )
         limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_params(limit, (self.top_logprobs or 0) if self.logprobs else None)
+        return self.sampling_params(defaults, limit, (self.top_logprobs or 0) if self.logprobs else None)
 
 
 def check_choices(num_prompts: int, n: int) -> None:

@@ -19,6 +19,7 @@ from aiohttp import web
 from octavo.config import EngineConfig
 from octavo.server.app import CALLS, STUCK_AFTER, build_app
 from octavo.server.config import ServerConfig
+from octavo.server.connections import listen
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -71,11 +72,9 @@ def open_socket(config: ServerConfig) -> socket.socket:
 async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: socket.socket) -> int:
     """Serves a loaded engine on a bound socket until a signal comes or the engine dies; returns the exit code."""
     app = build_app(engine, config)
-    runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS, keepalive_timeout=75.0
-    )
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    listening = await listen(runner, listener, BACKLOG)
     signals = Signals()
     print(_welcome(engine, config, listener), file=sys.stderr, flush=True)
     logging_task = asyncio.ensure_future(_log_stats(engine)) if not engine.config.disable_log_stats else None
@@ -90,6 +89,7 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
         if logging_task is not None:
             logging_task.cancel()
         signals.close()
+        listening.close()
         await runner.cleanup()
     return 1 if died else 0
 

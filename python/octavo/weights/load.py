@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from octavo.config import DEFAULT_MODEL, EngineConfig
+from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
 from octavo.model_config import ModelConfig, ModelError, config_from_folder, read_json, read_token_ids
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model
+from octavo.sampling_params import SamplingParams
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path
 from octavo.weights.dummy import fill_with_random
@@ -28,7 +29,15 @@ from octavo.weights.text import open_gguf, read_text
 if TYPE_CHECKING:
     from octavo import _core
 
-GENERATION_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""Fields of generation_config.json that are sampling defaults, and their names in `SamplingParams`; vLLM's choice."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,14 @@ class LoadedModel:
     tokenizer: _core.Tokenizer | None
     chat_template: _core.ChatTemplate | None
     eos_token_ids: tuple[int, ...]
-    generation_defaults: dict[str, float]  # those of GENERATION_FIELDS that generation_config.json sets
+    generation_defaults: dict[str, Any]  # fields of `SamplingParams` where a request does not give them
 
 
 def load_model(config: EngineConfig, *, device: torch.device) -> LoadedModel:
     """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and field."""
     place = resolve(config.model, config.load_format)
     if place is None:
-        return _load(preset_config(config.model), None, None, config, device, {})
+        return _load(preset_config(config.model), None, None, config, device, None)
     if place.suffix == ".gguf":
         return _load_gguf(place, config, device)
     return _load_folder(place, config, device)
@@ -80,11 +89,10 @@ def _load_folder(folder: Path, config: EngineConfig, device: torch.device) -> Lo
     if config.load_format == "gguf":
         raise ModelError(f"{folder}: load_format gguf needs a .gguf file, not a folder")
     model_config = config_from_folder(folder)
-    model_config, generation = _read_generation(folder, model_config)
     source = None if config.load_format == "dummy" else SafetensorsSource(folder)
     if source is not None and model_config.checkpoint_dtype is None:
         model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
-    return _load(model_config, source, folder, config, device, generation)
+    return _load(model_config, source, folder, config, device, folder)
 
 
 def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> LoadedModel:
@@ -93,7 +101,7 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     header = open_gguf(path)
     model_config = config_from_gguf(header)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config)
-    return _load(model_config, source, path, config, device, {})
+    return _load(model_config, source, path, config, device, None)
 
 
 def _load(
@@ -102,9 +110,12 @@ def _load(
     place: Path | None,
     wanted: EngineConfig,
     device: torch.device,
-    generation: dict[str, float],
+    generation_folder: Path | None,
 ) -> LoadedModel:
-    """Text, then weights; `source` None means random weights, `place` None a preset."""
+    """Text, then weights; `source` None means random weights, `place` None a preset, `generation_folder` None a model
+    that brings no generation_config.json.
+    """
+    config, defaults = _read_generation(config, wanted.generation_config, generation_folder)
     text = read_text(place, wanted.tokenizer, wanted.chat_template)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         raise ModelError(
@@ -121,7 +132,7 @@ def _load(
     else:
         fill_model(model, source, device)
     return LoadedModel(
-        model, config, dtype, text.tokenizer, text.chat_template, config.eos_token_ids, generation_defaults=generation
+        model, config, dtype, text.tokenizer, text.chat_template, config.eos_token_ids, generation_defaults=defaults
     )
 
 
@@ -131,19 +142,37 @@ def pick_dtype(wanted: str, checkpoint: str | None) -> torch.dtype:
     return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
 
 
-def _read_generation(folder: Path, config: ModelConfig) -> tuple[ModelConfig, dict[str, float]]:
-    """`generation_config.json`, where there is one: more end tokens, and the author's sampling defaults."""
-    path = folder / "generation_config.json"
-    if not path.exists():
+def _read_generation(config: ModelConfig, wanted: str, own: Path | None) -> tuple[ModelConfig, dict[str, Any]]:
+    """What `generation_config.json` adds: end tokens, and the author's sampling defaults.
+
+    wanted: `EngineConfig.generation_config`; own: the model's folder, None where it has none. With neutral defaults the
+    model's end tokens still count.
+    """
+    folder = own
+    if wanted not in (GENERATION_AUTO, GENERATION_NEUTRAL):
+        folder = Path(wanted).expanduser()
+        if not (folder / "generation_config.json").is_file():
+            raise ModelError(
+                f"generation_config = {wanted!r}: must be auto, vllm or a folder with a generation_config.json"
+            )
+    if folder is None or not (folder / "generation_config.json").exists():
         return config, {}
+    path = folder / "generation_config.json"
     values = read_json(path)
     ids = read_token_ids(values.get("eos_token_id"), str(path), "eos_token_id", config.vocab_size)
     config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + ids)))
+    if wanted == GENERATION_NEUTRAL:
+        return config, {}
     defaults = {}
-    for key in GENERATION_FIELDS:
+    for key, name in GENERATION_FIELDS.items():
         value = values.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ModelError(f"{path}: {key}: {value!r} is not a number")
-        if value is not None:
-            defaults[key] = value
+        try:
+            SamplingParams(**cast(dict[str, Any], {name: value}))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ModelError(f"{path}: {key} = {value!r} cannot be a default: {error}") from None
+        defaults[name] = value
     return config, defaults
