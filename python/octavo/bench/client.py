@@ -1,8 +1,8 @@
 """A bounded load client for any OpenAI-compatible server: streams `/v1/completions` with token-id prompts.
 
 TTFT: request sent to first content event. TPOT: (last event - first) / (tokens - 1) of a request. ITL: gap between
-events. Every request
-asks for exactly `--output-len` tokens; a short answer, an HTTP error or a time-out counts as failed.
+events. Every request asks for exactly `--output-len` tokens; a short answer, an HTTP error or a time-out counts as
+failed.
 """
 
 from __future__ import annotations

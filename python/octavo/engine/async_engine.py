@@ -1,8 +1,7 @@
 """The engine for asyncio: one engine thread, and streams that wake when the core has news for them.
 
 The core's eventfd becomes readable once for any number of tokens; the loop's reader drains the ids with news and sets
-one event a
-stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
+one event a stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ class AsyncEngine:
             if stream is not None:
                 stream.wake()
 
-    # ---- requests
-    # -------------------------------------------------------------------------------------------------------
+    # ---- requests ----------------------------------------------------------------------------------------------------
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> _core.Prompt:
         """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's completions."""
@@ -145,8 +143,7 @@ class AsyncEngine:
         """Queues a request, in about a microsecond.
 
         Raises `OverloadedError` (queue full), `PromptTooLongError`, `KvCapacityError` or another `ValueError` (the
-        request can
-        never be served), `EngineDeadError`.
+        request can never be served), `EngineDeadError`.
         """
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
@@ -190,8 +187,7 @@ class AsyncEngine:
             )
         return self.chat_template
 
-    # ---- state
-    # ----------------------------------------------------------------------------------------------------------
+    # ---- state -------------------------------------------------------------------------------------------------------
 
     @property
     def is_dead(self) -> bool:

@@ -1,9 +1,8 @@
 """The engine: one Rust core, one model runner, and the loop that keeps the device fed.
 
 Steady state: while step N+1 runs on the device, the loop waits for step N's results, commits them and plans step N+2 in
-one crossing
-into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there one step
-flies at a time.
+one crossing into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there
+one step flies at a time.
 """
 
 from __future__ import annotations

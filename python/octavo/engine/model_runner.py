@@ -1,8 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
 Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
-which names
-request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
+which names request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ class ModelRunner:
         self.kv_caches: list[Tensor] = []
         self.graphs: StepGraphs | None = None
 
-    # ---- memory
-    # ---------------------------------------------------------------------------------------------------------
+    # ---- memory ------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
@@ -107,8 +105,7 @@ class ModelRunner:
         """Device memory in use at the peak of the largest step, in bytes (CUDA only).
 
         The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one
-        block: every
-        block table entry is the null block, which is safe to write.
+        block: every block table entry is the null block, which is safe to write.
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -135,8 +132,7 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return peak
 
-    # ---- one step
-    # -------------------------------------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def launch(self, plan: Plan, buffers: StepBuffers) -> None:

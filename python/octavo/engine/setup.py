@@ -1,8 +1,7 @@
 """Building an engine: device, model, KV memory, core, graphs; and the report that start-up prints.
 
 KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of the largest step,
-on a CPU from
-`kv_cache_memory`.
+on a CPU from `kv_cache_memory`.
 """
 
 from __future__ import annotations
