@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu simulate lint fmt kernels-sm90 bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults lint fmt kernels-sm90 bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ test-python: dev ## everything else, on the CPU
 
 simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
 	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
+
+planted-faults: ## plant faults in a copy of the core, one by one: the simulation must find each (minutes)
+	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)
 
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu $(ARGS)
