@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from octavo import cli
+from octavo.bench import commands
 from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.entrypoints.openai import api_server
 from octavo.server.config import ServerConfig
@@ -134,3 +135,15 @@ def test_help_of_every_command() -> None:
     for words in (["--help"], ["serve", "--help"], ["chat", "--help"], ["generate", "--help"], ["bench", "--help"]):
         done = subprocess.run([sys.executable, "-m", "octavo", *words], capture_output=True, text=True, check=True)
         assert "usage: octavo" in done.stdout
+
+
+def test_the_batching_benchmark_has_something_to_compare() -> None:
+    parser = cli.build_parser()
+    options = parser.parse_args(["bench", "batching"])
+    # More than one batch, and lengths that differ widely: else static is as good as continuous.
+    assert options.num >= 2 * commands.BATCHING_SEQS
+    lengths = sorted(length for _, length in commands.batching_items(options, vocab_size=1000))
+    assert len(lengths) == options.num
+    assert lengths[-1] <= options.output_len and lengths[-1] > 8 * lengths[0]
+    assert lengths[len(lengths) // 2] < options.output_len / 3
+    assert commands.batching_items(options, 1000) == commands.batching_items(options, 1000)

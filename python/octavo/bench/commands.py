@@ -7,14 +7,18 @@ import asyncio
 import dataclasses
 import json
 import platform
+import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from octavo.bench.memory import CacheShape, paged_requests, reserved_requests
-from octavo.bench.workloads import workload
+from octavo.bench.workloads import Item, workload
 from octavo.config import EngineConfig
 
 Rows = list[dict[str, Any]]
+
+BATCHING_SEQS = 32
+LENGTH_SPREAD = 24
 
 
 def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Any) -> None:
@@ -38,11 +42,16 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Any) -> None
     throughput.add_argument("--num", type=int, help="only this many requests of the workload")
     throughput.add_argument("--rate", type=float, default=0.0, help="requests a second (Poisson); 0: all at once")
 
-    batching = command("batching", "The same arrivals under no, static and continuous batching")
-    batching.add_argument("--num", type=int, default=32, help="requests")
+    batching = command(
+        "batching",
+        "The same arrivals under no, static and continuous batching: twice as many requests as run at once, whose "
+        f"output lengths differ by a factor of {LENGTH_SPREAD}, so that static batches wait for their longest request. "
+        f"Without --max-num-seqs {BATCHING_SEQS} run at once.",
+    )
+    batching.add_argument("--num", type=int, default=2 * BATCHING_SEQS, help="requests")
     batching.add_argument("--rate", type=float, default=0.0, help="requests a second (Poisson); 0: all at once")
     batching.add_argument("--input-len", type=int, default=32, help="longest prompt; lengths are spread below it")
-    batching.add_argument("--output-len", type=int, default=64, help="longest output; lengths are spread below it")
+    batching.add_argument("--output-len", type=int, default=96, help="longest output; short ones are commoner")
 
     memory = command("memory", "Requests in the same KV memory: pages, GQA, sliding window", engine=False)
     memory.add_argument("--kv-gib", type=float, default=8.0, help="KV memory in GiB")
@@ -106,31 +115,31 @@ def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
 
 def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     """The guide's comparison: one row a policy, over the same requests and arrivals."""
-    import random
-
     from octavo.bench.replay import poisson_arrivals, replay
 
     rows: Rows = []
+    config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or BATCHING_SEQS)
     for policy in ("none", "static", "continuous"):
         engine = engine_of(dataclasses.replace(config, batching=policy))
-        rng = random.Random(options.workload_seed)
-        vocab_size = engine.runner.vocab_size
-        items = [
-            (
-                [
-                    rng.randrange(10, vocab_size - 10)
-                    for _ in range(rng.randint(max(1, options.input_len // 4), options.input_len))
-                ],
-                rng.randint(max(1, options.output_len // 8), options.output_len),
-            )
-            for _ in range(options.num)
-        ]
+        items = batching_items(options, engine.runner.vocab_size)
         replay(engine, items[:2])
         summary = replay(engine, items, poisson_arrivals(len(items), options.rate, options.workload_seed))
         rows.append({"batching": policy} | summary.as_dict())
     for row in rows:
         row["throughput_ratio"] = row["output_tokens_per_second"] / rows[0]["output_tokens_per_second"]
     return rows
+
+
+def batching_items(options: argparse.Namespace, vocab_size: int) -> list[Item]:
+    """Random prompts, and output lengths spread evenly over the logarithm, as those of people's requests are skewed."""
+    rng = random.Random(options.workload_seed)
+    shortest = max(1, options.output_len // LENGTH_SPREAD)
+    items = []
+    for _ in range(options.num):
+        prompt_len = rng.randint(max(1, options.input_len // 4), options.input_len)
+        prompt = [rng.randrange(10, vocab_size - 10) for _ in range(prompt_len)]
+        items.append((prompt, round(shortest * (options.output_len / shortest) ** rng.random())))
+    return items
 
 
 def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
