@@ -5,7 +5,7 @@
 
 use std::fmt::Write;
 
-use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
 /// Deepest nesting that is written. Deeper values can only be built by a hostile template.
@@ -295,17 +295,38 @@ fn pairs(map: &Value) -> Result<Vec<(Value, Value)>, Error> {
     map.try_iter()?.map(|key| map.get_item(&key).map(|item| (key, item))).collect()
 }
 
-/// Walks through a value that is about to be kept: pays for it, and refuses deep nesting, which could overflow the stack
-/// when the value is dropped.
-pub(crate) fn check_bounds(state: &State, value: &Value, depth: usize) -> Written {
+/// What is kept of a value that is given a name: the value itself, paid for, but with lists in place of whatever is lazy.
+/// Refuses deep nesting, which could overflow the stack when the value is dropped.
+pub(crate) fn bounded(state: &State, value: Value) -> Result<Value, Error> {
+    Ok(settled(state, &value, 0)?.unwrap_or(value))
+}
+
+/// The value without lazy parts, where it has any.
+fn settled(state: &State, value: &Value, depth: usize) -> Result<Option<Value>, Error> {
     pay(state, value, depth)?;
+    let mut changed = value.kind() == ValueKind::Iterable;
     match value.kind() {
-        // An unsized iterable may be one that can only be read once.
-        ValueKind::Seq | ValueKind::Iterable if value.len().is_some() => {
-            value.try_iter()?.checked().try_for_each(|item| check_bounds(state, &item?, depth + 1))
+        ValueKind::Seq | ValueKind::Iterable => {
+            let mut items = Vec::new();
+            for item in value.try_iter()?.checked() {
+                let item = item?;
+                let new = settled(state, &item, depth + 1)?;
+                changed |= new.is_some();
+                items.push(new.unwrap_or(item));
+            }
+            let new = || if value.is_tuple() { Value::from(Tuple::from(items)) } else { Value::from(items) };
+            Ok(changed.then(new))
         }
-        ValueKind::Map => value.try_iter()?.try_for_each(|key| check_bounds(state, &value.get_item(&key)?, depth + 1)),
-        _ => Ok(()),
+        ValueKind::Map => {
+            let mut new = Vec::new();
+            for (key, item) in pairs(value)? {
+                let settled = settled(state, &item, depth + 1)?;
+                changed |= settled.is_some();
+                new.push((key, settled.unwrap_or(item)));
+            }
+            Ok(changed.then(|| new.into_iter().collect()))
+        }
+        _ => Ok(None),
     }
 }
 

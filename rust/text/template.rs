@@ -3,21 +3,18 @@
 //! The environment is the one of `transformers`' `_compile_jinja_template`: `trim_blocks`, `lstrip_blocks`, loop
 //! controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps`, and Python's string methods. A template comes
 //! with a model file and is not trusted: fuel bounds its work, the recursion limit its stack, and nothing outside the
-//! messages can be reached from it.
-//!
-//! Known hole: minijinja copies lists that were added up more than 32 deep without asking for fuel. A template that
-//! doubles a list through nested macro calls can still take all memory; through `set` it cannot.
+//! messages can be reached from it. Where minijinja asks for no fuel, `template_source.rs` sees to it.
 
 use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::ValueKind;
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 use crate::text::clock::strftime;
-use crate::text::template_source::{rewrite, BOUND_FILTER, ITER_FILTER, PERCENT_FILTER};
+use crate::text::template_source::{most_additions, rewrite, BOUND_FILTER, ITER_FILTER, MAX_ADDITIONS, PERCENT_FILTER};
 use crate::text::{python_methods, python_values};
 
 /// Longest source, in bytes; the longest known templates have about 20,000.
@@ -106,6 +103,12 @@ impl ChatTemplate {
                 "chat template has {len} bytes, but must have at most {MAX_SOURCE_BYTES}"
             )));
         }
+        let additions = most_additions(source);
+        if additions > MAX_ADDITIONS {
+            return Err(Error::Template(format!(
+                "chat template adds {additions} times in one tag, but may do so at most {MAX_ADDITIONS} times"
+            )));
+        }
         let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
@@ -135,8 +138,15 @@ impl ChatTemplate {
         });
         environment.add_filter("escape", python_values::escape);
         environment.add_filter("e", python_values::escape);
-        environment.add_filter(BOUND_FILTER, |state: &State, value: Value| {
-            python_values::check_bounds(state, &value, 0).map(|()| value)
+        environment.add_filter(BOUND_FILTER, python_values::bounded);
+        environment.add_filter("sum", sum);
+        environment.remove_filter("chain"); // not Jinja's, and one more way to add lists
+        environment.add_function("namespace", |state: &State, kwargs: Kwargs| {
+            let mut pairs = Vec::new();
+            for name in kwargs.args() {
+                pairs.push((name.to_owned(), python_values::bounded(state, kwargs.get::<Value>(name)?)?));
+            }
+            minijinja::functions::namespace(Some(Value::from_pairs(pairs).into()))
         });
         environment.add_test("iterable", is_iterable);
         environment.add_test("sequence", |value: &Value| value.is_undefined() || value.len().is_some());
@@ -191,6 +201,21 @@ fn is_iterable(value: &Value) -> bool {
 /// Refuses the messages.
 fn raise_exception(state: &State, message: &Value) -> std::result::Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, python_values::to_str(state, message)?))
+}
+
+/// Jinja's `sum`, of numbers only: of lists it would be one deep addition.
+fn sum(
+    state: &State,
+    values: Value,
+    attribute: Option<&str>,
+    start: Option<Value>,
+    kwargs: Kwargs,
+) -> std::result::Result<Value, minijinja::Error> {
+    let first = start.clone().or(kwargs.get::<Option<Value>>("start")?);
+    if first.is_some_and(|start| !start.is_number() && !start.is_none()) {
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "sum: only numbers can be added up"));
+    }
+    minijinja::filters::sum(state, values, attribute, start, kwargs)
 }
 
 fn to_value(json: &Json) -> Value {

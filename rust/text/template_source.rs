@@ -4,8 +4,10 @@
 //!   becomes `{% with %} ... {% endwith %}`, which has the same scope and whitespace rules and no other effect.
 //! - `'...' % x` on a string literal becomes `'...' | python_percent(x)`.
 //! - `for x in y` becomes `for x in (y) | python_iter`: to loop over None is an error in Python, nothing in minijinja.
-//! - `set x = y` becomes `set x = (y) | bounded`: values that a loop builds up stay small enough to be dropped, and are
-//!   paid for.
+//! - `set x = y` becomes `set x = (y) | bounded`, and after `for x in ...`, `macro f(x)`, `call(x)` and `with x = ...` comes
+//!   `set x = (x) | bounded`: values that are given a name stay small enough to be dropped, are paid for, and hold no lazy
+//!   sum of lists. minijinja copies sums that are more than 32 deep without asking for fuel, so it must never see one: a
+//!   tag may add up to 32 times, and begins with sums that are not deep at all.
 
 /// Name of the filter that refuses what Python cannot loop over.
 pub(crate) const ITER_FILTER: &str = "python_iter";
@@ -13,6 +15,26 @@ pub(crate) const ITER_FILTER: &str = "python_iter";
 pub(crate) const BOUND_FILTER: &str = "bounded";
 /// Name of the filter that stands for `%` on strings.
 pub(crate) const PERCENT_FILTER: &str = "python_percent";
+
+/// Additions in one tag; more would let minijinja copy a list of any length (see above).
+pub(crate) const MAX_ADDITIONS: usize = 32;
+
+/// The largest number of `+` in a tag.
+pub(crate) fn most_additions(source: &str) -> usize {
+    let mut most = 0;
+    let mut rest = source;
+    while let Some(start) = rest.find('{') {
+        let tag = &rest[start..];
+        let Some(closing) = [("{%", "%}"), ("{{", "}}")].iter().find(|(open, _)| tag.starts_with(open)) else {
+            rest = &tag[1..];
+            continue;
+        };
+        let (inside, end) = scan_tag(&tag[2..], closing.1);
+        most = most.max(tokens(inside).filter(|token| *token == "+").count());
+        rest = &tag[2 + end..];
+    }
+    most
+}
 
 /// Rewrites a whole template.
 pub(crate) fn rewrite(source: &str) -> String {
@@ -63,11 +85,65 @@ fn rewrite_tag(inside: &str) -> String {
         "generation" => inside.replace("generation", "with"),
         "endgeneration" => inside.replace("endgeneration", "endwith"),
         statement if statement.starts_with("for ") => {
-            rewrite_percent(&add_filter(inside, "in", &["if", "recursive"], ITER_FILTER))
+            let looped = rewrite_percent(&add_filter(inside, "in", &["if", "recursive"], ITER_FILTER));
+            bind(&looped, &loop_names(statement))
+        }
+        statement if statement.starts_with("with ") => bind(&rewrite_percent(inside), &first_names(&statement[4..], 0)),
+        statement if statement.starts_with("macro ") => bind(&rewrite_percent(inside), &first_names(statement, 1)),
+        statement if statement.strip_prefix("call").is_some_and(|rest| rest.trim_start().starts_with('(')) => {
+            let parameters = statement[4..].trim_start();
+            bind(&rewrite_percent(inside), &first_names(&parameters[..brackets_len(parameters)], 1))
         }
         statement if statement.starts_with("set ") => rewrite_percent(&add_filter(inside, "=", &[], BOUND_FILTER)),
         _ => rewrite_percent(inside),
     }
+}
+
+fn tokens(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        let (token, after) = rest.split_at(token_len(rest));
+        rest = after;
+        (!token.is_empty()).then_some(token)
+    })
+}
+
+/// The names between `for` and `in`.
+fn loop_names(statement: &str) -> Vec<&str> {
+    tokens(statement).skip(1).take_while(|token| *token != "in").filter(|token| token.starts_with(is_word)).collect()
+}
+
+/// The names that begin the parts which commas cut `text` into, at this depth of brackets.
+fn first_names(text: &str, wanted_depth: usize) -> Vec<&str> {
+    let mut names = Vec::new();
+    let (mut depth, mut begins) = (0, wanted_depth == 0);
+    for token in tokens(text).filter(|token| !token.trim().is_empty()) {
+        match token {
+            "(" | "[" | "{" => {
+                depth += 1;
+                begins = depth == wanted_depth && names.is_empty();
+            }
+            ")" | "]" | "}" => depth -= 1,
+            "," if depth == wanted_depth => begins = true,
+            _ => {
+                if begins && token.starts_with(is_word) {
+                    names.push(token);
+                }
+                begins = false;
+            }
+        }
+    }
+    names
+}
+
+/// The tag, followed by tags that bound what it has given names to; its whitespace control goes to the last of them.
+fn bind(inside: &str, names: &[&str]) -> String {
+    let control = if inside.ends_with(['-', '+']) { &inside[inside.len() - 1..] } else { "" };
+    let mut out = inside[..inside.len() - control.len()].to_owned();
+    for name in names {
+        out.extend(["%}{% set ", name, " = (", name, ")|", BOUND_FILTER, " "]);
+    }
+    out + control
 }
 
 /// Puts `filter` on the expression between the token `before` and one of `after` or the end of the tag.
@@ -201,7 +277,12 @@ fn brackets_len(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::rewrite;
+    use super::{most_additions, rewrite};
+
+    #[test]
+    fn additions_are_counted_by_tag() {
+        assert_eq!(most_additions("a+b{{ a + b + '+' }}{% if a %}{# + + + + #}{{- x -}}{% set x = 1+2+3+4 %}"), 3);
+    }
 
     #[test]
     fn percent_binds_as_in_python() {
@@ -223,11 +304,25 @@ mod tests {
     #[test]
     fn loops_and_assignments_keep_their_parts() {
         for (source, expected) in [
-            ("{% for x in a[1:] %}", "{% for x in (a[1:])|python_iter %}"),
-            ("{%- for k, v in d|dictsort if v in w -%}", "{%- for k, v in (d|dictsort)|python_iter if v in w -%}"),
+            ("{% for x in a[1:] %}", "{% for x in (a[1:])|python_iter %}{% set x = (x)|bounded %}"),
+            (
+                "{%- for k, v in d|dictsort if v in w -%}",
+                "{%- for k, v in (d|dictsort)|python_iter if v in w %}{% set k = (k)|bounded %}{% set v = (v)|bounded -%}",
+            ),
             (
                 "{% for x in f(1 if a else b), 2 recursive %}",
-                "{% for x in (f(1 if a else b), 2)|python_iter recursive %}",
+                "{% for x in (f(1 if a else b), 2)|python_iter recursive %}{% set x = (x)|bounded %}",
+            ),
+            (
+                "{% macro f(a, b=[1, c], d=g(e, h)) -%}",
+                "{% macro f(a, b=[1, c], d=g(e, h)) %}{% set a = (a)|bounded %}{% set b = (b)|bounded %}\
+                 {% set d = (d)|bounded -%}",
+            ),
+            ("{% macro f() %}{% call f(x) %}", "{% macro f() %}{% call f(x) %}"),
+            ("{% call(x) f(y, z) %}", "{% call(x) f(y, z) %}{% set x = (x)|bounded %}"),
+            (
+                "{% with a = f(b, c), d = 2 %}",
+                "{% with a = f(b, c), d = 2 %}{% set a = (a)|bounded %}{% set d = (d)|bounded %}",
             ),
         ] {
             assert_eq!(rewrite(source), expected);

@@ -124,6 +124,29 @@ HOSTILE = {
     "{% endfor %}",
     "doubled list": "{% set ns = namespace(x=[1]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}"
     "{% endfor %}{{ ns.x }}",
+    "list doubled by macros": "{% macro f(x, n) %}{% if n %}{{ f(x + x, n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f([1], 45) }}",
+    "list doubled by with": "{% with x0 = [1] %}"
+    + "".join(f"{{% with x{i + 1} = x{i} + x{i} %}}" for i in range(45))
+    + "{{ x45|length }}"
+    + "{% endwith %}" * 46,
+    "list doubled by a recursive loop": "{% for x in [[1]] recursive %}{{ loop([x + x]) }}{% endfor %}",
+    "list doubled by loops": "".join(f"{{% for x{i + 1} in [{f'x{i} + x{i}' if i else '[1]'}] %}}" for i in range(45))
+    + "{{ x45|length }}"
+    + "{% endfor %}" * 45,
+    "list doubled by callers": "{% macro f(x) %}{{ caller(x + x) }}{% endmacro %}{% set x = [1] %}"
+    + "{% call(x) f(x) %}" * 40
+    + "{{ x|length }}"
+    + "{% endcall %}" * 40,
+    "list doubled in a namespace": "{% set ns = namespace(x=[1]) %}{% for i in range(45) %}"
+    "{% set ns = namespace(x=[ns.x + ns.x]) %}{% set ns = namespace(x=ns.x[0]) %}{% set y = ns %}{% endfor %}"
+    + "{% set a = namespace(x=[1]) %}"
+    + "{% set a = namespace(x=a.x + a.x) %}" * 45
+    + "{{ a.x|length }}",
+    "list doubled in a value": "{% set a = {'x': [1]} %}" + "{% set a = {'x': a.x + a.x} %}" * 45 + "{{ a.x|length }}",
+    "long list added often": "{{ " + "([1] * 1000000000) + " * 34 + "[1] }}",
+    "long lists added up": "{{ ([[1] * 1000000000] * 40)|sum(start=[]) }}",
+    "long lists chained": "{{ ([1] * 1000000000)|chain([1])" + "|chain([1])" * 40 + " }}",
     "wide format": "{{ '%1000000000d' % 1 }}{{ '%1000000000d' % 1 }}",
     "wide format filter": "{{ '%1000000000d'|format(1) }}",
     "wide str.format": "{{ '{:1000000000}'.format(1) }}",
