@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Message = dict[str, Any]
 
@@ -117,13 +120,17 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
             )
-        builders = self._submit(prompts, encoded, params)
+        builders: dict[int, OutputBuilder] = {}
         outputs: dict[int, RequestOutput] = {}
         try:
+            self._submit(prompts, encoded, params, builders)
             with tqdm(total=len(prompts), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(builders):
                     self._engine.step()
                     for request_id in self._engine.core.drain():
+                        if request_id not in builders:  # of an earlier call that was interrupted more than once
+                            self._engine.core.abort(request_id)
+                            continue
                         delta = self._engine.core.take(request_id)
                         if delta is None:
                             continue
@@ -131,27 +138,33 @@ class LLM:
                         if delta.finished:
                             outputs[request_id] = output
                             bar.update()
-        except BaseException:
-            for request_id in builders:
-                self._engine.core.abort(request_id)
-            self._settle()
+        except BaseException as error:
+            self._abandon(builders, error)
             raise
         return [outputs[request_id] for request_id in builders]
 
     def _submit(
-        self, prompts: list[PromptInput], encoded: list[_core.Prompt], params: list[SamplingParams]
-    ) -> dict[int, OutputBuilder]:
-        builders: dict[int, OutputBuilder] = {}
+        self,
+        prompts: list[PromptInput],
+        encoded: list[_core.Prompt],
+        params: list[SamplingParams],
+        builders: dict[int, OutputBuilder],
+    ) -> None:
         for number, (prompt, tokens, wanted) in enumerate(zip(prompts, encoded, params, strict=True)):
             try:
                 request_id = self._engine.core.add_request(tokens, wanted.to_core(), now=time.monotonic())
             except ValueError as error:
-                for earlier in builders:
-                    self._engine.core.abort(earlier)
-                self._settle()
                 raise type(error)(f"prompts[{number}]: {error}") from error
             builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.tokenizer)
-        return builders
+
+    def _abandon(self, builders: dict[int, OutputBuilder], reason: BaseException) -> None:
+        """Ends the call's requests. Nothing that fails here may hide the reason."""
+        try:
+            for request_id in builders:
+                self._engine.core.abort(request_id)
+            self._settle()
+        except Exception:
+            logger.exception("after %s, the engine could not be settled", type(reason).__name__)
 
     def _settle(self) -> None:
         """Steps until aborted requests have left, so that the next call starts clean."""
