@@ -98,7 +98,18 @@ class AsyncEngine:
         return engine
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Has `loop` watch the core's eventfd. All streams must be awaited on this loop."""
+        """Has `loop` watch the core's eventfd. All streams must be awaited on this loop.
+
+        A loop that has ended gives way to the next one, as under one `asyncio.run` after another. Raises `RuntimeError`
+        while another loop runs.
+        """
+        earlier = self._loop
+        if earlier is loop:
+            return
+        if earlier is not None and not earlier.is_closed():
+            if earlier.is_running():
+                raise RuntimeError("this engine serves another event loop, which is still running: use one loop")
+            earlier.remove_reader(self.core.fileno())
         self._loop = loop
         loop.add_reader(self.core.fileno(), self._drain)
 
@@ -159,11 +170,14 @@ class AsyncEngine:
     async def generate(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
-        """Yields the growing output of one prompt; the request is aborted when the iterator is dropped."""
+        """Yields the growing output of one prompt, each time as an object of its own; the request is aborted when the
+        iterator is dropped.
+
+        Raises `RuntimeError` if the engine ended the request with an error.
+        """
         params = sampling_params or SamplingParams(**self.generation_defaults)
+        self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
-        if self._loop is None:
-            self.attach_loop(asyncio.get_running_loop())
         stream = self.submit(encoded, params.to_core(), priority=priority)
         builder = OutputBuilder(stream.request_id, prompt, encoded, params, self.tokenizer)
         try:
@@ -171,7 +185,10 @@ class AsyncEngine:
             while not finished:
                 delta = await stream.next()
                 finished = delta.finished
-                yield builder.add(delta)
+                output = builder.add(delta)
+                if finished and output.error is not None:
+                    raise RuntimeError(output.error)
+                yield output if finished else builder.snapshot()
         finally:
             stream.close()
 

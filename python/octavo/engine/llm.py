@@ -62,7 +62,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order of the prompts.
 
-        Raises `ValueError` naming the prompt's number and field before anything runs.
+        Raises `ValueError` naming the prompt's number and field before anything runs. A request that fails while it
+        runs costs no other: its output has the `finish_reason` "error" and says why in `error`.
         """
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
@@ -141,6 +142,9 @@ class LLM:
         except BaseException as error:
             self._abandon(builders, error)
             raise
+        failed = [output.error for output in outputs.values() if output.error is not None]
+        if failed:
+            logger.warning("%d of %d requests ended with an error; the first: %s", len(failed), len(outputs), failed[0])
         return [outputs[request_id] for request_id in builders]
 
     def _submit(
