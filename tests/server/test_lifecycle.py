@@ -224,6 +224,18 @@ async def test_a_dead_engine_ends_the_process(http: aiohttp.ClientSession) -> No
     assert await process.exit_code() == 1
 
 
+async def test_an_engine_that_dies_in_a_drain_is_told_by_the_exit_code(http: aiohttp.ClientSession) -> None:
+    process = Process(shutdown_timeout=30.0)
+    await process.ready(http)
+    response = await streaming(process, http)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await eventually(lambda: process.engine.draining)
+    process.engine.die("illegal memory access")
+    *_, error, done = parse_events((await response.read()).decode())
+    assert (error["error"]["code"], done) == ("engine_dead", "[DONE]")
+    assert await process.exit_code() == 1
+
+
 def test_a_port_in_use_is_said_at_once() -> None:
     with open_socket(ServerConfig(port=0)) as taken:
         taken.listen()

@@ -183,7 +183,7 @@ class CallServer:
             raise engine_dead() from None
         except (ValueError, OverflowError) as error:
             raise refusal(call.request, error, "prompt" if call.kind == "completion" else "messages") from None
-        return Running(stream, RequestTimes(self._metrics, call.arrival), first_choice)
+        return Running(stream, RequestTimes(self._metrics, call.arrival, call.params.n), first_choice)
 
     # ---- one body ----------------------------------------------------------------------------------------------------
 
