@@ -27,10 +27,15 @@ Message = dict[str, Any]
 class LLM:
     """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
 
-    Keyword arguments are the fields of `octavo.EngineConfig`: `LLM("path/to/model", dtype="bfloat16")`.
+    Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`: `LLM("a/model", dtype="bfloat16")`.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
+        if "max_waiting" in options:
+            raise ValueError(
+                f"max_waiting = {options['max_waiting']!r}: not an option of LLM, which queues all prompts of a call; "
+                "it bounds the queue of AsyncEngine and of the server"
+            )
         config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
@@ -117,6 +122,9 @@ class LLM:
             params = [sampling_params] * len(prompts)
         else:
             params = list(sampling_params)
+            for number, given in enumerate(params):
+                if not isinstance(given, SamplingParams):
+                    raise ValueError(f"sampling_params[{number}]: expected SamplingParams, got {type(given).__name__}")
         if len(params) != len(prompts):
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
