@@ -103,9 +103,9 @@ class SamplingParams:
         for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "True or False")
-        if self.stop is not None and not isinstance(self.stop, str):
-            if not isinstance(self.stop, Sequence) or not all(isinstance(word, str) for word in self.stop):
-                raise _wrong("stop", self.stop, "a string or a list of strings")
+        stop = self.stop or ()  # a string is a sequence of strings
+        if not isinstance(stop, Sequence) or not all(isinstance(word, str) for word in stop):
+            raise _wrong("stop", self.stop, "a string or a list of strings")
         if self.stop and not self.detokenize:
             raise ValueError(f"stop is {_shown(self.stop)}, but must be empty with detokenize=False: there is no text")
         if self.stop_token_ids is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -67,7 +68,7 @@ def test_outputs_stay_as_they_were_yielded(engine: AsyncEngine) -> None:
     assert len(seen) > 1
     assert [repr(output) for output in seen] == shown
     assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
-    for earlier, later in zip(seen, seen[1:], strict=False):
+    for earlier, later in itertools.pairwise(seen):
         for before, after in zip(earlier.outputs, later.outputs, strict=True):
             assert before is not after
             assert after.token_ids[: len(before.token_ids)] == before.token_ids

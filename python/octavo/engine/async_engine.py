@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from octavo import _core
 from octavo.config import EngineConfig
@@ -85,6 +85,8 @@ class AsyncEngine:
         self.streams: dict[int, RequestStream] = {}
         self.draining = False
         self._engine = engine
+        self._in_text = 0
+        self._text_lock = threading.Lock()
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
         self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -173,7 +175,8 @@ class AsyncEngine:
         """Yields the growing output of one prompt, each time as an object of its own; the request is aborted when the
         iterator is dropped.
 
-        Raises `RuntimeError` if the engine ended the request with an error.
+        Raises `OverloadedError` where the queue is full, and `RuntimeError` if the engine ended the request with an
+        error.
         """
         params = sampling_params or SamplingParams(**self.generation_defaults)
         self.attach_loop(asyncio.get_running_loop())
@@ -193,7 +196,25 @@ class AsyncEngine:
             stream.close()
 
     async def _detached(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._text_pool, work, *args)
+        """Runs text work of one request on the pool. Such a request waits already: it counts towards the queue's bound.
+
+        Raises `OverloadedError` where the queue is full.
+        """
+        limit = self.config.max_waiting
+        if self._in_text + self.core.stats()["num_requests_waiting"] >= limit:
+            raise _core.OverloadedError(
+                f"{limit} requests are waiting already, which is the limit (max_waiting): retry later"
+            )
+        with self._text_lock:
+            self._in_text += 1
+        job = self._text_pool.submit(work, *args)
+        job.add_done_callback(self._text_done)
+        return await asyncio.wrap_future(job)
+
+    def _text_done(self, _: Future[Any]) -> None:
+        """Called on the pool's thread, or by who cancels a job that waits; work that runs goes on without its client."""
+        with self._text_lock:
+            self._in_text -= 1
 
     def _need_tokenizer(self) -> _core.Tokenizer:
         if self.tokenizer is None:

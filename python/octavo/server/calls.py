@@ -141,6 +141,10 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
+    def queue_full(self, error: _core.OverloadedError) -> ApiError:
+        """The 429 for a call that found the queue full."""
+        return overloaded(str(error), self._metrics.retry_after())
+
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
         self.check_open()  # tokenising took time
@@ -178,7 +182,7 @@ class CallServer:
                 frames=frames,
             )
         except _core.OverloadedError as error:
-            raise overloaded(str(error), self._metrics.retry_after()) from None
+            raise self.queue_full(error) from None
         except EngineDeadError:
             raise engine_dead() from None
         except (ValueError, OverflowError) as error:
