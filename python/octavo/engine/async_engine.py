@@ -212,7 +212,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(job)
 
     def _text_done(self, _: Future[Any]) -> None:
-        """Called on the pool's thread, or by who cancels a job that waits; work that runs goes on without its client."""
+        """Called on the pool's thread, or by who cancels a job that waits; one that runs goes on without its client."""
         with self._text_lock:
             self._in_text -= 1
 
