@@ -42,6 +42,41 @@ def test_model_by_place_or_by_flag(served: Calls) -> None:
     assert served[0] == served[1] == (EngineConfig(model="m"), ServerConfig(port=9000))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--served-model-name foo ./model",
+        "--served-model-name foo org/model --port 9000",
+        "--served-model-name ./model",
+        "--served-model-name=weights.gguf",
+        "--served-model-name tests",
+        "--port 9000 --api-key secret org/model",
+        "--allowed-hosts llm.internal org/model",
+    ],
+)
+def test_a_list_flag_does_not_swallow_the_model(served: Calls, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", *line.split()]) == 2
+    assert api_server.main(line.split()) == 2
+    errors = capsys.readouterr().err
+    assert errors.count("put the model before --") == 2 and "secret" not in errors
+    assert not served
+
+
+@pytest.mark.parametrize(
+    ("line", "model", "names"),
+    [
+        ("./model --served-model-name foo bar", "./model", ("foo", "bar")),
+        ("--served-model-name foo bar --model ./model", "./model", ("foo", "bar")),
+        ("--model org/model --served-model-name tests", "org/model", ("tests",)),
+        ("--served-model-name foo -- org/model", "org/model", ("foo",)),
+        ("--served-model-name foo --served-model-name bar --port 9000", DEFAULT_MODEL, ("foo", "bar")),
+    ],
+)
+def test_names_beside_a_model(served: Calls, line: str, model: str, names: tuple[str, ...]) -> None:
+    assert cli.main(["serve", *line.split()]) == 0
+    assert (served[0][0].model, served[0][0].served_model_name) == (model, names)
+
+
 def test_model_given_twice(served: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["serve", "m", "--model", "n"]) == 2
     assert "given twice" in capsys.readouterr().err
@@ -57,8 +92,8 @@ def test_vllm_deploy_command(served: Calls) -> None:
 
 
 def test_underscores_and_short_flags(served: Calls) -> None:
-    assert cli.main(["serve", "--max_num_seqs=7", "-tp", "1", "--api-key", "a", "b", "--api_key", "c"]) == 0
-    assert served == [(EngineConfig(max_num_seqs=7), ServerConfig(api_key=("a", "b", "c")))]
+    assert cli.main(["serve", "m", "--max_num_seqs=7", "-tp", "1", "--api-key", "a", "b", "--api_key", "c"]) == 0
+    assert served == [(EngineConfig(model="m", max_num_seqs=7), ServerConfig(api_key=("a", "b", "c")))]
 
 
 @pytest.mark.parametrize(

@@ -135,3 +135,12 @@ def test_a_step_holds_one_token_of_every_running_request() -> None:
     assert EngineConfig(max_num_seqs=1000).for_device("cpu").max_num_batched_tokens == 1000
     with pytest.raises(ValueError, match="max_num_batched_tokens = 10"):
         EngineConfig(max_num_seqs=20, max_num_batched_tokens=10).for_device("cpu")
+
+
+def test_no_graph_is_larger_than_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"cudagraph_capture_sizes = \(8, 64\): .* at most max_num_seqs = 32"):
+        EngineConfig(cudagraph_capture_sizes=(64, 8), max_num_seqs=32)
+    with pytest.raises(ValueError, match=r"cudagraph_capture_sizes = \(512,\): .* max_num_seqs = 256"):
+        EngineConfig(cudagraph_capture_sizes=(512,)).for_device("cuda")
+    assert EngineConfig(cudagraph_capture_sizes=(512,)).for_device("cpu").max_num_seqs == 64
+    assert EngineConfig(cudagraph_capture_sizes=(1, 32), max_num_seqs=32).for_device("cuda").max_num_seqs == 32

@@ -6,6 +6,7 @@ are refused by name: ignoring one would serve something else than was asked for.
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -144,7 +145,27 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     by_flag = getattr(args, "model", None)
     if by_place is not None and by_flag is not None:
         raise ValueError(f"model: given twice, as {by_place!r} and with --model {by_flag!r}")
+    if by_place is None and by_flag is None and hasattr(args, "positional_model"):
+        _check_list_flags(getattr(args, "list_flags", ()))
     return from_flags(EngineConfig, args, **({"model": by_place} if by_place is not None else {}))
+
+
+def _check_list_flags(uses: Sequence[tuple[str, Sequence[object]]]) -> None:
+    """Without a model, a flag that takes several words may have taken the model's; the default model would be served
+    in silence. Values are not shown: they may be keys.
+    """
+    for flag, values in uses:
+        last = str(values[-1])
+        if (
+            len(values) > 1
+            or last.startswith(("./", "../", "/", "~"))
+            or last.endswith(".gguf")
+            or os.path.exists(last)
+        ):
+            raise ValueError(
+                f"model: none is given, and the last of the {len(values)} values of {flag} may be meant as one: "
+                f"put the model before {flag}, or name it with --model"
+            )
 
 
 def run_serve(args: argparse.Namespace) -> int:

@@ -161,6 +161,12 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization = {self.gpu_memory_utilization}: must be over 0 and at most 1")
         if any(not 1 <= size <= 4096 for size in self.cudagraph_capture_sizes):
             raise ValueError(f"cudagraph_capture_sizes = {self.cudagraph_capture_sizes}: each must be from 1 to 4096")
+        largest = max(self.cudagraph_capture_sizes, default=0)
+        if self.max_num_seqs is not None and largest > self.max_num_seqs:
+            raise ValueError(
+                f"cudagraph_capture_sizes = {self.cudagraph_capture_sizes}: "
+                f"each must be at most max_num_seqs = {self.max_num_seqs}"
+            )
         if any(not name or len(name) > 256 for name in names):
             raise ValueError(f"served_model_name = {names}: each name must have 1 to 256 characters")
         if self.tensor_parallel_size != 1:
@@ -186,6 +192,7 @@ class EngineConfig:
         return dataclasses.replace(
             self,
             device=device,
+            cudagraph_capture_sizes=self.cudagraph_capture_sizes if on_gpu else (),  # a CPU captures none
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             block_size=self.block_size or (64 if on_gpu else 16),

@@ -75,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str, skip
         if isinstance(field.default, bool):
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif isinstance(field.default, tuple):
-            group.add_argument(*names, nargs="+", action="extend", type=_word(meta["parse"]), metavar="V", **common)
+            group.add_argument(*names, nargs="+", action=_ListAction, type=_word(meta["parse"]), metavar="V", **common)
         elif meta["choices"]:
             group.add_argument(*names, choices=meta["choices"], **common)
         else:
@@ -87,6 +87,20 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}  # type: ignore[arg-type]
     given.update(overrides)
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+class _ListAction(argparse.Action):
+    """Extends the list, and keeps each use of the flag in `list_flags`: one may have taken what was meant otherwise."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), *values])
+        namespace.list_flags = [*getattr(namespace, "list_flags", ()), (option_string, list(values))]
 
 
 def _word(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -58,3 +58,5 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Tokens of the prompt whose KV blocks came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    error: str | None = None
+    """What ended it, as `code: explanation`, where the `finish_reason` of a choice is "error"."""

@@ -6,10 +6,35 @@ there, in one place.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from octavo import _core
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise _wrong(name, value, "an integer")
+    if not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name} is {_shown(value)}, but must be from -2**63 to 2**63 - 1")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _wrong(name, value, "a number")
+
+
+def _wrong(name: str, value: object, wanted: str) -> ValueError:
+    return ValueError(f"{name} is {_shown(value)} of type {type(value).__name__}, but must be {wanted}")
+
+
+def _shown(value: object) -> str:
+    """A value for a message; whatever users pass may be long."""
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,44 @@ class SamplingParams:
     """Added to the logits of these token ids; -100 to 100."""
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.to_core()
+
+    def _check_types(self) -> None:
+        """What Rust could not name: a wrong type, or an integer that 64 bits do not hold."""
+        for name in ("n", "top_k", "min_tokens"):
+            _check_integer(name, getattr(self, name))
+        for name in ("seed", "max_tokens", "logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name))
+        for name in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
+            _check_number(name, getattr(self, name))
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
+        stop = self.stop or ()  # a string is a sequence of strings
+        if not isinstance(stop, Sequence) or not all(isinstance(word, str) for word in stop):
+            raise _wrong("stop", self.stop, "a string or a list of strings")
+        if self.stop and not self.detokenize:
+            raise ValueError(f"stop is {_shown(self.stop)}, but must be empty with detokenize=False: there is no text")
+        if self.stop_token_ids is not None:
+            if not isinstance(self.stop_token_ids, Sequence) or isinstance(self.stop_token_ids, (str, bytes)):
+                raise _wrong("stop_token_ids", self.stop_token_ids, "a list of token ids")
+            for position, token in enumerate(self.stop_token_ids):
+                _check_integer(f"stop_token_ids[{position}]", token)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise _wrong("logit_bias", self.logit_bias, "a dict from token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                _check_integer("logit_bias", token)
+                _check_number(f"logit_bias[{token}]", bias)
 
     def fitting(self, room: int) -> "SamplingParams":
         """The same with at most `room` output tokens, if there is room at all: a default must not cause a refusal."""

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from octavo import LLM, AsyncEngine, EngineConfig, SamplingParams
@@ -54,6 +55,14 @@ def test_one_params_for_each_prompt(llm: LLM) -> None:
         ({"prompt_token_ids": list(range(1, 128))}, PromptTooLongError, r"prompts\[1\]: .*max_model_len = 128"),
         ("text", ValueError, r"prompts\[1\]: .*no tokenizer"),
         (5, ValueError, r"prompts\[1\]: prompt: expected text"),
+        ({"prompt_token_ids": [1, 1.5]}, ValueError, r"prompts\[1\]: prompt_token_ids\[1\] is 1.5 of type float"),
+        ({"prompt_token_ids": [True]}, ValueError, r"prompts\[1\]: prompt_token_ids\[0\] is True of type bool"),
+        ({"prompt_token_ids": ["7"]}, ValueError, r"prompts\[1\]: prompt_token_ids\[0\] is '7' of type str"),
+        ({"prompt_token_ids": [1, -2]}, ValueError, r"prompts\[1\]: prompt_token_ids\[1\] is -2, .* 0 to 4294967295"),
+        ({"prompt_token_ids": [2**64]}, ValueError, r"prompts\[1\]: prompt_token_ids\[0\] is 18446744073709551616"),
+        ({"prompt_token_ids": [1 << 9999]}, ValueError, r"prompts\[1\]: prompt_token_ids\[0\] is .* of 10000 bits"),
+        ({"prompt_token_ids": "123"}, ValueError, r"prompts\[1\]: prompt_token_ids is of type str"),
+        ({"prompt_token_ids": 5}, ValueError, r"prompts\[1\]: prompt_token_ids is of type int"),
     ],
 )
 def test_a_bad_prompt_is_named_and_the_next_call_works(llm: LLM, prompt: object, error: type, message: str) -> None:
@@ -61,6 +70,54 @@ def test_a_bad_prompt_is_named_and_the_next_call_works(llm: LLM, prompt: object,
     with pytest.raises(error, match=message):
         llm.generate([good, prompt], SamplingParams(max_tokens=4), use_tqdm=False)  # type: ignore[list-item]
     assert len(llm.generate(good, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("seed", 2**64, r"seed is 18446744073709551616, but must be from -2\*\*63 to"),
+        ("max_tokens", 1 << 9999, "max_tokens is an integer of 10000 bits"),
+        ("n", True, "n is True of type bool, but must be an integer"),
+        ("top_k", 1.5, "top_k is 1.5 of type float, but must be an integer"),
+        ("logprobs", "5", "logprobs is '5' of type str, but must be an integer"),
+        ("min_tokens", None, "min_tokens is None of type NoneType"),
+        ("temperature", "hot", "temperature is 'hot' of type str, but must be a number"),
+        ("temperature", True, "temperature is True of type bool"),
+        ("ignore_eos", 1, "ignore_eos is 1 of type int, but must be True or False"),
+        ("stop", 5, "stop is 5 of type int, but must be a string or a list of strings"),
+        ("stop", [5], r"stop is \[5\] of type list"),
+        ("stop_token_ids", "12", "stop_token_ids is '12' of type str, but must be a list of token ids"),
+        ("stop_token_ids", [1, 2.0], r"stop_token_ids\[1\] is 2.0 of type float"),
+        ("stop_token_ids", [2**70], r"stop_token_ids\[0\] is 1180591620717411303424, but must be"),
+        ("logit_bias", [(1, 2)], r"logit_bias is \[\(1, 2\)\] of type list, but must be a dict"),
+        ("logit_bias", {"1": 2.0}, "logit_bias is '1' of type str, but must be an integer"),
+        ("logit_bias", {1: "2"}, r"logit_bias\[1\] is '2' of type str, but must be a number"),
+    ],
+)
+def test_a_wrong_type_or_a_huge_integer_is_named(field: str, value: object, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}"):
+        SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+def test_numbers_of_other_libraries_are_numbers(llm: LLM) -> None:
+    numbers = {"n": np.int64(2), "temperature": np.float32(0.5), "seed": np.int32(3)}
+    params = SamplingParams(max_tokens=2, **numbers)  # type: ignore[arg-type]
+    (output,) = llm.generate({"prompt_token_ids": list(np.array([1, 2]))}, params, use_tqdm=False)
+    assert len(output.outputs) == 2
+
+
+@pytest.mark.parametrize("stop", ["x", ["x", "y"]])
+def test_stop_strings_need_text(stop: object) -> None:
+    with pytest.raises(ValueError, match=r"^stop is .*x.*, but must be empty with detokenize=False"):
+        SamplingParams(detokenize=False, stop=stop)  # type: ignore[arg-type]
+    assert SamplingParams(detokenize=False, stop=[]).stop == []
+
+
+def test_options_that_mean_nothing_here_are_refused(llm: LLM) -> None:
+    with pytest.raises(ValueError, match="max_waiting = 5: not an option of LLM"):
+        LLM(**TINY, max_waiting=5)
+    with pytest.raises(ValueError, match=r"sampling_params\[1\]: expected SamplingParams, got dict"):
+        llm.generate([{"prompt_token_ids": [1]}] * 2, [SamplingParams(), {"n": 1}], use_tqdm=False)  # type: ignore[list-item]
 
 
 def test_memory_that_holds_no_request_is_said_at_the_start() -> None:

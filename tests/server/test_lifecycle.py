@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 
@@ -105,6 +106,31 @@ async def test_queue_overflow(served_narrowly: Served) -> None:
     statuses = [status for status, _ in await asyncio.gather(*map(one, range(40)))]
     assert set(statuses) == {200, 429}
     assert (await served_narrowly.post("/v1/completions", {"prompt": "Hi"}))[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_text_work_counts_towards_the_queue(served_narrowly: Served, path: str) -> None:
+    """While nothing can be tokenised, four calls wait for it and the others are refused at once, without text work."""
+    go = threading.Event()
+    pool = served_narrowly.engine._text_pool
+    busy = [pool.submit(go.wait, 30) for _ in range(2)]
+    body = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    calls = [asyncio.ensure_future(served_narrowly.post(path, body)) for _ in range(12)]
+    try:
+        await eventually(lambda: sum(call.done() for call in calls) == 8)
+        assert pool._work_queue.qsize() == 4
+        assert {call.result()[0] for call in calls if call.done()} == {429}
+        calls.pop(
+            next(index for index, call in enumerate(calls) if not call.done())
+        ).cancel()  # its place is free again
+        await eventually(lambda: served_narrowly.engine._in_text == 3)
+    finally:
+        go.set()
+    statuses = [(await call)[0] for call in calls]
+    assert all(job.result() for job in busy)
+    assert sorted(statuses) == [200] * 3 + [429] * 8
+    assert served_narrowly.engine._in_text == 0
+    assert (await served_narrowly.post(path, body))[0] == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -218,6 +244,18 @@ async def test_a_dead_engine_ends_the_process(http: aiohttp.ClientSession) -> No
     process = Process()
     await process.ready(http)
     response = await streaming(process, http)
+    process.engine.die("illegal memory access")
+    *_, error, done = parse_events((await response.read()).decode())
+    assert (error["error"]["code"], done) == ("engine_dead", "[DONE]")
+    assert await process.exit_code() == 1
+
+
+async def test_an_engine_that_dies_in_a_drain_is_told_by_the_exit_code(http: aiohttp.ClientSession) -> None:
+    process = Process(shutdown_timeout=30.0)
+    await process.ready(http)
+    response = await streaming(process, http)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await eventually(lambda: process.engine.draining)
     process.engine.die("illegal memory access")
     *_, error, done = parse_events((await response.read()).decode())
     assert (error["error"]["code"], done) == ("engine_dead", "[DONE]")

@@ -232,6 +232,17 @@ async def test_models(served: Served) -> None:
     assert (await served.get("/v1/models/org/tiny"))[1] == card
 
 
+async def test_times_between_tokens_are_those_of_one_choice(served: Served) -> None:
+    served.engine.script.step_delay = 0.02
+    body = {"prompt": "Hi", "n": 4, "max_tokens": 10, "ignore_eos": True}
+    await served.events("/v1/completions", body)
+    await served.post("/v1/completions", body)
+    # Of choices that come together the first token's time may be known no better than by a step.
+    for name, count in (("inter_token_latency_seconds", 72), ("request_time_per_output_token_seconds", 8)):
+        assert await served.metric(f"vllm:{name}_count") == count
+        assert await served.metric(f"vllm:{name}_sum") / count > 0.018
+
+
 async def test_probes_and_metrics(served: Served) -> None:
     assert (await served.get("/health"))[0] == 200
     assert (await served.get("/ready"))[0] == 200

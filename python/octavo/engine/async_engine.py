@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from octavo import _core
 from octavo.config import EngineConfig
@@ -84,6 +84,8 @@ class AsyncEngine:
         self.streams: dict[int, RequestStream] = {}
         self.draining = False
         self._engine = engine
+        self._in_text = 0
+        self._text_lock = threading.Lock()
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
         self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -97,7 +99,18 @@ class AsyncEngine:
         return engine
 
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Has `loop` watch the core's eventfd. All streams must be awaited on this loop."""
+        """Has `loop` watch the core's eventfd. All streams must be awaited on this loop.
+
+        A loop that has ended gives way to the next one, as under one `asyncio.run` after another. Raises `RuntimeError`
+        while another loop runs.
+        """
+        earlier = self._loop
+        if earlier is loop:
+            return
+        if earlier is not None and not earlier.is_closed():
+            if earlier.is_running():
+                raise RuntimeError("this engine serves another event loop, which is still running: use one loop")
+            earlier.remove_reader(self.core.fileno())
         self._loop = loop
         loop.add_reader(self.core.fileno(), self._drain)
 
@@ -156,11 +169,15 @@ class AsyncEngine:
     async def generate(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
-        """Yields the growing output of one prompt; the request is aborted when the iterator is dropped."""
+        """Yields the growing output of one prompt, each time as an object of its own; the request is aborted when the
+        iterator is dropped.
+
+        Raises `OverloadedError` where the queue is full, and `RuntimeError` if the engine ended the request with an
+        error.
+        """
         params = sampling_params or SamplingParams(**self.generation_defaults)
+        self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
-        if self._loop is None:
-            self.attach_loop(asyncio.get_running_loop())
         stream = self.submit(encoded, params.to_core(), priority=priority)
         builder = OutputBuilder(stream.request_id, prompt, encoded, params, self.tokenizer)
         try:
@@ -168,12 +185,33 @@ class AsyncEngine:
             while not finished:
                 delta = await stream.next()
                 finished = delta.finished
-                yield builder.add(delta)
+                output = builder.add(delta)
+                if finished and output.error is not None:
+                    raise RuntimeError(output.error)
+                yield output if finished else builder.snapshot()
         finally:
             stream.close()
 
     async def _detached(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._text_pool, work, *args)
+        """Runs text work of one request on the pool. Such a request waits already: it counts towards the queue's bound.
+
+        Raises `OverloadedError` where the queue is full.
+        """
+        limit = self.config.max_waiting
+        if self._in_text + self.core.stats()["num_requests_waiting"] >= limit:
+            raise _core.OverloadedError(
+                f"{limit} requests are waiting already, which is the limit (max_waiting): retry later"
+            )
+        with self._text_lock:
+            self._in_text += 1
+        job = self._text_pool.submit(work, *args)
+        job.add_done_callback(self._text_done)
+        return await asyncio.wrap_future(job)
+
+    def _text_done(self, _: Future[Any]) -> None:
+        """Called on the pool's thread, or by who cancels a job that waits; one that runs goes on without its client."""
+        with self._text_lock:
+            self._in_text -= 1
 
     def _need_tokenizer(self) -> _core.Tokenizer:
         if self.tokenizer is None:

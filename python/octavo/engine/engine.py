@@ -7,6 +7,7 @@ one step flies at a time.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -44,6 +45,7 @@ class Engine:
             self.core.bind(slot, buffers.plan_array, buffers.result_array)
         self._in_flight: deque[int] = deque()
         self._overlap = parts.runner.device.type == "cuda"
+        self._interrupted = False
         self._stop = threading.Event()
         self.failure: str | None = None
         self.step_started_at: float | None = None
@@ -54,10 +56,19 @@ class Engine:
         return cls(build_engine(config))
 
     def step(self) -> bool:
-        """One turn: launches what can be launched, commits the oldest step. False: there was nothing to do."""
+        """One turn: launches what can be launched, commits the oldest step. False: there was nothing to do.
+
+        An exception, also one from outside such as `KeyboardInterrupt`, leaves the turn half done; the next call drops
+        what was under way, ends its requests with an error, and goes on with the others.
+        """
         self.step_started_at = time.monotonic()
         try:
+            if self._interrupted:
+                self._drop_interrupted()
             return self._turn()
+        except BaseException:
+            self._interrupted = True
+            raise
         finally:
             self.step_started_at = None
 
@@ -95,6 +106,16 @@ class Engine:
             self._buffers[done].wait()
             self.core.commit(done, time.monotonic())
         self.core.fail_step(slot, message)
+
+    def _drop_interrupted(self) -> None:
+        """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)  # the buffers are free again once no copy is under way
+        self._in_flight.clear()
+        for slot in range(len(self._buffers)):
+            with contextlib.suppress(ValueError):  # the slot holds no step
+                self.core.fail_step(slot, "step_interrupted: the step was interrupted before it was done")
+        self._interrupted = False
 
     def run(self) -> None:
         """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the

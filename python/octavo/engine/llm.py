@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,16 +19,23 @@ from octavo.engine.prompts import PromptInput, encode_prompt
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
+logger = logging.getLogger(__name__)
+
 Message = dict[str, Any]
 
 
 class LLM:
     """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
 
-    Keyword arguments are the fields of `octavo.EngineConfig`: `LLM("path/to/model", dtype="bfloat16")`.
+    Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`: `LLM("a/model", dtype="bfloat16")`.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
+        if "max_waiting" in options:
+            raise ValueError(
+                f"max_waiting = {options['max_waiting']!r}: not an option of LLM, which queues all prompts of a call; "
+                "it bounds the queue of AsyncEngine and of the server"
+            )
         config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
@@ -59,7 +67,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order of the prompts.
 
-        Raises `ValueError` naming the prompt's number and field before anything runs.
+        Raises `ValueError` naming the prompt's number and field before anything runs. A request that fails while it
+        runs costs no other: its output has the `finish_reason` "error" and says why in `error`.
         """
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
@@ -113,17 +122,24 @@ class LLM:
             params = [sampling_params] * len(prompts)
         else:
             params = list(sampling_params)
+            for number, given in enumerate(params):
+                if not isinstance(given, SamplingParams):
+                    raise ValueError(f"sampling_params[{number}]: expected SamplingParams, got {type(given).__name__}")
         if len(params) != len(prompts):
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
             )
-        builders = self._submit(prompts, encoded, params)
+        builders: dict[int, OutputBuilder] = {}
         outputs: dict[int, RequestOutput] = {}
         try:
+            self._submit(prompts, encoded, params, builders)
             with tqdm(total=len(prompts), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(builders):
                     self._engine.step()
                     for request_id in self._engine.core.drain():
+                        if request_id not in builders:  # of an earlier call that was interrupted more than once
+                            self._engine.core.abort(request_id)
+                            continue
                         delta = self._engine.core.take(request_id)
                         if delta is None:
                             continue
@@ -131,27 +147,36 @@ class LLM:
                         if delta.finished:
                             outputs[request_id] = output
                             bar.update()
-        except BaseException:
-            for request_id in builders:
-                self._engine.core.abort(request_id)
-            self._settle()
+        except BaseException as error:
+            self._abandon(builders, error)
             raise
+        failed = [output.error for output in outputs.values() if output.error is not None]
+        if failed:
+            logger.warning("%d of %d requests ended with an error; the first: %s", len(failed), len(outputs), failed[0])
         return [outputs[request_id] for request_id in builders]
 
     def _submit(
-        self, prompts: list[PromptInput], encoded: list[_core.Prompt], params: list[SamplingParams]
-    ) -> dict[int, OutputBuilder]:
-        builders: dict[int, OutputBuilder] = {}
+        self,
+        prompts: list[PromptInput],
+        encoded: list[_core.Prompt],
+        params: list[SamplingParams],
+        builders: dict[int, OutputBuilder],
+    ) -> None:
         for number, (prompt, tokens, wanted) in enumerate(zip(prompts, encoded, params, strict=True)):
             try:
                 request_id = self._engine.core.add_request(tokens, wanted.to_core(), now=time.monotonic())
             except ValueError as error:
-                for earlier in builders:
-                    self._engine.core.abort(earlier)
-                self._settle()
                 raise type(error)(f"prompts[{number}]: {error}") from error
             builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.tokenizer)
-        return builders
+
+    def _abandon(self, builders: dict[int, OutputBuilder], reason: BaseException) -> None:
+        """Ends the call's requests. Nothing that fails here may hide the reason."""
+        try:
+            for request_id in builders:
+                self._engine.core.abort(request_id)
+            self._settle()
+        except Exception:
+            logger.exception("after %s, the engine could not be settled", type(reason).__name__)
 
     def _settle(self) -> None:
         """Steps until aborted requests have left, so that the next call starts clean."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from octavo import _core
 from octavo.engine.prompts import PromptInput
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
@@ -9,7 +11,7 @@ from octavo.sampling_params import SamplingParams
 
 
 class OutputBuilder:
-    """Accumulates the choices of one request. `add` returns the whole output so far, as vLLM's generators do."""
+    """Accumulates the choices of one request: the whole output so far, as vLLM's generators give it."""
 
     def __init__(
         self,
@@ -34,11 +36,10 @@ class OutputBuilder:
         )
 
     def add(self, delta: _core.RequestDelta) -> RequestOutput:
-        """Adds what is new. Raises `RuntimeError` if the core ended the request with an error."""
-        if delta.error is not None:
-            raise RuntimeError(delta.error)
+        """Adds what is new and returns the output itself, which the next call changes."""
         output = self._output
         output.finished = delta.finished
+        output.error = delta.error
         output.num_cached_tokens = delta.num_cached_tokens
         output.metrics = RequestMetrics(*delta.times)
         for choice in delta.choices:
@@ -52,6 +53,20 @@ class OutputBuilder:
             completion.finish_reason = choice.finish_reason
             completion.stop_reason = choice.stop_reason
         return output
+
+    def snapshot(self) -> RequestOutput:
+        """The output so far, which stays as it is. Lists are copied, what is in them is shared: it never changes."""
+        return dataclasses.replace(
+            self._output,
+            outputs=[
+                dataclasses.replace(
+                    choice,
+                    token_ids=choice.token_ids.copy(),
+                    logprobs=None if choice.logprobs is None else choice.logprobs.copy(),
+                )
+                for choice in self._output.outputs
+            ],
+        )
 
     def _named(self, position: list[tuple[int, float, int]]) -> dict[int, Logprob]:
         return {token: Logprob(logprob, rank, self._text_of(token)) for token, logprob, rank in position}

@@ -141,6 +141,10 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
+    def queue_full(self, error: _core.OverloadedError) -> ApiError:
+        """The 429 for a call that found the queue full."""
+        return overloaded(str(error), self._metrics.retry_after())
+
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
         self.check_open()  # tokenising took time
@@ -178,12 +182,12 @@ class CallServer:
                 frames=frames,
             )
         except _core.OverloadedError as error:
-            raise overloaded(str(error), self._metrics.retry_after()) from None
+            raise self.queue_full(error) from None
         except EngineDeadError:
             raise engine_dead() from None
         except (ValueError, OverflowError) as error:
             raise refusal(call.request, error, "prompt" if call.kind == "completion" else "messages") from None
-        return Running(stream, RequestTimes(self._metrics, call.arrival), first_choice)
+        return Running(stream, RequestTimes(self._metrics, call.arrival, call.params.n), first_choice)
 
     # ---- one body ----------------------------------------------------------------------------------------------------
 

@@ -70,8 +70,8 @@ _CHOICES = (1, 2, 5, 10, 20, 50, 100)
 
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", _FIRST_TOKEN),
-    "inter_token_latency_seconds": ("Between the tokens of a request.", _BETWEEN_TOKENS),
-    "request_time_per_output_token_seconds": ("Mean time between the tokens of a request.", _BETWEEN_TOKENS),
+    "inter_token_latency_seconds": ("Between the tokens of a choice.", _BETWEEN_TOKENS),
+    "request_time_per_output_token_seconds": ("Mean time between the tokens of a choice.", _BETWEEN_TOKENS),
     "e2e_request_latency_seconds": ("From arrival to the last token.", _LATENCY),
     "request_queue_time_seconds": ("From arrival to the first step.", _LATENCY),
     "request_prefill_time_seconds": ("From the first step to the first token.", _LATENCY),
@@ -119,12 +119,26 @@ class Histogram:
         return result
 
 
-class RequestTimes:
-    """Follows one request from its arrival to its end."""
+class _ChoiceTimes:
+    """Tokens of one choice so far."""
 
-    def __init__(self, metrics: "Metrics", arrival: float) -> None:
+    __slots__ = ("first_token", "last_token", "num_tokens")
+
+    def __init__(self) -> None:
+        self.first_token = 0.0
+        self.last_token = 0.0
+        self.num_tokens = 0
+
+
+class RequestTimes:
+    """Follows one request from its arrival to its end. Its choices run side by side: what lies between tokens lies
+    between those of one choice.
+    """
+
+    def __init__(self, metrics: "Metrics", arrival: float, n: int = 1) -> None:
         self._metrics = metrics
         self._arrival = arrival
+        self._choices = [_ChoiceTimes() for _ in range(n)]
         self._last_token = 0.0
         self._num_tokens = 0
         self._ended = False
@@ -133,12 +147,13 @@ class RequestTimes:
         """Takes in one delta of the stream."""
         _, scheduled, first, last = delta.times
         histograms = self._metrics.histograms
-        new_tokens = delta.num_output_tokens - self._num_tokens
-        if self._num_tokens == 0 and new_tokens > 0:
+        if self._num_tokens == 0 and delta.num_output_tokens > 0:
             histograms["time_to_first_token_seconds"].observe(first - self._arrival)
-            self._last_token, new_tokens = first, new_tokens - 1
-        if new_tokens > 0:
-            histograms["inter_token_latency_seconds"].observe((last - self._last_token) / new_tokens, new_tokens)
+        if len(self._choices) == 1:  # spares the copy of the token ids
+            self._add_tokens(self._choices[0], delta.num_output_tokens - self._num_tokens, first, last)
+        else:
+            for gained in delta.choices:
+                self._add_tokens(self._choices[gained.index], len(gained.token_ids), first, last)
         self._last_token, self._num_tokens = last, delta.num_output_tokens
         if not delta.finished:
             return
@@ -153,9 +168,26 @@ class RequestTimes:
             histograms["request_prefill_time_seconds"].observe(first - scheduled)
             histograms["request_decode_time_seconds"].observe(last - first)
             histograms["request_inference_time_seconds"].observe(last - scheduled)
-            if delta.num_output_tokens > 1:
-                mean = (last - first) / (delta.num_output_tokens - 1)
-                histograms["request_time_per_output_token_seconds"].observe(mean)
+            for choice in self._choices:
+                if choice.num_tokens > 1:
+                    mean = (choice.last_token - choice.first_token) / (choice.num_tokens - 1)
+                    histograms["request_time_per_output_token_seconds"].observe(mean)
+
+    def _add_tokens(self, choice: "_ChoiceTimes", new_tokens: int, first: float, last: float) -> None:
+        """Counts the tokens of one delta: `first` and `last` are the times of the request's first and latest token."""
+        if new_tokens == 0:
+            return
+        if choice.num_tokens == 0:
+            # Of several tokens that came together only the last one's time is known; the choice began after the deltas
+            # before this one.
+            began = (self._last_token or first) if new_tokens > 1 else last
+            choice.first_token = choice.last_token = began
+            choice.num_tokens, new_tokens = 1, new_tokens - 1
+        if new_tokens > 0:
+            mean = (last - choice.last_token) / new_tokens
+            self._metrics.histograms["inter_token_latency_seconds"].observe(mean, new_tokens)
+        choice.num_tokens += new_tokens
+        choice.last_token = last
 
     def close(self) -> None:
         """The handler is done with the request; if that has not finished, the client left."""

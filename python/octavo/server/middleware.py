@@ -20,8 +20,10 @@ from octavo.server.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""Answered without a key; every other route needs one, also those that are added later."""
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""Answered without a key, so that probes and Prometheus need none, as with vLLM. Every other route needs one, also
+those that are added later.
+"""
 
 _CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 

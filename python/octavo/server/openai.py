@@ -101,6 +101,8 @@ class OpenAIRoutes:
             prompts = [await self._encode(prompt, parsed.add_special_tokens is not False) for prompt in given]
             if parsed.max_tokens is None:
                 params = params.fitting(self._longest - max(map(len, prompts)))
+        except _core.OverloadedError as error:
+            raise self._calls.queue_full(error) from None
         except (ValueError, OverflowError) as error:
             raise refusal(parsed, error, "prompt") from None
         call = Call("completion", parsed, prompts, params, f"cmpl-{uuid.uuid4().hex}", int(time.time()), arrival)
@@ -124,6 +126,8 @@ class OpenAIRoutes:
             )
             if parsed.max_tokens is None and parsed.max_completion_tokens is None:
                 params = params.fitting(self._longest - len(prompt))
+        except _core.OverloadedError as error:
+            raise self._calls.queue_full(error) from None
         except (ValueError, OverflowError) as error:
             raise refusal(parsed, error, "messages") from None
         call = Call("chat", parsed, [prompt], params, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), arrival)

@@ -83,6 +83,9 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
         if not died:
             logger.info("draining: running requests have %.0f s; a second signal ends at once", config.shutdown_timeout)
             await _drain(engine, app, config.shutdown_timeout, signals)
+            died = engine.is_dead
+            if died:
+                logger.critical("the engine died while it drained: requests were lost")
         engine.shutdown()  # what still runs ends with an error, which its handler sends on
         await _until_idle(app, LAST_WORDS, signals)
     finally:
