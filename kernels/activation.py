@@ -30,10 +30,14 @@ def _act_and_mul_kernel(
     SIZE: tl.constexpr,  # I
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
+    PDL: tl.constexpr,  # starts while its predecessor ends, and lets its successor do so
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
@@ -55,10 +59,14 @@ def _silu_and_mul_quant_kernel(
     SIZE: tl.constexpr,  # I
     BLOCK: tl.constexpr,  # the power of two at or above I: the scale needs the whole row before anything is written
     LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     q, scale = scale_to_8_bits(gate * tl.sigmoid(gate) * up, LARGEST, q_ptr.dtype.element_ty)
@@ -71,8 +79,19 @@ def _act_and_mul(x: Tensor, gelu: bool) -> Tensor:
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     if tokens:
         grid = (tokens, triton.cdiv(size, _BLOCK))
+        pdl = not x.is_cpu  # the interpreter knows no inline assembly
         _act_and_mul_kernel[grid](
-            x, out, x.stride(0), out.stride(0), size, _BLOCK, gelu, num_warps=4, enable_fp_fusion=True
+            x,
+            out,
+            x.stride(0),
+            out.stride(0),
+            size,
+            _BLOCK,
+            gelu,
+            pdl,
+            num_warps=4,
+            enable_fp_fusion=True,
+            launch_pdl=pdl,
         )
     return out
 
@@ -96,6 +115,7 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(size)
+        pdl = not x.is_cpu
         _silu_and_mul_quant_kernel[(tokens,)](
             x,
             q,
@@ -104,7 +124,9 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             size,
             block,
             LARGEST[dtype],
+            pdl,
             num_warps=row_warps(block),
             enable_fp_fusion=True,
+            launch_pdl=pdl,
         )
     return q, scale

@@ -32,11 +32,15 @@ def _rms_norm_kernel(
     BLOCK: tl.constexpr,  # the power of two at or above HIDDEN
     ADD: tl.constexpr,
     LARGEST: tl.constexpr,  # the largest magnitude of an 8-bit output; 0: the output is not quantised
+    PDL: tl.constexpr,  # starts while its predecessor ends, and lets its successor do so
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
@@ -46,7 +50,7 @@ def _rms_norm_kernel(
     x = x.to(tl.float32)
     inverse_rms = tl.rsqrt(tl.sum(x * x, axis=0) / HIDDEN + eps)
     normed = x * inverse_rms * weight
-    if LARGEST:
+    if LARGEST > 0:
         normed, scale = scale_to_8_bits(normed, LARGEST, out_ptr.dtype.element_ty)
         tl.store(scale_ptr + row, scale)
     tl.store(out_ptr + row * out_stride + column, normed.to(out_ptr.dtype.element_ty), mask=inside)
@@ -66,6 +70,7 @@ def _launch(
     scale = torch.empty(x.shape[0] if largest else 0, dtype=torch.float32, device=x.device)
     tokens, hidden = x.shape
     block = triton.next_power_of_2(hidden)
+    pdl = not x.is_cpu  # the interpreter knows no inline assembly
     if tokens:
         _rms_norm_kernel[(tokens,)](
             x,
@@ -81,8 +86,10 @@ def _launch(
             block,
             residual is not None,
             largest,
+            pdl,
             num_warps=_num_warps(block),
             enable_fp_fusion=True,
+            launch_pdl=pdl,
         )
     return out, scale
 
