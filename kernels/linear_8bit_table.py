@@ -38,6 +38,21 @@ class Tile(NamedTuple):
     parts: int
 
 
+class Stream(NamedTuple):
+    """W8A8 on Hopper: every multiprocessor takes an equal stretch of the weights."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    registers: int  # of a thread
+    per_multiprocessor: int  # programs
+    split: bool  # stretches may begin and end within a tile
+    weight_rows: bool  # the matrix unit takes 64 output channels at a time, not tokens
+    trigger: int
+
+
 class Library(NamedTuple):
     """torch's product: of fp8 as it is, of weights dequantised to the activations' dtype otherwise."""
 
