@@ -16,17 +16,15 @@ Every kernel asks for its first weights before it waits for its predecessor (pro
 memory never idles at the seams of a step. `linear_8bit_table.py` says which kernel serves which shape.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Tile, Warps, choose
-
-_MAX_ARRIVALS = 65536
+from octavo.kernels.linear_8bit_stream import MAX_ARRIVALS, arrivals, stream, stream_serves
+from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Stream, Tile, Warps, choose, fallback
+from octavo.kernels.quantize import dequantize_rows
 
 
 @triton.jit
@@ -272,12 +270,6 @@ def _tile_kernel(
         )
 
 
-@functools.cache
-def _arrivals(device: torch.device) -> Tensor:
-    """The counters of a device, zero between launches: every tile's last arrival resets its own."""
-    return torch.zeros(_MAX_ARRIVALS, dtype=torch.int32, device=device)
-
-
 def _launch(
     config: Gemv | Warps | Tile,
     x: Tensor,
@@ -344,16 +336,16 @@ def _launch(
     steps = triton.cdiv(size, config.block_k)
     part_size = triton.cdiv(steps, config.parts) * config.block_k
     parts = triton.cdiv(size, part_size)
-    partial, arrivals = out, out
+    partial, counters = out, out
     if parts > 1:
-        assert tiles[0] * tiles[1] <= _MAX_ARRIVALS
+        assert tiles[0] * tiles[1] <= MAX_ARRIVALS
         area = config.block_n * config.block_m
         partial = torch.empty(tiles[0] * tiles[1] * parts * area, dtype=torch.float32, device=x.device)
-        arrivals = _arrivals(x.device)
+        counters = arrivals(x.device)
     _tile_kernel[(tiles[0], parts, tiles[1])](
         *pointers,
         partial,
-        arrivals,
+        counters,
         *strides,
         num_tokens,
         channels,
@@ -374,6 +366,53 @@ def _launch(
     return out
 
 
+def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether `torch._scaled_mm` takes these: fp8, 16 bytes at a time, and one scale for each row of both or none."""
+    by_row = x_scale.numel() == x.shape[0] and weight_scale.numel() == weight.shape[0] and out_dtype == torch.bfloat16
+    by_tensor = x_scale.numel() == 1 and weight_scale.numel() == 1
+    aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.is_contiguous()
+    return weight.dtype == torch.float8_e4m3fn and aligned and (by_row or by_tensor)
+
+
+def _library(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias: Tensor | None,
+) -> Tensor:
+    if x_scale is None:
+        return F.linear(x, dequantize_rows(weight, weight_scale, x.dtype), bias)
+    if x_scale.numel() > 1 or weight_scale.numel() > 1:
+        x_scale, weight_scale = x_scale.unsqueeze(1), weight_scale.unsqueeze(0)
+    out = torch._scaled_mm(x, weight.t(), x_scale, weight_scale, out_dtype=out_dtype)
+    return out if bias is None else out.add_(bias)
+
+
+def _linear(
+    config: Config,
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    out_dtype: torch.dtype,
+    bias: Tensor | None,
+) -> Tensor:
+    if not x.shape[0]:
+        return torch.empty((0, weight.shape[0]), dtype=out_dtype, device=x.device)
+    arguments = (x, x_scale, weight, weight_scale, out_dtype, bias)
+    if isinstance(config, Library):
+        if x_scale is None or _library_serves(x, x_scale, weight, weight_scale, out_dtype):
+            return _library(*arguments)
+        config = fallback(x.shape[0])
+    if isinstance(config, Stream):
+        if stream_serves(x, weight):
+            return stream(config, *arguments)
+        config = fallback(x.shape[0])
+    return _launch(config, *arguments)
+
+
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (weight * weight_scale)^T + bias`: x [M, K] bf16/fp16 (rows may be strided), weight [N, K] int8 or
     float8_e4m3fn, weight_scale fp32 [N] or [1], bias [N]; returns [M, N] of x's dtype. K in any length, 16 at a time
@@ -381,9 +420,7 @@ def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
     a graph, so that the counters exist.
     """
     config = choose(weight.dtype, False, x.shape[0], *weight.shape)
-    if not x.shape[0]:
-        return x.new_empty((0, weight.shape[0]))
-    return _launch(config, x, None, weight, weight_scale, x.dtype, bias)
+    return _linear(config, x, None, weight, weight_scale, x.dtype, bias)
 
 
 def linear_w8a8(
@@ -399,6 +436,4 @@ def linear_w8a8(
     graphs, see `linear_w8a16`.
     """
     config = choose(weight.dtype, True, x.shape[0], *weight.shape)
-    if not x.shape[0]:
-        return torch.empty((0, weight.shape[0]), dtype=out_dtype, device=x.device)
-    return _launch(config, x, x_scale, weight, weight_scale, out_dtype, bias)
+    return _linear(config, x, x_scale, weight, weight_scale, out_dtype, bias)

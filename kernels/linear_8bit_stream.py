@@ -330,6 +330,20 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+def stream_serves(x: Tensor, weight: Tensor) -> bool:
+    """Whether this kernel takes these: on Hopper, with rows that start at multiples of 16 bytes."""
+    aligned = all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.stride(1) == 1
+        for tensor in (x, weight)
+    )
+    return not x.is_cpu and aligned and _is_hopper(x.device)
+
+
 def _descriptor(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
     width = min(128, columns * tensor.element_size())
     layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * tensor.element_size(), rank=2)
@@ -345,7 +359,7 @@ def stream(
     out_dtype: torch.dtype,
     bias: Tensor | None,
 ) -> Tensor:
-    """`linear_8bit.linear_w8a8`, or without x_scale `linear_w8a16`, by this kernel. K a multiple of 16 (what the copy engine asks of a row's bytes)."""
+    """`linear_8bit.linear_w8a8`, or without x_scale `linear_w8a16`, by this kernel, where `stream_serves`."""
     (num_tokens, size), channels = x.shape, weight.shape[0]
     out = torch.empty((num_tokens, channels), dtype=out_dtype, device=x.device)
     swap = config.weight_rows

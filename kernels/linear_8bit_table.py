@@ -57,12 +57,22 @@ class Library(NamedTuple):
     """torch's product: of fp8 as it is, of weights dequantised to the activations' dtype otherwise."""
 
 
-Config = Gemv | Warps | Tile | Library
+Config = Gemv | Warps | Tile | Stream | Library
+
+
+def fallback(tokens: int) -> Config:
+    """For what the others do not take: unaligned rows, cards that are not Hoppers."""
+    if tokens <= 16:
+        return Warps(8 if tokens <= 8 else 16, 32, 512, 4, 4, 0)
+    return Tile(64 if tokens > 32 else 32, 64, 128, 4, 4, 0, 1)
 
 
 def choose(weight_dtype: torch.dtype, w8a8: bool, tokens: int, channels: int, size: int) -> Config:
-    if tokens == 1 and not w8a8:
-        return Gemv(4, 512, 1, 4, 2048)
-    if tokens <= 16:
-        return Warps(8 if tokens <= 8 else 16, 16, 512, 4, 4, 1024)
-    return Tile(64, 64, 128, 4, 4, 512, 2)
+    """The kernel for weights [channels, size]."""
+    if w8a8:
+        return Stream(8, 64, 128, 4, 11, 128, 1, True, True, 1)
+    if tokens == 1:
+        return Gemv(4, 1024, 1, 3, 0)
+    if tokens <= 8:
+        return Warps(8, 16, 512, 4, 4, 0)
+    return Stream(16, 128, 128, 8, 5, 80, 1, True, True, 1)

@@ -60,3 +60,31 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         block = triton.next_power_of_2(size)
         _quantize_kernel[(rows,)](x, q, scale, x.stride(0), size, block, LARGEST[dtype], num_warps=row_warps(block))
     return q, scale
+
+
+@triton.jit
+def _dequantize_kernel(
+    # pointers
+    q_ptr,  # [R, K] int8 or fp8
+    scale_ptr,  # [R] or [1] fp32
+    out_ptr,  # [R, K]
+    scale_stride,
+    size,  # K
+    # meta-parameters
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < size
+    q = tl.load(q_ptr + row * size + column, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    scale = tl.load(scale_ptr + row * scale_stride)
+    tl.store(out_ptr + row * size + column, (q * scale).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`q * scale` [R, K] of `dtype` from q [R, K] int8 or float8_e4m3fn and scale [R] or [1] fp32."""
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    block = 4096
+    grid = (q.shape[0], triton.cdiv(q.shape[1], block))
+    _dequantize_kernel[grid](q, scale, out, 0 if scale.numel() == 1 else 1, q.shape[1], block, num_warps=8)
+    return out

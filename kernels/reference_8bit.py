@@ -25,6 +25,11 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q, largest / LARGEST[dtype]
 
 
+def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`q * scale` [R, K], computed in fp32: q [R, K] int8 or fp8, scale [R] or [1]."""
+    return (q.float() * scale.unsqueeze(1)).to(dtype)
+
+
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`quantize_rows(rms_norm(x, weight))` of x [T, H], with the norm's output not rounded in between."""
     return quantize_rows(F.rms_norm(x.float(), weight.shape, weight.float(), eps), dtype)

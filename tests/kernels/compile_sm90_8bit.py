@@ -6,17 +6,28 @@ test of `test_compile_sm90.py` runs it with `--json`.
 
 import itertools
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from tests.kernels.compile_sm90 import TYPES, compile_launch, meta
+import triton
+from tests.kernels.compile_sm90 import TARGET, TYPES, compile_launch, meta
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
-from octavo.kernels import activation, linear_8bit, norm, quantize
+from octavo.kernels import activation, linear_8bit, linear_8bit_stream, norm, quantize
 
 TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
+linear_8bit_stream._multiprocessors = lambda device: 132  # type: ignore[assignment]
+linear_8bit_stream._is_hopper = lambda device: True  # type: ignore[assignment]
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 28672), (576, 576)]
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -50,6 +61,34 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
 
+def compile_gluon(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
+    """`compile_launch` of a kernel written in Gluon, whose tensors may come as descriptors."""
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, parameter, value) in enumerate(zip(fn.arg_names, fn.params, args, strict=True)):
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[(index,)] = "constexpr", value
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(index,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+    source = GluonASTSource(fn, signature, constants, attributes)
+    kernel = triton.compile(source, target=TARGET, options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        (ptx := Path(folder) / "kernel.ptx").write_text(kernel.asm["ptx"])
+        command = [get_ptxas(TARGET.arch).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
+        "spilled": sum(int(number) for number in re.findall(r"(\d+) bytes spill", log)),
+        "shared": kernel.metadata.shared,
+        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
+        "mma": kernel.asm["ptx"].count("mma.sync"),
+        "warps": kernel.metadata.num_warps,
+    }
+
+
 def main() -> None:
     as_json = "--json" in sys.argv
     wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
@@ -67,6 +106,8 @@ def main() -> None:
             seen = [
                 (value.dtype, value.stride() == (0,))
                 if isinstance(value, torch.Tensor)
+                else (value.base.dtype, list(value.block_shape))
+                if isinstance(value, TensorDescriptor)
                 else (value == 1, value % 16 == 0)
                 if not parameter.is_constexpr and isinstance(value, int)
                 else value
@@ -74,7 +115,8 @@ def main() -> None:
             ]
             key = f"{fn.fn.__name__} {seen} {options}"
             if key not in compiled:
-                compiled[key] = compile_launch(fn, args, options)
+                compile_it = compile_gluon if isinstance(fn, GluonJITFunction) else compile_launch
+                compiled[key] = compile_it(fn, args, options)
                 if not as_json:
                     print(f"{case:60}", *(f"{name} {value:6}" for name, value in compiled[key].items()), flush=True)
             table[f"{case}: {fn.fn.__name__}"] = compiled[key]

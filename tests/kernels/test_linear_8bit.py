@@ -6,7 +6,7 @@ from torch import Tensor
 
 from octavo.kernels import linear_8bit
 from octavo.kernels import reference_8bit as twin
-from octavo.kernels.linear_8bit_table import Gemv, Tile, Warps, choose
+from octavo.kernels.linear_8bit_table import Gemv, Library, Stream, Tile, Warps
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 products are garbage, and so are some of its fp8 casts.
@@ -87,22 +87,55 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
+STREAMS = [
+    Stream(8, 64, 128, warps=4, stages=5, registers=128, per_multiprocessor=1, split=True, weight_rows=True, trigger=1),
+    Stream(
+        32, 64, 128, warps=4, stages=4, registers=128, per_multiprocessor=2, split=True, weight_rows=True, trigger=1
+    ),
+    Stream(
+        64, 128, 128, warps=8, stages=3, registers=160, per_multiprocessor=1, split=False, weight_rows=True, trigger=1
+    ),
+    Stream(
+        128, 64, 128, warps=8, stages=3, registers=160, per_multiprocessor=1, split=True, weight_rows=False, trigger=1
+    ),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS + STREAMS * ON_GPU, ids=str)
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("w8a8", [False, True])
 def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
     """Each kernel at each edge, whatever the table says of the shape."""
     if isinstance(config, Gemv) and w8a8:
         pytest.skip("one token quantised takes the matrix unit")
+    if isinstance(config, Stream) and not w8a8 and not config.weight_rows:
+        pytest.skip("only weights are converted on their way")
+    shapes = [(1, 65, 200), (19, 130, 528)]
+    if isinstance(config, Gemv):
+        shapes = shapes[:1]
+    if isinstance(config, Stream):  # rows of a multiple of 16 bytes
+        shapes = [(1, 65, 208), (19, 130, 528), (200, 300, 144), (70, 8192, 4096)]
     monkeypatch.setattr(linear_8bit, "choose", lambda *_: config)
-    for shape in [(1, 65, 200)] if isinstance(config, Gemv) else [(1, 65, 200), (19, 130, 528)]:
+    for shape in shapes:
         for _ in range(2):  # the counters are back at zero
             check = check_w8a8 if w8a8 else check_w8a16
             check(device, shape, dtype, torch.float16, bias=True, per_tensor=False)
 
 
-def test_split_is_the_same_whenever_parts_arrive(device, monkeypatch) -> None:
-    monkeypatch.setattr(linear_8bit, "choose", lambda *_: CONFIGS[-1])
+@pytest.mark.skipif(not ON_GPU, reason="torch multiplies fp8 on GPUs only")
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_library(device, monkeypatch, dtype, half, per_tensor) -> None:
+    """torch where it serves, else a kernel: int8 with quantised activations, fp16 with a scale a row."""
+    monkeypatch.setattr(linear_8bit, "choose", lambda *_: Library())
+    for check in (check_w8a16, check_w8a8):
+        check(device, (300, 512, 1024), dtype, half, bias=True, per_tensor=per_tensor)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[-1]] + STREAMS[1:2] * ON_GPU, ids=["tile", "stream"][: 1 + ON_GPU])
+def test_split_is_the_same_whenever_parts_arrive(device, monkeypatch, config) -> None:
+    monkeypatch.setattr(linear_8bit, "choose", lambda *_: config)
     size = 4096 if ON_GPU else 512
     weight, scale = eight_bits(size, size, torch.int8)
     x = torch.randn(16, size).half().to(device)

@@ -46,6 +46,15 @@ def test_quantize_rows(device, kernel_dtype, rows, size, dtype) -> None:
         assert scale[1] == 0 and not q[1].float().any()
 
 
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_dequantize_rows(device, kernel_dtype, dtype, per_tensor) -> None:
+    q, scale = twin.quantize_rows(torch.randn(3, 4100, device=device), dtype)
+    scale = scale[:1] if per_tensor else scale
+    out = quantize.dequantize_rows(q, scale, kernel_dtype)
+    assert torch.equal(out, twin.dequantize_rows(q, scale, kernel_dtype))
+
+
 def test_integers_round_half_to_even(device) -> None:
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 126.5, 0.49]], device=device)
     q, scale = quantize.quantize_rows(x, torch.int8)
