@@ -22,9 +22,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.linear_8bit_stream import MAX_ARRIVALS, arrivals, stream, stream_serves
+from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
 from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Stream, Tile, Warps, choose, fallback
 from octavo.kernels.quantize import dequantize_rows
+
+try:
+    from octavo.kernels.linear_8bit_stream import stream, stream_serves
+except ImportError:  # a Triton without Gluon
+
+    def stream_serves(x: Tensor, weight: Tensor) -> bool:
+        """Nothing is served."""
+        return False
 
 
 @triton.jit

@@ -27,9 +27,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
 from octavo.kernels.linear_8bit_table import Stream
 
-MAX_ARRIVALS = 65536
+# Gluon is young: both have other names after Triton 3.6.
+_all_threads = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
 
 @gluon.jit
@@ -94,9 +97,9 @@ def _feed(
         k = (begin + stage) % steps * BLOCK_K
         mbarrier.expect(full.index(stage), BYTES)
         if A_IS_WEIGHT:
-            tma.async_copy_global_to_shared(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
+            _load(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
         else:
-            tma.async_copy_global_to_shared(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
+            _load(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
     _wait_for_predecessor()
     if TRIGGER == 0:
         _let_successor_start()
@@ -104,9 +107,9 @@ def _feed(
         row, column = _place((begin + stage) // steps, rows, columns, BLOCK_A, BLOCK_B, A_IS_WEIGHT)
         k = (begin + stage) % steps * BLOCK_K
         if A_IS_WEIGHT:
-            tma.async_copy_global_to_shared(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
+            _load(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
         else:
-            tma.async_copy_global_to_shared(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
+            _load(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
     for position in range(begin + ahead, end):
         row, column = _place(position // steps, rows, columns, BLOCK_A, BLOCK_B, A_IS_WEIGHT)
         k = position % steps * BLOCK_K
@@ -114,8 +117,8 @@ def _feed(
         stage = turn % STAGES
         mbarrier.wait(empty.index(stage), (turn // STAGES & 1) ^ 1)
         mbarrier.expect(full.index(stage), BYTES)
-        tma.async_copy_global_to_shared(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
-        tma.async_copy_global_to_shared(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
+        _load(a_desc, [row, k], full.index(stage), a_buffer.index(stage))
+        _load(b_desc, [column, k], full.index(stage), b_buffer.index(stage))
     if TRIGGER == 1:
         _let_successor_start()
 
@@ -193,7 +196,7 @@ def _multiply(
                 inner = partial_ptr + inner_row[:, None] * BLOCK_B + inner_column[None, :]
                 program = gl.program_id(0)
                 gl.store(inner + (2 * program + (program == lowest).to(gl.int32)) * AREA, product)
-                gl.thread_barrier()  # the counter tells of the whole program's stores
+                _all_threads()  # the counter tells of the whole program's stores
                 pieces = highest - lowest + 1
                 complete = gl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == pieces - 1
                 if complete:
@@ -317,12 +320,6 @@ def _stream_kernel(
         [1],
         [24],
     )
-
-
-@functools.cache
-def arrivals(device: torch.device) -> Tensor:
-    """The counters of a device, zero between launches: every tile's last arrival resets its own."""
-    return torch.zeros(MAX_ARRIVALS, dtype=torch.int32, device=device)
 
 
 @functools.cache
