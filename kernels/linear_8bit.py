@@ -12,8 +12,9 @@ output channels are the rows of the product, because there are always enough of 
 - `_tile_kernel`: 64 or more output channels a program, as the Hopper matrix unit wants them; K is split over
   programs, of which the last to arrive adds the parts in their order (so the answer never depends on the schedule).
 
-Every kernel asks for its first weights before it waits for its predecessor (programmatic dependent launch): the
-memory never idles at the seams of a step. `linear_8bit_table.py` says which kernel serves which shape.
+Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy engine brings;
+`torch._scaled_mm` serves fp8 with one scale for all, and weights without quantised activations are dequantised once
+for cuBLAS. `linear_8bit_table.py` says which kernel serves which shape.
 """
 
 import torch
@@ -21,32 +22,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
-from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Stream, Tile, Warps, choose, fallback
+from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
 from octavo.kernels.quantize import dequantize_rows
-
-try:
-    from octavo.kernels.linear_8bit_stream import stream, stream_serves
-except ImportError:  # a Triton without Gluon
-
-    def stream_serves(x: Tensor, weight: Tensor) -> bool:
-        """Nothing is served."""
-        return False
-
-
-@triton.jit
-def _start(weight_rows, first, end, PREFETCH: tl.constexpr, PDL: tl.constexpr):
-    """Asks for the first PREFETCH bytes of each weight row from `first` on, then waits for the preceding kernel."""
-    if PDL:
-        if PREFETCH:
-            line = first + tl.arange(0, PREFETCH // 128) * 128
-            pointers = weight_rows[:, None] + tl.where(line < end, line, first)[None, :]
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-            )
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -92,7 +72,6 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EVEN_K: tl.constexpr,
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
@@ -100,7 +79,10 @@ def _gemv_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offset = tl.arange(0, BLOCK_K)
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
-    _start(weight_rows, 0, K, PREFETCH, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
@@ -116,6 +98,8 @@ def _gemv_kernel(
             )
             x = tl.load(x_ptr + k + offset, mask=inside, other=0.0)
         sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     out = tl.sum(sums, axis=1) * tl.load(weight_scale_ptr + n * weight_scale_stride, mask=n < N, other=0.0)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -145,7 +129,6 @@ def _warps_kernel(
     BLOCK_K: tl.constexpr,
     WARPS: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     EVEN_K: tl.constexpr,
     X_SCALED: tl.constexpr,
     BIAS: tl.constexpr,
@@ -159,7 +142,10 @@ def _warps_kernel(
     # Rows past the end read the last one, and are not stored: no masks in the loop.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
     x_rows = x_ptr + tl.minimum(m, num_tokens - 1).to(tl.int64) * x_stride
-    _start(weight_rows, 0, K, PREFETCH, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
     weight_pointers = weight_rows[None, :, None] + offset[:, None, :]
     x_pointers = x_rows[None, :, None] + offset[:, None, :]
     WHOLE: tl.constexpr = X_SCALED and weight_ptr.dtype.element_ty == tl.int8
@@ -173,6 +159,8 @@ def _warps_kernel(
             weight = tl.load(weight_pointers + k, mask=inside, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_pointers + k, mask=inside, other=0.0)
         sums = tl.dot(weight.to(x.dtype), tl.permute(x, (0, 2, 1)), sums, out_dtype=sums.dtype)
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     _finish(
         tl.sum(sums, axis=0).to(tl.float32),
         n,
@@ -215,7 +203,6 @@ def _tile_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     X_SCALED: tl.constexpr,
@@ -231,7 +218,10 @@ def _tile_kernel(
     # Rows past the end read the last one, and are not stored: no masks in the loop.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
     x_rows = x_ptr + tl.minimum(m, num_tokens - 1).to(tl.int64) * x_stride
-    _start(weight_rows, first, end, PREFETCH, PDL)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
     weight_pointers = weight_rows[:, None] + offset[None, :]
     x_pointers = x_rows[:, None] + offset[None, :]
     WHOLE: tl.constexpr = X_SCALED and weight_ptr.dtype.element_ty == tl.int8
@@ -245,6 +235,8 @@ def _tile_kernel(
             weight = tl.load(weight_pointers + k, mask=inside, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_pointers + k, mask=inside, other=0.0)
         sums = tl.dot(weight.to(x.dtype), tl.trans(x), sums, out_dtype=sums.dtype)
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
     total = sums.to(tl.float32)
     last = True
     if SPLIT:
@@ -278,8 +270,62 @@ def _tile_kernel(
         )
 
 
+@triton.jit
+def _matmul_kernel(
+    # descriptors
+    x_desc,  # [M, K] int8 or fp8, in tiles [BLOCK_M, BLOCK_K]
+    weight_desc,  # [N, K] of the same dtype, in tiles [BLOCK_N, BLOCK_K]
+    # pointers
+    x_scale_ptr,  # [M] or [1] fp32
+    weight_scale_ptr,  # [N] or [1] fp32
+    bias_ptr,  # [N], read if BIAS
+    out_ptr,  # [M, N]
+    # strides, in elements
+    x_scale_stride,
+    weight_scale_stride,
+    # dimensions
+    num_tokens,  # M
+    N,
+    K,
+    # meta-parameters
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    if PDL == 1:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Eight tiles of tokens share a tile of weights while it is in the L2.
+    GROUP: tl.constexpr = 8
+    tiles_m = tl.cdiv(num_tokens, BLOCK_M)
+    group = tl.program_id(0) // (GROUP * tl.cdiv(N, BLOCK_N))
+    within = tl.program_id(0) % (GROUP * tl.cdiv(N, BLOCK_N))
+    group_size = tl.minimum(tiles_m - group * GROUP, GROUP)
+    first_m = (group * GROUP + within % group_size) * BLOCK_M
+    first_n = within // group_size * BLOCK_N
+    WHOLE: tl.constexpr = x_desc.dtype == tl.int8
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if WHOLE else tl.float32)
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        sums = tl.dot(x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, sums, out_dtype=sums.dtype)
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    out = sums.to(tl.float32)
+    out *= tl.load(x_scale_ptr + m * x_scale_stride, mask=m < num_tokens, other=0.0)[:, None]
+    out *= tl.load(weight_scale_ptr + n * weight_scale_stride, mask=n < N, other=0.0)[None, :]
+    if BIAS:
+        out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    pointers = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(m < num_tokens)[:, None] & (n < N)[None, :])
+
+
 def _launch(
-    config: Gemv | Warps | Tile,
+    config: Gemv | Warps | Tile | Matmul,
     x: Tensor,
     x_scale: Tensor | None,
     weight: Tensor,
@@ -290,10 +336,9 @@ def _launch(
     num_tokens, size = x.shape
     channels = weight.shape[0]
     out = torch.empty((num_tokens, channels), dtype=out_dtype, device=x.device)
-    pdl = not x.is_cpu  # the interpreter knows no inline assembly
+    pdl = 0 if x.is_cpu else config.pdl  # the interpreter knows no inline assembly
     even = size % config.block_k == 0
-    prefetch = min(config.prefetch, triton.next_power_of_2(size))
-    options = {"num_warps": config.warps, "launch_pdl": pdl}
+    options = {"num_warps": config.warps, "launch_pdl": pdl > 0}
     a_bias = out if bias is None else bias
     x_scaled = x_scale is not None
     weight_scale_stride = 0 if weight_scale.numel() == 1 else 1
@@ -310,8 +355,30 @@ def _launch(
             config.block_n,
             config.block_k,
             config.stages,
-            prefetch,
             even,
+            bias is not None,
+            pdl,
+            **options,
+        )
+        return out
+    if isinstance(config, Matmul):
+        assert x_scale is not None
+        _matmul_kernel[(triton.cdiv(num_tokens, config.block_m) * triton.cdiv(channels, config.block_n),)](
+            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+            x_scale,
+            weight_scale,
+            a_bias,
+            out,
+            0 if x_scale.numel() == 1 else 1,
+            weight_scale_stride,
+            num_tokens,
+            channels,
+            size,
+            config.block_m,
+            config.block_n,
+            config.block_k,
+            config.stages,
             bias is not None,
             pdl,
             **options,
@@ -332,7 +399,6 @@ def _launch(
             config.block_k,
             config.warps,
             config.stages,
-            prefetch,
             even,
             x_scaled,
             bias is not None,
@@ -363,7 +429,6 @@ def _launch(
         config.block_n,
         config.block_k,
         config.stages,
-        prefetch,
         parts > 1,
         even,
         x_scaled,
@@ -374,12 +439,22 @@ def _launch(
     return out
 
 
-def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` takes these: fp8, 16 bytes at a time, and one scale for each row of both or none."""
-    by_row = x_scale.numel() == x.shape[0] and weight_scale.numel() == weight.shape[0] and out_dtype == torch.bfloat16
-    by_tensor = x_scale.numel() == 1 and weight_scale.numel() == 1
+# What takes over where torch or the copy engine cannot serve: at many tokens any shape, at any speed.
+_UNSERVED_BY_LIBRARY = Matmul(128, 128, 128, 8, 3, 0)
+_UNALIGNED = Tile(64, 64, 128, 4, 4, 1, 0)
+
+
+def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
+    """Whether `torch._scaled_mm` is the best there is: fp8, one scale for all of x and one for all of the weight."""
     aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.is_contiguous()
-    return weight.dtype == torch.float8_e4m3fn and aligned and (by_row or by_tensor)
+    return weight.dtype == torch.float8_e4m3fn and aligned and x_scale.numel() == 1 and weight_scale.numel() == 1
+
+
+def _descriptors_serve(x: Tensor, weight: Tensor) -> bool:
+    """Whether the copy engine takes these: rows that start at multiples of 16 bytes."""
+    return all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % 16 == 0 and tensor.stride(1) == 1 for tensor in (x, weight)
+    )
 
 
 def _library(
@@ -392,8 +467,6 @@ def _library(
 ) -> Tensor:
     if x_scale is None:
         return F.linear(x, dequantize_rows(weight, weight_scale, x.dtype), bias)
-    if x_scale.numel() > 1 or weight_scale.numel() > 1:
-        x_scale, weight_scale = x_scale.unsqueeze(1), weight_scale.unsqueeze(0)
     out = torch._scaled_mm(x, weight.t(), x_scale, weight_scale, out_dtype=out_dtype)
     return out if bias is None else out.add_(bias)
 
@@ -411,13 +484,11 @@ def _linear(
         return torch.empty((0, weight.shape[0]), dtype=out_dtype, device=x.device)
     arguments = (x, x_scale, weight, weight_scale, out_dtype, bias)
     if isinstance(config, Library):
-        if x_scale is None or _library_serves(x, x_scale, weight, weight_scale, out_dtype):
+        if x_scale is None or _library_serves(x, x_scale, weight, weight_scale):
             return _library(*arguments)
-        config = fallback(x.shape[0])
-    if isinstance(config, Stream):
-        if stream_serves(x, weight):
-            return stream(config, *arguments)
-        config = fallback(x.shape[0])
+        config = _UNSERVED_BY_LIBRARY
+    if isinstance(config, Matmul) and not _descriptors_serve(x, weight):
+        config = _UNALIGNED
     return _launch(config, *arguments)
 
 

@@ -1,4 +1,4 @@
-"""Which kernel serves an 8-bit linear, by shape and number of tokens."""
+"""Which kernel serves an 8-bit linear, by shape and number of tokens: measured on an H100."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ class Gemv(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    prefetch: int  # bytes of each weight row asked for before the predecessor ends
+    pdl: int  # 0: starts when its predecessor has ended; 1: its successor starts at once, 2: after the loop
 
 
 class Warps(NamedTuple):
@@ -23,56 +23,49 @@ class Warps(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    prefetch: int
+    pdl: int
 
 
 class Tile(NamedTuple):
-    """Many output channels a program, K split over `parts` programs."""
+    """64 or more output channels a program, K split over `parts` programs."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    prefetch: int
     parts: int
+    pdl: int
 
 
-class Stream(NamedTuple):
-    """W8A8 on Hopper: every multiprocessor takes an equal stretch of the weights."""
+class Matmul(NamedTuple):
+    """Tiles of tokens and output channels, both by the copy engine: W8A8 only."""
 
     block_m: int
     block_n: int
     block_k: int
     warps: int
     stages: int
-    registers: int  # of a thread
-    per_multiprocessor: int  # programs
-    split: bool  # stretches may begin and end within a tile
-    weight_rows: bool  # the matrix unit takes 64 output channels at a time, not tokens
-    trigger: int
+    pdl: int
 
 
 class Library(NamedTuple):
-    """torch's product: of fp8 as it is, of weights dequantised to the activations' dtype otherwise."""
+    """torch's product: of fp8 with one scale for all, of weights dequantised to the activations' dtype."""
 
 
-Config = Gemv | Warps | Tile | Stream | Library
-
-
-def fallback(tokens: int) -> Config:
-    """For what the others do not take: unaligned rows, cards that are not Hoppers."""
-    if tokens <= 16:
-        return Warps(8 if tokens <= 8 else 16, 32, 512, 4, 4, 0)
-    return Tile(64 if tokens > 32 else 32, 64, 128, 4, 4, 0, 1)
+Config = Gemv | Warps | Tile | Matmul | Library
 
 
 def choose(weight_dtype: torch.dtype, w8a8: bool, tokens: int, channels: int, size: int) -> Config:
     """The kernel for weights [channels, size]."""
-    if w8a8:
-        return Stream(8, 64, 128, 4, 11, 128, 1, True, True, 1)
-    if tokens == 1:
-        return Gemv(4, 1024, 1, 3, 0)
+    if tokens == 1 and not w8a8:
+        return Gemv(4, 1024, 1, 3, 1)
     if tokens <= 8:
-        return Warps(8, 16, 512, 4, 4, 0)
-    return Stream(16, 128, 128, 8, 5, 80, 1, True, True, 1)
+        return Warps(8, 16, 512, 4, 4, 1)
+    if tokens <= 16:
+        return Warps(16, 32, 512, 4, 4, 1)
+    if not w8a8:
+        return Library() if tokens >= 1024 else Tile(64, 64, 128, 4, 4, 1, 1)
+    if tokens <= 64:
+        return Tile(32 if tokens <= 32 else 64, 64, 256, 4, 4, 1, 1)
+    return Matmul(128, 128, 128, 8, 3, 1)

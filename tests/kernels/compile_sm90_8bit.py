@@ -19,15 +19,13 @@ import torch
 import triton
 from tests.kernels.compile_sm90 import TARGET, TYPES, compile_launch, meta
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import activation, linear_8bit, linear_8bit_stream, norm, quantize
+from octavo.kernels import activation, linear_8bit, norm, quantize
 
 TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
-linear_8bit_stream._multiprocessors = lambda device: 132  # type: ignore[assignment]
-linear_8bit_stream._is_hopper = lambda device: True  # type: ignore[assignment]
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 28672), (576, 576)]
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
@@ -61,19 +59,19 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         )
 
 
-def compile_gluon(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
-    """`compile_launch` of a kernel written in Gluon, whose tensors may come as descriptors."""
+def compile_matmul(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
+    """`compile_launch` of a kernel whose first two arguments are descriptors."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter, value) in enumerate(zip(fn.arg_names, fn.params, args, strict=True)):
         if parameter.is_constexpr or (isinstance(value, int) and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
         elif isinstance(value, TensorDescriptor):
-            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif isinstance(value, torch.Tensor):
             signature[name], attributes[(index,)] = "*" + TYPES[value.dtype], [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-    source = GluonASTSource(fn, signature, constants, attributes)
+    source = ASTSource(fn, signature, constants, attributes)
     kernel = triton.compile(source, target=TARGET, options=options)
     with tempfile.TemporaryDirectory() as folder:
         (ptx := Path(folder) / "kernel.ptx").write_text(kernel.asm["ptx"])
@@ -115,7 +113,7 @@ def main() -> None:
             ]
             key = f"{fn.fn.__name__} {seen} {options}"
             if key not in compiled:
-                compile_it = compile_gluon if isinstance(fn, GluonJITFunction) else compile_launch
+                compile_it = compile_matmul if isinstance(args[0], TensorDescriptor) else compile_launch
                 compiled[key] = compile_it(fn, args, options)
                 if not as_json:
                     print(f"{case:60}", *(f"{name} {value:6}" for name, value in compiled[key].items()), flush=True)

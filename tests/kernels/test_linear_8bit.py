@@ -6,7 +6,7 @@ from torch import Tensor
 
 from octavo.kernels import linear_8bit
 from octavo.kernels import reference_8bit as twin
-from octavo.kernels.linear_8bit_table import Gemv, Library, Stream, Tile, Warps
+from octavo.kernels.linear_8bit_table import Gemv, Library, Matmul, Tile, Warps
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 products are garbage, and so are some of its fp8 casts.
@@ -17,8 +17,8 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
 # tokens, channels, size: one each side of the blocks, sizes that no block divides, an unaligned one.
 SHAPES = [(1, 64, 256), (1, 70, 528), (3, 130, 144), (8, 48, 1040), (17, 96, 272), (33, 65, 100), (70, 130, 528)]
-LARGE = [(1, 4096, 4096), (8, 4096, 11008), (16, 6144, 4096), (65, 4096, 4096), (130, 4096, 11008), (300, 1536, 1536)]
-LARGE += [(1, 576, 576), (9, 49152, 576), (1000, 4096, 4096), (1024, 4096, 11008), (1, 28672, 8192), (2048, 6144, 4096)]
+LARGE = [(1, 4096, 4096), (8, 4096, 11008), (16, 6144, 4096), (65, 4096, 4096), (130, 1024, 11008), (300, 1536, 1536)]
+LARGE += [(1, 576, 576), (9, 49152, 576), (1000, 1024, 4096), (1024, 1024, 2048), (1, 28672, 8192), (2048, 512, 4096)]
 
 
 def eight_bits(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -79,43 +79,24 @@ def test_no_tokens(device) -> None:
 
 
 CONFIGS = [
-    Gemv(block_n=4, block_k=128, warps=1, stages=3, prefetch=256),
-    Warps(block_m=8, block_n=16, block_k=256, warps=4, stages=3, prefetch=256),
-    Warps(block_m=16, block_n=32, block_k=128, warps=2, stages=2, prefetch=0),
-    Tile(block_m=16, block_n=64, block_k=64, warps=4, stages=3, prefetch=128, parts=1),
-    Tile(block_m=32, block_n=64, block_k=64, warps=4, stages=3, prefetch=128, parts=3),
+    Gemv(block_n=4, block_k=128, warps=1, stages=3, pdl=1),
+    Warps(block_m=8, block_n=16, block_k=256, warps=4, stages=3, pdl=1),
+    Warps(block_m=16, block_n=32, block_k=128, warps=2, stages=2, pdl=0),
+    Matmul(block_m=64, block_n=32, block_k=64, warps=4, stages=3, pdl=0),
+    Tile(block_m=16, block_n=64, block_k=64, warps=4, stages=3, parts=1, pdl=0),
+    Tile(block_m=32, block_n=64, block_k=64, warps=4, stages=3, parts=3, pdl=2),
 ]
 
 
-STREAMS = [
-    Stream(8, 64, 128, warps=4, stages=5, registers=128, per_multiprocessor=1, split=True, weight_rows=True, trigger=1),
-    Stream(
-        32, 64, 128, warps=4, stages=4, registers=128, per_multiprocessor=2, split=True, weight_rows=True, trigger=1
-    ),
-    Stream(
-        64, 128, 128, warps=8, stages=3, registers=160, per_multiprocessor=1, split=False, weight_rows=True, trigger=1
-    ),
-    Stream(
-        128, 64, 128, warps=8, stages=3, registers=160, per_multiprocessor=1, split=True, weight_rows=False, trigger=1
-    ),
-]
-
-
-@pytest.mark.parametrize("config", CONFIGS + STREAMS * ON_GPU, ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("w8a8", [False, True])
 def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
     """Each kernel at each edge, whatever the table says of the shape."""
-    if isinstance(config, Gemv) and w8a8:
-        pytest.skip("one token quantised takes the matrix unit")
-    if isinstance(config, Stream) and not w8a8 and not config.weight_rows:
-        pytest.skip("only weights are converted on their way")
-    shapes = [(1, 65, 200), (19, 130, 528)]
-    if isinstance(config, Gemv):
-        shapes = shapes[:1]
-    if isinstance(config, Stream):  # rows of a multiple of 16 bytes
-        shapes = [(1, 65, 208), (19, 130, 528), (200, 300, 144), (70, 8192, 4096)]
+    if isinstance(config, Gemv if w8a8 else Matmul):
+        pytest.skip("not what this kernel is for")
     monkeypatch.setattr(linear_8bit, "choose", lambda *_: config)
+    shapes = [(1, 65, 200)] if isinstance(config, Gemv) else [(1, 65, 200), (19, 130, 528)]
     for shape in shapes:
         for _ in range(2):  # the counters are back at zero
             check = check_w8a8 if w8a8 else check_w8a16
@@ -133,9 +114,8 @@ def test_library(device, monkeypatch, dtype, half, per_tensor) -> None:
         check(device, (300, 512, 1024), dtype, half, bias=True, per_tensor=per_tensor)
 
 
-@pytest.mark.parametrize("config", [CONFIGS[-1]] + STREAMS[1:2] * ON_GPU, ids=["tile", "stream"][: 1 + ON_GPU])
-def test_split_is_the_same_whenever_parts_arrive(device, monkeypatch, config) -> None:
-    monkeypatch.setattr(linear_8bit, "choose", lambda *_: config)
+def test_split_is_the_same_whenever_parts_arrive(device, monkeypatch) -> None:
+    monkeypatch.setattr(linear_8bit, "choose", lambda *_: CONFIGS[-1])
     size = 4096 if ON_GPU else 512
     weight, scale = eight_bits(size, size, torch.int8)
     x = torch.randn(16, size).half().to(device)
