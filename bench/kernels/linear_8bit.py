@@ -1,19 +1,22 @@
-"""`python -m bench.kernels.linear_8bit [name part ...]`: one step's linears with 8-bit weights, cold, in milliseconds.
+"""`python -m bench.kernels.linear_8bit [name part ...]`: one step's linears with 8-bit weights, cold, in milliseconds;
+`... quant`: the ops that quantise as they go, in microseconds.
 
 A step is the four fused linears of a layer, one after the other in one CUDA graph, times the layers of the model.
 Peers (vLLM 0.26's CUTLASS products, activations already quantised) and goals are those of `peers.md` and issue
 "Kernels at the card's limit"; `torch` is `torch._scaled_mm` with a scale a row in the same process.
 """
 
+import itertools
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
-from bench.kernels.timing import BANDWIDTH, microseconds
+from bench.kernels.timing import BANDWIDTH, microseconds, rotations
 from torch import Tensor
 
-from octavo.kernels import linear_8bit, quantize
+from octavo.kernels import activation, linear_8bit, norm, quantize
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)
 MODELS = {
@@ -66,8 +69,37 @@ def layer_calls(weights: list[tuple[Tensor, Tensor]], tokens: int, w8a8: bool, l
     return layer
 
 
+def folded() -> None:
+    """Norm and activation that quantise as they go, beside the same that do not."""
+    print(f"{'op':36} {'us':>8} {'TB/s':>6} {'without':>8} {'goal':>6}")
+    for tokens, (name, dtype) in itertools.product((1, 32, 256, 2048), EIGHT_BITS.items()):
+        goals = (2.0, 2.2) if tokens == 1 else (None, None)
+        for hidden in (4096, 8192):
+            weight = torch.randn(hidden, device="cuda").bfloat16()
+            size = tokens * hidden * 7
+            sets = [torch.randn(2, tokens, hidden, device="cuda").bfloat16() for _ in range(rotations(size))]
+            ours = microseconds([partial(norm.add_rms_norm_quant, *pair, weight, 1e-5, dtype) for pair in sets])
+            plain = microseconds([partial(norm.add_rms_norm, *pair, weight, 1e-5) for pair in sets])
+            report(f"add_rms_norm_quant {name} {tokens} x {hidden}", ours, size, plain, goals[0])
+        for inner in (11008, 28672):
+            size = tokens * inner * 5
+            gated = [torch.randn(tokens, 2 * inner, device="cuda").bfloat16() for _ in range(rotations(size))]
+            ours = microseconds([partial(activation.silu_and_mul_quant, x, dtype) for x in gated])
+            plain = microseconds([partial(activation.silu_and_mul, x) for x in gated])
+            report(f"silu_and_mul_quant {name} {tokens} x {inner}", ours, size, plain, goals[1])
+
+
+def report(name: str, ours: float, size: int, plain: float, goal: float | None) -> None:
+    """One row of `folded`."""
+    met = "" if goal is None else f"{goal:6.1f} {'met' if ours <= goal else 'missed'}"
+    print(f"{name:36} {ours:8.2f} {size / ours * 1e-6:6.2f} {plain:8.2f}", met, flush=True)
+
+
 def main() -> None:
     wanted = sys.argv[1:]
+    if wanted == ["quant"]:
+        folded()
+        return
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; milliseconds a step"
     )
