@@ -1,12 +1,15 @@
 """The 8-bit linears against their twins (on the CPU in fp32 and fp64)."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from octavo.kernels import linear_8bit
 from octavo.kernels import reference_8bit as twin
-from octavo.kernels.linear_8bit_table import Gemv, Library, Matmul, Tile, Warps
+from octavo.kernels.arrivals import MAX_ARRIVALS
+from octavo.kernels.linear_8bit_table import Gemv, Library, Matmul, Tile, Warps, choose
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 products are garbage, and so are some of its fp8 casts.
@@ -68,6 +71,19 @@ def check_w8a8(
 def test_linear(device, check, shape, dtype, half) -> None:
     torch.manual_seed(0)
     check(device, shape, dtype, half, bias=shape[0] % 2 == 1, per_tensor=shape[0] == 8)
+
+
+def test_table_chooses_kernels_that_serve() -> None:
+    shapes = [(12288, 4096), (4096, 4096), (8192, 28672), (576, 576), (128256, 8192)]
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        for w8a8, tokens, (channels, size) in itertools.product((False, True), range(1, 1200, 7), shapes):
+            config = choose(dtype, w8a8, tokens, channels, size)
+            if isinstance(config, Gemv):
+                assert tokens == 1 and not w8a8
+            assert w8a8 or not isinstance(config, Matmul)
+            if isinstance(config, Tile):
+                tiles = -(-channels // config.block_n) * -(-tokens // config.block_m)
+                assert config.parts == 1 or tiles <= MAX_ARRIVALS
 
 
 def test_no_tokens(device) -> None:
