@@ -320,7 +320,8 @@ def _matmul_kernel(
     out *= tl.load(weight_scale_ptr + n * weight_scale_stride, mask=n < N, other=0.0)[None, :]
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    pointers = out_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tile_ptr = out_ptr + first_m.to(tl.int64) * N + first_n  # one wide number, not one an element
+    pointers = tile_ptr + (tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :])
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(m < num_tokens)[:, None] & (n < N)[None, :])
 
 

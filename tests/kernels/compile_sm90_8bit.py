@@ -27,8 +27,8 @@ from octavo.kernels import activation, linear_8bit, norm, quantize
 
 TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008), (8192, 28672), (576, 576)]
-TOKENS = (1, 8, 16, 32, 64, 128, 256)
+SHAPES = [(12288, 4096), (4096, 11008), (576, 576)]
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 2048)
 
 
 def linear_case(tokens: int, shape: tuple[int, int], dtype: torch.dtype, half: torch.dtype, w8a8: bool) -> None:
