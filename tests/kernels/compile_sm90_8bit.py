@@ -28,7 +28,7 @@ from octavo.kernels import activation, linear_8bit, norm, quantize
 TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SHAPES = [(12288, 4096), (4096, 11008), (576, 576)]
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 2048)
+TOKENS = (1, 16, 32, 128, 2048)
 
 
 def linear_case(tokens: int, shape: tuple[int, int], dtype: torch.dtype, half: torch.dtype, w8a8: bool) -> None:
