@@ -1,0 +1,183 @@
+"""Which kernel serves an 8-bit linear, by shape and number of tokens: measured on an H100."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Gemv(NamedTuple):
+    """One token without the matrix unit: block_n output channels a program."""
+
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    pdl: int  # 0: starts when its predecessor has ended; 1: its successor starts at once, 2: after the loop
+
+
+class Warps(NamedTuple):
+    """Few output channels a program, K dealt out over its warps."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    pdl: int
+
+
+class Tile(NamedTuple):
+    """64 or more output channels a program, K split over `parts` programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    parts: int
+    pdl: int
+
+
+class Matmul(NamedTuple):
+    """Tiles of tokens and output channels, both by the copy engine: W8A8 only."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    pdl: int
+
+
+class Library(NamedTuple):
+    """torch's product: of fp8 with one scale for all, of weights dequantised to the activations' dtype."""
+
+
+Config = Gemv | Warps | Tile | Matmul | Library
+
+
+_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024, 2048)  # tokens: the first that holds them, else the last
+
+
+class _Choice(NamedTuple):
+    """The kernels of a kind of linear in a bucket."""
+
+    narrow: Config  # up to 8192 output channels, unless listed
+    wide: Config
+    listed: dict[tuple[int, int], Config]  # by (output channels, K): where another is at least 1.5 % faster
+
+
+# Medians on an H100 80 GB, cold weights, many launches in one graph (`bench/kernels/linear_8bit.py` prints a step).
+_TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
+    (torch.int8, False): (
+        # 1
+        _Choice(Warps(8, 16, 512, 2, 4, 1), Gemv(2, 1024, 1, 4, 1), {}),
+        # 8
+        _Choice(Warps(8, 16, 512, 2, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 16
+        _Choice(Warps(16, 32, 512, 4, 4, 1), Warps(16, 32, 512, 4, 3, 1), {}),
+        # 32
+        _Choice(
+            Tile(32, 64, 256, 4, 4, 2, 1),
+            Tile(32, 64, 128, 4, 4, 1, 1),
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, 1), (22016, 4096): Warps(32, 64, 256, 4, 3, 1)},
+        ),
+        # 64
+        _Choice(Tile(64, 128, 128, 8, 4, 4, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        # 128
+        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        # 256
+        _Choice(Tile(128, 64, 128, 4, 4, 1, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        # 1024
+        _Choice(Library(), Library(), {}),
+        # 2048
+        _Choice(Library(), Library(), {}),
+    ),
+    (torch.float8_e4m3fn, False): (
+        # 1
+        _Choice(Gemv(4, 1024, 2, 4, 1), Gemv(4, 1024, 1, 3, 1), {}),
+        # 8
+        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 16
+        _Choice(Warps(16, 32, 512, 4, 4, 1), Warps(16, 32, 512, 4, 3, 1), {}),
+        # 32
+        _Choice(
+            Tile(32, 64, 256, 4, 4, 2, 1),
+            Tile(32, 64, 128, 4, 4, 1, 1),
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, 1), (22016, 4096): Warps(32, 64, 256, 4, 3, 1)},
+        ),
+        # 64
+        _Choice(Tile(64, 128, 128, 8, 4, 4, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        # 128
+        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        # 256
+        _Choice(Tile(128, 64, 128, 4, 4, 1, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        # 1024
+        _Choice(Library(), Library(), {}),
+        # 2048
+        _Choice(Library(), Library(), {}),
+    ),
+    (torch.int8, True): (
+        # 1
+        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 8
+        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 16
+        _Choice(
+            Tile(16, 64, 512, 4, 3, 2, 1), Tile(16, 64, 256, 4, 4, 1, 1), {(12288, 4096): Warps(16, 32, 512, 4, 4, 1)}
+        ),
+        # 32
+        _Choice(Tile(32, 64, 512, 4, 3, 2, 1), Tile(32, 64, 256, 4, 4, 1, 1), {}),
+        # 64
+        _Choice(Tile(64, 64, 256, 4, 4, 2, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        # 128
+        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Matmul(128, 128, 128, 8, 5, 1), {}),
+        # 256
+        _Choice(
+            Tile(128, 64, 128, 4, 4, 2, 1),
+            Matmul(128, 128, 128, 8, 5, 1),
+            {(4096, 4096): Tile(128, 128, 128, 8, 4, 1, 1)},
+        ),
+        # 1024
+        _Choice(Matmul(128, 128, 128, 8, 3, 1), Matmul(128, 128, 128, 8, 3, 1), {}),
+        # 2048
+        _Choice(
+            Matmul(128, 256, 128, 8, 4, 1),
+            Matmul(128, 128, 128, 4, 3, 1),
+            {(4096, 4096): Matmul(128, 128, 128, 4, 3, 1)},
+        ),
+    ),
+    (torch.float8_e4m3fn, True): (
+        # 1
+        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 8
+        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        # 16
+        _Choice(
+            Tile(16, 64, 512, 4, 3, 2, 1), Tile(16, 64, 256, 4, 4, 1, 1), {(12288, 4096): Warps(16, 32, 512, 4, 4, 1)}
+        ),
+        # 32
+        _Choice(Tile(32, 64, 512, 4, 3, 2, 1), Tile(32, 64, 256, 4, 4, 1, 1), {}),
+        # 64
+        _Choice(Tile(64, 64, 256, 4, 4, 2, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        # 128
+        _Choice(Tile(128, 64, 256, 4, 3, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        # 256
+        _Choice(
+            Matmul(128, 64, 128, 4, 5, 1),
+            Matmul(128, 256, 128, 8, 4, 1),
+            {(22016, 4096): Matmul(128, 128, 128, 8, 5, 1)},
+        ),
+        # 1024
+        _Choice(Matmul(128, 256, 128, 8, 4, 1), Matmul(128, 256, 128, 8, 4, 1), {}),
+        # 2048
+        _Choice(Matmul(128, 256, 128, 8, 4, 1), Matmul(128, 256, 128, 8, 4, 1), {}),
+    ),
+}
+
+
+def choose(weight_dtype: torch.dtype, w8a8: bool, tokens: int, channels: int, size: int) -> Config:
+    """The kernel for `tokens` activations and weights [channels, size]."""
+    bucket = next((index for index, most in enumerate(_BUCKETS) if tokens <= most), len(_BUCKETS) - 1)
+    choice = _TABLE[weight_dtype, w8a8][bucket]
+    return choice.listed.get((channels, size), choice.narrow if channels <= 8192 else choice.wide)
