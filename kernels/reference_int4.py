@@ -1,0 +1,25 @@
+"""The plain-PyTorch twin of the int4 linear layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from octavo.kernels.int4_layout import Int4Weight, unpack
+
+
+def dequantise(weight: Int4Weight) -> Tensor:
+    """The weight [N, K] in the scales' dtype, columns in the order of the activations: (number - zero) * scale."""
+    numbers, scales, zeros = unpack(weight)
+    shape = (*scales.shape, weight.group)
+    values = (numbers.reshape(shape) - zeros[..., None]).to(scales.dtype) * scales[..., None]
+    values = values.reshape(weight.rows, weight.depth)
+    if weight.permutation is None:
+        return values
+    out = torch.empty_like(values)
+    out[:, weight.permutation] = values
+    return out
+
+
+def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+    """x [M, K] @ weight [N, K] transposed + bias [N]; returns [M, N] of x's dtype. Any float dtype of x will do."""
+    return F.linear(x, dequantise(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
