@@ -42,6 +42,11 @@ class Int4Weight:
         return self.words.shape[1] * DEPTH
 
     @property
+    def halves(self) -> int:
+        """How many 32 k of a tile have one scale."""
+        return 1 if self.group == 32 else 2
+
+    @property
     def nbytes(self) -> int:
         """What a product reads of it."""
         return sum(tensor.nbytes for tensor in (self.words, self.scales, self.zeros) if tensor is not None)

@@ -1,13 +1,15 @@
-"""Linear layers with 4-bit weights: weights x tokens on the tensor cores, weights dequantised in registers.
+"""Linear layers with 4-bit weights: weights x tokens on the tensor cores, weights unpacked in registers.
 
-Both kernels multiply the weight as left operand, straight from the registers in which `int4_layout.py` puts it, with
-the activations as right operand: no number passes through shared memory after it is unpacked. Unpacking takes 15
-instructions for 8 weights: shift, `lop3` (mask and set the exponent of 128, or of 1024 in fp16: a number 128 + q),
-subtract 128 + zero (exact), multiply by the scale (one rounding).
+Both kernels multiply the weight as left operand, straight from the registers into which `int4_layout.py` makes a load
+put it: no weight passes through shared memory once it is unpacked. Unpacking is, for a pair of weights, a shift, a
+`lop3` that masks two numbers and sets the exponent of 128 (1024 in fp16) beside each, and a packed subtraction of 128 +
+zero, which is exact. Scales stay out of it: the product of a group's numbers is summed in fp32 and then scaled, so
+weights are never rounded.
 
-`_slices_kernel` is for few tokens: every warp takes its own slice of k for the same rows, and the slices are added in
-shared memory. `_tiles_kernel` is for more: warps take rows and share the activations. Either can be split along k over
-programs; the program that arrives last adds the parts up in their order, so results do not depend on timing.
+`_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows, activations too go from memory
+straight into the registers of the tensor cores' right operand, and slices are added at the end. `_tiles_kernel` is for
+more: warps take rows and share the activations. Either can be split along k over programs; the program that arrives
+last adds the parts up in their order, so results do not depend on timing.
 """
 
 import functools
@@ -25,8 +27,8 @@ _MAX_TILES = 65536  # output tiles of a launch that splits k; 256 KiB of counter
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
-    """PTX for two words 2u and 2u + 1 of a lane: $0-$7 packed weights of (s, upper row, half), $8-$9 words, then two
-    registers of the same each for the scales of row r and of r + 8 and for the zeros of r and of r + 8, all doubled.
+    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed numbers less zero of (s, upper row, half), $8-$9 the
+    words, $10-$11 twice the register with 128 + zero of row r in both halves, $12-$13 that of row r + 8.
     """
     lines = ["{ .reg .b32 number, shifted;"]
     for place in range(8):
@@ -35,83 +37,64 @@ def _unpack_asm(type_: str, magic: str) -> str:
             lines.append(f"shr.b32 shifted, {source}, {4 * nibble};")
             source = "shifted"
         lines.append(f"lop3.b32 number, {source}, 0x000f000f, {magic}, 0xea;")  # (a & b) | c
-        lines.append(f"sub.rn.{type_} number, number, ${14 + 2 * upper};")
-        lines.append(f"mul.rn.{type_} ${place}, number, ${10 + 2 * upper};")
+        lines.append(f"sub.rn.{type_} ${place}, number, ${10 + 2 * upper};")
     return " ".join([*lines, "}"])
 
 
 _BF16_ASM = tl.constexpr(_unpack_asm("bf16x2", "0x43004300"))
 _FP16_ASM = tl.constexpr(_unpack_asm("f16x2", "0x64006400"))
-_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
+_CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 6))
+_BF16_PLACES = tl.constexpr((tl.bfloat16,) * 8)
+_FP16_PLACES = tl.constexpr((tl.float16,) * 8)
 # Triton's interpreter has no inline assembly.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _place(words, low_scale, high_scale, low_zero, high_zero, PLACE: tl.constexpr):
-    """In plain arithmetic the weights that `_unpack_asm` puts into $PLACE."""
+def _place(words, low_zero, high_zero, PLACE: tl.constexpr, dtype: tl.constexpr):
+    """In plain arithmetic the numbers that `_unpack_asm` puts into $PLACE."""
     first, second = tl.split(words)
     source = first if PLACE < 4 else second
     numbers = tl.join(source >> (4 * (PLACE % 4)), source >> (4 * (PLACE % 4) + 16)) & 15
-    upper: tl.constexpr = PLACE // 2 % 2
-    scale = high_scale if upper else low_scale
-    zero = high_zero if upper else low_zero
-    return (numbers - zero).to(scale.dtype) * scale
+    return (numbers - (high_zero if PLACE // 2 % 2 else low_zero)).to(dtype)
 
 
 @triton.jit
-def _dequantise(words, scales, zeros, BF16: tl.constexpr):
-    """Weights of words [.., 8 r, 4 c, 2 u, 2 s], scales and zeros (as in the layout, 32 bits) [.., 8, 1, 1 or 2, 1].
+def _unpack(words, zeros, dtype: tl.constexpr):
+    """Numbers less their zeros, of words [.., 8 r, 4 c, U, 2 s] and zeros [.., 8, 1, 1, 1] (two bytes, in int32).
 
-    Returns [.., 8 r, 4 c, 2 u, 2 pair, 2 half, 2 upper row, 2 s].
+    Returns [.., 8 r, 4 c, U, 2 pair, 2 half, 2 upper row, 2 s].
     """
+    low_zero, high_zero = zeros & 0xFF, zeros >> 8 & 0xFF
     if _INTERPRETED:
-        dtype = tl.bfloat16 if BF16 else tl.float16
-        low_scale = (scales & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
-        high_scale = (scales >> 16).to(tl.int16).to(dtype, bitcast=True)
-        low_zero, high_zero = zeros & 0xFF, zeros >> 8 & 0xFF
-        w0 = _place(words, low_scale, high_scale, low_zero, high_zero, 0)
-        w1 = _place(words, low_scale, high_scale, low_zero, high_zero, 1)
-        w2 = _place(words, low_scale, high_scale, low_zero, high_zero, 2)
-        w3 = _place(words, low_scale, high_scale, low_zero, high_zero, 3)
-        w4 = _place(words, low_scale, high_scale, low_zero, high_zero, 4)
-        w5 = _place(words, low_scale, high_scale, low_zero, high_zero, 5)
-        w6 = _place(words, low_scale, high_scale, low_zero, high_zero, 6)
-        w7 = _place(words, low_scale, high_scale, low_zero, high_zero, 7)
+        n0 = _place(words, low_zero, high_zero, 0, dtype)
+        n1 = _place(words, low_zero, high_zero, 1, dtype)
+        n2 = _place(words, low_zero, high_zero, 2, dtype)
+        n3 = _place(words, low_zero, high_zero, 3, dtype)
+        n4 = _place(words, low_zero, high_zero, 4, dtype)
+        n5 = _place(words, low_zero, high_zero, 5, dtype)
+        n6 = _place(words, low_zero, high_zero, 6, dtype)
+        n7 = _place(words, low_zero, high_zero, 7, dtype)
     else:
-        # The two halves of a register alike.
-        low_scale, high_scale = (scales & 0xFFFF) * 0x10001, (scales >> 16 & 0xFFFF) * 0x10001
+        BF16: tl.constexpr = dtype == tl.bfloat16
         magic: tl.constexpr = 0x43004300 if BF16 else 0x64006400
-        low_zero, high_zero = (zeros & 0xFF) * 0x10001 + magic, (zeros >> 8 & 0xFF) * 0x10001 + magic
-        arguments = [words, low_scale, high_scale, low_zero, high_zero]
-        if BF16:
-            w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-                _BF16_ASM,
-                _CONSTRAINTS,
-                arguments,
-                (
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                    tl.bfloat16,
-                ),
-                is_pure=True,
-                pack=2,
-            )
-        else:
-            w0, w1, w2, w3, w4, w5, w6, w7 = tl.inline_asm_elementwise(
-                _FP16_ASM,
-                _CONSTRAINTS,
-                arguments,
-                (tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16, tl.float16),
-                is_pure=True,
-                pack=2,
-            )
-    return tl.join(tl.join(tl.join(w0, w1), tl.join(w2, w3)), tl.join(tl.join(w4, w5), tl.join(w6, w7)))
+        n0, n1, n2, n3, n4, n5, n6, n7 = tl.inline_asm_elementwise(
+            _BF16_ASM if BF16 else _FP16_ASM,
+            _CONSTRAINTS,
+            [words, low_zero * 0x10001 + magic, high_zero * 0x10001 + magic],
+            _BF16_PLACES if BF16 else _FP16_PLACES,
+            is_pure=True,
+            pack=2,
+        )
+    return tl.join(tl.join(tl.join(n0, n1), tl.join(n2, n3)), tl.join(tl.join(n4, n5), tl.join(n6, n7)))
+
+
+@triton.jit
+def _pair_scales(scales, dtype: tl.constexpr):
+    """Scales of rows r and r + 8 in the halves of int32 [.., 8] as fp32 [.., 8, 2]."""
+    low = (scales & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
+    high = (scales >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low.to(tl.float32), high.to(tl.float32))
 
 
 @triton.jit
@@ -152,6 +135,13 @@ def _finish(
         tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _word_offset(HALVES: tl.constexpr):
+    """Of a lane's words in a unit of 32 x HALVES k, [64 * HALVES]."""
+    place = tl.arange(0, 64 * HALVES)
+    return place if HALVES == 2 else place // 2 * 4 + place % 2
+
+
 @triton.jit(do_not_specialize=["M"])
 def _slices_kernel(
     # pointers
@@ -172,119 +162,82 @@ def _slices_kernel(
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
+    HALVES: tl.constexpr,  # of 32 k in a unit, which has one scale a row
     TILES: tl.constexpr,  # of 16 rows, a program
-    DEPTH: tl.constexpr,  # tiles of 64 k a slice and round
-    SLICES: tl.constexpr,  # of k: one a warp
     TOKENS: tl.constexpr,
+    SLICES: tl.constexpr,  # of k: one a warp, a unit a round
+    AHEAD: tl.constexpr,  # rounds whose weights are in flight
     SPLITS: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    STEPS: tl.constexpr = K // 64
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    UNIT: tl.constexpr = 32 * HALVES
+    UNITS: tl.constexpr = K // UNIT
     GROUPS: tl.constexpr = K // GROUP
-    HALVES: tl.constexpr = 2 if GROUP == 32 else 1
-    ROUND: tl.constexpr = SLICES * DEPTH
-    CHUNK: tl.constexpr = (STEPS + SPLITS * ROUND - 1) // (SPLITS * ROUND) * ROUND
-    EVEN: tl.constexpr = CHUNK * SPLITS == STEPS
+    CHUNK: tl.constexpr = (UNITS + SPLITS * SLICES - 1) // (SPLITS * SLICES) * SLICES
+    ROUNDS: tl.constexpr = CHUNK // SLICES
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
-    begin = split * CHUNK
-    # [SLICES, TILES, DEPTH, ..]: Triton gives warps to the first dimension, each its slice.
-    step = tl.arange(0, SLICES)[:, None, None, None] + tl.arange(0, DEPTH)[None, None, :, None] * SLICES
-    tile = tile_n * TILES + tl.arange(0, TILES)[None, :, None, None]
+    # [SLICES, TILES, ..]: Triton gives warps to the first dimension, each its slice.
+    unit = split * CHUNK + tl.arange(0, SLICES)[:, None, None]
+    tile = tile_n * TILES + tl.arange(0, TILES)[None, :, None]
     tile_inside = tile < N // 16
-    word = tl.arange(0, 128)[None, None, None, :]
-    words_ptrs = words_ptr + (tile.to(tl.int64) * STEPS + begin + step) * 128 + word
-    pair_row = tl.arange(0, 8 * HALVES)[None, None, None, :] // HALVES
-    half = tl.arange(0, 8 * HALVES)[None, None, None, :] % HALVES
-    scale_offset = tile * (GROUPS * 8) + pair_row
-    token = tl.arange(0, TOKENS)
-    k = tl.arange(0, DEPTH * 64)[None, None, :]
-    x_offset = (k // 64 * SLICES + tl.arange(0, SLICES)[:, None, None] + begin) * 64 + k % 64
-    x_ptrs = x_ptr + token[None, :, None].to(tl.int64) * x_stride + x_offset
-    token_inside = (token < M)[None, :, None]
-    if STAGES == 0:
-        shape: tl.constexpr = (SLICES, TILES, DEPTH, 8, 1, HALVES, 1)
-        at = begin + step
-        inside = tile_inside & (at < STEPS)
-        # The weights do not wait for the launch before this one, the activations do.
-        words = tl.load(words_ptrs, mask=inside, other=0, eviction_policy="evict_first")
-        group = (at * 64 + half * 32) // GROUP
-        scales = tl.load(scales_ptr + scale_offset + group * 8, mask=inside, other=0)
-        zeros = tl.zeros((1, 1, 1, 1), tl.int32)
+    words_ptrs = words_ptr + tile.to(tl.int64) * (K // 64 * 128) + _word_offset(HALVES)[None, None, :]
+    group_offset = tile * (GROUPS * 8) + tl.arange(0, 8)[None, None, :]
+    # [4 c, 8 tokens, SLICES, token octets, 4 * HALVES of (half of 32, s, half), 2 pair]: lanes are 4 * token + c.
+    octet = tl.arange(0, TOKENS // 8)[None, None, None, :, None, None]
+    token = octet * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
+    x_unit = split * CHUNK + tl.arange(0, SLICES)[None, None, :, None, None, None]
+    x_k = tl.arange(0, 4 * HALVES)[None, None, None, None, :, None] * 8
+    x_k += tl.arange(0, 4)[:, None, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, None, None, :]
+    x_ptrs = x_ptr + token.to(tl.int64) * x_stride + x_unit * UNIT + x_k
+    words, scales, zeros = (), (), ()
+    for i in tl.static_range(AHEAD):
+        at = unit + i * SLICES
+        inside = tile_inside & (at < UNITS) & (i < ROUNDS)
+        offset = at // (2 // HALVES) * 128 + at % (2 // HALVES) * 2
+        words = words + (tl.load(words_ptrs + offset, mask=inside, other=0, eviction_policy="evict_first"),)
+        offset = group_offset + at * UNIT // GROUP * 8
+        scales = scales + (tl.load(scales_ptr + offset, mask=inside, other=0),)
         if ZEROS:
-            zeros = tl.load(zeros_ptr + scale_offset + group * 8, mask=inside, other=0).to(tl.int32)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        all_x = tl.load(x_ptrs, mask=token_inside & (x_offset < K), other=0.0)
-        accumulator = tl.zeros((SLICES, TILES * 16, TOKENS), tl.float32)
-        for round_ in tl.range(0, CHUNK, ROUND, num_stages=1):
-            next_x = tl.load(
-                x_ptrs + (round_ + ROUND) * 64,
-                mask=token_inside & (x_offset + (round_ + ROUND) * 64 < K) & (round_ + ROUND < CHUNK),
-                other=0.0,
-            )
-            at = begin + round_ + ROUND + step
-            inside = tile_inside & (at < STEPS) & (round_ + ROUND < CHUNK)
-            next_words = tl.load(words_ptrs + (round_ + ROUND) * 128, mask=inside, other=0, eviction_policy="evict_first")
-            group = (at * 64 + half * 32) // GROUP
-            next_scales = tl.load(scales_ptr + scale_offset + group * 8, mask=inside, other=0)
+            zeros = zeros + (tl.load(zeros_ptr + offset, mask=inside, other=0),)
+    x = tl.load(x_ptrs, mask=(token < M) & (x_unit < UNITS), other=0.0)
+    accumulator = tl.zeros((SLICES, TILES * 16, TOKENS), tl.float32)
+    for first in tl.range(0, ROUNDS, AHEAD, num_stages=1):
+        next_words, next_scales, next_zeros = (), (), ()
+        for i in tl.static_range(AHEAD):
+            if ROUNDS > AHEAD:
+                at = unit + (first + i + AHEAD) * SLICES
+                inside = tile_inside & (at < UNITS) & (first + i + AHEAD < ROUNDS)
+                offset = at // (2 // HALVES) * 128 + at % (2 // HALVES) * 2
+                loaded = tl.load(words_ptrs + offset, mask=inside, other=0, eviction_policy="evict_first")
+                next_words = next_words + (loaded,)
+                offset = group_offset + at * UNIT // GROUP * 8
+                next_scales = next_scales + (tl.load(scales_ptr + offset, mask=inside, other=0),)
+                if ZEROS:
+                    next_zeros = next_zeros + (tl.load(zeros_ptr + offset, mask=inside, other=0),)
+            ahead = (first + i + 1) * SLICES
+            x_inside = (token < M) & (x_unit + ahead < UNITS) & (first + i + 1 < ROUNDS)
+            next_x = tl.load(x_ptrs + ahead * UNIT, mask=x_inside, other=0.0)
             if ZEROS:
-                next_zeros = tl.load(zeros_ptr + scale_offset + group * 8, mask=inside, other=0).to(tl.int32)
-                zero = tl.reshape(zeros, shape)
+                zero = tl.reshape(zeros[i].to(tl.int32), (SLICES, TILES, 8, 1, 1, 1))
             else:
-                zero = tl.full((1, 1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
-            w = tl.reshape(words, (SLICES, TILES, DEPTH, 8, 4, 2, 2))
-            weights = _dequantise(w, tl.reshape(scales, shape), zero, x_ptr.dtype.element_ty == tl.bfloat16)
-            # [slice, tile, depth, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (depth, u, s, c, half,
-            # pair): Triton wants four consecutive k of a lane here, so k of both operands is taken in another order.
-            weights = tl.permute(weights, (0, 1, 8, 3, 2, 5, 9, 4, 7, 6))
-            weights = tl.reshape(weights, (SLICES, TILES * 16, DEPTH * 64))
-            x = tl.permute(tl.reshape(all_x, (SLICES, TOKENS, DEPTH * 4, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
-            x = tl.permute(tl.reshape(x, (SLICES, TOKENS, DEPTH * 64)), (0, 2, 1))
-            accumulator = tl.dot(weights, x, accumulator)
-            all_x = next_x
-            words = next_words
-            scales = next_scales
-            if ZEROS:
-                zeros = next_zeros
-    else:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        accumulator = tl.zeros((SLICES, TILES * 16, TOKENS), tl.float32)
-        for round_ in tl.range(0, CHUNK, ROUND, num_stages=STAGES):
-            at = begin + round_ + step
-            inside = tile_inside
-            x_inside = token_inside
-            if not EVEN:
-                inside &= at < STEPS
-                x_inside &= x_offset + round_ * 64 < K
-            words = tl.load(words_ptrs + round_ * 128, mask=inside, other=0, eviction_policy="evict_first")
-            group = (at * 64 + half * 32) // GROUP
-            scales = tl.load(scales_ptr + scale_offset + group * 8, mask=inside, other=0)
-            x = tl.load(x_ptrs + round_ * 64, mask=x_inside, other=0.0)
-            shape: tl.constexpr = (SLICES, TILES, DEPTH, 8, 1, HALVES, 1)
-            if ZEROS:
-                zeros = tl.load(zeros_ptr + scale_offset + group * 8, mask=inside, other=0).to(tl.int32)
-                zeros = tl.reshape(zeros, shape)
-            else:
-                zeros = tl.full((1, 1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
-            words = tl.reshape(words, (SLICES, TILES, DEPTH, 8, 4, 2, 2))
-            weights = _dequantise(words, tl.reshape(scales, shape), zeros, x_ptr.dtype.element_ty == tl.bfloat16)
-            # [slice, tile, depth, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (depth, u, s, c, half,
-            # pair): Triton wants four consecutive k of a lane here, so k of both operands is taken in another order.
-            weights = tl.permute(weights, (0, 1, 8, 3, 2, 5, 9, 4, 7, 6))
-            weights = tl.reshape(weights, (SLICES, TILES * 16, DEPTH * 64))
-            x = tl.permute(tl.reshape(x, (SLICES, TOKENS, DEPTH * 4, 2, 4, 2)), (0, 1, 2, 4, 3, 5))
-            x = tl.permute(tl.reshape(x, (SLICES, TOKENS, DEPTH * 64)), (0, 2, 1))
-            accumulator = tl.dot(weights, x, accumulator)
+                zero = tl.full((1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
+            numbers = _unpack(tl.reshape(words[i], (SLICES, TILES, 8, 4, HALVES, 2)), zero, dtype)
+            # [slice, tile, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (u, s, c, half, pair): Triton
+            # wants four consecutive k of a lane where operands are joined, so k is taken in another order, of x too.
+            numbers = tl.reshape(tl.permute(numbers, (0, 1, 7, 2, 4, 8, 3, 6, 5)), (SLICES, TILES * 16, UNIT))
+            x = tl.reshape(x, (4, 8, SLICES, TOKENS // 8, 2 * HALVES, 2, 2))
+            x = tl.reshape(tl.permute(x, (2, 4, 0, 5, 6, 3, 1)), (SLICES, UNIT, TOKENS))
+            product = tl.dot(numbers, x)
+            scale = tl.permute(_pair_scales(scales[i], dtype), (0, 1, 3, 2))
+            accumulator += product * tl.reshape(scale, (SLICES, TILES * 16, 1))
+            x = next_x
+        if ROUNDS > AHEAD:
+            words, scales, zeros = next_words, next_scales, next_zeros
     row = tile_n * TILES * 16 + tl.arange(0, TILES * 16)
     total = tl.sum(accumulator, 0)
-    _finish(
-        total, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS
-    )
+    token = tl.arange(0, TOKENS)
+    _finish(total, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -307,114 +260,66 @@ def _tiles_kernel(
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
     BIAS: tl.constexpr,
+    HALVES: tl.constexpr,  # of 32 k in a unit
     TILES: tl.constexpr,  # of 16 rows, a program
-    DEPTH: tl.constexpr,  # tiles of 64 k a round
     TOKENS: tl.constexpr,  # a program
-    SPLITS: tl.constexpr,
+    DEPTH: tl.constexpr,  # units a round, all of one group
     STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    STEPS: tl.constexpr = K // 64
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    UNIT: tl.constexpr = 32 * HALVES
+    UNITS: tl.constexpr = K // UNIT
     GROUPS: tl.constexpr = K // GROUP
-    HALVES: tl.constexpr = 2 if GROUP == 32 else 1
-    CHUNK: tl.constexpr = (STEPS + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
-    EVEN: tl.constexpr = CHUNK * SPLITS == STEPS
+    CHUNK: tl.constexpr = (UNITS + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
+    EVEN: tl.constexpr = CHUNK * SPLITS == UNITS
     # Programs of the same rows run side by side: memory gives them the weights once.
     tile_m = tl.program_id(0)
     tile_n = tl.program_id(1)
     split = tl.program_id(2)
-    begin = split * CHUNK
     # [TILES, DEPTH, ..]: Triton gives warps to the first dimension, as the tensor cores do.
-    step = tl.arange(0, DEPTH)[None, :, None]
+    first_unit = split * CHUNK + tl.arange(0, 1)[None, :]
+    unit = split * CHUNK + tl.arange(0, DEPTH)[None, :, None]
     tile = tile_n * TILES + tl.arange(0, TILES)[:, None, None]
     tile_inside = tile < N // 16
-    word = tl.arange(0, 128)[None, None, :]
-    words_ptrs = words_ptr + (tile.to(tl.int64) * STEPS + begin + step) * 128 + word
-    pair_row = tl.arange(0, 8 * HALVES)[None, None, :] // HALVES
-    half = tl.arange(0, 8 * HALVES)[None, None, :] % HALVES
-    scale_offset = tile * (GROUPS * 8) + pair_row
+    words_ptrs = words_ptr + tile.to(tl.int64) * (K // 64 * 128) + _word_offset(HALVES)[None, None, :]
+    group_tile = tile_n * TILES + tl.arange(0, TILES)[:, None]
+    group_offset = group_tile * (GROUPS * 8) + tl.arange(0, 8)[None, :]
     token = tile_m * TOKENS + tl.arange(0, TOKENS)
-    x_offset = begin * 64 + tl.arange(0, DEPTH * 64)[None, :]
-    x_ptrs = x_ptr + token[:, None].to(tl.int64) * x_stride + x_offset
-    token_inside = (token < M)[:, None]
+    x_k = split * CHUNK * UNIT + tl.arange(0, DEPTH * UNIT)[None, :]
+    x_ptrs = x_ptr + token[:, None].to(tl.int64) * x_stride + x_k
     accumulator = tl.zeros((TILES * 16, TOKENS), tl.float32)
-    if PDL:
-        line = tl.arange(0, 128)[None, :]
-        ahead = words_ptr + ((tile_n * TILES + tl.arange(0, TILES)[:, None]).to(tl.int64) * STEPS + begin) * 128 + line * 32
-        ahead = tl.where((line < CHUNK * 4) & (line + begin * 4 < STEPS * 4), ahead, words_ptr)
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ahead], tl.int32, is_pure=False, pack=1)
-        tl.extra.cuda.gdc_wait()
     for round_ in tl.range(0, CHUNK, DEPTH, num_stages=STAGES):
-        at = begin + round_ + step
+        at = unit + round_
+        first = first_unit + round_
         inside = tile_inside
-        x_inside = token_inside
+        group_inside = group_tile < N // 16
+        x_inside = (token < M)[:, None]
         if not EVEN:
-            inside &= at < STEPS
-            x_inside &= x_offset + round_ * 64 < K
-        words = tl.load(words_ptrs + round_ * 128, mask=inside, other=0, eviction_policy="evict_first")
-        group = (at * 64 + half * 32) // GROUP
-        scales = tl.load(scales_ptr + scale_offset + group * 8, mask=inside, other=0)
-        x = tl.load(x_ptrs + round_ * 64, mask=x_inside, other=0.0)
-        shape: tl.constexpr = (TILES, DEPTH, 8, 1, HALVES, 1)
+            inside &= at < UNITS
+            group_inside &= first < UNITS
+            x_inside &= x_k + round_ * UNIT < K
+        offset = at // (2 // HALVES) * 128 + at % (2 // HALVES) * 2
+        words = tl.load(words_ptrs + offset, mask=inside, other=0, eviction_policy="evict_first")
+        offset = group_offset + first * UNIT // GROUP * 8
+        scales = tl.load(scales_ptr + offset, mask=group_inside, other=0)
+        x = tl.load(x_ptrs + round_ * UNIT, mask=x_inside, other=0.0)
         if ZEROS:
-            zeros = tl.load(zeros_ptr + scale_offset + group * 8, mask=inside, other=0).to(tl.int32)
-            zeros = tl.reshape(zeros, shape)
+            zeros = tl.load(zeros_ptr + offset, mask=group_inside, other=0).to(tl.int32)
+            zeros = tl.reshape(zeros, (TILES, 1, 8, 1, 1, 1))
         else:
             zeros = tl.full((1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
-        words = tl.reshape(words, (TILES, DEPTH, 8, 4, 2, 2))
-        weights = _dequantise(words, tl.reshape(scales, shape), zeros, x_ptr.dtype.element_ty == tl.bfloat16)
+        numbers = _unpack(tl.reshape(words, (TILES, DEPTH, 8, 4, HALVES, 2)), zeros, dtype)
         # [tile, depth, r, c, u, pair, half, upper, s] to rows (tile, upper, r), k (depth, u, s, half, c, pair)
-        weights = tl.permute(weights, (0, 7, 2, 1, 4, 8, 6, 3, 5))
-        weights = tl.reshape(weights, (TILES * 16, DEPTH * 64))
-        accumulator = tl.dot(weights, tl.trans(x), accumulator)
+        numbers = tl.reshape(tl.permute(numbers, (0, 7, 2, 1, 4, 8, 6, 3, 5)), (TILES * 16, DEPTH * UNIT))
+        # The scaled sum also keeps Triton 3.6 from leaving products in flight over rounds, whose left operand it then
+        # overwrites.
+        product = tl.dot(numbers, tl.trans(x))
+        scale = tl.permute(_pair_scales(scales, dtype), (0, 2, 1))
+        accumulator += product * tl.reshape(scale, (TILES * 16, 1))
     row = tile_n * TILES * 16 + tl.arange(0, TILES * 16)
-    tile_of_launch = tile_n * tl.num_programs(0) + tile_m
-    _finish(
-        accumulator, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_of_launch, split, SPLITS, BIAS
-    )
-
-
-@functools.cache
-def arrivals(device: torch.device) -> Tensor:
-    """The counters of a device, zero between launches: every tile's last arrival resets its own."""
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
-def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan, pdl: bool = False) -> None:
-    """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
-    tokens, rows = out.shape
-    tiles_n = triton.cdiv(rows, plan.tiles * 16)
-    tiles_m = triton.cdiv(tokens, plan.tokens)
-    shape = (plan.splits, tokens, rows) if plan.splits > 1 else (0,)
-    partial = torch.empty(shape, dtype=torch.float32, device=x.device)
-    arguments = (
-        x,
-        weight.words,
-        weight.scales,
-        weight.scales if weight.zeros is None else weight.zeros,
-        x if bias is None else bias,
-        out,
-        partial,
-        arrivals(x.device),
-        tokens,
-        rows,
-        x.stride(0),
-        weight.depth,
-        weight.group,
-        weight.zeros is not None,
-        bias is not None,
-        plan.tiles,
-        plan.depth,
-    )
-    options = {"num_warps": plan.warps, "enable_fp_fusion": True, "launch_pdl": pdl}
-    if plan.kernel == "slices":
-        _slices_kernel[(tiles_n, plan.splits)](
-            *arguments, plan.warps, plan.tokens, plan.splits, plan.stages, pdl, **options
-        )
-    else:
-        _tiles_kernel[(tiles_m, tiles_n, plan.splits)](*arguments, plan.tokens, plan.splits, plan.stages, pdl, **options)
+    tile = tile_n * tl.num_programs(0) + tile_m
+    _finish(accumulator, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile, split, SPLITS, BIAS)
 
 
 @triton.jit
@@ -430,51 +335,89 @@ def _dequantise_kernel(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     ZEROS: tl.constexpr,
+    HALVES: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    STEPS: tl.constexpr = K // 64
-    HALVES: tl.constexpr = 2 if GROUP == 32 else 1
-    step = tl.program_id(0)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    UNIT: tl.constexpr = 32 * HALVES
+    unit = tl.program_id(0)
     tile = tl.program_id(1) * TILES + tl.arange(0, TILES)[:, None]
     inside = tile < N // 16
-    words = tl.load(
-        words_ptr + (tile.to(tl.int64) * STEPS + step) * 128 + tl.arange(0, 128)[None, :],
-        mask=inside,
-        other=0,
-        eviction_policy="evict_first",
-    )
-    pair_row = tl.arange(0, 8 * HALVES)[None, :] // HALVES
-    half = tl.arange(0, 8 * HALVES)[None, :] % HALVES
-    scale_offset = (tile * (K // GROUP) + (step * 64 + half * 32) // GROUP) * 8 + pair_row
-    scales = tl.load(scales_ptr + scale_offset, mask=inside, other=0)
-    shape: tl.constexpr = (TILES, 8, 1, HALVES, 1)
+    offset = unit // (2 // HALVES) * 128 + unit % (2 // HALVES) * 2
+    words_ptrs = words_ptr + tile.to(tl.int64) * (K // 64 * 128) + _word_offset(HALVES)[None, :] + offset
+    words = tl.load(words_ptrs, mask=inside, other=0, eviction_policy="evict_first")
+    offset = (tile * (K // GROUP) + unit * UNIT // GROUP) * 8 + tl.arange(0, 8)[None, :]
+    scales = tl.load(scales_ptr + offset, mask=inside, other=0)
     if ZEROS:
-        zeros = tl.reshape(tl.load(zeros_ptr + scale_offset, mask=inside, other=0).to(tl.int32), shape)
+        zeros = tl.reshape(tl.load(zeros_ptr + offset, mask=inside, other=0).to(tl.int32), (TILES, 8, 1, 1, 1))
     else:
         zeros = tl.full((1, 1, 1, 1, 1), 0x0808, tl.int32)
-    words = tl.reshape(words, (TILES, 8, 4, 2, 2))
-    weights = _dequantise(words, tl.reshape(scales, shape), zeros, out_ptr.dtype.element_ty == tl.bfloat16)
+    numbers = _unpack(tl.reshape(words, (TILES, 8, 4, HALVES, 2)), zeros, dtype)
     # [tile, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (u, s, half, c, pair)
-    weights = tl.reshape(tl.permute(weights, (0, 6, 1, 3, 7, 5, 2, 4)), (TILES * 16, 64))
+    numbers = tl.reshape(tl.permute(numbers, (0, 6, 1, 3, 7, 5, 2, 4)), (TILES * 16, UNIT))
+    scale = tl.reshape(tl.permute(_pair_scales(scales, dtype), (0, 2, 1)), (TILES * 16, 1))
     row = tl.program_id(1) * TILES * 16 + tl.arange(0, TILES * 16)
-    out_ptrs = out_ptr + row[:, None].to(tl.int64) * K + step * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out_ptrs, weights, mask=(row < N)[:, None])
+    out_ptrs = out_ptr + row[:, None].to(tl.int64) * K + unit * UNIT + tl.arange(0, UNIT)[None, :]
+    tl.store(out_ptrs, (numbers.to(tl.float32) * scale).to(dtype), mask=(row < N)[:, None])
+
+
+@functools.cache
+def arrivals(device: torch.device) -> Tensor:
+    """The counters of a device, zero between launches: every tile's last arrival resets its own."""
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
+
+
+def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
+    """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
+    tokens, rows = out.shape
+    tiles_n = triton.cdiv(rows, plan.tiles * 16)
+    tiles_m = triton.cdiv(tokens, plan.tokens)
+    shape = (plan.splits, tokens, rows) if plan.splits > 1 else (0,)
+    arguments = (
+        x,
+        weight.words,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        x if bias is None else bias,
+        out,
+        torch.empty(shape, dtype=torch.float32, device=x.device),
+        arrivals(x.device),
+        tokens,
+        rows,
+        x.stride(0),
+        weight.depth,
+        weight.group,
+        weight.zeros is not None,
+        bias is not None,
+        weight.halves,
+        plan.tiles,
+        plan.tokens,
+    )
+    if plan.kernel == "slices":
+        _slices_kernel[(tiles_n, plan.splits)](
+            *arguments, plan.warps, plan.ahead, plan.splits, num_warps=plan.warps, enable_fp_fusion=True
+        )
+        return
+    # A round of the tiles kernel has one scale.
+    depth = plan.depth if weight.group in (weight.depth, weight.group // 64 // plan.depth * 64 * plan.depth) else 1
+    _tiles_kernel[(tiles_m, tiles_n, plan.splits)](
+        *arguments, depth, plan.ahead, plan.splits, num_warps=plan.warps, enable_fp_fusion=True
+    )
 
 
 def dequantise(weight: Int4Weight) -> Tensor:
     """The weight [N, K] in its dtype, columns in its own (permuted) order."""
     out = torch.empty((weight.rows, weight.depth), dtype=weight.dtype, device=weight.words.device)
-    grid = (weight.depth // 64, triton.cdiv(weight.rows, 64))
-    zeros = weight.scales if weight.zeros is None else weight.zeros
-    _dequantise_kernel[grid](
+    _dequantise_kernel[(weight.depth // (32 * weight.halves), triton.cdiv(weight.rows, 64))](
         weight.words,
         weight.scales,
-        zeros,
+        weight.scales if weight.zeros is None else weight.zeros,
         out,
         weight.rows,
         weight.depth,
         weight.group,
         weight.zeros is not None,
+        weight.halves,
         4,
         num_warps=4,
     )

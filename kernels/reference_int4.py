@@ -7,9 +7,12 @@ from torch import Tensor
 from octavo.kernels.int4_layout import Int4Weight, unpack
 
 
-def dequantise(weight: Int4Weight) -> Tensor:
-    """The weight [N, K] in the scales' dtype, columns in the order of the activations: (number - zero) * scale."""
+def dequantise(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [N, K], columns in the order of the activations: (number - zero) * scale, rounded to `dtype` (None:
+    the scales').
+    """
     numbers, scales, zeros = unpack(weight)
+    scales = scales.to(dtype or scales.dtype)
     shape = (*scales.shape, weight.group)
     values = (numbers.reshape(shape) - zeros[..., None]).to(scales.dtype) * scales[..., None]
     values = values.reshape(weight.rows, weight.depth)
@@ -22,4 +25,4 @@ def dequantise(weight: Int4Weight) -> Tensor:
 
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] @ weight [N, K] transposed + bias [N]; returns [M, N] of x's dtype. Any float dtype of x will do."""
-    return F.linear(x, dequantise(weight).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return F.linear(x, dequantise(weight, x.dtype), None if bias is None else bias.to(x.dtype))

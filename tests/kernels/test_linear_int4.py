@@ -9,9 +9,9 @@ from octavo.kernels.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, un
 from octavo.kernels.linear_table import Int4Plan
 
 ON_GPU = torch.cuda.is_available()
-# Weights are rounded as the twin rounds them and sums are kept in fp32, so one rounding of the output remains, and what
-# fp32 loses where large terms cancel: outputs here are about 1.
-TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 2e-3)}
+# One rounding of the output; and from many tokens on one of every weight, which adds up to a tenth of an output's
+# rounding where terms cancel: outputs here are about 1.
+TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 6e-3)}
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the interpreter's bf16 products are garbage
 
 
@@ -36,7 +36,7 @@ def make_weight(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dty
 
 
 def check(out: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
-    expected = x.double().cpu() @ reference_int4.dequantise(weight).double().cpu().t()
+    expected = x.double().cpu() @ reference_int4.dequantise(weight, torch.float64).cpu().t()
     if bias is not None:
         expected += bias.double().cpu()
     rtol, atol = TOLERANCE[x.dtype]
@@ -132,34 +132,42 @@ def test_contradicting_tensors_are_refused() -> None:
 
 
 PLANS = [
-    Int4Plan("slices", tiles=2, depth=1, tokens=8, splits=1, warps=2, stages=2),
-    Int4Plan("slices", tiles=1, depth=2, tokens=16, splits=2, warps=4, stages=1),
-    Int4Plan("slices", tiles=4, depth=1, tokens=8, splits=3, warps=8, stages=3),
-    Int4Plan("tiles", tiles=4, depth=1, tokens=16, splits=1, warps=4, stages=3),
-    Int4Plan("tiles", tiles=4, depth=2, tokens=32, splits=2, warps=4, stages=2),
-    Int4Plan("tiles", tiles=8, depth=1, tokens=16, splits=4, warps=8, stages=3),
+    Int4Plan("slices", tiles=2, tokens=8, splits=1, warps=2, ahead=2),
+    Int4Plan("slices", tiles=1, tokens=16, splits=2, warps=4, ahead=1),
+    Int4Plan("slices", tiles=1, tokens=8, splits=1, warps=1, ahead=4),
+    Int4Plan("tiles", tiles=4, tokens=16, splits=1, warps=4, ahead=3),
+    Int4Plan("tiles", tiles=4, tokens=32, splits=2, warps=4, ahead=2, depth=2),
+    Int4Plan("tiles", tiles=8, tokens=16, splits=4, warps=8, ahead=3, depth=2),
 ]
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.kernel}-{plan.tiles}-{plan.splits}")
-@pytest.mark.parametrize(
-    ("rows", "depth", "group", "zeros"),
-    [(80, 320, 64, True), (64, 256, 128, False), (48, 192, 32, True), (96, 448, 448, False)],
-)
+WEIGHTS = [(48, 320, 64, True), (32, 256, 128, False), (16, 192, 32, True), (32, 192, 192, False)]
+# The interpreter takes a second a case: there every plan meets two kinds of weight, on a GPU all.
+CASES = [
+    (plan, weight)
+    for i, plan in enumerate(PLANS)
+    for j, weight in enumerate(WEIGHTS)
+    if ON_GPU or (i + j) % len(WEIGHTS) < 2
+]
+
+
+@pytest.mark.parametrize(("plan", "kind"), CASES, ids=lambda case: str(getattr(case, "kernel", case)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_kernel_on_every_kind_of_weight(device, plan, rows, depth, group, zeros, dtype) -> None:
-    weight = make_weight(rows, depth, group, zeros, dtype, device)
-    for tokens in (1, 7) if plan.kernel == "slices" else (5, 33):
-        x = torch.randn(tokens, depth + 64, device=device).to(dtype)[:, :depth]  # strided rows
-        bias = torch.randn(rows, device=device).to(dtype)
-        out = torch.empty(tokens, rows, dtype=dtype, device=device)
+def test_every_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None:
+    weight = make_weight(*kind, dtype, device)
+    for tokens in [7, 1, 40] if ON_GPU else [7]:
+        if plan.kernel == "slices" and tokens > plan.tokens:
+            continue
+        x = torch.randn(tokens, weight.depth + 64, device=device).to(dtype)[:, : weight.depth]  # strided rows
+        bias = torch.randn(weight.rows, device=device).to(dtype)
+        out = torch.empty(tokens, weight.rows, dtype=dtype, device=device)
         linear_int4.launch(x, weight, bias, out, plan)
         check(out, x, weight, bias)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 8, 9, 17, 65] + [128, 200, 300, 1100] * ON_GPU)
+@pytest.mark.parametrize("tokens", [0, 3, 17] + [1, 8, 9, 16, 33, 65, 128, 200, 300, 1100, 2100] * ON_GPU)
 def test_int4_linear(device, tokens) -> None:
-    rows, depth = (4096, 1024) if ON_GPU else (96, 128)
+    rows, depth = (4096, 1024) if ON_GPU else (32, 128)
     for dtype in DTYPES:
         weight = make_weight(rows, depth, 128, True, dtype, device)
         x = torch.randn(tokens, depth, device=device).to(dtype)
@@ -178,7 +186,7 @@ def test_int4_linear_gathers_permuted_activations(device) -> None:
 
 def test_split_results_do_not_depend_on_timing(device) -> None:
     weight = make_weight(64, 512, 128, False, torch.float16, device)
-    plan = Int4Plan("tiles", tiles=4, depth=1, tokens=16, splits=4, warps=4, stages=2)
+    plan = Int4Plan("tiles", tiles=4, tokens=16, splits=4, warps=4, ahead=2)
     x = torch.randn(3, 512, device=device).half()
     outs = [torch.empty(3, 64, dtype=torch.float16, device=device) for _ in range(10 if ON_GPU else 2)]
     for out in outs:
