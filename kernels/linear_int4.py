@@ -47,7 +47,7 @@ _CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 6))
 _BF16_PLACES = tl.constexpr((tl.bfloat16,) * 8)
 _FP16_PLACES = tl.constexpr((tl.float16,) * 8)
 # Triton's interpreter has no inline assembly.
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _unpack(words, zeros, dtype: tl.constexpr):
     Returns [.., 8 r, 4 c, U, 2 pair, 2 half, 2 upper row, 2 s].
     """
     low_zero, high_zero = zeros & 0xFF, zeros >> 8 & 0xFF
-    if _INTERPRETED:
+    if INTERPRETED:
         n0 = _place(words, low_zero, high_zero, 0, dtype)
         n1 = _place(words, low_zero, high_zero, 1, dtype)
         n2 = _place(words, low_zero, high_zero, 2, dtype)
@@ -98,7 +98,7 @@ def _pair_scales(scales, dtype: tl.constexpr):
 
 
 @triton.jit
-def _finish(
+def finish(
     total,  # [ROWS, TOKENS] fp32
     out_ptr,
     bias_ptr,
@@ -168,56 +168,74 @@ def _slices_kernel(
     SLICES: tl.constexpr,  # of k: one a warp, a unit a round
     AHEAD: tl.constexpr,  # rounds whose weights are in flight
     SPLITS: tl.constexpr,
+    LAUNCH: tl.constexpr,
 ):
+    if LAUNCH == "early":
+        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UNIT: tl.constexpr = 32 * HALVES
     UNITS: tl.constexpr = K // UNIT
     GROUPS: tl.constexpr = K // GROUP
     CHUNK: tl.constexpr = (UNITS + SPLITS * SLICES - 1) // (SPLITS * SLICES) * SLICES
     ROUNDS: tl.constexpr = CHUNK // SLICES
+    EVEN: tl.constexpr = CHUNK * SPLITS == UNITS and ROUNDS % AHEAD == 0 and ROUNDS >= AHEAD
+    WORDS: tl.constexpr = SLICES * HALVES * 64  # between rounds; SLICES is even
     tile_n = tl.program_id(0)
     split = tl.program_id(1)
+    limit = tl.minimum((split + 1) * CHUNK, UNITS)
     # [SLICES, TILES, ..]: Triton gives warps to the first dimension, each its slice.
     unit = split * CHUNK + tl.arange(0, SLICES)[:, None, None]
     tile = tile_n * TILES + tl.arange(0, TILES)[None, :, None]
-    tile_inside = tile < N // 16
+    # A program past the end does the last rows again, and does not write them: loads without a mask are cheaper.
+    tile = tl.minimum(tile, N // 16 - 1)
     words_ptrs = words_ptr + tile.to(tl.int64) * (K // 64 * 128) + _word_offset(HALVES)[None, None, :]
+    words_ptrs += unit // (2 // HALVES) * 128 + unit % (2 // HALVES) * 2
     group_offset = tile * (GROUPS * 8) + tl.arange(0, 8)[None, None, :]
     # [4 c, 8 tokens, SLICES, token octets, 4 * HALVES of (half of 32, s, half), 2 pair]: lanes are 4 * token + c.
     octet = tl.arange(0, TOKENS // 8)[None, None, None, :, None, None]
-    token = octet * 8 + tl.arange(0, 8)[None, :, None, None, None, None]
+    token = tl.minimum(octet * 8 + tl.arange(0, 8)[None, :, None, None, None, None], M - 1)
     x_unit = split * CHUNK + tl.arange(0, SLICES)[None, None, :, None, None, None]
     x_k = tl.arange(0, 4 * HALVES)[None, None, None, None, :, None] * 8
     x_k += tl.arange(0, 4)[:, None, None, None, None, None] * 2 + tl.arange(0, 2)[None, None, None, None, None, :]
     x_ptrs = x_ptr + token.to(tl.int64) * x_stride + x_unit * UNIT + x_k
-    words, scales, zeros = (), (), ()
+    words, scales, zeros = (), (), ()  # tuples grow by +: Triton knows no starred expression
     for i in tl.static_range(AHEAD):
-        at = unit + i * SLICES
-        inside = tile_inside & (at < UNITS) & (i < ROUNDS)
-        offset = at // (2 // HALVES) * 128 + at % (2 // HALVES) * 2
-        words = words + (tl.load(words_ptrs + offset, mask=inside, other=0, eviction_policy="evict_first"),)
-        offset = group_offset + at * UNIT // GROUP * 8
-        scales = scales + (tl.load(scales_ptr + offset, mask=inside, other=0),)
+        offset = group_offset + (unit + i * SLICES) * UNIT // GROUP * 8
+        if EVEN:
+            weights = tl.load(words_ptrs + i * WORDS, eviction_policy="evict_first")
+            scale = tl.load(scales_ptr + offset)
+        else:
+            inside = unit + i * SLICES < limit
+            weights = tl.load(words_ptrs + i * WORDS, mask=inside, other=0, eviction_policy="evict_first")
+            scale = tl.load(scales_ptr + offset, mask=inside, other=0)
+        words = words + (weights,)  # noqa: RUF005
+        scales = scales + (scale,)  # noqa: RUF005
         if ZEROS:
-            zeros = zeros + (tl.load(zeros_ptr + offset, mask=inside, other=0),)
-    x = tl.load(x_ptrs, mask=(token < M) & (x_unit < UNITS), other=0.0)
+            zeros = zeros + (tl.load(zeros_ptr + offset, mask=unit + i * SLICES < limit, other=0),)  # noqa: RUF005
+    if LAUNCH != "plain":
+        tl.extra.cuda.gdc_wait()
+    if EVEN:
+        x = tl.load(x_ptrs)
+    else:
+        x = tl.load(x_ptrs, mask=x_unit < limit, other=0.0)
     accumulator = tl.zeros((SLICES, TILES * 16, TOKENS), tl.float32)
     for first in tl.range(0, ROUNDS, AHEAD, num_stages=1):
         next_words, next_scales, next_zeros = (), (), ()
         for i in tl.static_range(AHEAD):
             if ROUNDS > AHEAD:
-                at = unit + (first + i + AHEAD) * SLICES
-                inside = tile_inside & (at < UNITS) & (first + i + AHEAD < ROUNDS)
-                offset = at // (2 // HALVES) * 128 + at % (2 // HALVES) * 2
-                loaded = tl.load(words_ptrs + offset, mask=inside, other=0, eviction_policy="evict_first")
-                next_words = next_words + (loaded,)
-                offset = group_offset + at * UNIT // GROUP * 8
-                next_scales = next_scales + (tl.load(scales_ptr + offset, mask=inside, other=0),)
+                next_unit = unit + (first + i + AHEAD) * SLICES
+                more = next_unit < limit
+                next_ptrs = words_ptrs + (i + AHEAD) * WORDS
+                next_words = next_words + (tl.load(next_ptrs, mask=more, other=0, eviction_policy="evict_first"),)  # noqa: RUF005
+                next_group = group_offset + next_unit * UNIT // GROUP * 8
+                next_scales = next_scales + (tl.load(scales_ptr + next_group, mask=more, other=0),)  # noqa: RUF005
                 if ZEROS:
-                    next_zeros = next_zeros + (tl.load(zeros_ptr + offset, mask=inside, other=0),)
-            ahead = (first + i + 1) * SLICES
-            x_inside = (token < M) & (x_unit + ahead < UNITS) & (first + i + 1 < ROUNDS)
-            next_x = tl.load(x_ptrs + ahead * UNIT, mask=x_inside, other=0.0)
+                    next_zeros = next_zeros + (tl.load(zeros_ptr + next_group, mask=more, other=0),)  # noqa: RUF005
+            if EVEN and i + 1 < AHEAD:
+                next_x = tl.load(x_ptrs + (i + 1) * (SLICES * UNIT))
+            else:
+                x_inside = x_unit + (first + i + 1) * SLICES < limit
+                next_x = tl.load(x_ptrs + (i + 1) * (SLICES * UNIT), mask=x_inside, other=0.0)
             if ZEROS:
                 zero = tl.reshape(zeros[i].to(tl.int32), (SLICES, TILES, 8, 1, 1, 1))
             else:
@@ -229,15 +247,19 @@ def _slices_kernel(
             x = tl.reshape(x, (4, 8, SLICES, TOKENS // 8, 2 * HALVES, 2, 2))
             x = tl.reshape(tl.permute(x, (2, 4, 0, 5, 6, 3, 1)), (SLICES, UNIT, TOKENS))
             product = tl.dot(numbers, x)
-            scale = tl.permute(_pair_scales(scales[i], dtype), (0, 1, 3, 2))
-            accumulator += product * tl.reshape(scale, (SLICES, TILES * 16, 1))
+            row_scale = tl.permute(_pair_scales(scales[i], dtype), (0, 1, 3, 2))
+            accumulator += product * tl.reshape(row_scale, (SLICES, TILES * 16, 1))
             x = next_x
         if ROUNDS > AHEAD:
             words, scales, zeros = next_words, next_scales, next_zeros
+            words_ptrs += AHEAD * WORDS
+            x_ptrs += AHEAD * SLICES * UNIT
+    if LAUNCH == "late":
+        tl.extra.cuda.gdc_launch_dependents()
     row = tile_n * TILES * 16 + tl.arange(0, TILES * 16)
     total = tl.sum(accumulator, 0)
     token = tl.arange(0, TOKENS)
-    _finish(total, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS)
+    finish(total, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -266,7 +288,10 @@ def _tiles_kernel(
     DEPTH: tl.constexpr,  # units a round, all of one group
     STAGES: tl.constexpr,
     SPLITS: tl.constexpr,
+    LAUNCH: tl.constexpr,
 ):
+    if LAUNCH != "plain":
+        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UNIT: tl.constexpr = 32 * HALVES
     UNITS: tl.constexpr = K // UNIT
@@ -317,9 +342,11 @@ def _tiles_kernel(
         product = tl.dot(numbers, tl.trans(x))
         scale = tl.permute(_pair_scales(scales, dtype), (0, 2, 1))
         accumulator += product * tl.reshape(scale, (TILES * 16, 1))
+    if LAUNCH != "plain":
+        tl.extra.cuda.gdc_launch_dependents()
     row = tile_n * TILES * 16 + tl.arange(0, TILES * 16)
     tile = tile_n * tl.num_programs(0) + tile_m
-    _finish(accumulator, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile, split, SPLITS, BIAS)
+    finish(accumulator, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile, split, SPLITS, BIAS)
 
 
 @triton.jit
@@ -393,16 +420,15 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
         plan.tiles,
         plan.tokens,
     )
+    how = "plain" if INTERPRETED.value else plan.launch
+    options = {"num_warps": plan.warps, "launch_pdl": how != "plain", "enable_fp_fusion": True}
     if plan.kernel == "slices":
-        _slices_kernel[(tiles_n, plan.splits)](
-            *arguments, plan.warps, plan.ahead, plan.splits, num_warps=plan.warps, enable_fp_fusion=True
-        )
+        _slices_kernel[(tiles_n, plan.splits)](*arguments, plan.warps, plan.ahead, plan.splits, how, **options)
         return
     # A round of the tiles kernel has one scale.
-    depth = plan.depth if weight.group in (weight.depth, weight.group // 64 // plan.depth * 64 * plan.depth) else 1
-    _tiles_kernel[(tiles_m, tiles_n, plan.splits)](
-        *arguments, depth, plan.ahead, plan.splits, num_warps=plan.warps, enable_fp_fusion=True
-    )
+    fits = weight.group == weight.depth or weight.group % (64 * plan.depth) == 0
+    depth = plan.depth if fits else 1
+    _tiles_kernel[(tiles_m, tiles_n, plan.splits)](*arguments, depth, plan.ahead, plan.splits, how, **options)
 
 
 def dequantise(weight: Int4Weight) -> Tensor:

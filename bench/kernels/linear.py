@@ -68,7 +68,9 @@ def step(linear: Callable, layers: list[list], tokens: int, num_layers: int) -> 
 def main() -> None:
     wanted = sys.argv[1:]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; ms a step")
-    print(f"{'model':6}{'weights':8}{'M':>5} {'ours':>8} {'rate':>14} {'limit':>6} {'cuBLAS':>8} {'peer':>8} {'goal':>8}")
+    print(
+        f"{'model':6}{'weights':8}{'M':>5} {'ours':>8} {'rate':>14} {'limit':>6} {'cuBLAS':>8} {'peer':>8} {'goal':>8}"
+    )
     kinds = {"int4": (int4_weight, linear_int4.int4_linear), "bf16": (bf16_weight, linear_bf16.bf16_linear)}
     for model, (shapes, num_layers) in MODELS.items():
         if set(wanted) & set(MODELS) and model not in wanted:
