@@ -49,20 +49,64 @@ Table = dict[tuple[int, int], tuple[tuple[int, Plan | None], ...]]
 # 16 bits and call cuBLAS.
 _INT4: Table[Int4Plan] = {
     (12288, 4096): (
-        (8, Int4Plan("slices", 2, 8, 1, 4, 4)),
+        (8, Int4Plan("slices", 2, 8, 1, 4, 4, launch="early")),
         (16, Int4Plan("tiles", 4, 16, 2, 4, 6, 2)),
         (32, Int4Plan("tiles", 4, 32, 2, 4, 4, 2)),
         (64, Int4Plan("tiles", 4, 64, 2, 4, 3, 2)),
+        (128, Int4Plan("tiles", 8, 128, 1, 8, 3, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (4096, 4096): (
+        (8, Int4Plan("slices", 1, 8, 1, 8, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 4, 4, 6, 2)),
+        (32, Int4Plan("tiles", 4, 32, 4, 4, 4, 2)),
+        (64, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (128, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (22016, 4096): (
+        (8, Int4Plan("slices", 2, 8, 1, 2, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 1, 4, 6, 2)),
+        (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
+        (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
+        (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (4096, 11008): (
+        (8, Int4Plan("slices", 1, 8, 1, 8, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 8, 4, 4, 2)),
+        (32, Int4Plan("tiles", 4, 32, 8, 4, 3, 2)),
+        (64, Int4Plan("tiles", 4, 64, 4, 4, 4, 2)),
+        (128, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
 }
-# The same for 16-bit weights; more tokens than the last: cuBLAS.
+# The same for 16-bit weights; None, and more tokens than the last: cuBLAS.
 _BF16: Table[Bf16Plan] = {
     (12288, 4096): (
         (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
-        (8, Bf16Plan("slices", 16, 8, 1, 4, 128, 4)),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
         (16, Bf16Plan("tiles", 64, 16, 1, 4, 128, 3)),
         (32, Bf16Plan("tiles", 64, 32, 1, 4, 128, 3)),
-        (64, Bf16Plan("tiles", 64, 64, 1, 4, 128, 3)),
+    ),
+    (4096, 4096): (
+        (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("slices", 16, 16, 1, 4, 128, 4, launch="early")),
+    ),
+    (22016, 4096): (
+        (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("tiles", 64, 16, 1, 4, 128, 3)),
+        (32, Bf16Plan("tiles", 64, 32, 1, 4, 128, 3)),
+        (64, Bf16Plan("tiles", 64, 64, 1, 4, 128, 4)),
+    ),
+    (4096, 11008): (
+        (1, Bf16Plan("row", 2, 1, 1, 8, 4096, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("tiles", 64, 16, 2, 4, 128, 4)),
+        (32, Bf16Plan("tiles", 64, 32, 2, 4, 128, 4)),
+        (64, Bf16Plan("tiles", 64, 64, 2, 4, 128, 4)),
     ),
 }
 INT4_PLANS = sorted({plan for entry in _INT4.values() for _, plan in entry if plan}, key=str)

@@ -29,9 +29,11 @@ def check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.
     torch.testing.assert_close(out.double().cpu(), expected, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("plan", PLANS + BF16_PLANS * ON_GPU, ids=str)
-@pytest.mark.parametrize(("rows", "depth"), [(80, 136), (33, 512)] + [(4096, 4096), (1000, 11008)] * ON_GPU)
-@pytest.mark.parametrize("dtype", DTYPES)
+CASES = [(plan, *shape, dtype) for plan in PLANS for shape in ((80, 136), (33, 512)) for dtype in DTYPES]
+CASES += [(plan, 1000, 11008, torch.bfloat16) for plan in BF16_PLANS if ON_GPU]
+
+
+@pytest.mark.parametrize(("plan", "rows", "depth", "dtype"), CASES, ids=str)
 def test_every_kernel_on_odd_and_even_shapes(device, plan, rows, depth, dtype) -> None:
     weight = (torch.randn(rows, depth + 8, device=device) / depth**0.5).to(dtype)[:, :depth]  # strided rows
     bias = torch.randn(rows, device=device).to(dtype)
