@@ -462,6 +462,8 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
         raise ValueError(f"int4_linear: activations have {x.shape[1]} inputs, the weight {weight.depth}")
     if weight.permutation is not None:
         x = x.index_select(1, weight.permutation)
+    if x.stride(1) != 1:
+        x = x.contiguous()
     tokens = x.shape[0]
     plan = linear_table.int4_plan(tokens, weight.rows, weight.depth)
     if plan is None:

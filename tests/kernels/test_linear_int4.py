@@ -184,6 +184,12 @@ def test_int4_linear_gathers_permuted_activations(device) -> None:
     check(linear_int4.int4_linear(x, weight), x, weight, None)
 
 
+def test_int4_linear_takes_any_strides(device) -> None:
+    weight = make_weight(32, 128, 64, False, torch.float16, device)
+    x = torch.randn(128, 3, device=device).half().t()
+    check(linear_int4.int4_linear(x, weight), x, weight, None)
+
+
 def test_split_results_do_not_depend_on_timing(device) -> None:
     weight = make_weight(64, 512, 128, False, torch.float16, device)
     plan = Int4Plan("tiles", tiles=4, tokens=16, splits=4, warps=4, ahead=2)
