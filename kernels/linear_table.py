@@ -1,0 +1,141 @@
+"""How the linear layers of few tokens are cut: kernel, tile, split and launch by shape and number of tokens.
+
+Measured on an H100 (`bench/LOG.md` has the sweep) at the shapes of Llama-2-7B; an H200 has the same multiprocessors and
+takes the same. A shape that is not in the table takes the entry of the shape nearest to it, by the ratios of outputs
+and of inputs. `lines()` prints it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+Plan = TypeVar("Plan")
+
+
+@dataclass(frozen=True)
+class Int4Plan:
+    """How `int4_linear` cuts a product."""
+
+    kernel: str  # "slices" or "tiles"
+    tiles: int  # of 16 rows a program
+    tokens: int  # a program
+    splits: int  # of k over programs
+    warps: int
+    ahead: int  # rounds whose weights are in flight
+    depth: int = 1  # tiles of 64 k a round; the slices kernel takes one a warp
+    # Programmatic dependent launch: "early" starts the next launch's programs at once, so that they read their weights
+    # while this one ends; "late" when the products are done. Early, they must be short: they fill the multiprocessors
+    # unevenly, as this launch leaves room. "plain": not at all.
+    launch: str = "plain"
+
+
+@dataclass(frozen=True)
+class Bf16Plan:
+    """How `bf16_linear` cuts a product."""
+
+    kernel: str  # "row" (one token), "slices" or "tiles"
+    rows: int  # a program
+    tokens: int  # a program, as many as there can be
+    splits: int  # of k over programs
+    warps: int
+    depth: int  # k a round, of a warp in the slices kernel
+    ahead: int = 1  # rounds in flight, of the program that k cuts
+    launch: str = "plain"  # as in Int4Plan
+
+
+Table = dict[tuple[int, int], tuple[tuple[int, Plan | None], ...]]
+
+# (outputs, inputs): (at most so many tokens, plan) in rising order; None, and more tokens than the last: dequantise to
+# 16 bits and call cuBLAS.
+_INT4: Table[Int4Plan] = {
+    (12288, 4096): (
+        (8, Int4Plan("slices", 2, 8, 1, 4, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 2, 4, 6, 2)),
+        (32, Int4Plan("tiles", 4, 32, 2, 4, 4, 2)),
+        (64, Int4Plan("tiles", 4, 64, 2, 4, 3, 2)),
+        (128, Int4Plan("tiles", 8, 128, 1, 8, 3, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (4096, 4096): (
+        (8, Int4Plan("slices", 1, 8, 1, 8, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 4, 4, 6, 2)),
+        (32, Int4Plan("tiles", 4, 32, 4, 4, 4, 2)),
+        (64, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (128, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (22016, 4096): (
+        (8, Int4Plan("slices", 2, 8, 1, 2, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 1, 4, 6, 2)),
+        (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
+        (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
+        (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    (4096, 11008): (
+        (8, Int4Plan("slices", 1, 8, 1, 8, 4, launch="early")),
+        (16, Int4Plan("tiles", 4, 16, 8, 4, 4, 2)),
+        (32, Int4Plan("tiles", 4, 32, 8, 4, 3, 2)),
+        (64, Int4Plan("tiles", 4, 64, 4, 4, 4, 2)),
+        (128, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+}
+# The same for 16-bit weights; None, and more tokens than the last: cuBLAS.
+_BF16: Table[Bf16Plan] = {
+    (12288, 4096): (
+        (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("tiles", 64, 16, 1, 4, 128, 3)),
+        (32, Bf16Plan("tiles", 64, 32, 1, 4, 128, 3)),
+    ),
+    (4096, 4096): (
+        (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("slices", 16, 16, 1, 4, 128, 4, launch="early")),
+    ),
+    (22016, 4096): (
+        (1, Bf16Plan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("tiles", 64, 16, 1, 4, 128, 3)),
+        (32, Bf16Plan("tiles", 64, 32, 1, 4, 128, 3)),
+        (64, Bf16Plan("tiles", 64, 64, 1, 4, 128, 4)),
+    ),
+    (4096, 11008): (
+        (1, Bf16Plan("row", 2, 1, 1, 8, 4096, launch="early")),
+        (8, Bf16Plan("slices", 16, 8, 1, 8, 128, 3, launch="early")),
+        (16, Bf16Plan("tiles", 64, 16, 2, 4, 128, 4)),
+        (32, Bf16Plan("tiles", 64, 32, 2, 4, 128, 4)),
+        (64, Bf16Plan("tiles", 64, 64, 2, 4, 128, 4)),
+    ),
+}
+INT4_PLANS = sorted({plan for entry in _INT4.values() for _, plan in entry if plan}, key=str)
+BF16_PLANS = sorted({plan for entry in _BF16.values() for _, plan in entry if plan}, key=str)
+
+
+def _nearest(table: Table[Plan], tokens: int, rows: int, depth: int) -> Plan | None:
+    if (rows, depth) not in table:
+        rows, depth = min(
+            table, key=lambda shape: (abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / depth)), shape)
+        )
+    return next((plan for most, plan in table[rows, depth] if tokens <= most), None)
+
+
+def int4_plan(tokens: int, rows: int, depth: int) -> Int4Plan | None:
+    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS."""
+    return _nearest(_INT4, tokens, rows, depth)
+
+
+def bf16_plan(tokens: int, rows: int, depth: int) -> Bf16Plan | None:
+    """For x [tokens, depth] and a weight [rows, depth]; None: call cuBLAS."""
+    return _nearest(_BF16, tokens, rows, depth)
+
+
+def lines() -> list[str]:
+    """The tables, a line an entry."""
+    out = []
+    for name, table, other in (("int4", _INT4, "dequantise, cuBLAS"), ("bf16", _BF16, "cuBLAS")):
+        for (rows, depth), entry in table.items():
+            for most, plan in entry:
+                out.append(f"{name} {rows:5} x {depth:5}, up to {most:4} tokens: {plan or other}")
+    return out

@@ -1,0 +1,77 @@
+"""Compiles every variant of the linear layers for an H100 without one, as `compile_sm90.py` does the model's ops.
+
+`python -m tests.kernels.compile_sm90_linear [name part]` prints registers, spills and shared memory of each launch; the
+test of `test_compile_sm90.py` runs it with `--json`.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tests.kernels.compile_sm90 import TYPES, compile_launch, ints, meta
+from triton.runtime.jit import JITFunction
+
+from octavo.kernels import linear_bf16, linear_int4, linear_table
+from octavo.kernels.int4_layout import Int4Weight
+
+TYPES[torch.int16] = "i16"
+
+
+def int4_weight(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dtype) -> Int4Weight:
+    groups = (rows // 16, depth // group, 8)
+    zero_pairs = meta(*groups, dtype=torch.int16) if zeros else None
+    return Int4Weight(ints(rows // 16, depth // 64, 128), ints(*groups), zero_pairs, None, group, dtype)
+
+
+def int4_case(plan: linear_table.Int4Plan, depth: int, group: int, zeros: bool, dtype: torch.dtype) -> None:
+    weight = int4_weight(4096, depth, group, zeros, dtype)
+    x, out = meta(plan.tokens, depth, dtype=dtype), meta(plan.tokens, 4096, dtype=dtype)
+    linear_int4.launch(x, weight, None, out, plan)
+
+
+def bf16_case(plan: linear_table.Bf16Plan, depth: int, dtype: torch.dtype) -> None:
+    x, out = meta(plan.tokens, depth, dtype=dtype), meta(plan.tokens, 4096, dtype=dtype)
+    linear_bf16.launch(x, meta(4096, depth, dtype=dtype), None, out, plan)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    bf16, fp16 = torch.bfloat16, torch.float16
+    alike = {dataclasses.replace(plan, splits=min(2, plan.splits)) for plan in linear_table.INT4_PLANS}
+    for plan in sorted(alike, key=str):
+        yield f"int4 {plan} 4096 g128 bf16", functools.partial(int4_case, plan, 4096, 128, False, bf16)
+    for plan in (linear_table.INT4_PLANS[0], linear_table.INT4_PLANS[-1]):
+        for group, zeros, dtype in ((32, True, bf16), (64, False, fp16), (128, True, fp16), (11008, True, bf16)):
+            name = f"int4 {plan} 11008 g{group}{' zeros' * zeros} {TYPES[dtype]}"
+            yield name, functools.partial(int4_case, plan, 11008, group, zeros, dtype)
+    for group in (32, 128):
+        weight = int4_weight(4096, 4096, group, True, bf16)
+        yield f"int4 dequantise g{group}", functools.partial(linear_int4.dequantise, weight)
+    for plan in linear_table.BF16_PLANS:
+        yield f"bf16 {plan} 11008", functools.partial(bf16_case, plan, 11008, bf16)
+
+
+def main() -> None:
+    as_json = "--json" in sys.argv
+    wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
+    JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
+    table: dict[str, dict[str, int]] = {}
+    for name, call in cases():
+        if not all(part in name for part in wanted):
+            continue
+        launches.clear()
+        call()
+        ((fn, args, options),) = launches
+        table[name] = compile_launch(fn, args, options)
+        if not as_json:
+            print(f"{name:140}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
+    if as_json:
+        print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The int4 linear layer against its twin in float64, and its layout against the checkpoints' formats."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels import linear_int4, reference_int4
+from octavo.kernels.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
+from octavo.kernels.linear_table import Int4Plan
+
+ON_GPU = torch.cuda.is_available()
+# One rounding of the output; and from many tokens on one of every weight, which adds up to a tenth of an output's
+# rounding where terms cancel: outputs here are about 1.
+TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 6e-3)}
+DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the interpreter's bf16 products are garbage
+
+
+def random_parts(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(rows + depth + group)
+    numbers = torch.randint(0, 16, (rows, depth), generator=random)
+    scales = (torch.rand((rows, depth // group), generator=random) + 0.5) / (5 * depth**0.5)
+    shift = torch.randint(0, 17, (rows, depth // group), generator=random)
+    return numbers, scales.to(dtype), shift if zeros else torch.full_like(shift, 8)
+
+
+def values(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """What the formats define: (number - zero) * scale, rounded to the scales' dtype."""
+    rows, depth = numbers.shape
+    parts = numbers.reshape(rows, scales.shape[1], -1) - zeros[..., None]
+    return (parts.to(scales.dtype) * scales[..., None]).reshape(rows, depth)
+
+
+def make_weight(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dtype, device: str) -> Int4Weight:
+    numbers, scales, shift = random_parts(rows, depth, group, zeros, dtype)
+    return pack(numbers.to(device), scales.to(device), shift.to(device) if zeros else None)
+
+
+def check(out: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None) -> None:
+    expected = x.double().cpu() @ reference_int4.dequantise(weight, torch.float64).cpu().t()
+    if bias is not None:
+        expected += bias.double().cpu()
+    rtol, atol = TOLERANCE[x.dtype]
+    assert out.dtype == x.dtype
+    torch.testing.assert_close(out.double().cpu(), expected, rtol=rtol, atol=atol)
+
+
+def pack_words(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """[.., 8 * W] to int32 [.., W]: nibble i of a word is number order[i] of its eight."""
+    eights = numbers.reshape(*numbers.shape[:-1], -1, 8).numpy().astype("uint32")
+    words = sum(eights[..., place] << 4 * i for i, place in enumerate(order))
+    return torch.from_numpy(words.astype("uint32").view("int32"))
+
+
+def as_gptq(numbers: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return pack_words(numbers).t().contiguous(), pack_words(zeros.t() - 1), scales.t().contiguous()
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 256])
+@pytest.mark.parametrize("zeros", [False, True])
+def test_gptq_weights_keep_every_value(group, zeros) -> None:
+    numbers, scales, shift = random_parts(48, 256, group, zeros, torch.float16)
+    shift = shift.clamp(1)  # stored one below in four bits: 1..16
+    weight = pack_gptq(*as_gptq(numbers, scales, shift))
+    assert torch.equal(reference_int4.dequantise(weight), values(numbers, scales, shift))
+    assert (weight.rows, weight.depth, weight.group) == (48, 256, group)
+    assert (weight.zeros is None) == (not zeros)
+    assert weight.words.nbytes == 48 * 256 // 2
+    for got, put in zip(unpack(weight), (numbers, scales, shift), strict=True):
+        assert torch.equal(got, put.to(got.dtype))
+
+
+def test_gptq_act_order_is_a_permutation_of_the_activations() -> None:
+    numbers, scales, shift = random_parts(32, 256, 64, True, torch.float16)
+    shift = shift.clamp(1)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    g_idx = (torch.arange(256) // 64)[order].int()
+    weight = pack_gptq(*as_gptq(numbers, scales, shift), g_idx)
+    by_column = torch.empty(32, 256, dtype=torch.float16)
+    for k in range(256):
+        group = int(g_idx[k])
+        by_column[:, k] = (numbers[:, k] - shift[:, group]).half() * scales[:, group]
+    assert weight.permutation is not None
+    assert torch.equal(reference_int4.dequantise(weight), by_column)
+    assert pack_gptq(*as_gptq(numbers, scales, shift), (torch.arange(256) // 64).int()).permutation is None
+
+
+def test_awq_weights_keep_every_value() -> None:
+    numbers, scales, shift = random_parts(64, 256, 128, True, torch.float16)
+    shift = shift.clamp(max=15)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    weight = pack_awq(pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous())
+    assert torch.equal(reference_int4.dequantise(weight), values(numbers, scales, shift))
+    rounded = pack_awq(
+        pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous(), torch.bfloat16
+    )
+    assert torch.equal(reference_int4.dequantise(rounded), values(numbers, scales.bfloat16(), shift))
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "groups", "message"),
+    [
+        (24, 128, 1, "24 outputs: outputs must be a multiple of 16"),
+        (32, 96, 3, "96 inputs: inputs must be a multiple of 64"),
+        (32, 192, 2, "192 inputs in 2 groups: a group must be 32 or a multiple of 64"),
+        (32, 128, 3, "128 inputs in 3 groups"),
+    ],
+)
+def test_odd_shapes_are_refused_by_name(rows, depth, groups, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack(torch.zeros(rows, depth, dtype=torch.int32), torch.ones(rows, groups).half(), None)
+
+
+def test_contradicting_tensors_are_refused() -> None:
+    qweight, qzeros, scales = as_gptq(*random_parts(32, 128, 64, False, torch.float16))
+    with pytest.raises(ValueError, match="scales for 48"):
+        pack_gptq(qweight, qzeros, torch.ones(2, 48).half())
+    with pytest.raises(ValueError, match="qzeros"):
+        pack_gptq(qweight, qzeros[:1], scales)
+    with pytest.raises(ValueError, match="g_idx does not cut 128 inputs into 2 equal groups"):
+        pack_gptq(qweight, qzeros, scales, torch.zeros(128, dtype=torch.int32))
+    with pytest.raises(ValueError, match="g_idx"):
+        pack_gptq(qweight, qzeros, scales, torch.zeros(64, dtype=torch.int32))
+    with pytest.raises(ValueError, match="AWQ qweight is for 128 outputs, scales for 32"):
+        pack_awq(qweight.t(), qzeros, scales)
+    with pytest.raises(ValueError, match="float16 or bfloat16"):
+        pack(torch.zeros(16, 64, dtype=torch.int32), torch.ones(16, 1), None)
+    weight = make_weight(32, 128, 64, False, torch.float16, "cpu")
+    with pytest.raises(ValueError, match="float32"):
+        linear_int4.int4_linear(torch.zeros(1, 128), weight)
+    with pytest.raises(ValueError, match="64 inputs"):
+        linear_int4.int4_linear(torch.zeros(1, 64).half(), weight)
+
+
+PLANS = [
+    Int4Plan("slices", tiles=2, tokens=8, splits=1, warps=2, ahead=2),
+    Int4Plan("slices", tiles=1, tokens=16, splits=2, warps=4, ahead=1, launch="late"),
+    Int4Plan("slices", tiles=1, tokens=8, splits=1, warps=2, ahead=4, launch="early"),
+    Int4Plan("tiles", tiles=4, tokens=16, splits=1, warps=4, ahead=3),
+    Int4Plan("tiles", tiles=4, tokens=32, splits=2, warps=4, ahead=2, depth=2),
+    Int4Plan("tiles", tiles=8, tokens=16, splits=4, warps=8, ahead=3, depth=2, launch="late"),
+]
+
+
+WEIGHTS = [(48, 320, 64, True), (32, 256, 128, False), (16, 192, 32, True), (32, 192, 192, False)]
+# The interpreter takes a second a case: there every plan meets two kinds of weight, on a GPU all.
+CASES = [
+    (plan, weight)
+    for i, plan in enumerate(PLANS)
+    for j, weight in enumerate(WEIGHTS)
+    if ON_GPU or (i + j) % len(WEIGHTS) < 2
+]
+
+
+@pytest.mark.parametrize(("plan", "kind"), CASES, ids=lambda case: str(getattr(case, "kernel", case)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None:
+    weight = make_weight(*kind, dtype, device)
+    for tokens in [7, 1, 40] if ON_GPU else [7]:
+        if plan.kernel == "slices" and tokens > plan.tokens:
+            continue
+        x = torch.randn(tokens, weight.depth + 64, device=device).to(dtype)[:, : weight.depth]  # strided rows
+        bias = torch.randn(weight.rows, device=device).to(dtype)
+        out = torch.empty(tokens, weight.rows, dtype=dtype, device=device)
+        linear_int4.launch(x, weight, bias, out, plan)
+        check(out, x, weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 17] + [1, 8, 9, 16, 33, 65, 128, 200, 300, 1100, 2100] * ON_GPU)
+def test_int4_linear(device, tokens) -> None:
+    rows, depth = (4096, 1024) if ON_GPU else (32, 128)
+    for dtype in DTYPES:
+        weight = make_weight(rows, depth, 128, True, dtype, device)
+        x = torch.randn(tokens, depth, device=device).to(dtype)
+        out = linear_int4.int4_linear(x, weight)
+        assert out.shape == (tokens, rows)
+        check(out, x, weight, None)
+
+
+def test_int4_linear_gathers_permuted_activations(device) -> None:
+    numbers, scales, shift = random_parts(32, 256, 64, True, torch.float16)
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
+    weight = pack(numbers.to(device), scales.to(device), shift.to(device), order.to(device))
+    x = torch.randn(3, 256, device=device).half()
+    check(linear_int4.int4_linear(x, weight), x, weight, None)
+
+
+def test_int4_linear_takes_any_strides(device) -> None:
+    weight = make_weight(32, 128, 64, False, torch.float16, device)
+    x = torch.randn(128, 3, device=device).half().t()
+    check(linear_int4.int4_linear(x, weight), x, weight, None)
+
+
+def test_split_results_do_not_depend_on_timing(device) -> None:
+    weight = make_weight(64, 512, 128, False, torch.float16, device)
+    plan = Int4Plan("tiles", tiles=4, tokens=16, splits=4, warps=4, ahead=2)
+    x = torch.randn(3, 512, device=device).half()
+    outs = [torch.empty(3, 64, dtype=torch.float16, device=device) for _ in range(10 if ON_GPU else 2)]
+    for out in outs:
+        linear_int4.launch(x, weight, None, out, plan)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert not linear_int4.arrivals(x.device).any()
