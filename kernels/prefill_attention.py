@@ -315,9 +315,8 @@ def _prefill_attention_kernel(
     head_scales_ptr = scales_ptr + (head // GROUP).to(tl.int64) * scales_head_stride
     if WHOLE_TILES:
         # In pairs from `begin` on. Past the last whole tile of the row its page may hold another request's leftovers.
-        whole_end = (
-            begin + tl.maximum(tl.minimum(tl.cdiv(stop, TILE), seq_len // TILE) * TILE - begin, 0) // PAIR * PAIR
-        )
+        whole_end = tl.minimum(tl.cdiv(stop, TILE), seq_len // TILE) * TILE
+        whole_end = begin + tl.maximum(whole_end - begin, 0) // PAIR * PAIR
         full_begin = begin + tl.cdiv(full_begin - begin, PAIR) * PAIR
         full_begin = tl.minimum(full_begin, whole_end)
         full_end = tl.maximum(begin + (full_end - begin) // PAIR * PAIR, full_begin)
