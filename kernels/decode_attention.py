@@ -346,10 +346,12 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
         "BLOCK_PARTIAL": block_partial,
         "BLOCK_W": block_w,
         # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and
-        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for.
-        "TILE": max(16, min(64, 16384 // (block_w * itemsize))),
-        # 64 registers a thread of pieces in flight while merging.
-        "MERGE": max(1, min(16, 8192 // (block_partial * block_d))),
+        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. Codes
+        # take more keys a tile, since each tile has its maximum to exchange between warps: 32x4k in fp8 155 us with 64
+        # keys, 130 with 128; in 4 bits 135 and 92 (H100).
+        "TILE": max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize))),
+        # 64 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
+        "MERGE": max(1, min(16, (8192 if block_partial <= 8 else 4096) // (block_partial * block_d))),
         # One's loads run while another starts a unit or merges.
         "PER_SM": 2,
         "LEAST_KEYS": 512,
