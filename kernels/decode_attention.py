@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.kv_quant import component, part, value_headroom, words
+
 _MAX_UNITS = 65536
 
 
@@ -34,12 +36,13 @@ def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.
 def _decode_attention_kernel(
     # pointers
     q_ptr,  # [R * QUERY_LEN, Hq, D]
-    cache_ptr,  # [num_blocks, 2, Hkv, BLOCK_SIZE, D]
+    cache_ptr,  # [num_blocks, 2, Hkv, BLOCK_SIZE, W]: numbers, or words of PARTS codes
+    scales_ptr,  # [num_blocks, 2, Hkv, BLOCK_SIZE] if FORMAT
     block_table_ptr,  # [slots, max_blocks] int32
     row_slots_ptr,  # [R] int32
     seq_lens_ptr,  # [R] int32
     out_ptr,  # [R * QUERY_LEN, Hq, D]
-    partial_ptr,  # [2 * programs, BLOCK_PARTIAL, BLOCK_D] fp32: unnormalised sums
+    partial_ptr,  # [2 * programs, BLOCK_PARTIAL, PARTS * BLOCK_W] fp32: unnormalised sums
     partial_stats_ptr,  # [2 * programs, 2, BLOCK_PARTIAL] fp32: maximum (log2) and sum of weights
     arrivals_ptr,  # [R * units a row] int32, all zero before and after
     scale,  # log2(e) / sqrt(D), or with SOFT_CAP the plain scale / cap
@@ -52,6 +55,9 @@ def _decode_attention_kernel(
     cache_kv_stride,
     cache_head_stride,
     cache_offset_stride,
+    scales_block_stride,
+    scales_kv_stride,
+    scales_head_stride,
     # meta-parameters
     QUERY_LEN: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
@@ -60,25 +66,40 @@ def _decode_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FORMAT: tl.constexpr,  # of codes (`kv_quant.py`), or ""
+    PARTS: tl.constexpr,  # numbers a word of the cache: 1, 2 or 4
+    HEADROOM: tl.constexpr,  # factor of V's scales
+    ON_GPU: tl.constexpr,  # may use assembly; starts while its predecessor ends, and lets its successor do so
     BLOCK_R: tl.constexpr,  # a power of two >= R
     BLOCK_M: tl.constexpr,  # query rows a unit, padded for the matrix unit
     BLOCK_PARTIAL: tl.constexpr,  # the same, padded to a power of two only
-    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # >= W
     TILE: tl.constexpr,  # keys a tile
     MERGE: tl.constexpr,  # pieces merged at a time
+    PER_SM: tl.constexpr,  # programs a multiprocessor
+    LEAST_KEYS: tl.constexpr,
 ):
     QUERY_ROWS: tl.constexpr = QUERY_LEN * GROUP
     M_CHUNKS: tl.constexpr = (QUERY_ROWS + BLOCK_M - 1) // BLOCK_M
     UNITS: tl.constexpr = NUM_KV * M_CHUNKS  # a row
+    WORDS: tl.constexpr = DIM // PARTS
+    BLOCK_D: tl.constexpr = PARTS * BLOCK_W
     program = tl.program_id(0)
+    if ON_GPU:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
     # My stretch of the line of tiles, and the row it begins in.
     rows = tl.arange(0, BLOCK_R)
-    _, row_tiles = _row_tiles(tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0), QUERY_LEN, WINDOW, TILE)
+    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0)
+    slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0)
+    _, row_tiles = _row_tiles(seq_lens, QUERY_LEN, WINDOW, TILE)
     row_tiles = tl.where(rows < num_rows, row_tiles, 0) * UNITS
     row_ends = tl.cumsum(row_tiles, axis=0)
     total = tl.sum(row_tiles, axis=0)
-    share = tl.cdiv(total, tl.num_programs(0))
+    # At least LEAST_KEYS a program, if that leaves no multiprocessor idle: each piece costs the merge.
+    least = tl.minimum(tl.cdiv(total, tl.num_programs(0) // PER_SM), LEAST_KEYS // TILE)
+    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), least)
     begin = program * share
     end = tl.minimum(begin + share, total)
     before = (row_ends <= begin) & (rows < num_rows)
@@ -86,13 +107,13 @@ def _decode_attention_kernel(
     row_begin = tl.sum(tl.where(before, row_tiles, 0), axis=0)
 
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    w = tl.arange(0, BLOCK_W)
     n = tl.arange(0, TILE)
-    in_dim = d < DIM
+    in_width = w < WORDS
     tile = begin
     while tile < end:
-        seq_len = tl.load(seq_lens_ptr + row)
-        slot = tl.load(row_slots_ptr + row)
+        seq_len = tl.sum(tl.where(rows == row, seq_lens, 0), axis=0)
+        slot = tl.sum(tl.where(rows == row, slots, 0), axis=0)
         first_tile, num_tiles = _row_tiles(seq_len, QUERY_LEN, WINDOW, TILE)
         unit = (tile - row_begin) // num_tiles
         unit_begin = row_begin + unit * num_tiles
@@ -102,10 +123,14 @@ def _decode_attention_kernel(
         query_row = (unit % M_CHUNKS) * BLOCK_M + m
         query_token = row.to(tl.int64) * QUERY_LEN + query_row // GROUP
         query_head = kv_head * GROUP + query_row % GROUP
-        in_q = (query_row < QUERY_ROWS)[:, None] & in_dim[None, :]
-        q = tl.load(
-            q_ptr + query_token[:, None] * q_stride + query_head[:, None] * DIM + d[None, :], mask=in_q, other=0.0
-        )
+        in_q = (query_row < QUERY_ROWS)[:, None] & in_width[None, :]
+        q_row = q_ptr + (query_token * q_stride + query_head * DIM)[:, None]
+        q = tl.load(q_row + component(w, 0, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+        if PARTS > 1:
+            q1 = tl.load(q_row + component(w, 1, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+        if PARTS > 2:
+            q2 = tl.load(q_row + component(w, 2, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+            q3 = tl.load(q_row + component(w, 3, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
         position = seq_len - QUERY_LEN + query_row // GROUP
         first_key = 0
         if WINDOW > 0:
@@ -113,9 +138,13 @@ def _decode_attention_kernel(
 
         maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         weights = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+        acc1 = acc  # of further parts, if there are any
+        acc2 = acc
+        acc3 = acc
         table = block_table_ptr + slot.to(tl.int64) * table_stride
         head_ptr = cache_ptr + kv_head.to(tl.int64) * cache_head_stride
+        head_scales_ptr = scales_ptr + kv_head.to(tl.int64) * scales_head_stride
         key_begin = (first_tile + tile - unit_begin) * TILE
         for start in tl.range(key_begin, key_begin + here * TILE, TILE):
             key = start + n
@@ -125,12 +154,22 @@ def _decode_attention_kernel(
                 # The tile lies in one page. A row of no keys reads its table's first entry and nothing else.
                 page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
                 offset = start % BLOCK_SIZE + n
-                address = page * cache_block_stride + offset * cache_offset_stride
             else:
                 page = tl.load(table + key // BLOCK_SIZE, mask=in_row, other=0).to(tl.int64)
-                address = page * cache_block_stride + (key % BLOCK_SIZE) * cache_offset_stride
-            k = tl.load(head_ptr + address[None, :] + d[:, None], mask=in_row[None, :] & in_dim[:, None], other=0.0)
-            logits = tl.dot(q, k, input_precision="ieee") * scale
+                offset = key % BLOCK_SIZE
+            address = page * cache_block_stride + offset * cache_offset_stride
+            k = tl.load(head_ptr + address[None, :] + w[:, None], mask=in_row[None, :] & in_width[:, None], other=0)
+            logits = tl.dot(q, part(k, 0, FORMAT, q.dtype, ON_GPU), input_precision="ieee")
+            if PARTS > 1:
+                logits = tl.dot(q1, part(k, 1, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
+            if PARTS > 2:
+                logits = tl.dot(q2, part(k, 2, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
+                logits = tl.dot(q3, part(k, 3, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
+            if FORMAT != "":
+                scales_at = head_scales_ptr + page * scales_block_stride + offset
+                logits *= scale * tl.load(scales_at, mask=in_row, other=0.0)[None, :]
+            else:
+                logits *= scale
             if SOFT_CAP:
                 logits = (2.0 * tl.sigmoid(2.0 * logits) - 1.0) * soft_cap
             visible = in_row[None, :] & (key[None, :] <= position[:, None])
@@ -143,25 +182,46 @@ def _decode_attention_kernel(
             probability = tl.exp2(logits - shift[:, None])
             rescale = tl.exp2(maximum - shift)
             weights = weights * rescale + tl.sum(probability, axis=1)
-            v = tl.load(
-                head_ptr + cache_kv_stride + address[:, None] + d[None, :],
-                mask=in_row[:, None] & in_dim[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(probability.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
             maximum = new_maximum
+            v = tl.load(
+                head_ptr + cache_kv_stride + address[:, None] + w[None, :],
+                mask=in_row[:, None] & in_width[None, :],
+                other=0,
+            )
+            if FORMAT != "":
+                v_scales = tl.load(scales_at + scales_kv_stride, mask=in_row, other=0.0)
+                probability *= (v_scales * HEADROOM)[None, :]
+            p = probability.to(q.dtype)
+            factor = rescale[:, None]
+            acc = tl.dot(p, part(v, 0, FORMAT, q.dtype, ON_GPU), acc * factor, input_precision="ieee")
+            if PARTS > 1:
+                acc1 = tl.dot(p, part(v, 1, FORMAT, q.dtype, ON_GPU), acc1 * factor, input_precision="ieee")
+            if PARTS > 2:
+                acc2 = tl.dot(p, part(v, 2, FORMAT, q.dtype, ON_GPU), acc2 * factor, input_precision="ieee")
+                acc3 = tl.dot(p, part(v, 3, FORMAT, q.dtype, ON_GPU), acc3 * factor, input_precision="ieee")
 
+        weights *= HEADROOM
         if here == num_tiles:
-            answer = acc / tl.where(weights > 0.0, weights, 1.0)[:, None]
-            out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head)[:, None] * DIM + d[None, :]
-            tl.store(out, answer.to(out_ptr.dtype.element_ty), mask=in_q)
+            divisor = tl.where(weights > 0.0, weights, 1.0)[:, None]
+            out = out_ptr + ((query_token * (NUM_KV * GROUP) + query_head) * DIM)[:, None]
+            dtype = out_ptr.dtype.element_ty
+            tl.store(out + component(w, 0, FORMAT, DIM)[None, :], (acc / divisor).to(dtype), mask=in_q)
+            if PARTS > 1:
+                tl.store(out + component(w, 1, FORMAT, DIM)[None, :], (acc1 / divisor).to(dtype), mask=in_q)
+            if PARTS > 2:
+                tl.store(out + component(w, 2, FORMAT, DIM)[None, :], (acc2 / divisor).to(dtype), mask=in_q)
+                tl.store(out + component(w, 3, FORMAT, DIM)[None, :], (acc3 / divisor).to(dtype), mask=in_q)
         else:
             # Piece 0 of a program begins where the program does; the other one ends where it does.
-            piece = (2 * program + (tile > begin).to(tl.int32)).to(tl.int64)
+            piece = 2 * program + (tile > begin).to(tl.int32)
             in_partial = m < BLOCK_PARTIAL
-            tl.store(
-                partial_ptr + (piece * BLOCK_PARTIAL + m)[:, None] * BLOCK_D + d[None, :], acc, mask=in_partial[:, None]
-            )
+            sums = partial_ptr + (piece * BLOCK_PARTIAL + m)[:, None] * BLOCK_D + w[None, :]
+            tl.store(sums, acc, mask=in_partial[:, None])
+            if PARTS > 1:
+                tl.store(sums + BLOCK_W, acc1, mask=in_partial[:, None])
+            if PARTS > 2:
+                tl.store(sums + 2 * BLOCK_W, acc2, mask=in_partial[:, None])
+                tl.store(sums + 3 * BLOCK_W, acc3, mask=in_partial[:, None])
             tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + m, maximum, mask=in_partial)
             tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + BLOCK_PARTIAL + m, weights, mask=in_partial)
             first_program = unit_begin // share
@@ -185,10 +245,12 @@ def _decode_attention_kernel(
                     GROUP,
                     NUM_KV,
                     DIM,
+                    FORMAT,
+                    PARTS,
                     BLOCK_M,
                     M_CHUNKS,
                     BLOCK_PARTIAL,
-                    BLOCK_D,
+                    BLOCK_W,
                     MERGE,
                 )
         tile += here
@@ -211,22 +273,26 @@ def _merge_pieces(
     GROUP: tl.constexpr,
     NUM_KV: tl.constexpr,
     DIM: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     M_CHUNKS: tl.constexpr,
     BLOCK_PARTIAL: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     MERGE: tl.constexpr,
 ):
     """Adds up a unit's pieces and writes its answer."""
+    BLOCK_D: tl.constexpr = PARTS * BLOCK_W
     m = tl.arange(0, BLOCK_PARTIAL)
     d = tl.arange(0, BLOCK_D)
     maximum = tl.full((BLOCK_PARTIAL,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_PARTIAL,), tl.float32)
     acc = tl.zeros((BLOCK_PARTIAL, BLOCK_D), tl.float32)
-    for start in range(0, pieces, MERGE):
+    # One stage: loads go straight to registers, where staging them in shared memory would only add latency.
+    for start in tl.range(0, pieces, MERGE, num_stages=1):
         index = start + tl.arange(0, MERGE)
         exists = index < pieces
-        piece = (2 * (first_program + index) + tl.where(index == 0, first_is_second, 0)).to(tl.int64)
+        piece = 2 * (first_program + index) + tl.where(index == 0, first_is_second, 0)
         stats = partial_stats_ptr + piece[:, None] * (2 * BLOCK_PARTIAL) + m[None, :]
         # `.cg`: written by other SMs, so not from this one's L1.
         piece_maximum = tl.load(stats, mask=exists[:, None], other=float("-inf"), cache_modifier=".cg")
@@ -248,8 +314,10 @@ def _merge_pieces(
     query_row = (unit % M_CHUNKS) * BLOCK_M + m
     query_token = row.to(tl.int64) * QUERY_LEN + query_row // GROUP
     query_head = (unit // M_CHUNKS) * GROUP + query_row % GROUP
-    inside = (query_row < QUERY_LEN * GROUP)[:, None] & (d < DIM)[None, :]
-    out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head)[:, None] * DIM + d[None, :]
+    inside = (query_row < QUERY_LEN * GROUP)[:, None] & (d % BLOCK_W < DIM // PARTS)[None, :]
+    # Sums lie part by part.
+    position = component(d % BLOCK_W, d // BLOCK_W, FORMAT, DIM)
+    out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head)[:, None] * DIM + position[None, :]
     tl.store(out, answer.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -260,15 +328,15 @@ def _arrivals(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _num_programs(device: torch.device) -> int:
-    # Two a multiprocessor: one's loads run while the other starts a unit or merges. In the interpreter, which runs
-    # programs one after another, few; but enough that rows are both split and shared.
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 7
+def _multiprocessors(device: torch.device) -> int:
+    # In the interpreter, which runs programs one after another, few; but enough that rows are both split and shared.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-def _config(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes, warps and stages. query_rows = query_len * group."""
-    block_d = triton.next_power_of_2(dim)
+def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, int]:
+    """Tile sizes, warps and stages. query_rows = query_len * group; itemsize: of a word of the cache."""
+    block_w = max(16, triton.next_power_of_2(dim // parts))
+    block_d = block_w * parts
     # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as much as leaves room
     # for the rest; a unit with more query rows is cut and its K and V read twice.
     block_m = min(64 if block_d <= 128 else 32, max(16, triton.next_power_of_2(query_rows)))
@@ -276,12 +344,17 @@ def _config(query_rows: int, dim: int, itemsize: int) -> dict[str, int]:
     return {
         "BLOCK_M": block_m,
         "BLOCK_PARTIAL": block_partial,
-        "BLOCK_D": block_d,
+        "BLOCK_W": block_w,
         # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and
-        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for.
-        "TILE": max(16, min(64, 16384 // (block_d * itemsize))),
-        # 64 registers a thread of pieces in flight while merging.
-        "MERGE": max(1, min(16, 8192 // (block_partial * block_d))),
+        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. Codes
+        # take more keys a tile, since each tile has its maximum to exchange between warps: 32x4k in fp8 155 us with 64
+        # keys, 130 with 128; in 4 bits 135 and 92 (H100).
+        "TILE": max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize))),
+        # 64 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
+        "MERGE": max(1, min(16, (8192 if block_partial <= 8 else 4096) // (block_partial * block_d))),
+        # One's loads run while another starts a unit or merges.
+        "PER_SM": 2,
+        "LEAST_KEYS": 512,
         "num_warps": 4,
         # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in front of theirs.
         "num_stages": 5,
@@ -298,11 +371,13 @@ def decode_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of rows that bring `query_len` new tokens each, over the pages of their slot.
 
     q [R * query_len, Hq, D] (rows may be strided), row by row; kv_cache [num_blocks, 2, Hkv, block_size, D] of q's
-    dtype; block_table [slots, max_blocks] int32; row_slots, seq_lens [R] int32. Token j of a row sits at position
+    dtype, or codes with their kv_scales [num_blocks, 2, Hkv, block_size] (formats: `kv_quant.py`); block_table
+    [slots, max_blocks] int32; row_slots, seq_lens [R] int32. Token j of a row sits at position
     `seq_len - query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits =
     scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [R * query_len, Hq, D]; a token
     that sees nothing gets zeros. Launches of one device must be on one stream: they share counters. Call it once
@@ -316,20 +391,25 @@ def decode_attention(
     if num_rows == 0:
         return out
     group = num_q // num_kv
-    config = _config(query_len * group, dim, q.element_size())
+    headroom = value_headroom(q.dtype, kv_cache.dtype)
+    kv_cache, kv_format, parts = words(kv_cache)
+    scales = q if kv_scales is None else kv_scales
+    on_gpu = not q.is_cpu
+    config = _config(query_len * group, dim, parts, kv_cache.element_size())
     units = num_rows * num_kv * triton.cdiv(query_len * group, config["BLOCK_M"])
     if units > _MAX_UNITS:
         raise ValueError(
             f"decode_attention: {units} units (rows x KV heads) exceed {_MAX_UNITS}; use fewer rows a step"
         )
-    programs = _num_programs(q.device)
+    programs = config["PER_SM"] * _multiprocessors(q.device)
     pieces = (2 * programs, config["BLOCK_PARTIAL"])
-    partial = torch.empty((*pieces, config["BLOCK_D"]), dtype=torch.float32, device=q.device)
+    partial = torch.empty((*pieces, parts * config["BLOCK_W"]), dtype=torch.float32, device=q.device)
     partial_stats = torch.empty((pieces[0], 2, pieces[1]), dtype=torch.float32, device=q.device)
     log2_e = 1.4426950408889634
     _decode_attention_kernel[(programs,)](
         q,
         kv_cache,
+        scales,
         block_table,
         row_slots,
         seq_lens,
@@ -346,6 +426,9 @@ def decode_attention(
         kv_cache.stride(1),
         kv_cache.stride(2),
         kv_cache.stride(3),
+        scales.stride(0),
+        scales.stride(1),
+        scales.stride(2),
         query_len,
         group,
         num_kv,
@@ -353,8 +436,13 @@ def decode_attention(
         block_size,
         window,
         soft_cap > 0.0,
+        kv_format,
+        parts,
+        headroom,
+        on_gpu,
         max(16, triton.next_power_of_2(num_rows)),
         **config,
         enable_fp_fusion=True,
+        launch_pdl=on_gpu,
     )
     return out

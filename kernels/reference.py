@@ -61,12 +61,15 @@ def rope_and_cache(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: Tensor | None = None,
 ) -> None:
     """Per-head RMSNorm of q and k (where weights are given), NeoX rotary, then k and v into their pages.
 
     q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read. positions [T] int; cos_sin [max_positions,
     rotary_dim] fp32 = (cos | sin); slot_mapping [T] int64 = block * block_size + offset. The first rotary_dim of the
-    D components are rotated. The pages may be of a narrower dtype than q, k and v.
+    D components are rotated. The pages may be of a narrower dtype than q, k and v; with
+    kv_scales [num_blocks, 2, Hkv, block_size] fp32 they hold codes of their dtype (`kv_quant.py`) and the scales are
+    written beside them.
     """
     num_q, num_kv, block_size = q.shape[1], k.shape[1], kv_cache.shape[3]
     half = cos_sin.shape[1] // 2
@@ -83,12 +86,57 @@ def rope_and_cache(
     rotated.copy_(turned)
     q.copy_(heads[:, :num_q])
     new_kv = heads[:, num_q:].view(-1, 2, num_kv, q.shape[2])
+    if kv_scales is not None:
+        new_kv, scales = quantise_kv(new_kv, kv_cache.dtype)
     if new_kv.shape[0] == 1:  # the commonest step of a CPU: plain indices are cheaper than tensors of them
         block, offset = divmod(int(slot_mapping), block_size)
         kv_cache[block, :, :, offset] = new_kv[0]
+        if kv_scales is not None:
+            kv_scales[block, :, :, offset] = scales[0]
         return
     blocks, offsets = slot_mapping // block_size, slot_mapping % block_size
+    if kv_scales is not None:
+        kv_scales.permute(0, 3, 1, 2).index_put_((blocks, offsets), scales)
+    if kv_cache.dtype == torch.float8_e4m3fn:  # which torch cannot scatter
+        kv_cache, new_kv = kv_cache.view(torch.uint8), new_kv.view(torch.uint8)
     kv_cache.permute(0, 3, 1, 2, 4).index_put_((blocks, offsets), new_kv.to(kv_cache.dtype))
+
+
+def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [..., D] -> (codes [..., D, or D / 2 if dtype is uint8] of dtype, scales [...] fp32): see `kv_quant.py`."""
+    x = x.float()
+    if dtype == torch.uint8:
+        extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        scales = extreme / -8.0
+    else:
+        scales = x.abs().amax(-1) / (127.0 if dtype == torch.int8 else 448.0)
+    steps = torch.nan_to_num(x / scales.unsqueeze(-1), 0.0, 0.0, 0.0)  # a head of zeros has a scale of zero
+    if dtype == torch.uint8:
+        low, high = (steps + 8.5).clamp(0.5, 15.5).floor().to(torch.uint8).chunk(2, dim=-1)
+        return low | (high << 4), scales
+    if dtype == torch.int8:
+        return (steps + 0.5).floor().clamp(-127, 127).to(torch.int8), scales
+    return steps.clamp(-448, 448).to(dtype), scales
+
+
+def dequantise_kv(codes: Tensor, scales: Tensor) -> Tensor:
+    """The reverse: [..., D] in fp32."""
+    if codes.dtype == torch.uint8:
+        values = torch.cat((codes & 15, codes >> 4), dim=-1).float().sub_(8.0)
+    else:
+        values = codes.float()
+    return values.mul_(scales.unsqueeze(-1))
+
+
+def _pages(kv_cache: Tensor, kv_scales: Tensor | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pages `blocks` [N] head by head, [2, Hkv, N, block_size, D]; codes are dequantised to dtype."""
+    if kv_cache.dtype == torch.float8_e4m3fn:  # which torch cannot gather
+        codes = kv_cache.view(torch.uint8).permute(1, 2, 0, 3, 4).index_select(2, blocks).view(kv_cache.dtype)
+    else:
+        codes = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, blocks)
+    if kv_scales is None:
+        return codes.to(dtype)
+    return dequantise_kv(codes, kv_scales.permute(1, 2, 0, 3).index_select(2, blocks)).to(dtype)
 
 
 def decode_attention(
@@ -101,13 +149,14 @@ def decode_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of rows that bring `query_len` new tokens each, over the pages of their slot.
 
     q [R * query_len, Hq, D], row by row; row_slots, seq_lens [R] int32. Token j of a row sits at position `seq_len -
     query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits = scale * q @
-    k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [R * query_len, Hq, D]; a token that sees
-    nothing gets zeros.
+    k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. With kv_scales the cache holds codes (`kv_quant.py`).
+    Returns [R * query_len, Hq, D]; a token that sees nothing gets zeros.
     """
     num_rows, num_q, dim = row_slots.shape[0], q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -120,8 +169,8 @@ def decode_attention(
     num_keys = num_blocks * block_size
     # One gather puts the pages in head-major order: [2, Hkv, R, num_keys, D]. The heads of a group are rows of one
     # product, so K and V are read once and never repeated.
-    pages = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, blocks.reshape(-1))
-    pages = pages.to(q.dtype).view(2, num_kv, num_rows, num_keys, dim)
+    pages = _pages(kv_cache, kv_scales, blocks.reshape(-1), q.dtype)
+    pages = pages.view(2, num_kv, num_rows, num_keys, dim)
     queries = q.view(num_rows, query_len, num_kv, group, dim).permute(2, 0, 1, 3, 4)
     queries = queries.reshape(num_kv, num_rows, query_len * group, dim)
     if num_rows == 1 and query_len == 1:
@@ -156,13 +205,14 @@ def prefill_attention(
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
+    kv_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of rows of different query lengths over the pages of their slot, which already hold this
     step's keys.
 
     q [T, Hq, D]; row r's tokens are `query_start_loc[r] .. query_start_loc[r + 1]` (relative to q's first) and are
-    the last of its seq_lens[r] positions. Visibility, scale and soft_cap as in `decode_attention`. Returns [T, Hq,
-    D].
+    the last of its seq_lens[r] positions. Visibility, scale, soft_cap and kv_scales as in `decode_attention`. Returns
+    [T, Hq, D].
     """
     num_q, dim = q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -178,8 +228,8 @@ def prefill_attention(
         first_key = max(0, computed - window + 1) if window else 0
         first_block = first_key // block_size
         blocks = block_table[slot, first_block : -(-seq_len // block_size)]
-        pages = kv_cache.permute(1, 2, 0, 3, 4).index_select(2, blocks)
-        pages = pages.to(q.dtype).view(2, num_kv, 1, -1, dim)[
+        pages = _pages(kv_cache, kv_scales, blocks, q.dtype)
+        pages = pages.view(2, num_kv, 1, -1, dim)[
             :, :, :, first_key - first_block * block_size : seq_len - first_block * block_size
         ]
         # The heads of a group share their K and V by a stride of zero, not by a copy.

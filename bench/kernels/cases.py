@@ -4,6 +4,7 @@ Peer figures and goals are those of `peers.md` and issue "Kernels at the card's 
 attention, microseconds; small ops with rotating inputs).
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ import torch.nn.functional as F
 from bench.kernels.timing import rotations
 from torch import Tensor
 
-from octavo.kernels import activation, decode_attention, norm, prefill_attention, rope
+from octavo.kernels import activation, decode_attention, kv_quant, norm, prefill_attention, rope
 
 BLOCK_SIZE = 64
+KV_NAMES = {torch.bfloat16: "", torch.float8_e4m3fn: ", fp8 KV", torch.int8: ", int8 KV", torch.uint8: ", int4 KV"}
 
 
 @dataclass
@@ -51,6 +53,8 @@ def small_ops() -> Iterator[Case]:
         for tokens, peer in zip((1, 32, 256, 2048), figures, strict=True):
             goal = goals[op] if tokens == 1 else None
             yield {"norm": norm_case, "silu": silu_case, "rope": rope_case}[op](tokens, size, peer, goal)
+    for kv, tokens in itertools.product(kv_quant.EXTREMES, (1, 2048)):
+        yield rope_case(tokens, (32, 8), None, goals["rope"] if tokens == 1 else None, kv)
 
 
 def norm_case(tokens: int, hidden: int, peer: float, goal: float | None) -> Case:
@@ -70,18 +74,35 @@ def silu_case(tokens: int, inner: int, peer: float, goal: float | None) -> Case:
     return Case("silu_and_mul", f"{tokens} x {inner}", calls, size, torch_calls=plain, peer=peer, goal=goal)
 
 
-def rope_case(tokens: int, heads: tuple[int, int], peer: float, goal: float | None) -> Case:
+def pages(
+    num_blocks: int, num_kv: int, block_size: int, dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, int]:
+    """A cache of random numbers or codes, its scales, and the bytes of a block."""
+    size = kv_quant.block_bytes(num_kv, block_size, dim, dtype)
+    if dtype == torch.bfloat16:
+        blocks = random(num_blocks, size // 2).view(torch.uint8)
+    else:
+        blocks = torch.randint(0, 120, (num_blocks, size), device="cuda", dtype=torch.uint8)  # no fp8 NaN
+    cache, scales = kv_quant.split_cache(blocks, num_kv, block_size, dim, dtype)
+    return cache, None if scales is None else scales.fill_(0.01), size
+
+
+def rope_case(
+    tokens: int, heads: tuple[int, int], peer: float | None, goal: float | None, kv: torch.dtype = torch.bfloat16
+) -> Case:
     num_q, num_kv, dim = *heads, 128
-    size = tokens * (num_q + 2 * num_kv) * dim * 2 * 2
-    cache = random(2048, 2, num_kv, BLOCK_SIZE, dim)
-    table = torch.rand(4096, dim, device="cuda")
+    cache, scales, block_bytes = pages(2048, num_kv, BLOCK_SIZE, dim, kv)
+    size = tokens * (2 * (2 * num_q + 2 * num_kv) * dim + block_bytes // BLOCK_SIZE)
+    table, weight = torch.rand(4096, dim, device="cuda"), random(dim)
     calls = []
     for _ in range(rotations(size)):
         q, k, v = random(tokens, num_q + 2 * num_kv, dim).split([num_q, num_kv, num_kv], 1)
         slots = torch.randperm(2048 * BLOCK_SIZE, device="cuda")[:tokens]
         positions = torch.randint(0, 4096, (tokens,), device="cuda")
-        calls.append(lambda a=(q, k, v, positions, table, cache, slots): rope.rope_and_cache(*a))
-    return Case("rope_and_cache", f"{tokens} x {num_q}/{num_kv}", calls, size, peer=peer, goal=goal)
+        arguments = (q, k, v, positions, table, cache, slots, weight, weight, 1e-5, scales)
+        calls.append(lambda a=arguments: rope.rope_and_cache(*a))
+    name = f"{tokens} x {num_q}/{num_kv}, norms{KV_NAMES[kv]}"
+    return Case("rope_and_cache", name, calls, size, peer=peer, goal=goal)
 
 
 DECODE = {
@@ -101,24 +122,36 @@ DECODE_PEERS = {
 }
 DECODE_GOALS = {((32, 8), "1x1k"): 8, ((32, 8), "1x8k"): 15, ((32, 8), "32x1k"): 50, ((32, 8), "32x4k"): 183}
 DECODE_GOALS[(32, 8), "31x512+1x32k"] = 72
+QUANTISED_DECODE = {
+    (torch.float8_e4m3fn, "8x4k"): (35.8, 27),
+    (torch.float8_e4m3fn, "32x4k"): (115, 95),
+    (torch.int8, "8x4k"): (None, 27),
+    (torch.int8, "32x4k"): (None, 95),
+    (torch.uint8, "8x4k"): (None, None),
+    (torch.uint8, "32x4k"): (None, 60),
+}
 
 
 def decode_ops() -> Iterator[Case]:
     for heads, figures in DECODE_PEERS.items():
         for (name, lens), peer in zip(DECODE.items(), figures, strict=True):
             yield decode_case(heads, name, lens, peer=peer)
+    for (kv, name), (peer, goal) in QUANTISED_DECODE.items():
+        yield decode_case((32, 8), name, DECODE[name], peer=peer, goal=goal, kv=kv)
     yield decode_case((32, 8), "32x1k, 4 tokens a row", [1024] * 32, query_len=4)
     yield decode_case((32, 8), "32x4k, window 1024", [4096] * 32, window=1024)
 
 
-def decode_case(heads, name, lens, query_len=1, window=0, block_size=BLOCK_SIZE, peer=None) -> Case:
+def decode_case(
+    heads, name, lens, query_len=1, window=0, block_size=BLOCK_SIZE, peer=None, goal=None, kv=torch.bfloat16
+) -> Case:
     num_q, num_kv, dim = *heads, 128
     keys = sum(min(length, window) if window else length for length in lens)
-    size = keys * num_kv * dim * 2 * 2
+    size = keys * kv_quant.block_bytes(num_kv, block_size, dim, kv) // block_size
     max_blocks = max(lens) // block_size
     blocks_a_set = sum(length // block_size for length in lens)
     sets = rotations(size)
-    cache = random(sets * blocks_a_set, 2, num_kv, block_size, dim)
+    cache, scales, _ = pages(sets * blocks_a_set, num_kv, block_size, dim, kv)
     order = torch.randperm(sets * blocks_a_set, device="cuda", dtype=torch.int32)
     slots = torch.arange(len(lens), device="cuda", dtype=torch.int32)
     seq_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)
@@ -130,18 +163,19 @@ def decode_case(heads, name, lens, query_len=1, window=0, block_size=BLOCK_SIZE,
             table[row, : length // block_size] = order[at : at + length // block_size]
             at += length // block_size
         q = random(len(lens) * query_len, num_q, dim)
-        arguments = (q, cache, table, slots, seq_lens, query_len, dim**-0.5, window)
+        arguments = (q, cache, table, slots, seq_lens, query_len, dim**-0.5, window, 0.0, scales)
         calls.append(lambda a=arguments: decode_attention.decode_attention(*a))
     plain = None
-    if len(set(lens)) == 1 and not window and query_len == 1:
+    if len(set(lens)) == 1 and not window and query_len == 1 and scales is None:
         contiguous = cache.view(sets, 2, len(lens), num_kv, -1, dim)
         q = random(len(lens), num_q, 1, dim)
         plain = [
             lambda kv=kv: F.scaled_dot_product_attention(q, kv[0], kv[1], enable_gqa=num_q != num_kv)
             for kv in contiguous
         ]
-    goal = DECODE_GOALS.get((heads, name))
-    return Case("decode_attention", f"{num_q}/{num_kv} {name}", calls, size, torch_calls=plain, peer=peer, goal=goal)
+    goal = DECODE_GOALS.get((heads, name)) if scales is None else goal
+    name = f"{num_q}/{num_kv} {name}{KV_NAMES[kv]}"
+    return Case("decode_attention", name, calls, size, torch_calls=plain, peer=peer, goal=goal)
 
 
 PREFILL = {"512": [512], "2048": [2048], "8192": [8192], "16x512": [512] * 16}
@@ -159,9 +193,11 @@ def prefill_ops() -> Iterator[Case]:
             yield prefill_case(heads, name, lens, peer=peer)
     yield prefill_case((32, 8), "512 after 7680", [512], cached=7680)
     yield prefill_case((32, 8), "8192, window 1024", [8192], window=1024)
+    for kv in kv_quant.EXTREMES:
+        yield prefill_case((32, 8), "2048", [2048], kv=kv)
 
 
-def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, peer=None) -> Case:
+def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, peer=None, kv=torch.bfloat16) -> Case:
     num_q, num_kv, dim = *heads, 128
     if window:
         pairs = sum(sum(min(position + 1, window) for position in range(length)) for length in lens)
@@ -170,22 +206,23 @@ def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, p
     flops = 4 * pairs * num_q * dim
     size = sum(lens) * 2 * num_q * dim * 2 + (sum(lens) + cached * len(lens)) * 2 * num_kv * dim * 2
     blocks = [(length + cached) // block_size for length in lens]
-    cache = random(sum(blocks), 2, num_kv, block_size, dim)
+    cache, scales, _ = pages(sum(blocks), num_kv, block_size, dim, kv)
     table = torch.randperm(sum(blocks), device="cuda", dtype=torch.int32).view(len(lens), -1)
     slots = torch.arange(len(lens), device="cuda", dtype=torch.int32)
     starts = torch.tensor([0, *lens], device="cuda").cumsum(0, dtype=torch.int32)
     seq_lens = torch.tensor([length + cached for length in lens], device="cuda", dtype=torch.int32)
     q = random(sum(lens), num_q, dim)
-    arguments = (q, cache, table, slots, starts, seq_lens, max(lens), dim**-0.5, window)
+    arguments = (q, cache, table, slots, starts, seq_lens, max(lens), dim**-0.5, window, 0.0, scales)
     plain = None
-    if not cached and not window:
+    if not cached and not window and scales is None:
         shape = (len(lens), lens[0])
         contiguous_q = random(*shape, num_q, dim).transpose(1, 2)
         k, v = random(*shape, num_kv, dim).transpose(1, 2), random(*shape, num_kv, dim).transpose(1, 2)
         plain = [lambda: F.scaled_dot_product_attention(contiguous_q, k, v, is_causal=True, enable_gqa=num_q != num_kv)]
-    goal = flops / PREFILL_GOALS[name] * 1e6 if heads == (32, 8) and name in PREFILL_GOALS else None
+    goal = flops / PREFILL_GOALS[name] * 1e6 if peer and heads == (32, 8) and name in PREFILL_GOALS else None
     calls = [lambda: prefill_attention.prefill_attention(*arguments)]
-    return Case("prefill_attention", f"{num_q}/{num_kv} {name}", calls, size, flops, plain, peer, goal)
+    name = f"{num_q}/{num_kv} {name}{KV_NAMES[kv]}"
+    return Case("prefill_attention", name, calls, size, flops, plain, peer, goal)
 
 
 def all_cases() -> Iterator[Case]:

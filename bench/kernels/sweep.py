@@ -16,18 +16,14 @@ from octavo.kernels import activation, decode_attention, norm, prefill_attention
 
 
 def decode_settings() -> Iterator[tuple[str, Callable[[], None]]]:
-    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     default = decode_attention._config
     for programs, tile, stages, warps in itertools.product((1, 2, 3), (32, 64, 128), (5, 7), (4, 8)):
+        changes = {"PER_SM": programs, "TILE": tile, "num_stages": stages, "num_warps": warps}
 
-        def apply(programs: int = programs, **changes: int) -> None:
-            decode_attention._num_programs = lambda device: programs * multiprocessors
+        def apply(changes: dict[str, int] = changes) -> None:
             decode_attention._config = lambda *args: default(*args) | changes
 
-        yield (
-            f"programs {programs} tile {tile} stages {stages} warps {warps}",
-            lambda a=apply, t=tile, s=stages, w=warps: a(TILE=t, num_stages=s, num_warps=w),
-        )
+        yield f"programs {programs} tile {tile} stages {stages} warps {warps}", apply
 
 
 def prefill_settings() -> Iterator[tuple[str, Callable[[], None]]]:

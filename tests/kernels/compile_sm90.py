@@ -23,16 +23,20 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import activation, copy_blocks, decode_attention, norm, prefill_attention, rope
+from octavo.kernels import activation, copy_blocks, decode_attention, kv_quant, norm, prefill_attention, rope
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
+    torch.int16: "i16",
     torch.int32: "i32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -46,29 +50,39 @@ def ints(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def rope_case(heads: tuple[int, int, int], rotary: int, norms: bool, dtype: torch.dtype) -> None:
+def pages(heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    _, num_kv, dim = heads
+    blocks = meta(32, kv_quant.block_bytes(num_kv, block_size, dim, dtype), dtype=torch.uint8)
+    return kv_quant.split_cache(blocks, num_kv, block_size, dim, dtype)
+
+
+def rope_case(heads: tuple[int, int, int], rotary: int, norms: bool, kv_dtype: torch.dtype) -> None:
     num_q, num_kv, dim = heads
-    q, k = meta(32, num_q, dim, dtype=dtype), meta(32, num_kv, dim, dtype=dtype)
-    weight = meta(dim, dtype=dtype) if norms else None
-    cache = meta(32, 2, num_kv, 64, dim, dtype=dtype)
+    q, k = meta(32, num_q, dim), meta(32, num_kv, dim)
+    weight = meta(dim) if norms else None
+    cache, scales = pages(heads, 64, kv_dtype)
     table, index = meta(32, rotary, dtype=torch.float32), meta(32, dtype=torch.int64)
-    rope.rope_and_cache(q, k, k, index, table, cache, index, weight, weight)
+    rope.rope_and_cache(q, k, k, index, table, cache, index, weight, weight, kv_scales=scales)
 
 
 def decode_case(
-    heads: tuple[int, int, int], block_size: int, query_len: int, dtype: torch.dtype, **options: Any
+    heads: tuple[int, int, int], block_size: int, query_len: int, dtype: torch.dtype, kv: torch.dtype, **options: Any
 ) -> None:
-    num_q, num_kv, dim = heads
-    cache = meta(32, 2, num_kv, block_size, dim, dtype=dtype)
-    q = meta(32 * query_len, num_q, dim, dtype=dtype)
-    decode_attention.decode_attention(q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, **options)
+    cache, scales = pages(heads, block_size, kv)
+    q = meta(32 * query_len, heads[0], heads[2], dtype=dtype)
+    decode_attention.decode_attention(
+        q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, kv_scales=scales, **options
+    )
 
 
-def prefill_case(heads: tuple[int, int, int], block_size: int, dtype: torch.dtype, **options: Any) -> None:
-    num_q, num_kv, dim = heads
-    cache = meta(32, 2, num_kv, block_size, dim, dtype=dtype)
-    q = meta(512, num_q, dim, dtype=dtype)
-    prefill_attention.prefill_attention(q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, **options)
+def prefill_case(
+    heads: tuple[int, int, int], block_size: int, dtype: torch.dtype, kv: torch.dtype, **options: Any
+) -> None:
+    cache, scales = pages(heads, block_size, kv)
+    q = meta(512, heads[0], heads[2], dtype=dtype)
+    prefill_attention.prefill_attention(
+        q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, kv_scales=scales, **options
+    )
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -84,28 +98,38 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for heads, rotary in (((32, 8, 128), 128), ((9, 3, 64), 64), ((8, 4, 256), 256), ((32, 32, 80), 32)):
         for norms in (False, True):
             name = f"rope_and_cache bf16 {heads} rotary {rotary}{' norms' * norms}"
-            yield name, lambda h=heads, r=rotary, n=norms: rope_case(h, r, n, torch.bfloat16)
+            yield name, lambda h=heads, r=rotary, n=norms: rope_case(h, r, n, bf16)
+        for kv in kv_quant.EXTREMES if heads[2] in (80, 128) else ():
+            name = f"rope_and_cache {TYPES[kv]} {heads} rotary {rotary} norms"
+            yield name, lambda h=heads, r=rotary, k=kv: rope_case(h, r, True, k)
     yield "copy_blocks bf16", lambda: copy_blocks.copy_blocks([meta(32, 2, 8, 64, 128)], ints(4, 2))
     attention = [
-        ((32, 8, 128), 64, bf16, {}),
-        ((32, 8, 128), 16, bf16, {}),
-        ((32, 32, 128), 64, bf16, {}),
-        ((64, 8, 128), 64, bf16, {}),
-        ((9, 3, 64), 16, bf16, {}),
-        ((9, 3, 64), 16, fp32, {}),
-        ((16, 8, 256), 64, bf16, {"window": 4096, "soft_cap": 50.0}),
-        ((8, 4, 256), 64, bf16, {"window": 1024}),
-        ((32, 32, 96), 64, fp16, {"window": 2047}),
-        ((32, 32, 80), 64, bf16, {}),
-        ((32, 8, 128), 64, fp32, {}),
+        ((32, 8, 128), 64, bf16, bf16, {}),
+        ((32, 8, 128), 16, bf16, bf16, {}),
+        ((32, 32, 128), 64, bf16, bf16, {}),
+        ((64, 8, 128), 64, bf16, bf16, {}),
+        ((9, 3, 64), 16, bf16, bf16, {}),
+        ((9, 3, 64), 16, fp32, fp32, {}),
+        ((16, 8, 256), 64, bf16, bf16, {"window": 4096, "soft_cap": 50.0}),
+        ((8, 4, 256), 64, bf16, bf16, {"window": 1024}),
+        ((32, 32, 96), 64, fp16, fp16, {"window": 2047}),
+        ((32, 32, 80), 64, bf16, bf16, {}),
+        ((32, 8, 128), 64, fp32, fp32, {}),
+        *(((32, 8, 128), 64, bf16, kv, {}) for kv in kv_quant.EXTREMES),
+        ((8, 4, 256), 64, bf16, torch.float8_e4m3fn, {}),
+        ((9, 3, 64), 16, fp16, torch.uint8, {}),
     ]
-    for heads, block_size, dtype, options in attention:
-        name = f"{TYPES[dtype]} {heads} page {block_size}{''.join(f' {k}' for k in options)}"
-        yield f"prefill_attention {name}", lambda h=heads, b=block_size, t=dtype, o=options: prefill_case(h, b, t, **o)
-        for query_len in (1, 4, 8) if heads[2] == 128 else (1,):
+    for heads, block_size, dtype, kv, options in attention:
+        name = f"{TYPES[dtype]} {TYPES[kv]} {heads} page {block_size}{''.join(f' {k}' for k in options)}"
+        arguments = (dtype, kv)
+        yield (
+            f"prefill_attention {name}",
+            lambda h=heads, b=block_size, a=arguments, o=options: prefill_case(h, b, *a, **o),
+        )
+        for query_len in (1, 4, 8) if heads[2] == 128 and dtype == kv else (1,):
             yield (
                 f"decode_attention {name} x{query_len}",
-                lambda h=heads, b=block_size, n=query_len, t=dtype, o=options: decode_case(h, b, n, t, **o),
+                lambda h=heads, b=block_size, n=query_len, a=arguments, o=options: decode_case(h, b, n, *a, **o),
             )
 
 
@@ -115,11 +139,14 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, An
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
         value = bound.arguments[name]
-        if parameter.is_constexpr or (isinstance(value, int) and not isinstance(value, bool) and value == 1):
+        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
+        if parameter.is_constexpr or value is None or is_one:
             signature[name], constants[(index,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):

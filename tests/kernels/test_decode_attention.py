@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
 from octavo.kernels import decode_attention as kernels
 from octavo.kernels import reference
@@ -38,20 +39,21 @@ CASES = [
 ]
 
 
-def check(rows, q, query_len, window, soft_cap, tolerance) -> None:
+def check(rows, q, query_len, window, soft_cap, tolerance, kv_scales=None) -> None:
     scale = 1.3 * q.shape[2] ** -0.5
     settings = (query_len, scale, window, soft_cap)
-    out = kernels.decode_attention(q, rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, *settings)
-    # The twin pads every row to the longest: row by row, a skewed batch fits into memory.
-    wide = rows.kv_cache.float()
+    arguments = (rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens)
+    out = kernels.decode_attention(q, *arguments, *settings, kv_scales)
+    # The twin runs on the CPU, since torch's own attention answers wrongly on an H100 for some masked views (torch
+    # 2.11). It pads every row to the longest: row by row, a skewed batch fits into memory.
+    cache, table, slots, lens = (x.cpu() for x in arguments)
+    cache, scales = (cache.float(), None) if kv_scales is None else (cache, kv_scales.cpu())
     expected = [
-        reference.decode_attention(part, wide, rows.block_table, slot, length, *settings)
-        for part, slot, length in zip(
-            q.float().split(query_len), rows.row_slots.split(1), rows.seq_lens.split(1), strict=True
-        )
+        reference.decode_attention(part, cache, table, slot, length, *settings, scales)
+        for part, slot, length in zip(q.cpu().float().split(query_len), slots.split(1), lens.split(1), strict=True)
     ]
     assert out.dtype == q.dtype
-    torch.testing.assert_close(out.float(), torch.cat(expected), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(out.float().cpu(), torch.cat(expected), atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (20, 0.0), (100, 3.0)])
@@ -63,6 +65,47 @@ def test_decode_attention(
     qkv = torch.randn(len(seq_lens) * query_len, (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
     q = qkv[:, : num_q * dim].view(-1, num_q, dim)  # strided rows, as in the fused projection
     check(rows, q, query_len, window, soft_cap, TOLERANCE[kernel_dtype])
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), pytest.param(20, 3.0, marks=gpu)])
+@pytest.mark.parametrize(
+    ("seq_lens", "query_len", "num_q", "num_kv", "dim", "block_size"),
+    [
+        ([0, 16, 1, 65], 1, 3, 1, 64, 16),
+        ([33, 70], 1, 2, 1, 80, 64),
+        ([9, 40], 3, 4, 2, 128, 64),
+        *(
+            pytest.param(lens, query_len, num_q, num_kv, dim, block_size, marks=gpu)
+            for lens in ([1000], [513] * 31 + [8192], list(range(130)))
+            for query_len, num_q, num_kv, dim, block_size in [
+                (1, 32, 32, 128, 64),
+                (1, 32, 8, 128, 16),
+                (1, 32, 8, 128, 64),
+                (4, 64, 8, 128, 64),
+                (2, 8, 2, 256, 32),
+                (2, 8, 4, 96, 64),
+            ]
+        ),
+    ],
+)
+def test_quantised_pages(
+    device,
+    make_rows,
+    kernel_dtype,
+    kv_dtype,
+    seq_lens,
+    query_len,
+    num_q,
+    num_kv,
+    dim,
+    block_size,
+    window,
+    soft_cap,
+) -> None:
+    rows, scales = quantise_rows(make_rows(seq_lens, num_kv, dim, block_size, torch.float32), kv_dtype)
+    q = torch.randn(len(seq_lens) * query_len, num_q, dim, device=device).to(kernel_dtype)
+    check(rows, q, query_len, window, soft_cap, TOLERANCE[kernel_dtype], scales)
 
 
 def test_counters_reset_themselves(device, make_rows) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
 from octavo.kernels import prefill_attention as kernels
 from octavo.kernels import reference
@@ -19,6 +20,7 @@ CASES = [
     ([40, 3], [50, 0], 4, 2, 128, 32),
     ([20], [75], 2, 1, 256, 64),
     ([0, 2] * 20 + [3, 0], [1] * 42, 2, 1, 64, 16),  # more rows than are looked through at a time, and empty ones
+    ([70, 60, 7], [90, 68, 57], 2, 1, 64, 64),  # in 16 bits whole tiles by descriptor, up to the row's end and not
     *(
         pytest.param(query_lens, cached, num_q, num_kv, dim, block_size, marks=gpu)
         for query_lens, cached in (
@@ -37,6 +39,19 @@ CASES = [
 ]
 
 
+def check(rows, q, query_lens, window, soft_cap, tolerance, kv_scales=None) -> None:
+    query_start_loc = torch.tensor([0, *query_lens], device=q.device).cumsum(0, dtype=torch.int32)
+    tensors = (rows.kv_cache, rows.block_table, rows.row_slots, query_start_loc, rows.seq_lens)
+    settings = (max(query_lens), 1.3 * q.shape[2] ** -0.5, window, soft_cap)
+    out = kernels.prefill_attention(q, *tensors, *settings, kv_scales)
+    # On the CPU: torch's own attention answers wrongly on an H100 for some of these strided, masked views (torch 2.11).
+    cache, *others = (x.cpu() for x in tensors)
+    cache, scales = (cache.float(), None) if kv_scales is None else (cache, kv_scales.cpu())
+    expected = reference.prefill_attention(q.float().cpu(), cache, *others, *settings, scales)
+    assert out.dtype == q.dtype
+    torch.testing.assert_close(out.float().cpu(), expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (20, 0.0), (200, 3.0)])
 @pytest.mark.parametrize(("query_lens", "cached", "num_q", "num_kv", "dim", "block_size"), CASES)
 def test_prefill_attention(
@@ -46,20 +61,26 @@ def test_prefill_attention(
     rows = make_rows(seq_lens, num_kv, dim, block_size, kernel_dtype)
     qkv = torch.randn(sum(query_lens), (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
     q = qkv[:, : num_q * dim].view(-1, num_q, dim)  # strided rows, as in the fused projection
-    query_start_loc = torch.tensor([0, *query_lens], device=device).cumsum(0, dtype=torch.int32)
-    arguments = (
-        rows.block_table,
-        rows.row_slots,
-        query_start_loc,
-        rows.seq_lens,
-        max(query_lens),
-        1.3 * dim**-0.5,
-        window,
-        soft_cap,
-    )
-    out = kernels.prefill_attention(q, rows.kv_cache, *arguments)
-    # On the CPU: torch's own attention answers wrongly on an H100 for some of these strided, masked views (torch 2.11).
-    on_cpu = [x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments]
-    expected = reference.prefill_attention(q.float().cpu(), rows.kv_cache.float().cpu(), *on_cpu)
-    assert out.dtype == kernel_dtype
-    torch.testing.assert_close(out.float().cpu(), expected, atol=TOLERANCE[kernel_dtype], rtol=TOLERANCE[kernel_dtype])
+    check(rows, q, query_lens, window, soft_cap, TOLERANCE[kernel_dtype])
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), pytest.param(20, 3.0, marks=gpu)])
+@pytest.mark.parametrize(
+    ("query_lens", "cached", "num_q", "num_kv", "dim", "block_size"),
+    [
+        ([33, 1], [0, 40], 2, 1, 64, 16),
+        ([5, 20], [69, 0], 2, 2, 80, 64),
+        *(
+            pytest.param([1, 1000, 127, 128, 129, 5], [2000, 63, 64, 65, 0, 1], *shape, marks=gpu)
+            for shape in [(32, 8, 128, 16), (8, 8, 128, 64), (9, 3, 64, 16), (4, 1, 256, 32), (6, 2, 96, 64)]
+        ),
+    ],
+)
+def test_quantised_pages(
+    device, make_rows, kernel_dtype, kv_dtype, query_lens, cached, num_q, num_kv, dim, block_size, window, soft_cap
+) -> None:
+    seq_lens = [query + prefix for query, prefix in zip(query_lens, cached, strict=True)]
+    rows, scales = quantise_rows(make_rows(seq_lens, num_kv, dim, block_size, torch.float32), kv_dtype)
+    q = torch.randn(sum(query_lens), num_q, dim, device=device).to(kernel_dtype)
+    check(rows, q, query_lens, window, soft_cap, TOLERANCE[kernel_dtype], scales)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from tests.kernels.kv_codes import KV_DTYPES
 
-from octavo.kernels import reference, rope
+from octavo.kernels import kv_quant, reference, rope
 
 # One rounding of the output; fp32 leaves the order of the norm's sum.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -36,6 +37,65 @@ def test_rope_and_cache(device, kernel_dtype, num_q, num_kv, dim, rotary_dim, bl
     tolerance = TOLERANCE[kernel_dtype]
     torch.testing.assert_close(q.float(), expected_q, atol=tolerance, rtol=tolerance)
     torch.testing.assert_close(cache.float(), expected_cache, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize(
+    ("num_q", "num_kv", "dim", "rotary_dim", "block_size", "norms"),
+    [
+        (9, 3, 64, 64, 16, False),
+        (4, 2, 128, 128, 32, True),
+        (4, 4, 80, 32, 16, True),
+        (3, 1, 96, 96, 32, False),
+        (2, 1, 128, 96, 64, False),
+    ],
+)
+def test_quantised_pages(device, kernel_dtype, kv_dtype, num_q, num_kv, dim, rotary_dim, block_size, norms) -> None:
+    if kv_dtype == torch.float8_e4m3fn and device == "cpu":
+        pytest.skip("Triton's interpreter casts to fp8 wrongly")
+    tokens, num_blocks = 4, 5
+    qkv = torch.randn(tokens, num_q + 2 * num_kv, dim, device=device).to(kernel_dtype)
+    qkv[1, num_q:] = 0.0  # heads of zeros
+    qkv[2, num_q:, dim // 3] = -30.0  # one large component
+    weights = [torch.randn(dim, device=device).to(kernel_dtype) if norms else None for _ in "qk"]
+    positions = torch.tensor([300, 0, 17, 4], device=device)
+    slot_mapping = torch.tensor([3 * block_size + 5, 0, 5 * block_size - 1, 7], device=device)
+    angles = torch.outer(torch.arange(512.0), 10000 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)).to(device)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
+    size = kv_quant.block_bytes(num_kv, block_size, dim, kv_dtype)
+    blocks = torch.full((num_blocks, size + 64), 37, device=device, dtype=torch.uint8)
+    cache, scales = kv_quant.split_cache(blocks[:, :size], num_kv, block_size, dim, kv_dtype)
+    exact = torch.zeros(num_blocks, 2, num_kv, block_size, dim, device=device)
+
+    def run(op, qkv, cache, scales):
+        q, k, v = qkv.split([num_q, num_kv, num_kv], 1)
+        norm_weights = (None if weight is None else weight.to(qkv.dtype) for weight in weights)
+        op(q, k, v, positions, cos_sin, cache, slot_mapping, *norm_weights, 1e-5, scales)
+        return q
+
+    expected_q = run(reference.rope_and_cache, qkv.to(torch.float32, copy=True), exact, None)
+    q = run(rope.rope_and_cache, qkv, cache, scales)
+    tolerance = TOLERANCE[kernel_dtype]
+    torch.testing.assert_close(q.float(), expected_q, atol=tolerance, rtol=tolerance)
+    written = torch.zeros(num_blocks * block_size, dtype=torch.bool, device=device)
+    written[slot_mapping] = True
+    written = written.view(num_blocks, 1, 1, block_size).expand(-1, 2, num_kv, -1)
+    assert (cache.view(torch.uint8)[~written] == 37).all()
+    assert (scales.view(torch.uint8).unflatten(-1, (-1, 4))[~written] == 37).all()
+    assert (blocks[:, size:] == 37).all()
+
+    exact, codes, scales = exact[written], cache[written], scales[written]
+    torch.testing.assert_close(scales, reference.quantise_kv(exact, kv_dtype)[1], atol=1e-30, rtol=1e-5)
+    # Half a step.
+    step = scales.abs().unsqueeze(-1)
+    bound = 1e-5 * exact.abs().amax(-1, keepdim=True)
+    if kv_dtype == torch.float8_e4m3fn:
+        bound = bound + torch.maximum(2**-4 * exact.abs(), 2**-10 * step)  # three bits; fixed point below 2^-6
+    else:
+        bound = bound + 0.5 * step
+    if kv_dtype == torch.uint8:
+        bound = bound + 0.5 * step * (exact / scales.unsqueeze(-1) > 7.0)  # the side that ends a step early
+    assert ((reference.dequantise_kv(codes, scales) - exact).abs() <= bound).all()
 
 
 def test_no_tokens(device) -> None:
