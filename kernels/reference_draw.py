@@ -6,9 +6,14 @@ equal logits are in or out together, for top-k (all tokens equal to the k-th hig
 if the tokens strictly above it hold less than p of the mass that top-k left), and between equal scores the lowest token
 id wins.
 
-The draw is Gumbel-max: the token with the highest logit + noise, where the noise is a hash of (seed, output index,
-token id) alone. So it does not depend on the batch, the slot, padding, preemption, or on what was cut away. No softmax,
-no sort.
+The draw is Gumbel-max in two steps: among the groups of `GROUP` neighbouring tokens the one with the highest
+log(mass) + noise, in it the token with the highest logit + noise. That is a draw from the softmax (the groups' masses
+times the tokens' shares), for noise of 1/128 of the tokens. If the filters exclude that token, the draw is Gumbel-max
+over the tokens they allow, with other noise: a token of probability p among allowed ones of mass m is then drawn with
+p + (1 - m) * p / m = p / m, as it should be.
+
+All noise is a hash of (seed, output index, group or token id) alone. So a draw does not depend on the batch, the slot,
+padding or preemption. No softmax, no sort.
 """
 
 import functools
@@ -21,7 +26,10 @@ from torch import Tensor
 from octavo.kernels import plan_format as fmt
 
 MASK32 = 0xFFFFFFFF
-NOISE_MAX = 22.25  # above every value of `gumbel`: -log(2^-32) = 22.18
+GROUP = 128  # tokens that the first step of a draw takes together
+# The three noises of a draw are one hash of ids that never meet: token ids, group ids and token ids again.
+GROUP_NOISE = 1 << 29
+FILTERED_NOISE = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -120,48 +128,52 @@ def draw(logits: Tensor, params: Draw) -> tuple[int, int]:
     peak = logits.amax().item()
     if peak == -math.inf:
         return -1, fmt.STATUS_MASKED
-    best = int(argmax_rows(logits[None])[0])
+    if peak == math.inf:
+        return -1, fmt.STATUS_NAN  # processed until it overflowed
     if params.greedy:
-        return best, fmt.STATUS_OK
+        return int(argmax_rows(logits[None])[0]), fmt.STATUS_OK
     key = noise_key(params)
+    token = _draw_from_all(logits, key)
     threshold = -torch.finfo(torch.float32).max
     if params.min_p > 0:
         threshold = max(threshold, peak + math.log(params.min_p))
     if 0 < params.top_k < vocab:
         threshold = max(threshold, logits.topk(params.top_k, sorted=False).values.amin().item())
-    if params.top_p >= 1:
-        # The best token is in every set, so nothing further below its score than the largest noise can win.
-        own = gumbel(torch.tensor([best], dtype=torch.int32, device=logits.device), key).item()
-        threshold = max(threshold, peak + own - NOISE_MAX)
 
-    token_ids, kept = _all_ids(vocab, logits.device), logits >= threshold
-    if int(kept.sum()) * 8 < vocab:
-        token_ids = kept.nonzero()[:, 0].int()
-        logits = logits[token_ids]
-    else:
-        logits = logits.masked_fill(~kept, -math.inf)
-    scores = logits + gumbel(token_ids, key)
-    if params.top_p >= 1:
-        return int(token_ids[argmax_rows(scores[None])[0]]), fmt.STATUS_OK
-    return int(token_ids[_first_in_nucleus(logits, scores, peak, params.top_p)]), fmt.STATUS_OK
-
-
-def _first_in_nucleus(logits: Tensor, scores: Tensor, peak: float, top_p: float) -> int:
-    """Index of the highest score within the top-p set, without a sort.
-
-    If the highest score of all is in the set, it is the highest of the set; if not, the set lies strictly above its
-    logit, and the search goes on there. The mass outside the set is 1 - top_p, so the first is mostly the last.
-    """
-    weights = torch.exp(logits - peak)
-    wanted = top_p * weights.sum()
+    weights = torch.exp(logits.masked_fill(logits < threshold, -math.inf) - peak) if params.top_p < 1 else None
+    if logits[token] >= threshold and (weights is None or _in_nucleus(logits, weights, token, params.top_p)):
+        return token, fmt.STATUS_OK
+    kept = (logits >= threshold).nonzero()[:, 0].int()
+    scores = logits[kept] + gumbel(kept + FILTERED_NOISE, key)
     while True:
-        index = int(argmax_rows(scores[None])[0])
-        above = logits > logits[index]
-        mass = (weights * above).sum()
-        # So written that an empty rest, or weights that are not numbers, end the search too.
-        if not (mass >= wanted and mass > 0):
-            return index
-        scores = scores.masked_fill(~above, -math.inf)
+        # If the highest score of all is in the top-p set it is the highest of the set; if not, the set lies strictly
+        # above its logit, and the search goes on there.
+        token = int(kept[argmax_rows(scores[None])[0]])
+        if weights is None or _in_nucleus(logits, weights, token, params.top_p):
+            return token, fmt.STATUS_OK
+        above = logits[kept] > logits[token]
+        kept, scores = kept[above], scores[above]
+
+
+def _draw_from_all(logits: Tensor, key: tuple[int, int]) -> int:
+    """The two steps of a draw, without filters."""
+    vocab = logits.shape[0]
+    groups = torch.nn.functional.pad(logits, (0, -vocab % GROUP), value=-math.inf).view(-1, GROUP)
+    peaks = groups.amax(dim=1)
+    shifted = groups - peaks.clamp(min=-torch.finfo(torch.float32).max)[:, None]
+    scores = peaks + shifted.exp_().sum(dim=1).log_()
+    scores += gumbel(_all_ids(groups.shape[0], logits.device) + GROUP_NOISE, key)
+    first = int(argmax_rows(scores[None])[0]) * GROUP
+    own = logits[first : first + GROUP]
+    scores = own + gumbel(_all_ids(vocab, logits.device)[first : first + GROUP], key)
+    return first + int(argmax_rows(scores[None])[0])
+
+
+def _in_nucleus(logits: Tensor, weights: Tensor, token: int, top_p: float) -> bool:
+    """Whether the tokens strictly above `token` hold less than `top_p` of the weights."""
+    above = (weights * (logits > logits[token])).sum()
+    # So written that an empty rest, or weights that are not numbers, end the search too.
+    return not bool((above >= top_p * weights.sum()) & (above > 0))
 
 
 @functools.lru_cache(maxsize=4)
@@ -185,7 +197,7 @@ def noise_key(params: Draw) -> tuple[int, int]:
 
 
 def gumbel(token_ids: Tensor, key: tuple[int, int]) -> Tensor:
-    """Standard Gumbel noise of each token. token_ids int32 [n] -> [n] f32, from -2.8 to NOISE_MAX.
+    """Standard Gumbel noise of each id. token_ids int32 [n] -> [n] f32, from -2.8 to 22.2.
 
     The hash is Wellons' two-round `lowbias32` with the second key word added between the rounds; integer operations
     wrap, so all devices agree on it bit for bit. Its upper 31 bits become v in (0, 1), and the noise is -log(-log(1 -

@@ -14,7 +14,9 @@ SPILL_LIMIT = 128  # bytes a thread: a few scalars around a loop cost nothing, a
 CHOOSE_SPILL_LIMIT = 256  # `_choose_kernel` keeps a row's pointers and parameters around its loops
 
 
-@pytest.mark.parametrize(("module", "at_least"), [("compile_sm90", 50), ("compile_sm90_step", 60)])
+@pytest.mark.parametrize(
+    ("module", "at_least"), [("compile_sm90", 50), ("compile_sm90_step", 60), ("compile_sm90_fused", 80)]
+)
 def test_every_variant_compiles_and_fits(module: str, at_least: int) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY / "python")
