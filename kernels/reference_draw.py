@@ -8,15 +8,17 @@ id wins.
 
 The draw is Gumbel-max in two steps: among the groups of `GROUP` neighbouring tokens the one with the highest
 log(mass) + noise, in it the token with the highest logit + noise. That is a draw from the softmax (the groups' masses
-times the tokens' shares), for noise of 1/128 of the tokens. If the filters exclude that token, the draw is Gumbel-max
-over the tokens they allow, with other noise: a token of probability p among allowed ones of mass m is then drawn with
-p + (1 - m) * p / m = p / m, as it should be.
+times the tokens' shares), for noise of 1/128 of the tokens. If the filters exclude that token, the next round draws
+with other noise from what can still be allowed: the tokens that reach the threshold of min-p and top-k, or, if that is
+reached, the tokens above the drawn one, which hold the whole top-p set. A draw from more than the allowed tokens,
+repeated until it is one of them, is a draw from them.
 
 All noise is a hash of (seed, output index, group or token id) alone. So a draw does not depend on the batch, the slot,
 padding or preemption. No softmax, no sort.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -27,9 +29,9 @@ from octavo.kernels import plan_format as fmt
 
 MASK32 = 0xFFFFFFFF
 GROUP = 128  # tokens that the first step of a draw takes together
-# The three noises of a draw are one hash of ids that never meet: token ids, group ids and token ids again.
-GROUP_NOISE = 1 << 29
-FILTERED_NOISE = 1 << 30
+# Ids that are hashed: tokens, from GROUP_NOISE on groups; those of round n follow n * ROUND_NOISE later, modulo 2^32.
+GROUP_NOISE = 1 << 20
+ROUND_NOISE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -132,48 +134,47 @@ def draw(logits: Tensor, params: Draw) -> tuple[int, int]:
         return -1, fmt.STATUS_NAN  # processed until it overflowed
     if params.greedy:
         return int(argmax_rows(logits[None])[0]), fmt.STATUS_OK
-    key = noise_key(params)
-    token = _draw_from_all(logits, key)
     threshold = -torch.finfo(torch.float32).max
     if params.min_p > 0:
         threshold = max(threshold, peak + math.log(params.min_p))
     if 0 < params.top_k < vocab:
         threshold = max(threshold, logits.topk(params.top_k, sorted=False).values.amin().item())
+    key, left, total = noise_key(params), logits, 0.0
+    if params.top_p < 1:
+        total = _mass(logits.masked_fill(logits < threshold, -math.inf), peak)
+    for number in itertools.count():
+        token = _draw_from(left, key, number)
+        logit = logits[token].item()
+        if logit < threshold:
+            left = logits.masked_fill(logits < threshold, -math.inf)
+            continue
+        if params.top_p >= 1:
+            break
+        left = logits.masked_fill(logits <= logit, -math.inf)
+        # So written that an empty rest, or a mass that is no number, ends the search.
+        ahead = _mass(left, peak)
+        if not (ahead > 0 and ahead >= params.top_p * total):
+            break
+    return token, fmt.STATUS_OK
 
-    weights = torch.exp(logits.masked_fill(logits < threshold, -math.inf) - peak) if params.top_p < 1 else None
-    if logits[token] >= threshold and (weights is None or _in_nucleus(logits, weights, token, params.top_p)):
-        return token, fmt.STATUS_OK
-    kept = (logits >= threshold).nonzero()[:, 0].int()
-    scores = logits[kept] + gumbel(kept + FILTERED_NOISE, key)
-    while True:
-        # If the highest score of all is in the top-p set it is the highest of the set; if not, the set lies strictly
-        # above its logit, and the search goes on there.
-        token = int(kept[argmax_rows(scores[None])[0]])
-        if weights is None or _in_nucleus(logits, weights, token, params.top_p):
-            return token, fmt.STATUS_OK
-        above = logits[kept] > logits[token]
-        kept, scores = kept[above], scores[above]
+
+def _mass(logits: Tensor, peak: float) -> float:
+    return torch.exp(logits - peak).sum().item()
 
 
-def _draw_from_all(logits: Tensor, key: tuple[int, int]) -> int:
-    """The two steps of a draw, without filters."""
-    vocab = logits.shape[0]
+def _draw_from(logits: Tensor, key: tuple[int, int], number: int) -> int:
+    """The two steps of a draw from all logits that are not -inf; `number`: which round's noise."""
+    vocab, base = logits.shape[0], number * ROUND_NOISE
     groups = torch.nn.functional.pad(logits, (0, -vocab % GROUP), value=-math.inf).view(-1, GROUP)
     peaks = groups.amax(dim=1)
     shifted = groups - peaks.clamp(min=-torch.finfo(torch.float32).max)[:, None]
     scores = peaks + shifted.exp_().sum(dim=1).log_()
-    scores += gumbel(_all_ids(groups.shape[0], logits.device) + GROUP_NOISE, key)
+    scores += gumbel(_all_ids(groups.shape[0], logits.device) + _signed((base + GROUP_NOISE) & MASK32), key)
     first = int(argmax_rows(scores[None])[0]) * GROUP
     own = logits[first : first + GROUP]
-    scores = own + gumbel(_all_ids(vocab, logits.device)[first : first + GROUP], key)
+    ids = _all_ids(vocab, logits.device)[first : first + GROUP]
+    scores = own + gumbel(ids + _signed(base & MASK32), key)
     return first + int(argmax_rows(scores[None])[0])
-
-
-def _in_nucleus(logits: Tensor, weights: Tensor, token: int, top_p: float) -> bool:
-    """Whether the tokens strictly above `token` hold less than `top_p` of the weights."""
-    above = (weights * (logits > logits[token])).sum()
-    # So written that an empty rest, or weights that are not numbers, end the search too.
-    return not bool((above >= top_p * weights.sum()) & (above > 0))
 
 
 @functools.lru_cache(maxsize=4)

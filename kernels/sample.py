@@ -18,15 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import plan_format as fmt
-from octavo.kernels.filters import draw_filtered, read_logits
+from octavo.kernels.filters import draw, draw_filtered, read_logits
 from octavo.kernels.logits import load_float, load_raw, process
 from octavo.kernels.logprobs import write_logprobs
-from octavo.kernels.noise import gumbel, noise_key
-from octavo.kernels.reference_draw import GROUP, GROUP_NOISE
+from octavo.kernels.noise import noise_key
+from octavo.kernels.reference_draw import GROUP
 
 TILE = 2048  # tokens of one program of the first pass
-SEARCH_TILE = 2048  # tokens that one program of the second pass reads at a time
+READ = 4096  # tokens that one program of the second pass reads at a time
+POOL_TILE = 2048  # the same where it puts them into a pool
 CHOOSE_WARPS = 8
+SCAN_WARPS = 8
+SCAN_REGISTERS = 40
 CHOOSE_REGISTERS = 128
 SUB = GROUP  # tokens that share one kept peak
 POOL = 8192  # logits of a filtered row that are read once and kept
@@ -58,7 +61,6 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_GROUP_NOISE = tl.constexpr(GROUP_NOISE)
 
 # Planes of the per-tile figures [planes, num_logits, tiles], and of the per-group ones [planes, num_logits, subs].
 _BEST, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(3))
@@ -89,18 +91,18 @@ def sample(
         logits, tile_floats, tile_ints, groups, words, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB,
-        num_warps=8, enable_fp_fusion=False,
+        num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
     listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
     kept = torch.empty((num_rows, POOL), dtype=torch.float32, device=device)
-    kept_ids = torch.empty((num_rows, POOL), dtype=torch.int32, device=device)
+    left = torch.empty((num_rows, subs), dtype=torch.float32, device=device)
     _choose_kernel[(num_rows,)](
-        logits, tile_floats, tile_ints, groups, listed, kept, kept_ids, words, state.records, state.last_token,
+        logits, tile_floats, tile_ints, groups, listed, left, kept, words, state.records, state.last_token,
         counts, masks, result,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         plan.result_width, tiles, subs,
         GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
-        TILE=SEARCH_TILE, SUB=SUB, POOL=POOL,
+        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL,
         num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
     if with_logprobs:
@@ -118,7 +120,7 @@ def sample_peak_rehearsal(logits: Tensor) -> None:
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, TILE)
     counts = torch.empty((rows + 1, vocab), dtype=torch.int32, device=logits.device)
-    figures = torch.empty((rows, 5 * tiles + 4 * tiles * (TILE // SUB) + 2 * POOL), device=logits.device)
+    figures = torch.empty((rows, 5 * tiles + 5 * tiles * (TILE // SUB) + POOL), device=logits.device)
     del counts, figures
 
 
@@ -161,8 +163,8 @@ def _scan_kernel(
         row = tl.where(in_decodes, index // length, index - num_decodes * (length - 1))
         place = tl.where(in_decodes, index % length, 0)
         row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+        record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
         if (tl.load(row_ptr + _ROW_FLAGS) & _SAMPLE) != 0:
-            record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
             logits = process(
                 raw, ids, row_ptr, record_ptr, words_ptr + bias_at, words_ptr + drafts_at + row * (length - 1),
                 counts_ptr, masks_ptr, mask_width, vocab, place,
@@ -180,12 +182,12 @@ def _scan_kernel(
     do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits", "result_width"]
 )
 def _choose_kernel(
-    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, listed_ptr, kept_ptr, kept_ids_ptr, words_ptr, records_ptr,
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, listed_ptr, left_ptr, kept_ptr, words_ptr, records_ptr,
     last_token_ptr, counts_ptr, masks_ptr, result_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     result_width, tiles, subs,
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
-    TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr,
+    READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
     row = tl.program_id(0)
@@ -228,36 +230,32 @@ def _choose_kernel(
         status = tl.where(sick, _STATUS_NAN, status)
         if not GREEDY:  # noqa: SIM102 - decided when compiled, the inner one when run
             if status == _STATUS_OK:
-                random = load_float(record_ptr + _TEMPERATURE) >= _GREEDY_TEMPERATURE
-                first, second = noise_key(
-                    tl.load(record_ptr + _SEED_LOW),
-                    tl.load(record_ptr + _SEED_HIGH),
-                    tl.load(record_ptr + _OUTPUT_INDEX) + num_valid,
-                )
                 source = (
                     logits_ptr + index.to(tl.int64) * logits_stride, row_ptr, record_ptr, words_ptr + bias_at,
                     drafts_ptr, counts_ptr, masks_ptr, mask_width, vocab, num_valid,
                 )  # fmt: skip
-                scores = sub_peaks
-                if random:
-                    scores += tl.log(masses) + gumbel(sub + _GROUP_NOISE, first, second)
-                group = tl.min(tl.where(scores == tl.max(scores, 0), sub, SUBS), 0)
-                ids = group * SUB + tl.arange(0, SUB)
-                logits = read_logits(source, ids)
-                scores = logits
-                if random:
-                    scores += gumbel(ids, first, second)
-                token = tl.min(tl.where(scores == tl.max(scores, 0), ids, _NO_TOKEN), 0)
-                if random:
+                if load_float(record_ptr + _TEMPERATURE) < _GREEDY_TEMPERATURE:
+                    group = tl.min(tl.where(sub_peaks == peak, sub, SUBS), 0)
+                    ids = group * SUB + tl.arange(0, SUB)
+                    token = tl.min(tl.where(read_logits(source, ids) == peak, ids, _NO_TOKEN), 0)
+                else:
+                    first, second = noise_key(
+                        tl.load(record_ptr + _SEED_LOW),
+                        tl.load(record_ptr + _SEED_HIGH),
+                        tl.load(record_ptr + _OUTPUT_INDEX) + num_valid,
+                    )
                     top_k = tl.load(record_ptr + _TOP_K)
                     top_p = load_float(record_ptr + _TOP_P)
                     min_p = load_float(record_ptr + _MIN_P)
+                    token, token_logit = draw(
+                        source, sub, sub_peaks + tl.log(masses), -float("inf"), 0, first, second, SUB
+                    )
                     if ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0):
                         token = draw_filtered(
-                            source, sub_peaks, token, tl.max(tl.where(ids == token, logits, -float("inf")), 0), peak,
-                            tl.sum(masses * tl.exp(sub_peaks - peak), 0), top_k, top_p, min_p, first, second,
-                            listed_ptr + row * subs, kept_ptr + row * POOL, kept_ids_ptr + row * POOL,
-                            TILE, SUB, POOL, SUBS,
+                            source, sub_peaks, token, token_logit, peak, tl.sum(masses * tl.exp(sub_peaks - peak), 0),
+                            top_k, top_p, min_p, first, second,
+                            listed_ptr + row * subs, left_ptr + row * subs, kept_ptr + row * POOL,
+                            READ, TILE, SUB, POOL, SUBS,
                         )  # fmt: skip
 
         alive = False

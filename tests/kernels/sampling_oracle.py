@@ -61,18 +61,24 @@ def expected_token(logits: np.ndarray, enter: Enter, place: int = 0, *, least_ga
         return winner(logits, least_gap)
     scaled = logits / enter.temperature
     keep = allowed(scaled, enter.top_k, enter.top_p, enter.min_p)
-    ids, index = np.arange(len(logits)), enter.output_index + place
-    groups = [scaled[start : start + 128] for start in ids[::128]]
-    with np.errstate(divide="ignore"):
-        masses = np.array([np.log(np.exp(group - scaled.max()).sum()) for group in groups])
-    group = winner(masses + noise(2**29 + np.arange(len(groups)), enter.seed, index), least_gap)
-    if group is None:
-        return None
-    own = slice(128 * group, 128 * group + 128)
-    within = winner(scaled[own] + noise(ids[own], enter.seed, index), least_gap)
-    if within is None or keep[128 * group + within]:
-        return None if within is None else 128 * group + within
-    return winner(np.where(keep, scaled + noise(2**30 + ids, enter.seed, index), -np.inf), least_gap)
+    ids, index, left = np.arange(len(logits)), enter.output_index + place, np.full(len(logits), True)
+    threshold = scaled[allowed(scaled, enter.top_k, 1.0, enter.min_p)].min()
+    for number in range(1000):
+        base, rest = 2**21 * number, np.where(left, scaled, -np.inf)
+        with np.errstate(divide="ignore"):
+            masses = [np.log(np.exp(rest[start : start + 128] - scaled.max()).sum()) for start in ids[::128]]
+        group = winner(np.array(masses) + noise(base + 2**20 + np.arange(len(masses)), enter.seed, index), least_gap)
+        if group is None:
+            return None
+        own = slice(128 * group, 128 * group + 128)
+        within = winner(rest[own] + noise(base + ids[own], enter.seed, index), least_gap)
+        if within is None:
+            return None
+        token = 128 * group + within
+        if keep[token]:
+            return token
+        left = scaled >= threshold if scaled[token] < threshold else scaled > scaled[token]
+    raise AssertionError("no end")
 
 
 def winner(scores: np.ndarray, least_gap: float) -> int | None:
