@@ -24,15 +24,16 @@ from octavo.kernels.logprobs import write_logprobs
 from octavo.kernels.noise import noise_key
 from octavo.kernels.reference_draw import GROUP
 
+SUB = GROUP  # tokens that share one kept peak and mass
 TILE = 2048  # tokens of one program of the first pass
+SCAN_WARPS = 8
+# Penalties and biases take 61 registers a thread; at 40 nothing spills, and six programs share a multiprocessor.
+SCAN_REGISTERS = 40
 READ = 4096  # tokens that one program of the second pass reads at a time
 POOL_TILE = 2048  # the same where it puts them into a pool
+POOL = 8192  # logits that a row's pool holds
 CHOOSE_WARPS = 8
-SCAN_WARPS = 8
-SCAN_REGISTERS = 40
-CHOOSE_REGISTERS = 128
-SUB = GROUP  # tokens that share one kept peak
-POOL = 8192  # logits of a filtered row that are read once and kept
+CHOOSE_REGISTERS = 128  # two programs a multiprocessor, so that 256 rows are one wave
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
