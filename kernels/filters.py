@@ -1,12 +1,13 @@
-"""Top-k, top-p and min-p in Triton, for one row, from the sub-tile peaks of the first pass; neither sorts.
+"""Top-k, top-p and min-p in Triton, for one row, from the group peaks of the first pass; none sorts.
 
-Top-k: at least k logits reach the k-th highest peak, so only the sub-tiles whose peak reaches it are read again, and
-the k-th highest logit is found among the few logits over that bound by bisection over the bits of a float.
+Min-p is a threshold. Top-k gives one too: at least k logits reach the k-th highest peak, so the groups whose peak does
+are read once, what reaches it goes into a pool, and the k-th highest logit is found there by bisection over the bits of
+a float. Top-p is decided by rejection (FlashInfer's idea, arXiv:2501.01005 and its blog of 2025-03-10): a drawn token
+is in the top-p set if the mass above it is small; if not, the set lies strictly above it, and the next round draws
+there.
 
-Top-p, by rejection (FlashInfer's idea, arXiv:2501.01005 and its blog of 2025-03-10, here with noise that stays): if the
-highest score of all lies in the top-p set it is the set's highest, which one sum over the logits above it tells; if
-not, the set lies strictly above, and the search goes on there. Only sub-tiles whose peak is above the candidate are
-read.
+A round is one reading of the groups that have something left: it sums each group inside of one warp, so nothing waits
+for anything but memory, and gives both the mass above the last token and what the next draw needs.
 
 What counts as equal, and in which order the filters apply, stands in `reference_draw.py`.
 """
@@ -16,113 +17,144 @@ import triton.language as tl
 
 from octavo.kernels.logits import load_raw, process
 from octavo.kernels.noise import gumbel
+from octavo.kernels.reference_draw import GROUP_NOISE, ROUND_NOISE
 from octavo.kernels.sub_tiles import float_of, key_of, list_sub_tiles, listed_ids
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+_GROUP_NOISE = tl.constexpr(GROUP_NOISE)
+_ROUND_NOISE = tl.constexpr(ROUND_NOISE)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
 
 
 @triton.jit
-def _listed_logits(source, listed_ptr, start, count, TILE: tl.constexpr, SUB: tl.constexpr):
-    """Ids and processed logits of a tile of the listed sub-tiles: # [TILE] int32, [TILE] f32."""
+def read_logits(source, ids):
+    """Processed logits of tokens: # int32 [N] -> f32 [N]."""
     logits_ptr, row_ptr, record_ptr, bias_ptr, drafts_ptr, counts_ptr, masks_ptr, mask_width, vocab, place = source
-    ids = listed_ids(listed_ptr, start, count, vocab, TILE, SUB)
-    logits = process(
+    return process(
         load_raw(logits_ptr, ids, vocab), ids, row_ptr, record_ptr, bias_ptr, drafts_ptr, counts_ptr, masks_ptr,
         mask_width, vocab, place,
     )  # fmt: skip
-    return ids, logits
 
 
 @triton.jit
-def top_k_threshold(
-    source, sub_peaks, threshold, peak, top_k, listed_ptr, kept_ptr,
-    TILE: tl.constexpr, SUB: tl.constexpr, KEPT: tl.constexpr, SUBS: tl.constexpr,
-):  # fmt: skip
-    """The k-th highest logit, or `threshold` if fewer than k logits reach that. sub_peaks # [SUBS] f32; kept_ptr #
-    [KEPT] f32.
+def draw(source, groups, log_masses, bound, number, key_first, key_second, SUB: tl.constexpr):
+    """Draws a token that reaches `bound` and its logit; `number`: which round's noise.
+
+    groups, log_masses # [N] int32 and f32: groups of tokens, and the logarithm of what each has left (-inf: nothing).
     """
-    # As keys: at least k logits reach `low` (or it is the threshold), fewer than k reach `high`.
+    base = number * _ROUND_NOISE
+    scores = log_masses + gumbel(groups + (base + _GROUP_NOISE), key_first, key_second)
+    group = tl.min(tl.where(scores == tl.max(scores, 0), groups, _NO_TOKEN), 0)
+    ids = group * SUB + tl.arange(0, SUB)
+    logits = read_logits(source, ids)
+    scores = tl.where(logits >= bound, logits + gumbel(ids + base, key_first, key_second), -float("inf"))
+    token = tl.min(tl.where(scores == tl.max(scores, 0), ids, _NO_TOKEN), 0)
+    return token, tl.max(tl.where(ids == token, logits, -float("inf")), 0)
+
+
+@triton.jit
+def draw_filtered(
+    source, sub_peaks, token, token_logit, peak, total, top_k, top_p, min_p, key_first, key_second,
+    listed_ptr, left_ptr, kept_ptr,
+    READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, SUBS: tl.constexpr,
+):  # fmt: skip
+    """`token`, drawn from the whole row, if the filters allow it, else one drawn from what they allow.
+
+    sub_peaks # [SUBS] f32; total: the row's mass relative to `peak`; listed_ptr # [subs] int32, left_ptr # [subs] f32
+    and kept_ptr # [POOL] f32 are the row's to write. READ tokens are read at a time, TILE where they are pooled.
+    """
+    threshold = tl.full([], _LOWEST, tl.float32)
+    if min_p > 0:
+        threshold = peak + tl.log(min_p)
+    if (top_k > 0) & (top_k < source[8]):
+        threshold = _top_k_threshold(source, sub_peaks, threshold, peak, top_k, listed_ptr, kept_ptr, TILE, SUB, POOL)
+    bounded = threshold > _LOWEST
+    sub = tl.arange(0, SUBS)
+    number = 0
+    below = token_logit < threshold
+    need_total = bounded & (top_p < 1)
+    scanning = below | (top_p < 1)
+    while scanning:
+        # A first round may only be for the mass that the threshold leaves.
+        bound = threshold
+        if (below | need_total) == 0:
+            bound = _next_above(token_logit)
+        tl.debug_barrier()  # all have read the lists before they are written anew
+        count = list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS)
+        for start in range(0, count * SUB, READ):
+            logits = read_logits(source, listed_ids(listed_ptr, start, count, source[8], READ, SUB))
+            weights = tl.where(logits >= bound, tl.exp(logits - peak), 0.0)
+            lane = start // SUB + tl.arange(0, READ // SUB)
+            tl.store(left_ptr + lane, tl.sum(tl.reshape(weights, [READ // SUB, SUB]), 1), mask=lane < count)
+        tl.debug_barrier()
+        left = tl.load(left_ptr + sub, mask=sub < count, other=0.0)
+        mass = tl.sum(left, 0)
+        again = below
+        if need_total:
+            total = mass
+        elif below == 0:
+            # So written that an empty rest, or a mass that is no number, ends the search.
+            again = (mass > 0) & (mass >= top_p * total)
+        if again:
+            number += 1
+            groups = tl.load(listed_ptr + sub, mask=sub < count, other=_NO_TOKEN)
+            token, token_logit = draw(source, groups, tl.log(left), bound, number, key_first, key_second, SUB)
+        scanning = (again | need_total) & (top_p < 1)
+        need_total = False
+        below = False
+    return token
+
+
+@triton.jit
+def _next_above(value):
+    """The next float above; adding 0.0 makes -0.0 equal to 0.0 as a key too."""
+    return float_of(key_of(value + 0.0) + 1)
+
+
+@triton.jit
+def _top_k_threshold(
+    source, sub_peaks, threshold, peak, top_k, listed_ptr, kept_ptr,
+    TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """The k-th highest logit, or `threshold` if fewer than k logits reach that."""
+    # As keys: at least k peaks reach `low` (or it is the threshold), fewer than k reach `high`.
     low = key_of(threshold).to(tl.int64)
-    high = key_of(peak).to(tl.int64) + 1
-    peaks_high = high
-    while peaks_high - low > 1:
-        middle = low + (peaks_high - low) // 2
+    high = key_of(peak + 0.0).to(tl.int64) + 1
+    while high - low > 1:
+        middle = low + (high - low) // 2
         if tl.sum((sub_peaks >= float_of(middle)).to(tl.int32), 0) >= top_k:
             low = middle
         else:
-            peaks_high = middle
+            high = middle
 
     bound = float_of(low)
-    count = list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS)
+    count = list_sub_tiles(sub_peaks, bound, listed_ptr, sub_peaks.shape[0])
     num_kept = 0
     for start in range(0, count * SUB, TILE):
-        _, logits = _listed_logits(source, listed_ptr, start, count, TILE, SUB)
-        hit = (logits >= bound).to(tl.int32)
-        to = num_kept + tl.cumsum(hit, 0) - 1
-        tl.store(kept_ptr + to, logits, mask=(hit == 1) & (to < KEPT))
-        num_kept += tl.sum(hit, 0)
+        logits = read_logits(source, listed_ids(listed_ptr, start, count, source[8], TILE, SUB))
+        hit = logits >= bound
+        to = num_kept + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(kept_ptr + to, logits, mask=hit & (to < POOL))
+        num_kept += tl.sum(hit.to(tl.int32), 0)
     tl.debug_barrier()
-    lane = tl.arange(0, KEPT)
-    kept = tl.load(kept_ptr + lane, mask=lane < num_kept, other=-float("inf"))
 
+    # The same over logits. If they are too many (a huge k, or equal logits), they are counted where they are.
+    size = num_kept
+    if num_kept > POOL:
+        size = count * SUB
+    high = key_of(peak + 0.0).to(tl.int64) + 1
     while high - low > 1:
         middle = low + (high - low) // 2
-        reached = tl.sum((kept >= float_of(middle)).to(tl.int32), 0)
-        if num_kept > KEPT:
-            # Many logits reach the bound (a huge k, or equal logits): count them where they are.
-            reached = 0
-            for start in range(0, count * SUB, TILE):
-                _, logits = _listed_logits(source, listed_ptr, start, count, TILE, SUB)
-                reached += tl.sum((logits >= float_of(middle)).to(tl.int32), 0)
+        reached = 0
+        for start in range(0, size, TILE):
+            if num_kept > POOL:
+                logits = read_logits(source, listed_ids(listed_ptr, start, count, source[8], TILE, SUB))
+            else:
+                position = start + tl.arange(0, TILE)
+                logits = tl.load(kept_ptr + position, mask=position < size, other=-float("inf"))
+            reached += tl.sum((logits >= float_of(middle)).to(tl.int32), 0)
         if reached >= top_k:
             low = middle
         else:
             high = middle
     return float_of(low)
-
-
-@triton.jit
-def search(
-    source, sub_peaks, token, token_logit, threshold, has_threshold, top_p, peak, total, key_first, key_second,
-    listed_ptr,
-    TILE: tl.constexpr, SUB: tl.constexpr, SUBS: tl.constexpr,
-):  # fmt: skip
-    """The token with the highest logit + noise among the logits that reach `threshold` and are in the top-p set of
-    those.
-
-    token, token_logit: the highest logit + noise of the whole row; total: the row's mass relative to `peak`.
-    """
-    # Each round scans what is above a pivot: at first, if the threshold cuts what matters, the float below it, which
-    # gives a first candidate and the mass; then each candidate, to see whether the top-p set excludes it.
-    entering = has_threshold & ((top_p < 1) | (token_logit < threshold))
-    pivot = token_logit
-    if entering:
-        pivot = float_of(key_of(threshold).to(tl.int64) - 1)
-    scanning = entering | (top_p < 1)
-    while scanning:
-        tl.debug_barrier()  # all have read the list before it is written anew
-        count = list_sub_tiles(sub_peaks, float_of(key_of(pivot).to(tl.int64) + 1), listed_ptr, SUBS)
-        mass = 0.0
-        best_score = -float("inf")
-        best_token = _NO_TOKEN + 0
-        best_logit = -float("inf")
-        for start in range(0, count * SUB, TILE):
-            ids, logits = _listed_logits(source, listed_ptr, start, count, TILE, SUB)
-            above = logits > pivot
-            mass += tl.sum(tl.where(above, tl.exp(logits - peak), 0.0), 0)
-            scores = tl.where(above, logits + gumbel(ids, key_first, key_second), -float("inf"))
-            score = tl.max(scores, 0)
-            if score > best_score:
-                best_score = score
-                best_token = tl.min(tl.where(scores == score, ids, _NO_TOKEN), 0)
-                best_logit = tl.max(tl.where(ids == best_token, logits, -float("inf")), 0)
-        # So written that an empty rest, or a mass that is no number, ends the search too.
-        onward = entering | ((mass >= top_p * total) & (best_token != _NO_TOKEN))
-        if entering:
-            total = mass
-        if onward:
-            token = best_token
-            pivot = best_logit
-        scanning = onward & (top_p < 1)
-        entering = False
-    return token

@@ -51,13 +51,16 @@ def process(
     place,  # which of the row's places; drafts before it count as output
 ):
     """The tile's logits after mask, bias, penalties and temperature: # [N] f32."""
+    # All that decides is requested at once.
     mask_row = tl.load(row_ptr + _ROW_MASK)
+    bias_len = tl.load(row_ptr + _ROW_BIAS_LEN)
+    flags = tl.load(row_ptr + _ROW_FLAGS)
+    temperature = load_float(record_ptr + _TEMPERATURE)
     if (mask_row >= 0) & (mask_width > 0):
         words = masks_ptr + (mask_row + place).to(tl.int64) * mask_width + (ids >> 5)
         bits = tl.load(words, mask=ids < vocab, other=0) >> (ids & 31)
         logits = tl.where((bits & 1) == 1, logits, -float("inf"))
 
-    bias_len = tl.load(row_ptr + _ROW_BIAS_LEN)
     if bias_len > 0:
         entries_ptr = bias_ptr + 2 * tl.load(row_ptr + _ROW_BIAS_START)
         lowest = tl.min(ids, 0)
@@ -76,7 +79,7 @@ def process(
                 logits += tl.where(ids == token, value, 0.0)
                 hits = tl.where(lane == first, 0, hits)
 
-    if (tl.load(row_ptr + _ROW_FLAGS) & _PENALTIES) != 0:
+    if (flags & _PENALTIES) != 0:
         slot = tl.load(row_ptr + _ROW_SLOT).to(tl.int64)
         counts = tl.load(counts_ptr + slot * vocab + ids, mask=ids < vocab, other=0)
         for before in range(place):
@@ -88,7 +91,6 @@ def process(
         logits = logits - load_float(record_ptr + _FREQUENCY) * times
         logits = logits - load_float(record_ptr + _PRESENCE) * tl.minimum(times, 1.0)
 
-    temperature = load_float(record_ptr + _TEMPERATURE)
     if temperature >= _GREEDY_TEMPERATURE:
         logits = logits * tl.div_rn(1.0, temperature)
     return logits

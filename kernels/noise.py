@@ -1,4 +1,5 @@
-"""The noise of a draw, in Triton: a hash of (seed, output index, token id), the same in every batch, slot and device.
+"""The noise of a draw, in Triton: a hash of (seed, output index, token or group id), the same in every batch, slot and
+device.
 
 Twin: `reference_draw.noise_key` and `reference_draw.gumbel`, which tell the hash's source and why it has this form.
 """
@@ -29,9 +30,9 @@ def noise_key(seed_low, seed_high, output_index):
 
 
 @triton.jit
-def gumbel(token_ids, first, second):
-    """Standard Gumbel noise of each token: # int32 [...] -> f32 [...]."""
-    x = token_ids.to(tl.uint32, bitcast=True) * 0x9E3779B1 + first
+def gumbel(ids, first, second):
+    """Standard Gumbel noise of each id: # int32 [...] -> f32 [...]."""
+    x = ids.to(tl.uint32, bitcast=True) * 0x9E3779B1 + first
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) ^ second
     x = (x ^ (x >> 15)) * 0x735A2D97
     x = x ^ (x >> 15)

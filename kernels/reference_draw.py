@@ -6,12 +6,19 @@ equal logits are in or out together, for top-k (all tokens equal to the k-th hig
 if the tokens strictly above it hold less than p of the mass that top-k left), and between equal scores the lowest token
 id wins.
 
-The draw is Gumbel-max: the token with the highest logit + noise, where the noise is a hash of (seed, output index,
-token id) alone. So it does not depend on the batch, the slot, padding, preemption, or on what was cut away. No softmax,
-no sort.
+The draw is Gumbel-max in two steps: among the groups of `GROUP` neighbouring tokens the one with the highest
+log(mass) + noise, in it the token with the highest logit + noise. That is a draw from the softmax (the groups' masses
+times the tokens' shares), for noise of 1/128 of the tokens. If the filters exclude that token, the next round draws
+with other noise from what can still be allowed: the tokens that reach the threshold of min-p and top-k, or, if that is
+reached, the tokens above the drawn one, which hold the whole top-p set. A draw from more than the allowed tokens,
+repeated until it is one of them, is a draw from them.
+
+All noise is a hash of (seed, output index, group or token id) alone. So a draw does not depend on the batch, the slot,
+padding or preemption. No softmax, no sort.
 """
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -21,7 +28,10 @@ from torch import Tensor
 from octavo.kernels import plan_format as fmt
 
 MASK32 = 0xFFFFFFFF
-NOISE_MAX = 22.25  # above every value of `gumbel`: -log(2^-32) = 22.18
+GROUP = 128  # tokens that the first step of a draw takes together
+# Ids that are hashed: tokens, from GROUP_NOISE on groups; those of round n follow n * ROUND_NOISE later, modulo 2^32.
+GROUP_NOISE = 1 << 20
+ROUND_NOISE = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -120,48 +130,51 @@ def draw(logits: Tensor, params: Draw) -> tuple[int, int]:
     peak = logits.amax().item()
     if peak == -math.inf:
         return -1, fmt.STATUS_MASKED
-    best = int(argmax_rows(logits[None])[0])
+    if peak == math.inf:
+        return -1, fmt.STATUS_NAN  # processed until it overflowed
     if params.greedy:
-        return best, fmt.STATUS_OK
-    key = noise_key(params)
+        return int(argmax_rows(logits[None])[0]), fmt.STATUS_OK
     threshold = -torch.finfo(torch.float32).max
     if params.min_p > 0:
         threshold = max(threshold, peak + math.log(params.min_p))
     if 0 < params.top_k < vocab:
         threshold = max(threshold, logits.topk(params.top_k, sorted=False).values.amin().item())
-    if params.top_p >= 1:
-        # The best token is in every set, so nothing further below its score than the largest noise can win.
-        own = gumbel(torch.tensor([best], dtype=torch.int32, device=logits.device), key).item()
-        threshold = max(threshold, peak + own - NOISE_MAX)
+    key, left, total = noise_key(params), logits, 0.0
+    if params.top_p < 1:
+        total = _mass(logits.masked_fill(logits < threshold, -math.inf), peak)
+    for number in itertools.count():
+        token = _draw_from(left, key, number)
+        logit = logits[token].item()
+        if logit < threshold:
+            left = logits.masked_fill(logits < threshold, -math.inf)
+            continue
+        if params.top_p >= 1:
+            break
+        left = logits.masked_fill(logits <= logit, -math.inf)
+        # So written that an empty rest, or a mass that is no number, ends the search.
+        ahead = _mass(left, peak)
+        if not (ahead > 0 and ahead >= params.top_p * total):
+            break
+    return token, fmt.STATUS_OK
 
-    token_ids, kept = _all_ids(vocab, logits.device), logits >= threshold
-    if int(kept.sum()) * 8 < vocab:
-        token_ids = kept.nonzero()[:, 0].int()
-        logits = logits[token_ids]
-    else:
-        logits = logits.masked_fill(~kept, -math.inf)
-    scores = logits + gumbel(token_ids, key)
-    if params.top_p >= 1:
-        return int(token_ids[argmax_rows(scores[None])[0]]), fmt.STATUS_OK
-    return int(token_ids[_first_in_nucleus(logits, scores, peak, params.top_p)]), fmt.STATUS_OK
+
+def _mass(logits: Tensor, peak: float) -> float:
+    return torch.exp(logits - peak).sum().item()
 
 
-def _first_in_nucleus(logits: Tensor, scores: Tensor, peak: float, top_p: float) -> int:
-    """Index of the highest score within the top-p set, without a sort.
-
-    If the highest score of all is in the set, it is the highest of the set; if not, the set lies strictly above its
-    logit, and the search goes on there. The mass outside the set is 1 - top_p, so the first is mostly the last.
-    """
-    weights = torch.exp(logits - peak)
-    wanted = top_p * weights.sum()
-    while True:
-        index = int(argmax_rows(scores[None])[0])
-        above = logits > logits[index]
-        mass = (weights * above).sum()
-        # So written that an empty rest, or weights that are not numbers, end the search too.
-        if not (mass >= wanted and mass > 0):
-            return index
-        scores = scores.masked_fill(~above, -math.inf)
+def _draw_from(logits: Tensor, key: tuple[int, int], number: int) -> int:
+    """The two steps of a draw from all logits that are not -inf; `number`: which round's noise."""
+    vocab, base = logits.shape[0], number * ROUND_NOISE
+    groups = torch.nn.functional.pad(logits, (0, -vocab % GROUP), value=-math.inf).view(-1, GROUP)
+    peaks = groups.amax(dim=1)
+    shifted = groups - peaks.clamp(min=-torch.finfo(torch.float32).max)[:, None]
+    scores = peaks + shifted.exp_().sum(dim=1).log_()
+    scores += gumbel(_all_ids(groups.shape[0], logits.device) + _signed((base + GROUP_NOISE) & MASK32), key)
+    first = int(argmax_rows(scores[None])[0]) * GROUP
+    own = logits[first : first + GROUP]
+    ids = _all_ids(vocab, logits.device)[first : first + GROUP]
+    scores = own + gumbel(ids + _signed(base & MASK32), key)
+    return first + int(argmax_rows(scores[None])[0])
 
 
 @functools.lru_cache(maxsize=4)
@@ -185,7 +198,7 @@ def noise_key(params: Draw) -> tuple[int, int]:
 
 
 def gumbel(token_ids: Tensor, key: tuple[int, int]) -> Tensor:
-    """Standard Gumbel noise of each token. token_ids int32 [n] -> [n] f32, from -2.8 to NOISE_MAX.
+    """Standard Gumbel noise of each id. token_ids int32 [n] -> [n] f32, from -2.8 to 22.2.
 
     The hash is Wellons' two-round `lowbias32` with the second key word added between the rounds; integer operations
     wrap, so all devices agree on it bit for bit. Its upper 31 bits become v in (0, 1), and the noise is -log(-log(1 -

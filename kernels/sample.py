@@ -1,10 +1,10 @@
 """`sample` in Triton: one pass over the logits, then one program a row that chooses, accepts drafts and advances the
 state.
 
-Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and keeps what a choice
-needs: the highest logit, the highest logit + noise, the mass, whether a number is sick, and the peak of every `SUB`
-tokens. Pass 2, `_choose_kernel`, one program a row: greedy and plain temperature are done with those figures, the
-filters (`filters.py`) read a few sub-tiles again.
+Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and keeps the peak and the
+mass of every group of `GROUP` tokens, in which a sick number becomes NaN. Pass 2, `_choose_kernel`, one program a row:
+the first step of a draw needs those figures only, the second reads one group again, the filters (`filters.py`) some. A
+batch that is greedy throughout keeps the highest logit of each tile instead.
 
 All sums have an order that depends on the vocabulary alone, so a row's draw is the same in any batch. Twin:
 `reference_step.sample`, with the rules for order and ties in `reference_draw.py`.
@@ -18,15 +18,22 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import plan_format as fmt
-from octavo.kernels.filters import search, top_k_threshold
+from octavo.kernels.filters import draw, draw_filtered, read_logits
 from octavo.kernels.logits import load_float, load_raw, process
 from octavo.kernels.logprobs import write_logprobs
-from octavo.kernels.noise import gumbel, noise_key
+from octavo.kernels.noise import noise_key
+from octavo.kernels.reference_draw import GROUP
 
-TILE = 2048  # tokens of one program of the first pass: 59 registers a thread with filters, so half of the SM's warps
-SEARCH_TILE = 4096  # tokens that one program of the second pass reads at a time
-SUB = 128  # tokens that share one kept peak
-KEPT = 1024  # logits that a row's top-k bisection holds in registers
+SUB = GROUP  # tokens that share one kept peak and mass
+TILE = 2048  # tokens of one program of the first pass
+SCAN_WARPS = 8
+# Penalties and biases take 61 registers a thread; at 40 nothing spills, and six programs share a multiprocessor.
+SCAN_REGISTERS = 40
+READ = 4096  # tokens that one program of the second pass reads at a time
+POOL_TILE = 2048  # the same where it puts them into a pool
+POOL = 8192  # logits that a row's pool holds
+CHOOSE_WARPS = 8
+CHOOSE_REGISTERS = 128  # two programs a multiprocessor, so that 256 rows are one wave
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
@@ -54,9 +61,12 @@ _RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
 
-# Planes of the per-tile figures [planes, num_logits, tiles].
-_BEST, _BEST_LOGIT, _PEAK, _MASS, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(6))
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+# Planes of the per-tile figures [planes, num_logits, tiles], and of the per-group ones [planes, num_logits, subs].
+_BEST, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(3))
 _BEST_ID, _SICK = (tl.constexpr(plane) for plane in range(2))
+_PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
 
 
 def sample(
@@ -70,33 +80,34 @@ def sample(
     tiles = triton.cdiv(vocab, TILE)
     subs = tiles * (TILE // SUB)
     device, with_logprobs = logits.device, plan.max_logprobs >= 0
-    tile_floats = torch.empty((6, num_logits, tiles), dtype=torch.float32, device=device)
+    tile_floats = torch.empty((3, num_logits, tiles), dtype=torch.float32, device=device)
     tile_ints = torch.empty((2, num_logits, tiles), dtype=torch.int32, device=device)
-    peaks = torch.empty((2, num_logits, subs), dtype=torch.float32, device=device)  # of processed and of raw logits
+    groups = torch.empty((3, num_logits, subs), dtype=torch.float32, device=device)
     rows_at, drafts_at, bias_at = plan.rows_offset // 4, plan.drafts_offset // 4, plan.bias_offset // 4
     # Pointers that no row will follow where the real thing is absent.
     counts = words if state.penalty_counts is None else state.penalty_counts
     mask_width = 0 if masks is None else masks.stride(0)
     masks = words if masks is None else masks
     _scan_kernel[(tiles, num_logits)](
-        logits, tile_floats, tile_ints, peaks, words, state.records, counts, masks,
+        logits, tile_floats, tile_ints, groups, words, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB,
-        num_warps=8, enable_fp_fusion=False,
+        num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
     listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
-    kept = torch.empty((num_rows, KEPT), dtype=torch.float32, device=device)
+    kept = torch.empty((num_rows, POOL), dtype=torch.float32, device=device)
+    left = torch.empty((num_rows, subs), dtype=torch.float32, device=device)
     _choose_kernel[(num_rows,)](
-        logits, tile_floats, tile_ints, peaks, listed, kept, words, state.records, state.last_token, counts, masks,
-        result,
+        logits, tile_floats, tile_ints, groups, listed, left, kept, words, state.records, state.last_token,
+        counts, masks, result,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         plan.result_width, tiles, subs,
         GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
-        TILE=SEARCH_TILE, SUB=SUB, KEPT=KEPT,
-        num_warps=1 if plan.all_greedy else 8, enable_fp_fusion=False,
+        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL,
+        num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
     )  # fmt: skip
     if with_logprobs:
-        raw_peaks, raw_tiles = peaks[1], tile_floats[_RAW_PEAK.value :]
+        raw_peaks, raw_tiles = groups[_RAW_SUB_PEAK.value], tile_floats[_RAW_PEAK.value :]
         write_logprobs(
             logits, raw_peaks, raw_tiles, words, rows_at, num_rows, num_decodes, length, vocab, plan.max_logprobs,
             result, plan.result_width, tile=TILE, sub=SUB,
@@ -110,13 +121,13 @@ def sample_peak_rehearsal(logits: Tensor) -> None:
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, TILE)
     counts = torch.empty((rows + 1, vocab), dtype=torch.int32, device=logits.device)
-    figures = torch.empty((rows, 8 * tiles + 3 * tiles * (TILE // SUB) + KEPT), device=logits.device)
+    figures = torch.empty((rows, 5 * tiles + 5 * tiles * (TILE // SUB) + POOL), device=logits.device)
     del counts, figures
 
 
 @triton.jit(do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits"])
 def _scan_kernel(
-    logits_ptr, tile_floats_ptr, tile_ints_ptr, peaks_ptr, words_ptr, records_ptr, counts_ptr, masks_ptr,
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, words_ptr, records_ptr, counts_ptr, masks_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
@@ -126,13 +137,13 @@ def _scan_kernel(
     tiles = tl.num_programs(0)
     SUBS_OF_TILE: tl.constexpr = TILE // SUB
     ids = tile * TILE + tl.arange(0, TILE)
-    raw = load_raw(logits_ptr + index.to(tl.int64) * logits_stride, ids, vocab)
-    sick = (raw < float("inf")) == 0  # NaN or +inf
+    sub = (index * tiles + tile) * SUBS_OF_TILE + tl.arange(0, SUBS_OF_TILE)
+    given = load_raw(logits_ptr + index.to(tl.int64) * logits_stride, ids, vocab)
+    sick = (given < float("inf")) == 0  # NaN or +inf
     # They would make what follows undefined. The row is only reported, whatever that is.
-    raw = tl.where(sick, -float("inf"), raw)
+    raw = tl.where(sick, -float("inf"), given)
     at = index * tiles + tile
     plane = num_logits * tiles
-    tl.store(tile_ints_ptr + _SICK * plane + at, tl.max(sick.to(tl.int32), 0))
 
     if WITH_LOGPROBS:
         raw_peak = tl.max(raw, 0)
@@ -140,63 +151,44 @@ def _scan_kernel(
         tl.store(tile_floats_ptr + _RAW_PEAK * plane + at, raw_peak)
         tl.store(tile_floats_ptr + _RAW_MASS * plane + at, raw_mass)
         raw_peaks = tl.max(tl.reshape(raw, [SUBS_OF_TILE, SUB]), 1)
-        tl.store(peaks_ptr + (plane + at) * SUBS_OF_TILE + tl.arange(0, SUBS_OF_TILE), raw_peaks)
+        tl.store(groups_ptr + _RAW_SUB_PEAK * plane * SUBS_OF_TILE + sub, raw_peaks)
 
     if GREEDY:
-        _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, raw, ids)
+        tl.store(tile_ints_ptr + _SICK * plane + at, tl.max(sick.to(tl.int32), 0))
+        best = tl.max(raw, 0)
+        token = tl.min(tl.where(raw == best, ids, _NO_TOKEN), 0)
+        tl.store(tile_floats_ptr + _BEST * plane + at, best)
+        tl.store(tile_ints_ptr + _BEST_ID * plane + at, token)
     else:
         in_decodes = index < num_decodes * length
         row = tl.where(in_decodes, index // length, index - num_decodes * (length - 1))
         place = tl.where(in_decodes, index % length, 0)
         row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+        record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
         if (tl.load(row_ptr + _ROW_FLAGS) & _SAMPLE) != 0:
-            record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
             logits = process(
                 raw, ids, row_ptr, record_ptr, words_ptr + bias_at, words_ptr + drafts_at + row * (length - 1),
                 counts_ptr, masks_ptr, mask_width, vocab, place,
             )  # fmt: skip
-            if load_float(record_ptr + _TEMPERATURE) < _GREEDY_TEMPERATURE:
-                _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, logits, ids)
-            else:
-                output_index = tl.load(record_ptr + _OUTPUT_INDEX) + place
-                first, second = noise_key(
-                    tl.load(record_ptr + _SEED_LOW), tl.load(record_ptr + _SEED_HIGH), output_index
-                )
-                scores = logits + gumbel(ids, first, second)
-                winner = _store_best(tile_floats_ptr + at, tile_ints_ptr + at, plane, scores, ids)
-                filtered = load_float(record_ptr + _TOP_P) < 1
-                filtered = filtered | (tl.load(record_ptr + _TOP_K) > 0) | (load_float(record_ptr + _MIN_P) > 0)
-                if filtered:
-                    peak = tl.max(logits, 0)
-                    mass = tl.sum(tl.exp(logits - tl.maximum(peak, _LOWEST)), 0)
-                    winner_logit = tl.max(tl.where(ids == winner, logits, -float("inf")), 0)
-                    tl.store(tile_floats_ptr + _PEAK * plane + at, peak)
-                    tl.store(tile_floats_ptr + _MASS * plane + at, mass)
-                    tl.store(tile_floats_ptr + _BEST_LOGIT * plane + at, winner_logit)
-                    sub_peaks = tl.max(tl.reshape(logits, [SUBS_OF_TILE, SUB]), 1)
-                    tl.store(peaks_ptr + at * SUBS_OF_TILE + tl.arange(0, SUBS_OF_TILE), sub_peaks)
-
-
-@triton.jit
-def _store_best(tile_floats_ptr, tile_ints_ptr, plane, values, ids):
-    """Stores the tile's highest value and the lowest token that has it; returns the token."""
-    best = tl.max(values, 0)
-    token = tl.min(tl.where(values == best, ids, _NO_TOKEN), 0)
-    tl.store(tile_floats_ptr + _BEST * plane, best)
-    tl.store(tile_ints_ptr + _BEST_ID * plane, token)
-    return token
+            # Within a group all is done inside of one warp: nothing waits.
+            logits = tl.reshape(tl.where(sick, float("nan"), logits), [SUBS_OF_TILE, SUB])
+            peaks = tl.max(logits, 1)  # of a sick group it may be anything
+            shift = tl.maximum(peaks, _LOWEST)[:, None]
+            masses = tl.sum(tl.exp2((logits - shift) * _LOG2_E), 1)
+            tl.store(groups_ptr + sub, peaks)
+            tl.store(groups_ptr + plane * SUBS_OF_TILE + sub, masses)
 
 
 @triton.jit(
     do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits", "result_width"]
 )
 def _choose_kernel(
-    logits_ptr, tile_floats_ptr, tile_ints_ptr, peaks_ptr, listed_ptr, kept_ptr, words_ptr, records_ptr,
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, listed_ptr, left_ptr, kept_ptr, words_ptr, records_ptr,
     last_token_ptr, counts_ptr, masks_ptr, result_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     result_width, tiles, subs,
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
-    TILE: tl.constexpr, SUB: tl.constexpr, KEPT: tl.constexpr,
+    READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
     row = tl.program_id(0)
@@ -216,55 +208,56 @@ def _choose_kernel(
     status = tl.where(alive, _STATUS_OK, _STATUS_NO_SAMPLE)
     num_valid = 0
     last = -1
-    tile_lane = tl.arange(0, TILES)
-    in_tiles = tile_lane < tiles
     plane = num_logits * tiles
     while alive:
-        at = (first_index + num_valid) * tiles + tile_lane
-        tile_bests = tl.load(tile_floats_ptr + _BEST * plane + at, mask=in_tiles, other=-float("inf"))
-        tile_tokens = tl.load(tile_ints_ptr + _BEST_ID * plane + at, mask=in_tiles, other=_NO_TOKEN)
-        sick = tl.max(tl.load(tile_ints_ptr + _SICK * plane + at, mask=in_tiles, other=0), 0)
-        best = tl.max(tile_bests, 0)
-        token = tl.min(tl.where(tile_bests == best, tile_tokens, _NO_TOKEN), 0)
-        status = tl.where(best == -float("inf"), _STATUS_MASKED, _STATUS_OK)
-        status = tl.where(sick != 0, _STATUS_NAN, status)
+        index = first_index + num_valid
+        if GREEDY:
+            tile_lane = tl.arange(0, TILES)
+            in_tiles = tile_lane < tiles
+            at = index * tiles + tile_lane
+            tile_bests = tl.load(tile_floats_ptr + _BEST * plane + at, mask=in_tiles, other=-float("inf"))
+            tile_tokens = tl.load(tile_ints_ptr + _BEST_ID * plane + at, mask=in_tiles, other=_NO_TOKEN)
+            sick = tl.max(tl.load(tile_ints_ptr + _SICK * plane + at, mask=in_tiles, other=0), 0) != 0
+            peak = tl.max(tile_bests, 0)
+            token = tl.min(tl.where(tile_bests == peak, tile_tokens, _NO_TOKEN), 0)
+        else:
+            sub = tl.arange(0, SUBS)
+            sub_peaks = tl.load(groups_ptr + index * subs + sub, mask=sub < subs, other=-float("inf"))
+            masses = tl.load(groups_ptr + (num_logits + index) * subs + sub, mask=sub < subs, other=0.0)
+            sick = tl.max((masses != masses).to(tl.int32), 0) != 0
+            peak = tl.max(sub_peaks, 0)
+            token = -1
+        status = tl.where(peak == -float("inf"), _STATUS_MASKED, _STATUS_OK)
+        status = tl.where(sick, _STATUS_NAN, status)
         if not GREEDY:  # noqa: SIM102 - decided when compiled, the inner one when run
-            if (status == _STATUS_OK) & (load_float(record_ptr + _TEMPERATURE) >= _GREEDY_TEMPERATURE):
-                top_k = tl.load(record_ptr + _TOP_K)
-                top_p = load_float(record_ptr + _TOP_P)
-                min_p = load_float(record_ptr + _MIN_P)
-                limited = (top_k > 0) & (top_k < vocab)
-                if limited | (top_p < 1) | (min_p > 0):
-                    index = first_index + num_valid
-                    source = (
-                        logits_ptr + index.to(tl.int64) * logits_stride, row_ptr, record_ptr, words_ptr + bias_at,
-                        drafts_ptr, counts_ptr, masks_ptr, mask_width, vocab, num_valid,
-                    )  # fmt: skip
-                    sub = tl.arange(0, SUBS)
-                    sub_peaks = tl.load(peaks_ptr + index * subs + sub, mask=sub < subs, other=-float("inf"))
-                    tile_peaks = tl.load(tile_floats_ptr + _PEAK * plane + at, mask=in_tiles, other=-float("inf"))
-                    tile_masses = tl.load(tile_floats_ptr + _MASS * plane + at, mask=in_tiles, other=0.0)
-                    tile_logits = tl.load(tile_floats_ptr + _BEST_LOGIT * plane + at, mask=in_tiles, other=0.0)
-                    token_logit = tl.max(tl.where(tile_tokens == token, tile_logits, -float("inf")), 0)
-                    peak = tl.max(tile_peaks, 0)
-                    total = tl.sum(tl.where(in_tiles, tile_masses * tl.exp(tile_peaks - peak), 0.0), 0)
-                    threshold = tl.full([], _LOWEST, tl.float32)
-                    if min_p > 0:
-                        threshold = peak + tl.log(min_p)
-                    if limited:
-                        threshold = top_k_threshold(
-                            source, sub_peaks, threshold, peak, top_k, listed_ptr + row * subs, kept_ptr + row * KEPT,
-                            TILE, SUB, KEPT, SUBS,
-                        )  # fmt: skip
+            if status == _STATUS_OK:
+                source = (
+                    logits_ptr + index.to(tl.int64) * logits_stride, row_ptr, record_ptr, words_ptr + bias_at,
+                    drafts_ptr, counts_ptr, masks_ptr, mask_width, vocab, num_valid,
+                )  # fmt: skip
+                if load_float(record_ptr + _TEMPERATURE) < _GREEDY_TEMPERATURE:
+                    group = tl.min(tl.where(sub_peaks == peak, sub, SUBS), 0)
+                    ids = group * SUB + tl.arange(0, SUB)
+                    token = tl.min(tl.where(read_logits(source, ids) == peak, ids, _NO_TOKEN), 0)
+                else:
                     first, second = noise_key(
                         tl.load(record_ptr + _SEED_LOW),
                         tl.load(record_ptr + _SEED_HIGH),
                         tl.load(record_ptr + _OUTPUT_INDEX) + num_valid,
                     )
-                    token = search(
-                        source, sub_peaks, token, token_logit, threshold, threshold > _LOWEST, top_p, peak, total,
-                        first, second, listed_ptr + row * subs, TILE, SUB, SUBS,
-                    )  # fmt: skip
+                    top_k = tl.load(record_ptr + _TOP_K)
+                    top_p = load_float(record_ptr + _TOP_P)
+                    min_p = load_float(record_ptr + _MIN_P)
+                    token, token_logit = draw(
+                        source, sub, sub_peaks + tl.log(masses), -float("inf"), 0, first, second, SUB
+                    )
+                    if ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0):
+                        token = draw_filtered(
+                            source, sub_peaks, token, token_logit, peak, tl.sum(masses * tl.exp(sub_peaks - peak), 0),
+                            top_k, top_p, min_p, first, second,
+                            listed_ptr + row * subs, left_ptr + row * subs, kept_ptr + row * POOL,
+                            READ, TILE, SUB, POOL, SUBS,
+                        )  # fmt: skip
 
         alive = False
         if status == _STATUS_OK:

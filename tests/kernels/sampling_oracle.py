@@ -20,15 +20,15 @@ def hash_words(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(15))
 
 
-def noise(vocab: int, seed: tuple[int, int], output_index: int) -> np.ndarray:
-    """Gumbel noise of every token in float64, from the documented hash."""
+def noise(ids: np.ndarray, seed: tuple[int, int], output_index: int) -> np.ndarray:
+    """Gumbel noise of each id in float64, from the documented hash."""
     low, high, index = (np.array([word], dtype=np.uint32) for word in (*seed, output_index))
     first = hash_words(index ^ hash_words(high ^ hash_words(low)))
     second = hash_words(
         (low + np.uint32(0x85EBCA6B))
         ^ hash_words((high + np.uint32(0xC2B2AE35)) ^ hash_words(index + np.uint32(0x27D4EB2F)))
     )
-    x = np.arange(vocab, dtype=np.uint32) * np.uint32(0x9E3779B1) + first
+    x = ids.astype(np.uint32) * np.uint32(0x9E3779B1) + first
     x = x ^ (x >> np.uint32(16))
     x = (x * np.uint32(0x21F0AAAD)) ^ second
     x = x ^ (x >> np.uint32(15))
@@ -58,11 +58,33 @@ def expected_token(logits: np.ndarray, enter: Enter, place: int = 0, *, least_ga
     way."""
     logits = logits.astype(np.float64)
     if enter.temperature < 1e-5:
-        scores = logits
-    else:
-        scaled = logits / enter.temperature
-        keep = allowed(scaled, enter.top_k, enter.top_p, enter.min_p)
-        scores = np.where(keep, scaled + noise(len(logits), enter.seed, enter.output_index + place), -np.inf)
+        return winner(logits, least_gap)
+    scaled = logits / enter.temperature
+    keep = allowed(scaled, enter.top_k, enter.top_p, enter.min_p)
+    ids, index, left = np.arange(len(logits)), enter.output_index + place, np.full(len(logits), True)
+    threshold = scaled[allowed(scaled, enter.top_k, 1.0, enter.min_p)].min()
+    for number in range(1000):
+        base, rest = 2**21 * number, np.where(left, scaled, -np.inf)
+        with np.errstate(divide="ignore"):
+            masses = [np.log(np.exp(rest[start : start + 128] - scaled.max()).sum()) for start in ids[::128]]
+        group = winner(np.array(masses) + noise(base + 2**20 + np.arange(len(masses)), enter.seed, index), least_gap)
+        if group is None:
+            return None
+        own = slice(128 * group, 128 * group + 128)
+        within = winner(rest[own] + noise(base + ids[own], enter.seed, index), least_gap)
+        if within is None:
+            return None
+        token = 128 * group + within
+        if keep[token]:
+            return token
+        left = scaled >= threshold if scaled[token] < threshold else scaled > scaled[token]
+    raise AssertionError("no end")
+
+
+def winner(scores: np.ndarray, least_gap: float) -> int | None:
+    """The index of the highest score, or None where another is closer than `least_gap`."""
+    if len(scores) == 1:
+        return 0
     best, second = np.sort(scores)[-1:-3:-1]
     return None if best - second < least_gap else int(scores.argmax())
 

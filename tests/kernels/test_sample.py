@@ -184,22 +184,32 @@ def test_same_draw_in_any_company(sampler):
     assert [together[order.index(row)] for row in range(many // 2)] == alone
 
 
-def test_draws_follow_the_distribution():
-    """Chi-square over 12,800 draws of one request with a fixed seed: consecutive output indices are independent."""
-    from tests.kernels.sampling_oracle import twin
+@pytest.mark.parametrize("spread", [1, 150], ids=["one group", "many groups"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str)
+def test_draws_follow_the_distribution(options, spread):
+    """Chi-square over draws of one request with a fixed seed: consecutive output indices are independent, both steps of
+    a draw have the right shares, and so has what is drawn instead of a token that the filters exclude."""
+    from tests.kernels.sampling_oracle import allowed, twin
 
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0, 0.0]]).expand(32, -1)
-    sampler = twin("cpu", 8)
-    rows, counts = [Row(slot) for slot in range(32)], np.zeros(8)
-    enters = [Enter(slot, temperature=0.8, seed=(123456789, 42), output_index=400 * slot) for slot in range(32)]
-    for _ in range(400):
-        counts += np.bincount(tokens_of(sampler.step(logits, rows, enters=enters)), minlength=8)
+    rounds, some = 50, torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0, 0.0])
+    logits = torch.full((32, 8 * spread), -math.inf)
+    logits[:, ::spread] = some
+    sampler = twin("cpu", 8 * spread)
+    rows, counts = [Row(slot) for slot in range(32)], np.zeros(8 * spread)
+    enters = [
+        Enter(slot, temperature=0.8, seed=(123456789, 42), output_index=rounds * slot, **options) for slot in range(32)
+    ]
+    for _ in range(rounds):
+        counts += np.bincount(tokens_of(sampler.step(logits, rows, enters=enters)), minlength=8 * spread)
         enters = []
-    expected = torch.softmax(logits[0] / 0.8, 0).numpy() * counts.sum()
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    assert (
-        statistic < 24.3
-    )  # 7 degrees of freedom: exceeded once in a thousand; the seed is fixed, so it never flickers
+    keep = allowed(some.numpy() / 0.8, options.get("top_k", 0), options.get("top_p", 1), options.get("min_p", 0))
+    expected = np.where(keep, torch.softmax(some / 0.8, 0).numpy(), 0)
+    expected *= counts.sum() / expected.sum()
+    counts = counts[::spread]
+    assert counts[~keep].sum() == 0
+    statistic = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
+    # 7 degrees of freedom at most: exceeded once in a thousand; the seed is fixed, so it never flickers
+    assert statistic < 24.3
 
 
 # ---- what is done to the logits ---------------------------------
