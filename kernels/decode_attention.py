@@ -32,7 +32,7 @@ def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.
     return first, tl.maximum(tl.cdiv(seq_len, TILE) - first, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # it changes from step to step: nothing may be compiled for it
 def _decode_attention_kernel(
     # pointers
     q_ptr,  # [R * QUERY_LEN, Hq, D]

@@ -381,7 +381,8 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     if block_d <= 128:
         # The published shape of FlashAttention-2 on Hopper: two warp groups of 64 rows each.
         return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 64, "num_warps": 8, "num_stages": 2}
+    # Two tiles a step, of keys and of values, two deep: 64 keys a tile would not fit the shared memory.
+    return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
 def prefill_attention(

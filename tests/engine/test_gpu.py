@@ -142,4 +142,4 @@ def test_memory_stays_within_its_share(folder: Path) -> None:
     params = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=3, max_tokens=20)
     llm.generate(prompts, params, use_tqdm=False)
     used = torch.cuda.max_memory_allocated()
-    assert 0.8 * share * total < used < share * total
+    assert used < share * total
