@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults lint fmt kernels-sm90 bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'

@@ -47,6 +47,9 @@ def check_w8a16(
     on[0] = torch.empty(tokens, size + 16, dtype=half, device=device)[:, :size].copy_(x)  # strided rows
     out = linear_8bit.linear_w8a16(*on)
     assert out.dtype == half and out.shape == (tokens, channels)
+    if isinstance(choose(dtype, False, tokens, channels, size), Library):
+        # The weights are rounded on their way to cuBLAS, so they are here.
+        weight, scale = twin.dequantize_rows(weight, scale, half), torch.ones(1)
     assert_close(out, twin.linear_w8a16(x, weight, scale, b))
 
 
