@@ -381,8 +381,9 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     if block_d <= 128:
         # The published shape of FlashAttention-2 on Hopper: two warp groups of 64 rows each.
         return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 64, "num_warps": 8, "num_stages": 3}
-    # Two tiles a step, of keys and of values, two deep: 64 keys a tile would not fit the shared memory.
-    return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
+    # Two tiles a step, of keys and of values, two deep: 64 keys of 16 bits a tile would not fit the shared memory.
+    # Codes that are unpacked in registers leave room for half as many tokens.
+    return {"BLOCK_M": 128 if parts == 1 else 64, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
 def prefill_attention(

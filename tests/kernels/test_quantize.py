@@ -63,6 +63,7 @@ def test_integers_round_half_to_even(device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 def test_nan_and_infinity_reach_the_scale(device, dtype) -> None:
     x = torch.ones(4, 600, device=device)
