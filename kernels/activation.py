@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.quantize import row_warps, scale_to_8_bits
 from octavo.kernels.reference_8bit import LARGEST
 
@@ -35,9 +36,8 @@ def _act_and_mul_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     if GELU:
@@ -64,9 +64,8 @@ def _silu_and_mul_quant_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
     q, scale = scale_to_8_bits(gate * tl.sigmoid(gate) * up, LARGEST, q_ptr.dtype.element_ty)
@@ -79,7 +78,7 @@ def _act_and_mul(x: Tensor, gelu: bool) -> Tensor:
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     if tokens:
         grid = (tokens, triton.cdiv(size, _BLOCK))
-        pdl = not x.is_cpu  # the interpreter knows no inline assembly
+        pdl = has_pdl(x.device)
         _act_and_mul_kernel[grid](
             x,
             out,
@@ -115,7 +114,7 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(size)
-        pdl = not x.is_cpu
+        pdl = has_pdl(x.device)
         _silu_and_mul_quant_kernel[(tokens,)](
             x,
             q,

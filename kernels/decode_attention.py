@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
 from octavo.kernels.kv_quant import component, part, value_headroom, words
-
-_MAX_UNITS = 65536
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
 
 @triton.jit
@@ -69,7 +69,8 @@ def _decode_attention_kernel(
     FORMAT: tl.constexpr,  # of codes (`kv_quant.py`), or ""
     PARTS: tl.constexpr,  # numbers a word of the cache: 1, 2 or 4
     HEADROOM: tl.constexpr,  # factor of V's scales
-    ON_GPU: tl.constexpr,  # may use assembly; starts while its predecessor ends, and lets its successor do so
+    ON_GPU: tl.constexpr,  # may use assembly
+    PDL: tl.constexpr,  # starts while its predecessor ends, and lets its successor do so
     BLOCK_R: tl.constexpr,  # a power of two >= R
     BLOCK_M: tl.constexpr,  # query rows a unit, padded for the matrix unit
     BLOCK_PARTIAL: tl.constexpr,  # the same, padded to a power of two only
@@ -85,9 +86,8 @@ def _decode_attention_kernel(
     WORDS: tl.constexpr = DIM // PARTS
     BLOCK_D: tl.constexpr = PARTS * BLOCK_W
     program = tl.program_id(0)
-    if ON_GPU:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
 
     # My stretch of the line of tiles, and the row it begins in.
     rows = tl.arange(0, BLOCK_R)
@@ -322,12 +322,6 @@ def _merge_pieces(
 
 
 @functools.cache
-def _arrivals(device: torch.device) -> Tensor:
-    """The counters of a device, zero between launches: every unit's last arrival resets its own."""
-    return torch.zeros(_MAX_UNITS, dtype=torch.int32, device=device)
-
-
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     # In the interpreter, which runs programs one after another, few; but enough that rows are both split and shared.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
@@ -394,12 +388,12 @@ def decode_attention(
     headroom = value_headroom(q.dtype, kv_cache.dtype)
     kv_cache, kv_format, parts = words(kv_cache)
     scales = q if kv_scales is None else kv_scales
-    on_gpu = not q.is_cpu
+    pdl = has_pdl(q.device)
     config = _config(query_len * group, dim, parts, kv_cache.element_size())
     units = num_rows * num_kv * triton.cdiv(query_len * group, config["BLOCK_M"])
-    if units > _MAX_UNITS:
+    if units > MAX_ARRIVALS:
         raise ValueError(
-            f"decode_attention: {units} units (rows x KV heads) exceed {_MAX_UNITS}; use fewer rows a step"
+            f"decode_attention: {units} units (rows x KV heads) exceed {MAX_ARRIVALS}; use fewer rows a step"
         )
     programs = config["PER_SM"] * _multiprocessors(q.device)
     pieces = (2 * programs, config["BLOCK_PARTIAL"])
@@ -416,7 +410,7 @@ def decode_attention(
         out,
         partial,
         partial_stats,
-        _arrivals(q.device),
+        arrivals(q.device),
         scale / soft_cap if soft_cap else scale * log2_e,
         soft_cap * log2_e,
         num_rows,
@@ -439,10 +433,11 @@ def decode_attention(
         kv_format,
         parts,
         headroom,
-        on_gpu,
+        not q.is_cpu,
+        pdl,
         max(16, triton.next_power_of_2(num_rows)),
         **config,
         enable_fp_fusion=True,
-        launch_pdl=on_gpu,
+        launch_pdl=pdl,
     )
     return out

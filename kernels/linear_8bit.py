@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.launch import has_pdl
 from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
 from octavo.kernels.quantize import dequantize_rows
 
@@ -354,7 +355,7 @@ def _launch(
     num_tokens, size = x.shape
     channels = weight.shape[0]
     out = torch.empty((num_tokens, channels), dtype=out_dtype, device=x.device)
-    pdl = 0 if x.is_cpu else config.pdl  # the interpreter knows no inline assembly
+    pdl = config.pdl if has_pdl(x.device) else 0
     even = size % config.block_k == 0
     options = {"num_warps": config.warps, "launch_pdl": pdl > 0}
     a_bias = out if bias is None else bias

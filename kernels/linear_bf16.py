@@ -13,7 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import linear_table
-from octavo.kernels.linear_int4 import INTERPRETED, arrivals, finish
+from octavo.kernels.arrivals import arrivals
+from octavo.kernels.launch import has_pdl
+from octavo.kernels.linear_int4 import finish
 
 
 @triton.jit
@@ -172,7 +174,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: li
     tokens, rows = out.shape
     depth = weight.shape[1]
     tiles = triton.cdiv(rows, plan.rows)
-    how = "plain" if INTERPRETED.value else plan.launch
+    how = plan.launch if has_pdl(x.device) else "plain"
     options = {"num_warps": plan.warps, "launch_pdl": how != "plain", "enable_fp_fusion": True}
     some_bias = x if bias is None else bias
     if plan.kernel == "row":

@@ -12,8 +12,6 @@ more: warps take rows and share the activations. Either can be split along k ove
 last adds the parts up in their order, so results do not depend on timing.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -21,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels import linear_table
+from octavo.kernels.arrivals import arrivals
 from octavo.kernels.int4_layout import Int4Weight
-
-_MAX_TILES = 65536  # output tiles of a launch that splits k; 256 KiB of counters a device
+from octavo.kernels.launch import has_pdl
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
@@ -47,7 +45,7 @@ _CONSTRAINTS = tl.constexpr(",".join(["=r"] * 8 + ["r"] * 6))
 _BF16_PLACES = tl.constexpr((tl.bfloat16,) * 8)
 _FP16_PLACES = tl.constexpr((tl.float16,) * 8)
 # Triton's interpreter has no inline assembly.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -66,7 +64,7 @@ def _unpack(words, zeros, dtype: tl.constexpr):
     Returns [.., 8 r, 4 c, U, 2 pair, 2 half, 2 upper row, 2 s].
     """
     low_zero, high_zero = zeros & 0xFF, zeros >> 8 & 0xFF
-    if INTERPRETED:
+    if _INTERPRETED:
         n0 = _place(words, low_zero, high_zero, 0, dtype)
         n1 = _place(words, low_zero, high_zero, 1, dtype)
         n2 = _place(words, low_zero, high_zero, 2, dtype)
@@ -388,12 +386,6 @@ def _dequantise_kernel(
     tl.store(out_ptrs, (numbers.to(tl.float32) * scale).to(dtype), mask=(row < N)[:, None])
 
 
-@functools.cache
-def arrivals(device: torch.device) -> Tensor:
-    """The counters of a device, zero between launches: every tile's last arrival resets its own."""
-    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=device)
-
-
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
     tokens, rows = out.shape
@@ -420,7 +412,7 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
         plan.tiles,
         plan.tokens,
     )
-    how = "plain" if INTERPRETED.value else plan.launch
+    how = plan.launch if has_pdl(x.device) else "plain"
     options = {"num_warps": plan.warps, "launch_pdl": how != "plain", "enable_fp_fusion": True}
     if plan.kernel == "slices":
         _slices_kernel[(tiles_n, plan.splits)](*arguments, plan.warps, plan.ahead, plan.splits, how, **options)

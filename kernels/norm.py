@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.quantize import scale_to_8_bits
 from octavo.kernels.reference_8bit import LARGEST
 
@@ -38,9 +39,8 @@ def _rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < HIDDEN
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
@@ -70,7 +70,7 @@ def _launch(
     scale = torch.empty(x.shape[0] if largest else 0, dtype=torch.float32, device=x.device)
     tokens, hidden = x.shape
     block = triton.next_power_of_2(hidden)
-    pdl = not x.is_cpu  # the interpreter knows no inline assembly
+    pdl = has_pdl(x.device)
     if tokens:
         _rms_norm_kernel[(tokens,)](
             x,

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.kv_quant import quantise
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
 # 1024 components a program (8 heads of 128) by 4 warps: 16-byte accesses, and 5 programs a token for 32/8 heads, so
 # one token spreads over several SMs and 2048 tokens make ten thousand programs.
@@ -158,9 +159,8 @@ def _rope_and_cache_kernel(
     QUANTISED: tl.constexpr,
     PDL: tl.constexpr,  # starts while its predecessor ends, and lets its successor do so
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     token = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     position = tl.load(positions_ptr + token).to(tl.int64)
@@ -255,7 +255,7 @@ def rope_and_cache(
     if tokens == 0:
         return
     scales = q if kv_scales is None else kv_scales
-    pdl = not q.is_cpu  # the interpreter knows no inline assembly
+    pdl = has_pdl(q.device)
     block_dim = triton.next_power_of_2(dim)
     heads = max(1, min(_COMPONENTS // block_dim, triton.next_power_of_2(num_q)))
     grid = (tokens, triton.cdiv(num_q, heads) + triton.cdiv(num_kv, heads))

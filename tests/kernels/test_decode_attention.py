@@ -114,7 +114,7 @@ def test_counters_reset_themselves(device, make_rows) -> None:
     q = torch.randn(2, 4, 64, device=device)
     for _ in range(2):
         check(rows, q, 1, 0, 0.0, TOLERANCE[torch.float32])
-    assert not kernels._arrivals(q.device).any()
+    assert not kernels.arrivals(q.device).any()
 
 
 def test_too_many_units(device) -> None:
