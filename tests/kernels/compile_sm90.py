@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -152,7 +152,18 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, An
         if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     launch_options = {name: value for name, value in options.items() if name not in fn.arg_names}
-    kernel = triton.compile(ASTSource(fn, signature, constants, attributes), target=TARGET, options=launch_options)
+    variant = repr((fn.fn.__module__, fn.fn.__name__, signature, constants, attributes, launch_options))
+    if variant not in _COMPILED:
+        source = ASTSource(fn, signature, constants, attributes)
+        _COMPILED[variant] = resources(triton.compile(source, target=TARGET, options=launch_options))
+    return _COMPILED[variant]
+
+
+_COMPILED: dict[str, dict[str, int]] = {}  # many shapes share a variant
+
+
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """What ptxas says a compiled kernel takes, and its matrix instructions."""
     with tempfile.TemporaryDirectory() as folder:
         (ptx := Path(folder) / "kernel.ptx").write_text(kernel.asm["ptx"])
         command = [get_ptxas(TARGET.arch).path, "-v", "--gpu-name=sm_90a", str(ptx), "-o", os.devnull]
@@ -169,22 +180,34 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, An
     }
 
 
-def main() -> None:
+def report(cases: Iterable[tuple[str, Callable[[], None]]], *, launches_a_case: int | None = 1) -> None:
+    """Calls each case that has all words of the command line in its name, compiles what it launches, and prints a line
+    a launch, or with `--json` one object. Raises if a case launches more or less than it says (None: any number, each
+    named after its kernel too).
+    """
     as_json = "--json" in sys.argv
     wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
     JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
-    table = {}
-    for name, call in cases():
-        if all(part in name for part in wanted):
-            launches.clear()
-            call()
-            ((fn, args, options),) = launches
+    table: dict[str, dict[str, int]] = {}
+    for case, call in cases:
+        if not all(part in case for part in wanted):
+            continue
+        launches.clear()
+        call()
+        if launches_a_case is not None and len(launches) != launches_a_case:
+            raise RuntimeError(f"{case}: {len(launches)} launches")
+        for fn, args, options in launches:
+            name = case if launches_a_case == 1 else f"{case}: {fn.fn.__name__}"
             table[name] = compile_launch(fn, args, options)
             if not as_json:
                 print(f"{name:75}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
     if as_json:
         print(json.dumps(table))
+
+
+def main() -> None:
+    report(cases())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,9 @@
 """Compiles the fused GEMVs for an H100 without one, as `compile_sm90.py` does the other ops."""
 
-import json
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from tests.kernels.compile_sm90 import TYPES, compile_launch, meta
-from triton.runtime.jit import JITFunction
+from tests.kernels.compile_sm90 import TYPES, meta, report
 
 from octavo.kernels import fused_gemv
 
@@ -26,22 +22,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    as_json = "--json" in sys.argv
-    wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
-    JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
-    table: dict[str, dict[str, int]] = {}
-    for name, call in cases():
-        if not all(part in name for part in wanted):
-            continue
-        launches.clear()
-        call()
-        ((fn, args, options),) = launches
-        table[name] = compile_launch(fn, args, options)
-        if not as_json:
-            print(f"{name:75}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
-    if as_json:
-        print(json.dumps(table))
+    report(cases())
 
 
 if __name__ == "__main__":

@@ -5,15 +5,12 @@ test of `test_compile_sm90.py` runs it with `--json`.
 """
 
 import itertools
-import json
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tests.kernels.compile_sm90 import TYPES, compile_launch, ints, meta
+from tests.kernels.compile_sm90 import TYPES, ints, meta, report
 from tests.kernels.plan_bytes import PENALTIES, SAMPLE, Enter, Row, write_plan
-from triton.runtime.jit import JITFunction
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.kernels import prepare, sample
@@ -51,23 +48,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def main() -> None:
-    as_json = "--json" in sys.argv
-    wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    launches: list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]] = []
-    JITFunction.run = lambda fn, *args, grid, warmup, **options: launches.append((fn, args, options))  # type: ignore
-    table: dict[str, dict[str, int]] = {}
-    for case, call in cases():
-        if not all(part in case for part in wanted):
-            continue
-        launches.clear()
-        call()
-        for fn, args, options in launches:
-            name = f"{case}: {fn.fn.__name__}"
-            table[name] = compile_launch(fn, args, options)
-            if not as_json:
-                print(f"{name:75}", *(f"{key} {value:6}" for key, value in table[name].items()), flush=True)
-    if as_json:
-        print(json.dumps(table))
+    report(cases(), launches_a_case=None)
 
 
 if __name__ == "__main__":
