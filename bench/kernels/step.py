@@ -8,7 +8,6 @@ Peers and goals: `peers.md` (vLLM's whole token at 256 tokens of context) and is
 """
 
 import importlib
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 import triton
-from bench.kernels.timing import BANDWIDTH
+from bench.kernels.timing import BANDWIDTH, milliseconds
 from tests.kernels.plan_bytes import Enter, Row, write_plan
 from torch import Tensor
 
@@ -180,22 +179,14 @@ class Step:
         return logits
 
 
-def milliseconds(step: Callable[[], object]) -> float:
+def step_milliseconds(step: Callable[[], object]) -> float:
     """Median device time of a step in a graph."""
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    times = []
-    for _ in range(15):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return milliseconds(graph, 15)
 
 
 def paths(step: Step, format_name: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
@@ -218,7 +209,7 @@ def main() -> None:
         step = Step(SHAPES[name], rows, linear, bytes_a_weight)
         floor = SHAPES[name].bytes(rows, bytes_a_weight) / BANDWIDTH * 1e3
         for path, run in paths(step, format_name):
-            ours = milliseconds(run)
+            ours = step_milliseconds(run)
             columns = [f"{figure:7.2f}" if figure is not None else f"{'-':>7}" for figure in (peer, goal)]
             met = "" if goal is None else " met" if ours <= goal else " missed"
             label = f"{name} {format_name} x {rows} {path}"

@@ -29,12 +29,17 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> float:
             for call in calls:
                 call()
     graph.replay()
+    return milliseconds(graph, 7) * 1e3 / (repeats * len(calls))
+
+
+def milliseconds(graph: torch.cuda.CUDAGraph, replays: int) -> float:
+    """Median device time of a graph's replay."""
     times = []
-    for _ in range(7):
+    for _ in range(replays):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / (repeats * len(calls)))
+        times.append(start.elapsed_time(end))
     return statistics.median(times)

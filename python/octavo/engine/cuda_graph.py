@@ -115,7 +115,7 @@ class StepGraphs:
         return plan.decode_query_len == 1 and shape_of(plan) in self._graphs
 
     def replay(self, plan: Plan) -> Tensor:
-        """Hidden states # [padded_rows, hidden_size] of the step whose inputs `prepare` has just filled."""
+        """Hidden states [padded_rows, hidden_size] of the step whose inputs `prepare` has just filled."""
         graph, hidden = self._graphs[shape_of(plan)]
         graph.replay()
         return hidden

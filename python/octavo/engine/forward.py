@@ -40,7 +40,7 @@ def step_context(
 
 
 def hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Tensor:
-    """Hidden states # [n, hidden_size] of all tokens of decode rows and of the last token of each prefill row."""
+    """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each prefill row."""
     set_context(context)
     tokens = context.slot_mapping[0].shape[0]
     hidden = model.forward(inputs.token_ids[:tokens], inputs.positions[:tokens])

@@ -83,7 +83,7 @@ class ModelRunner:
             device=device,
         )
         self.kv_caches: list[Tensor] = []
-        self.graphs: StepGraphs | None = None
+        self.graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=max_model_len)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class ModelRunner:
 
     def forward(self, plan: Plan) -> Tensor:
         """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
-        if self.graphs is not None and self.graphs.fits(plan):
+        if self.graphs.fits(plan):
             hidden = self.graphs.replay(plan)
         else:
             context = step_context(
@@ -169,7 +169,5 @@ class ModelRunner:
     @torch.inference_mode()
     def capture_graphs(self) -> None:
         """Captures one CUDA graph for each of `graph_sizes`' shapes."""
-        graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=self.max_model_len)
         for shape in self.graph_sizes.shapes():
-            graphs.capture(*shape)
-        self.graphs = graphs
+            self.graphs.capture(*shape)

@@ -32,7 +32,6 @@ class DeviceState:
     ) -> None:
         slots = max_num_seqs + 1
         self.vocab_size = vocab_size
-        self.max_num_seqs = max_num_seqs
         self.padding_slot = max_num_seqs
         self.block_table = torch.zeros((num_groups, slots, max_blocks), dtype=torch.int32, device=device)
         self.block_tables: list[Tensor] = list(self.block_table.unbind(0))  # per KV group [slots, max_blocks] int32
