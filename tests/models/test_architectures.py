@@ -77,12 +77,12 @@ PROMPT = [int(x) for x in torch.randint(3, 199, (41,), generator=torch.Generator
 OTHER = [int(x) for x in torch.randint(3, 199, (19,), generator=torch.Generator().manual_seed(2))]
 
 
-def make(case: str, folder: Path) -> torch.nn.Module:
+def make(case: str, folder: Path, **shape: Any) -> torch.nn.Module:
     """A random model whose biases and norms are random too: transformers starts them at constants that hide
     mistakes.
     """
     family, options = CASES[case]
-    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **options})
+    config = getattr(transformers, f"{family}Config")(**{**SHAPE, **options, **shape})
     torch.manual_seed(0)
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.layers.cpu_linear import widens_half
 from octavo.model_config import ModelError
@@ -305,8 +307,39 @@ def test_tokenizer_and_template_of_the_user_replace_the_models(
         load_model(EngineConfig(**options, chat_template="missing.jinja"), device=cpu)
     with pytest.raises(ModelError, match="no folder with a tokenizer"):
         load_model(EngineConfig(**{**options, "tokenizer": "missing"}), device=cpu)
-    with pytest.raises(ModelError, match="the tokenizer has 49152 tokens, but the model's vocab_size is 199"):
-        load(folder, tokenizer=str(smollm2_path))
+
+
+def byte_tokenizer(folder: Path, num_added: int) -> Tokenizer:
+    """`tokenizer.json` of 256 bytes and some added tokens, `<added 0>` and so on."""
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(f"<added {n}>", special=True) for n in range(num_added)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_in_prompts_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gemma 3 1B: 262,144 rows, and `<image_soft_token>` has id 262,144."""
+    make("llama-gqa-tied", tmp_path, vocab_size=257)
+    tokenizer = byte_tokenizer(tmp_path, 2)
+    assert tokenizer.token_to_id("<added 1>") == 257
+    llm = LLM(str(tmp_path), dtype="float32", device="cpu", max_num_seqs=2, max_num_batched_tokens=32)
+    assert "the tokenizer has 258 tokens, but the model's vocab_size is 257" in caplog.text
+    params = SamplingParams(max_tokens=2, ignore_eos=True)
+    assert len(llm.generate("a<added 0>", params, use_tqdm=False)[0].outputs[0].token_ids) == 2
+    with pytest.raises(ValueError, match="token id 257 at index 1, but ids must be from 0 to 256"):
+        llm.generate("a<added 1>", params, use_tqdm=False)
+
+
+def test_as_many_tokens_as_rows_is_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make("llama-gqa-tied", tmp_path, vocab_size=257)
+    byte_tokenizer(tmp_path, 1)
+    load(tmp_path)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "BPE"}}'])
