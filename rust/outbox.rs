@@ -121,7 +121,7 @@ impl Outbox {
         &mut self,
         id: RequestId,
         params: &SamplingParams,
-        num_prompt_tokens: u32,
+        prompt: &[u32],
         frames: Option<FrameTemplate>,
         now: f64,
     ) {
@@ -130,7 +130,7 @@ impl Outbox {
         let choices = (0..params.n)
             .map(|index| Choice {
                 text: tokenizer.map(|tokenizer| {
-                    let detokenizer = Detokenizer::new(Arc::clone(tokenizer), params.skip_special_tokens);
+                    let detokenizer = Detokenizer::new(Arc::clone(tokenizer), prompt, params.skip_special_tokens);
                     (detokenizer, StopMatcher::new(&stops, params.include_stop_str_in_output))
                 }),
                 stops: Arc::clone(&stops),
@@ -143,7 +143,7 @@ impl Outbox {
                 ended: false,
             })
             .collect();
-        let progress = Progress { num_prompt_tokens, added: now, ..Progress::default() };
+        let progress = Progress { num_prompt_tokens: prompt.len() as u32, added: now, ..Progress::default() };
         self.requests.insert(id, Outgoing { choices, frames, in_news: false, error: None, progress });
     }
 

@@ -4,7 +4,7 @@
 //! nobody waits for it; what is long (`wait`) runs detached and without it.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArrayMethods};
@@ -368,11 +368,10 @@ impl EngineCore {
         frames: Option<&Bound<'_, FrameTemplate>>,
     ) -> PyResult<u64> {
         let (prompt, params) = (prompt.get().ids(), &params.get().0);
-        let num_prompt_tokens = prompt.len() as u32;
         let mut state = self.lock();
-        let id = state.scheduler.add_request(prompt, params.clone(), priority, cache_salt, now)?;
+        let id = state.scheduler.add_request(Arc::clone(&prompt), params.clone(), priority, cache_salt, now)?;
         let frames = frames.map(|frames| frames.get().inner().clone());
-        state.outbox.open(id, params, num_prompt_tokens, frames, now);
+        state.outbox.open(id, params, &prompt, frames, now);
         drop(state);
         self.ring();
         Ok(id.0)

@@ -2,8 +2,8 @@
 //!
 //! Works on bytes, so that a character whose bytes are spread over several tokens is never cut: what is not yet a whole
 //! character waits (at most three bytes), what can never become one turns into U+FFFD as soon as that is certain, and
-//! `finish` turns the rest into U+FFFD. The joined output therefore equals [`Tokenizer::decode`] of all tokens, and a
-//! token costs the same whatever came before it.
+//! `finish` turns the rest into U+FFFD. The joined output therefore equals what [`Tokenizer::decode`] of prompt and output
+//! adds to that of the prompt, and a token costs the same whatever came before it.
 //!
 //! Knows nothing of stop strings or of requests.
 
@@ -19,7 +19,7 @@ const MAX_PENDING: usize = 3;
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special: bool,
-    /// The tokenizer's decoder drops one leading space, and no text has been seen yet.
+    /// The tokenizer's decoder drops one leading space, and there is no text yet, not even in the prompt.
     drop_space: bool,
     /// First bytes of a character whose other bytes are still to come.
     pending: [u8; MAX_PENDING],
@@ -27,9 +27,14 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// A detokeniser at the start of a sequence. `skip_special` leaves special tokens out of the text.
-    pub fn new(tokenizer: Arc<Tokenizer>, skip_special: bool) -> Self {
-        let drop_space = tokenizer.drops_leading_space();
+    /// A detokeniser of what follows `prompt`. `skip_special` leaves special tokens out of the text.
+    ///
+    /// Of the prompt it only matters whether it has text: the first space of a text is the tokenizer's own, the first
+    /// space of what continues a text belongs to it.
+    pub fn new(tokenizer: Arc<Tokenizer>, prompt: &[u32], skip_special: bool) -> Self {
+        let is_silent =
+            |&token: &u32| (skip_special && tokenizer.is_special(token)) || tokenizer.token_bytes(token).is_empty();
+        let drop_space = tokenizer.drops_leading_space() && prompt.iter().rev().all(is_silent);
         Self { tokenizer, skip_special, drop_space, pending: [0; MAX_PENDING], num_pending: 0 }
     }
 
@@ -108,7 +113,7 @@ mod tests {
         fn joined_stream_is_the_lossy_decoding(ids in prop::collection::vec(
             prop_oneof![0u32..128, 0xC0u32..0x100, 0x80u32..0xC0, Just(0xE2), Just(0xF0), Just(0x9F)], 0..60))
         {
-            let mut detokenizer = Detokenizer::new(Arc::new(Tokenizer::bytes_only(256)), true);
+            let mut detokenizer = Detokenizer::new(Arc::new(Tokenizer::bytes_only(256)), &[], true);
             let mut text = String::new();
             let bytes: Vec<u8> = ids.iter().map(|&id| id as u8).collect();
             for (i, &id) in ids.iter().enumerate() {
@@ -175,7 +180,7 @@ mod tests {
     proptest! {
         #[test]
         fn tokens_of_broken_characters_join_as_one_text(ids in prop::collection::vec(0u32..10, 0..20)) {
-            let mut detokenizer = Detokenizer::new(Arc::new(byte_level()), true);
+            let mut detokenizer = Detokenizer::new(Arc::new(byte_level()), &[], true);
             let mut text = String::new();
             for &id in &ids {
                 detokenizer.push(id, &mut text);
@@ -186,18 +191,20 @@ mod tests {
         }
 
         #[test]
-        fn joined_stream_is_the_full_decode(
+        fn joined_stream_continues_the_prompt(
+            // Whole characters: a broken one at the end of a prompt is no text that an output could complete.
+            prompt in prop::collection::vec(prop_oneof![0u32..6, Just(6 + 0x20), Just(9999)], 0..4),
             ids in prop::collection::vec(prop_oneof![0u32..6, (6u32 + 0x80)..(6 + 0x100), Just(6 + 0x20), Just(9999)], 0..30),
             skip: bool,
         ) {
             let tokenizer = Arc::new(sentence_piece());
-            let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), skip);
-            let mut text = String::new();
+            let mut detokenizer = Detokenizer::new(Arc::clone(&tokenizer), &prompt, skip);
+            let mut text = tokenizer.decode(&prompt, skip);
             for &id in &ids {
                 detokenizer.push(id, &mut text);
             }
             detokenizer.finish(&mut text);
-            prop_assert_eq!(text, tokenizer.decode(&ids, skip));
+            prop_assert_eq!(text, tokenizer.decode(&[prompt, ids].concat(), skip));
         }
     }
 }
