@@ -27,7 +27,7 @@ $(VENV)/.uv:
 $(VENV)/.built: $(VENV)/.uv $(SOURCES)
 	@echo "== installing the dependencies and building the extension (the first time takes a few minutes)"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python "maturin>=1.14,<2"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin develop --release --uv --extras uvloop
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin develop --release --uv --extras uvloop,hub
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.uv pyproject.toml

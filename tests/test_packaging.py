@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -36,3 +37,11 @@ def test_wheel_lists_the_kernels_and_is_small(wheel: Path) -> None:
     assert not any(name.startswith(("tests/", "bench/", "rust/")) for name in names)
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
     assert "-abi3-" in wheel.name
+
+
+def test_make_serve_installs_every_extra() -> None:
+    """A hub id must work after the README's first command."""
+    extras = re.search(r"optional-dependencies\]\n((?:\w+ = .*\n)+)", (REPOSITORY / "pyproject.toml").read_text())
+    installed = re.search(r"--extras (\S+)", (REPOSITORY / "Makefile").read_text())
+    assert extras is not None and installed is not None
+    assert set(installed[1].split(",")) == {line.split(" = ")[0] for line in extras[1].splitlines()} >= {"hub"}

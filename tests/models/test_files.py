@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,41 @@ def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ModelError, match=r"owner/name.*Name or service not known.*check the name and the network"):
         hub.download("owner/name")
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_hub_fetches_what_the_model_needs_and_no_second_copy(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    """Mistral's repositories hold the same weights once more, as `consolidated.safetensors`."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.utils import filter_repo_objects
+
+    byte_tokenizer(folder, 0)
+    needed = {"config.json", "generation_config.json", "tokenizer.json"}
+    needed |= {*shard(folder).values(), "model.safetensors.index.json"} if sharded else {"model.safetensors"}
+    (folder / "original").mkdir()
+    for name in ("consolidated.safetensors", "original/model.safetensors", "original/config.json", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"x")
+    if sharded:
+        (folder / "model.safetensors").write_bytes(b"x")
+    snapshot = tmp_path_factory.mktemp("hub") / "snapshots" / "c0ffee"
+    revisions = []
+
+    def download(model: str, *, revision: str | None = None, allow_patterns: list[str]) -> str:
+        revisions.append(revision)
+        snapshot.mkdir(parents=True, exist_ok=True)
+        paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        for path in filter_repo_objects(paths, allow_patterns=allow_patterns):
+            (snapshot / path).parent.mkdir(exist_ok=True)
+            shutil.copy(folder / path, snapshot / path)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert hub.download("owner/name") == snapshot
+    assert {path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()} == needed
+    assert revisions == [None, "c0ffee"]
+    assert load(snapshot).config.num_layers == 3
 
 
 def unpacks(content: bytes) -> Callable[[Path], Path]:

@@ -1,19 +1,24 @@
 """Models by hub id, through `huggingface_hub` (an optional extra) and its cache. Weights in safetensors only."""
 
+import glob
 import re
 from pathlib import Path
 
 from octavo.model_config import ModelError
+from octavo.weights.safetensors import INDEX, SINGLE, shard_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+_TEXTS = [
     "config.json",
     "generation_config.json",
-    "tokenizer*.json",
-    "*.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    INDEX,
 ]
+"""What a model's folder is read for besides its weights. Of those many repositories hold a second copy in another form
+(`consolidated.safetensors`, subfolders), so only what the index names is fetched.
+"""
 
 
 def is_hub_id(model: str) -> bool:
@@ -30,7 +35,14 @@ def download(model: str) -> Path:
             f"model {model!r}: not a local folder or .gguf file; for hub ids run: pip install 'octavo[hub]'"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=_WANTED))
+        folder = Path(huggingface_hub.snapshot_download(model, allow_patterns=_TEXTS))
+        index = folder / INDEX
+        weights = [glob.escape(name) for name in shard_names(index)] if index.exists() else [SINGLE]
+        # Of the same commit, should the repository change in between.
+        revision = folder.name if folder.parent.name == "snapshots" else None
+        return Path(huggingface_hub.snapshot_download(model, revision=revision, allow_patterns=weights))
+    except ModelError:
+        raise
     except Exception as error:  # the hub's and the HTTP client's many errors; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

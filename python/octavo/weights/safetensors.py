@@ -15,6 +15,7 @@ from torch import Tensor
 from octavo.model_config import ModelError, read_json
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
@@ -76,15 +77,24 @@ def text_model_name(stored: str) -> str | None:
     return stored
 
 
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, each a plain name. Raises `ModelError`."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise ModelError(f"{index}: weight_map: is not an object of file names")
+    names = sorted(set(table.values()))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file")
+    return names
+
+
 def find_shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder. Raises `ModelError` that names what is missing or unsafe."""
     index = folder / INDEX
     if index.exists():
-        table = read_json(index).get("weight_map")
-        if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
-            raise ModelError(f"{index}: weight_map: is not an object of file names")
-        return [_shard(folder, name, index) for name in sorted(set(table.values()))]
-    single = folder / "model.safetensors"
+        return [_shard(folder, name, index) for name in shard_names(index)]
+    single = folder / SINGLE
     if single.exists():
         return [_shard(folder, single.name, folder)]
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
@@ -98,8 +108,6 @@ def find_shards(folder: Path) -> list[Path]:
 
 def _shard(folder: Path, name: str, named_by: Path) -> Path:
     path = folder / name
-    if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-        raise ModelError(f"{named_by}: weight_map: {name!r} is not the plain name of a .safetensors file")
     if not path.is_file():
         raise ModelError(f"{path}: missing, but {named_by.name} names it")
     roots = [folder.resolve()]
