@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from octavo.config import EngineConfig
 from octavo.model_config import ModelError
 from octavo.weights.gguf import GgufSource, config_from_gguf, dequantise
 from octavo.weights.load import load_model
-from tests.models.harness import Runner, Sequence
+from tests.models import harness
+from tests.models.harness import Runner
 from tests.models.test_architectures import PROMPT, assert_close, make
 
 TYPES = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"]
@@ -71,9 +72,17 @@ ARCHITECTURES = {
 
 
 def write(
-    case: str, folder: Path, change: Callable[[dict[str, Any]], None] = lambda fields: None, extra_tokens: int = 0
+    case: str,
+    folder: Path,
+    change: Callable[[dict[str, Any]], None] = lambda fields: None,
+    extra_tokens: int = 0,
+    control: Sequence[str] = (),
+    ordinary: Sequence[str] = (),
 ) -> tuple[Any, Path]:
-    """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil the metadata."""
+    """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil the metadata.
+
+    control and ordinary: texts of the tokens from id 100 on.
+    """
     model = make(case, folder)
     config, arch = model.config, ARCHITECTURES[case]
     name = gguf.MODEL_ARCH_NAMES[arch]
@@ -100,10 +109,12 @@ def write(
     for key, value in fields.items():
         writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
     pieces = ["a", "b", "ab", *(f"t{index}" for index in range(3, config.vocab_size + extra_tokens))]
+    named = [*control, *ordinary]
+    pieces[100 : 100 + len(named)] = named
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(pieces)
-    writer.add_token_types([1] * len(pieces))
+    writer.add_token_types([3 if 100 <= index < 100 + len(control) else 1 for index in range(len(pieces))])
     writer.add_token_merges(["a b"])
     for key, tensor in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:
@@ -127,7 +138,7 @@ def write(
 def test_logits_from_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
     reference, path = write(case, tmp_path)
     loaded = load_model(EngineConfig(model=str(path), dtype="float32"), device=torch.device("cpu"))
-    (logits,) = Runner(loaded.model, torch.float32).step([], [(Sequence(0), PROMPT)])
+    (logits,) = Runner(loaded.model, torch.float32).step([], [(harness.Sequence(0), PROMPT)])
     with torch.inference_mode():
         assert_close(logits, reference(torch.tensor([PROMPT])).logits[0])
 
@@ -170,3 +181,26 @@ def test_vocabulary_of_another_length_than_the_embedding(extra: int, tmp_path: P
     _, path = write("llama-gqa-tied", tmp_path, extra_tokens=extra)
     with pytest.raises(ModelError, match=rf"model\.gguf.*{199 + extra}"):
         load_model(EngineConfig(model=str(path)), device=torch.device("cpu"))
+
+
+def test_end_tokens_are_found_by_key_and_by_text(tmp_path: Path) -> None:
+    """The texts that llama.cpp takes for ends (`special_eog_ids` in llama-vocab.cpp), where they are control tokens."""
+    control = ["<|eot_id|>", "<|start|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"]
+
+    def ends(**keys: int) -> set[int]:
+        named = {f"tokenizer.ggml.{key}_token_id": value for key, value in keys.items()}
+        _, path = write("llama-gqa-tied", tmp_path, lambda fields: fields.update(named), 0, control, ["<EOT>"])
+        found = load_model(EngineConfig(model=str(path), load_format="dummy"), device=torch.device("cpu")).eos_token_ids
+        assert len(set(found)) == len(found)
+        return set(found)
+
+    by_text = {100, 102, 103, 104, 105}
+    assert ends() == by_text
+    assert ends(eos=2) == by_text | {2}
+    assert ends(eos=102, eot=5) == by_text | {5}
+    assert ends(eot=5, eom=6) == by_text | {5, 6}
+
+
+def test_end_tokens_of_the_default_model(smollm2_path: Path) -> None:
+    config = EngineConfig(model=str(smollm2_path), load_format="dummy")
+    assert load_model(config, device=torch.device("cpu")).eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|>

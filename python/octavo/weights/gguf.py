@@ -49,8 +49,9 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
         "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in tensors,
     }
-    if "eos_token_id" in values and "tokenizer.ggml.eot_token_id" in metadata:
-        values["eos_token_id"] = [values["eos_token_id"], metadata["tokenizer.ggml.eot_token_id"]]
+    # More are found by their text (see `weights/text.py`).
+    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    values["eos_token_id"] = [token for token in ends if token is not None]
     rotary, head = metadata.get(f"{architecture}.rope.dimension_count"), values.get("head_dim")
     if head is None:
         heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")

@@ -130,6 +130,7 @@ def _load(
             text.tokenizer.vocab_size,
             config.vocab_size,
         )
+    ends = tuple(dict.fromkeys(config.eos_token_ids + text.end_token_ids))
     dtype = pick_dtype(wanted.dtype, config.checkpoint_dtype)
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
@@ -139,9 +140,7 @@ def _load(
         fill_with_random(model, device, wanted.seed)
     else:
         fill_model(model, source, device)
-    return LoadedModel(
-        model, config, dtype, text.tokenizer, text.chat_template, config.eos_token_ids, generation_defaults=defaults
-    )
+    return LoadedModel(model, config, dtype, text.tokenizer, text.chat_template, ends, generation_defaults=defaults)
 
 
 def pick_dtype(wanted: str, checkpoint: str | None) -> torch.dtype:

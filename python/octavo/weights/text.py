@@ -15,6 +15,20 @@ from octavo.model_config import ModelError, read_json
 if TYPE_CHECKING:
     from octavo import _core
 
+END_TOKENS = (
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+)
+"""Control tokens of GGUF files that end an answer whatever the file's keys say, as in llama.cpp: many files name only
+the token that ends a text, not the one that ends a turn.
+"""
+
 MAX_TEMPLATE_CHARACTERS = 1 << 20  # published templates stay under 30 KB
 
 
@@ -24,6 +38,7 @@ class Text:
 
     tokenizer: _core.Tokenizer | None = None
     chat_template: _core.ChatTemplate | None = None
+    end_token_ids: tuple[int, ...] = ()  # of the model's own vocabulary, recognised by their text
 
 
 def open_gguf(path: Path) -> _core.GgufFile:
@@ -44,6 +59,7 @@ class _Parts:
     template: str | None = None
     bos_token: str = ""
     eos_token: str = ""
+    end_token_ids: tuple[int, ...] = ()
 
 
 def read_text(place: Path | None, tokenizer: str | None, template: str | None) -> Text:
@@ -65,13 +81,13 @@ def read_text(place: Path | None, tokenizer: str | None, template: str | None) -
             own = replace(own, template=parts.template)
         else:
             where = str(path)
-        parts = own
+        parts = replace(own, end_token_ids=parts.end_token_ids)
     if template is not None:
         source, where = _given_template(template)
         parts = replace(parts, template=source)
     if parts.template is None:
-        return Text(parts.tokenizer)
-    return Text(parts.tokenizer, _compile(parts, where))
+        return Text(parts.tokenizer, end_token_ids=parts.end_token_ids)
+    return Text(parts.tokenizer, _compile(parts, where), parts.end_token_ids)
 
 
 def _read(place: Path) -> _Parts:
@@ -125,7 +141,9 @@ def _from_gguf(path: Path) -> _Parts:
         "" if token is None else tokenizer.id_to_token(token) or ""
         for token in (tokenizer.bos_token_id, tokenizer.eos_token_id)
     )
-    return _Parts(tokenizer, source if isinstance(source, str) else None, bos, eos)
+    special = tokenizer.special_tokens
+    ends = tuple(special[text] for text in END_TOKENS if text in special)
+    return _Parts(tokenizer, source if isinstance(source, str) else None, bos, eos, ends)
 
 
 def _from_folder(folder: Path) -> _Parts:
