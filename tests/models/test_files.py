@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +321,40 @@ def test_default_model_with_a_wrong_hash_is_refused(tmp_path: Path, monkeypatch:
     with pytest.raises(ModelError, match="sha256"):
         default_model.default_model_path()
     assert list((tmp_path / "octavo").iterdir()) == []
+
+
+def test_cached_default_model_is_hashed_once_and_fetched_again_when_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = b"the model"
+    hashed: list[bytes] = []
+    fetched: list[Path] = []
+
+    def sha256(path: Path) -> str:
+        hashed.append(path.read_bytes())
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def fetch(folder: Path) -> Path:
+        fetched.append(folder)
+        return unpacks(content)(folder)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(default_model, "_fetch", fetch)
+    monkeypatch.setattr(default_model, "_sha256", sha256)
+    monkeypatch.setattr(default_model, "NUM_BYTES", len(content))
+    monkeypatch.setattr(default_model, "SHA256", hashlib.sha256(content).hexdigest())
+    path = default_model.default_model_path()
+    assert default_model.default_model_path() == path and path.read_bytes() == content
+    assert (len(fetched), len(hashed)) == (1, 1)
+    path.write_bytes(b"The model")  # as long, but another
+    os.utime(path, ns=(1, 1))
+    assert default_model.default_model_path().read_bytes() == content
+    assert (len(fetched), hashed[1:]) == (2, [b"The model", content])
+    assert "fetching it again" in capsys.readouterr().err
+    # Put there by hand, or by a version that left no marker.
+    default_model._marker(path).unlink()
+    assert default_model.default_model_path() == default_model.default_model_path() == path
+    assert (len(fetched), len(hashed)) == (2, 4)
 
 
 def test_default_model_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

