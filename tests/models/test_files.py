@@ -414,6 +414,21 @@ def test_as_many_tokens_as_rows_is_no_warning(tmp_path: Path, caplog: pytest.Log
     assert not caplog.records
 
 
+def test_a_folder_without_tokenizer_says_so_at_once_and_in_each_text_request(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm = LLM(str(folder), dtype="float32", device="cpu", max_num_seqs=2, max_num_batched_tokens=32)
+    (warning,) = caplog.records
+    assert f"{folder}: no tokenizer.json" in warning.getMessage() and "--tokenizer" in warning.getMessage()
+    with pytest.raises(ValueError, match="this model has no tokenizer"):
+        llm.generate("text", use_tqdm=False)
+    caplog.clear()
+    load_model(EngineConfig(model="tiny", load_format="dummy"), device=torch.device("cpu"))
+    byte_tokenizer(folder, 0)
+    load(folder)
+    assert "no tokenizer.json" not in caplog.text
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"type": "BPE"}}'])
 def test_broken_tokenizer_json_is_named(folder: Path, text: str) -> None:
     (folder / "tokenizer.json").write_text(text)

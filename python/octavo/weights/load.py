@@ -130,6 +130,12 @@ def _load(
             text.tokenizer.vocab_size,
             config.vocab_size,
         )
+    if text.tokenizer is None and place is not None:
+        logger.warning(
+            "%s: no tokenizer.json: requests with text will be refused, only token ids are served; name a tokenizer "
+            "with --tokenizer",
+            place,
+        )
     ends = tuple(dict.fromkeys(config.eos_token_ids + text.end_token_ids))
     dtype = pick_dtype(wanted.dtype, config.checkpoint_dtype)
     shorter = wanted.max_model_len
