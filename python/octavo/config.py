@@ -81,7 +81,10 @@ class EngineConfig:
         None, "Requests that run at once; default: 256 on a GPU, 64 on a CPU.", parse=parse_count
     )
     max_num_batched_tokens: int | None = option(
-        None, "Tokens computed in one step; default: 8,192 on a GPU, 512 on a CPU.", parse=parse_count
+        None,
+        "Tokens computed in one step; default: 8,192 on a GPU, 512 on a CPU, and no less than --max-model-len without "
+        "chunked prefill.",
+        parse=parse_count,
     )
     max_waiting: int = option(
         1024,
@@ -183,8 +186,9 @@ class EngineConfig:
         """The same configuration with the values that depend on the kind of device filled in."""
         on_gpu = device == "cuda"
         max_num_seqs = self.max_num_seqs or (256 if on_gpu else 64)
-        # A step must be able to hold one token of every running request.
-        max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs)
+        # A step must be able to hold one token of every running request, and a whole prompt where none may be cut.
+        longest = 0 if self.enable_chunked_prefill else self.max_model_len or 0
+        max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs, longest)
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens = {max_num_batched_tokens}: must be at least max_num_seqs = {max_num_seqs}"
