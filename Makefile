@@ -19,7 +19,7 @@ dev: $(VENV)/.built $(VENV)/.dev ## the same set-up without serving, plus the to
 
 $(VENV)/.uv:
 	@echo "== making $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 

@@ -45,3 +45,20 @@ def test_make_serve_installs_every_extra() -> None:
     installed = re.search(r"--extras (\S+)", (REPOSITORY / "Makefile").read_text())
     assert extras is not None and installed is not None
     assert set(installed[1].split(",")) == {line.split(" = ")[0] for line in extras[1].splitlines()} >= {"hub"}
+
+
+def test_commands_of_the_readme_run_as_written() -> None:
+    """What `make serve` installed is in `.venv`, not on the path."""
+    readme = (REPOSITORY / "README.md").read_text()
+    commands = re.findall(
+        r"(?:^|`)((?:\S*/)?(?:octavo|python|pip)) (?:-m|serve|chat|generate|bench|install)\b", readme, re.M
+    )
+    assert len(commands) > 10
+    assert {command.rpartition("/")[0] for command in commands} == {".venv/bin"}
+
+
+def test_make_says_what_a_missing_venv_module_needs(tmp_path: Path) -> None:
+    command = ["make", "PYTHON=false", f"VENV={tmp_path}", f"{tmp_path}/.uv"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert result.returncode != 0 and "apt install python3-venv" in result.stderr
+    assert not (tmp_path / ".uv").exists()
