@@ -2,7 +2,7 @@
 bf16)."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,14 @@ def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned)
 
 
+@pytest.fixture(autouse=True)
+def return_large_memory() -> Iterator[None]:
+    """A test that took much of the card gives it back, so that the tests can run side by side."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > 2 << 30:
+        torch.cuda.empty_cache()
+
+
 @dataclass
 class PagedRows:
     """Rows with random keys and values scattered over a paged cache; everything outside their lengths is NaN."""
@@ -66,17 +74,16 @@ def make_rows(device: str) -> Callable[..., PagedRows]:
     ) -> PagedRows:
         random = torch.Generator().manual_seed(seed)
         rows = len(seq_lens)
-        max_blocks = max(-(-length // block_size) for length in seq_lens) + 1
-        num_blocks = rows * max_blocks + 1
+        counts = [-(-length // block_size) for length in seq_lens]
+        num_blocks = sum(counts) + 2  # with a null block, and one of NaN that fills the table
         cache = torch.full((num_blocks, 2, num_kv_heads, block_size, head_dim), float("nan"))
-        ids = torch.randperm(num_blocks - 1, generator=random) + 1
+        ids = (torch.randperm(num_blocks - 2, generator=random) + 1).int()
         slots = torch.randperm(rows + 2, generator=random)[:rows]
-        table = torch.full((rows + 2, max_blocks), num_blocks - 1, dtype=torch.int32)
-        for row, length in enumerate(seq_lens):
-            table[slots[row]] = ids[row * max_blocks : (row + 1) * max_blocks].int()
-            for start in range(0, length, block_size):
-                used = min(block_size, length - start)
-                block = int(table[slots[row], start // block_size])
+        table = torch.full((rows + 2, max(counts) + 1), num_blocks - 1, dtype=torch.int32)
+        for row, (length, own) in enumerate(zip(seq_lens, ids.split(counts), strict=True)):
+            table[slots[row], : len(own)] = own
+            for index, block in enumerate(own.tolist()):
+                used = min(block_size, length - index * block_size)
                 cache[block, :, :, :used] = torch.randn((2, num_kv_heads, used, head_dim), generator=random)
         return PagedRows(
             cache.to(device, dtype),

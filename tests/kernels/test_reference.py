@@ -15,6 +15,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """The definitions are written out on the CPU."""
+    return "cpu"
+
+
 def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert actual.isfinite().all()
     torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[actual.dtype], rtol=TOLERANCE[actual.dtype])
