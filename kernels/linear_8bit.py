@@ -12,9 +12,9 @@ output channels are the rows of the product, because there are always enough of 
 - `_tile_kernel`: 64 or more output channels a program, as the Hopper matrix unit wants them; K is split over
   programs, of which the last to arrive adds the parts in their order (so the answer never depends on the schedule).
 
-Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy engine brings;
-`torch._scaled_mm` serves fp8 with one scale for all, and weights without quantised activations are dequantised once
-for cuBLAS. `linear_8bit_table.py` says which kernel serves which shape.
+Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of int8 tiles that the copy engine brings;
+`torch._scaled_mm` serves fp8, and weights without quantised activations are dequantised once for cuBLAS.
+`linear_8bit_table.py` says which kernel serves which shape.
 """
 
 import torch
@@ -25,14 +25,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
-from octavo.kernels.launch import has_pdl
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
 from octavo.kernels.quantize import dequantize_rows
 
-# Hopper's fp8 products keep some 14 bits of a running sum: over 11,008 terms the error reached 3 % of the results'
-# spread.
-# After this many terms the sum is added to one in float32. Other types have none of this.
-_IMPRECISE = tl.constexpr(32)
+
+@triton.jit
+def _add_product(sums, a, b, BLOCK_K: tl.constexpr):
+    """sums + a @ b of tiles of BLOCK_K terms. Hopper's fp8 products keep some 14 bits of a running sum: over 11,008
+    terms the error reached 3 % of the results' spread. So a tile's fp8 sum, which starts at zero, is added in fp32.
+    """
+    if a.dtype.is_fp8():
+        return sums + tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)
+    return tl.dot(a, b, sums, out_dtype=sums.dtype)
 
 
 @triton.jit
@@ -85,10 +90,7 @@ def _gemv_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offset = tl.arange(0, BLOCK_K)
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
@@ -104,8 +106,7 @@ def _gemv_kernel(
             )
             x = tl.load(x_ptr + k + offset, mask=inside, other=0.0)
         sums += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
+    let_successor_start(PDL)
     out = tl.sum(sums, axis=1) * tl.load(weight_scale_ptr + n * weight_scale_stride, mask=n < N, other=0.0)
     if BIAS:
         out += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -145,34 +146,27 @@ def _warps_kernel(
     # One product a warp: Triton deals the first dimension of a batched product out to the warps.
     STRETCH: tl.constexpr = BLOCK_K // WARPS
     offset = tl.arange(0, WARPS)[:, None] * STRETCH + tl.arange(0, STRETCH)[None, :]
-    # Rows past the end read the last one, and are not stored: no masks in the loop.
+    # Channels past the end read the last one, and are not stored: no masks for weights in the loop. Absent tokens are
+    # masked: if all programs read one token in their place, they queue up for the same lines of the L2.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
-    x_rows = x_ptr + tl.minimum(m, num_tokens - 1).to(tl.int64) * x_stride
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    x_rows = x_ptr + m.to(tl.int64) * x_stride
+    wait_for_inputs(PDL)
     weight_pointers = weight_rows[None, :, None] + offset[:, None, :]
     x_pointers = x_rows[None, :, None] + offset[:, None, :]
+    present = (m < num_tokens)[None, :, None]
     WHOLE: tl.constexpr = X_SCALED and weight_ptr.dtype.element_ty == tl.int8
     sums = tl.zeros([WARPS, BLOCK_N, BLOCK_M], tl.int32 if WHOLE else tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             weight = tl.load(weight_pointers + k, eviction_policy="evict_first")
-            x = tl.load(x_pointers + k)
+            x = tl.load(x_pointers + k, mask=present, other=0.0)
         else:
             inside = (k + offset < K)[:, None, :]
             weight = tl.load(weight_pointers + k, mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_pointers + k, mask=inside, other=0.0)
-        sums = tl.dot(
-            weight.to(x.dtype),
-            tl.permute(x, (0, 2, 1)),
-            sums,
-            out_dtype=sums.dtype,
-            max_num_imprecise_acc=_IMPRECISE,
-        )
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
+            x = tl.load(x_pointers + k, mask=inside & present, other=0.0)
+        # Batched products multiply fp8 as fp16, so nothing is lost.
+        sums = tl.dot(weight.to(x.dtype), tl.permute(x, (0, 2, 1)), sums, out_dtype=sums.dtype)
+    let_successor_start(PDL)
     _finish(
         tl.sum(sums, axis=0).to(tl.float32),
         n,
@@ -227,28 +221,26 @@ def _tile_kernel(
     first = part * part_size
     end = tl.minimum(first + part_size, K)
     offset = tl.arange(0, BLOCK_K)
-    # Rows past the end read the last one, and are not stored: no masks in the loop.
+    # Channels past the end read the last one, and are not stored: no masks for weights in the loop. Absent tokens are
+    # masked: if all programs read one token in their place, they queue up for the same lines of the L2.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
-    x_rows = x_ptr + tl.minimum(m, num_tokens - 1).to(tl.int64) * x_stride
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    x_rows = x_ptr + m.to(tl.int64) * x_stride
+    wait_for_inputs(PDL)
     weight_pointers = weight_rows[:, None] + offset[None, :]
     x_pointers = x_rows[:, None] + offset[None, :]
+    present = (m < num_tokens)[:, None]
     WHOLE: tl.constexpr = X_SCALED and weight_ptr.dtype.element_ty == tl.int8
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.int32 if WHOLE else tl.float32)
     for k in tl.range(first, end, BLOCK_K, num_stages=STAGES):
         if EVEN_K:
             weight = tl.load(weight_pointers + k, eviction_policy="evict_first")
-            x = tl.load(x_pointers + k)
+            x = tl.load(x_pointers + k, mask=present, other=0.0)
         else:
             inside = (k + offset < K)[None, :]
             weight = tl.load(weight_pointers + k, mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_pointers + k, mask=inside, other=0.0)
-        sums = tl.dot(weight.to(x.dtype), tl.trans(x), sums, out_dtype=sums.dtype, max_num_imprecise_acc=_IMPRECISE)
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
+            x = tl.load(x_pointers + k, mask=inside & present, other=0.0)
+        sums = _add_product(sums, weight.to(x.dtype), tl.trans(x), BLOCK_K)
+    let_successor_start(PDL)
     total = sums.to(tl.float32)
     last = True
     if SPLIT:
@@ -307,10 +299,7 @@ def _matmul_kernel(
     BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    if PDL == 1:
-        tl.extra.cuda.gdc_launch_dependents()
+    wait_for_inputs(PDL)
     # Eight tiles of tokens share a tile of weights while it is in the L2.
     GROUP: tl.constexpr = 8
     tiles_m = tl.cdiv(num_tokens, BLOCK_M)
@@ -322,15 +311,8 @@ def _matmul_kernel(
     WHOLE: tl.constexpr = x_desc.dtype == tl.int8
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32 if WHOLE else tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        sums = tl.dot(
-            x_desc.load([first_m, k]),
-            weight_desc.load([first_n, k]).T,
-            sums,
-            out_dtype=sums.dtype,
-            max_num_imprecise_acc=_IMPRECISE,
-        )
-    if PDL == 2:
-        tl.extra.cuda.gdc_launch_dependents()
+        sums = _add_product(sums, x_desc.load([first_m, k]), weight_desc.load([first_n, k]).T, BLOCK_K)
+    let_successor_start(PDL)
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
     out = sums.to(tl.float32)
@@ -355,9 +337,9 @@ def _launch(
     num_tokens, size = x.shape
     channels = weight.shape[0]
     out = torch.empty((num_tokens, channels), dtype=out_dtype, device=x.device)
-    pdl = config.pdl if has_pdl(x.device) else 0
+    pdl = config.pdl and has_pdl(x.device)
     even = size % config.block_k == 0
-    options = {"num_warps": config.warps, "launch_pdl": pdl > 0}
+    options = {"num_warps": config.warps, "launch_pdl": pdl}
     a_bias = out if bias is None else bias
     x_scaled = x_scale is not None
     weight_scale_stride = 0 if weight_scale.numel() == 1 else 1
@@ -459,14 +441,18 @@ def _launch(
 
 
 # What takes over where torch or the copy engine cannot serve: at many tokens any shape, at any speed.
-_UNSERVED_BY_LIBRARY = Matmul(128, 128, 128, 8, 3, 0)
-_UNALIGNED = Tile(64, 64, 128, 4, 4, 1, 0)
+_UNSERVED_BY_LIBRARY = Matmul(128, 128, 128, 8, 3, False)
+_UNALIGNED = Tile(64, 64, 128, 4, 4, 1, False)
 
 
-def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor) -> bool:
-    """Whether `torch._scaled_mm` is the best there is: fp8, one scale for all of x and one for all of the weight."""
+def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether `torch._scaled_mm` takes these: fp8 whose rows start at multiples of 16 bytes; with scales by row it
+    needs a Hopper GPU and returns bf16 only.
+    """
     aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.is_contiguous()
-    return weight.dtype == torch.float8_e4m3fn and aligned and x_scale.numel() == 1 and weight_scale.numel() == 1
+    single = x_scale.numel() == 1 and weight_scale.numel() == 1
+    by_row = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0) and out_dtype == torch.bfloat16
+    return weight.dtype == torch.float8_e4m3fn and aligned and (single or by_row)
 
 
 def _descriptors_serve(x: Tensor, weight: Tensor) -> bool:
@@ -486,6 +472,9 @@ def _library(
 ) -> Tensor:
     if x_scale is None:
         return F.linear(x, dequantize_rows(weight, weight_scale, x.dtype), bias)
+    if x_scale.numel() > 1 or weight_scale.numel() > 1:
+        x_scale = x_scale.expand(x.shape[0]).contiguous().unsqueeze(1)
+        weight_scale = weight_scale.expand(weight.shape[0]).contiguous().unsqueeze(0)
     out = torch._scaled_mm(x, weight.t(), x_scale, weight_scale, out_dtype=out_dtype)
     return out if bias is None else out.add_(bias)
 
@@ -503,7 +492,7 @@ def _linear(
         return torch.empty((0, weight.shape[0]), dtype=out_dtype, device=x.device)
     arguments = (x, x_scale, weight, weight_scale, out_dtype, bias)
     if isinstance(config, Library):
-        if x_scale is None or _library_serves(x, x_scale, weight, weight_scale):
+        if x_scale is None or _library_serves(x, x_scale, weight, weight_scale, out_dtype):
             return _library(*arguments)
         config = _UNSERVED_BY_LIBRARY
     if isinstance(config, Matmul) and not _descriptors_serve(x, weight):

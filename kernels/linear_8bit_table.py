@@ -12,7 +12,7 @@ class Gemv(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    pdl: int  # 0: starts when its predecessor has ended; 1: its successor starts at once, 2: after the loop
+    pdl: bool  # starts while its predecessor ends, and lets its successor start once all weights are read
 
 
 class Warps(NamedTuple):
@@ -23,7 +23,7 @@ class Warps(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    pdl: int
+    pdl: bool
 
 
 class Tile(NamedTuple):
@@ -35,7 +35,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     parts: int
-    pdl: int
+    pdl: bool
 
 
 class Matmul(NamedTuple):
@@ -46,11 +46,11 @@ class Matmul(NamedTuple):
     block_k: int
     warps: int
     stages: int
-    pdl: int
+    pdl: bool
 
 
 class Library(NamedTuple):
-    """torch's product: of fp8 with one scale for all, of weights dequantised to the activations' dtype."""
+    """torch's product: of fp8 by fp8, and of weights dequantised to the activations' dtype."""
 
 
 Config = Gemv | Warps | Tile | Matmul | Library
@@ -71,23 +71,23 @@ class _Choice(NamedTuple):
 _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     (torch.int8, False): (
         # 1
-        _Choice(Warps(8, 16, 512, 2, 4, 1), Gemv(2, 1024, 1, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 2, 4, True), Gemv(2, 1024, 1, 4, True), {}),
         # 8
-        _Choice(Warps(8, 16, 512, 2, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 2, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
-        _Choice(Warps(16, 32, 512, 4, 4, 1), Warps(16, 32, 512, 4, 3, 1), {}),
+        _Choice(Warps(16, 32, 512, 4, 4, False), Warps(16, 32, 512, 4, 3, False), {}),
         # 32
         _Choice(
-            Tile(32, 64, 256, 4, 4, 2, 1),
-            Tile(32, 64, 128, 4, 4, 1, 1),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, 1), (22016, 4096): Warps(32, 64, 256, 4, 3, 1)},
+            Tile(32, 64, 256, 4, 4, 2, False),
+            Tile(32, 64, 128, 4, 4, 1, False),
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, False), (22016, 4096): Warps(32, 64, 256, 4, 3, False)},
         ),
         # 64
-        _Choice(Tile(64, 128, 128, 8, 4, 4, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
         # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        _Choice(Tile(128, 64, 128, 4, 4, 2, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
         # 256
-        _Choice(Tile(128, 64, 128, 4, 4, 1, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        _Choice(Tile(128, 64, 128, 4, 4, 1, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
         # 1024
         _Choice(Library(), Library(), {}),
         # 2048
@@ -95,23 +95,23 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     ),
     (torch.float8_e4m3fn, False): (
         # 1
-        _Choice(Gemv(4, 1024, 2, 4, 1), Gemv(4, 1024, 1, 3, 1), {}),
+        _Choice(Gemv(4, 1024, 2, 4, True), Gemv(4, 1024, 1, 3, True), {}),
         # 8
-        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
-        _Choice(Warps(16, 32, 512, 4, 4, 1), Warps(16, 32, 512, 4, 3, 1), {}),
+        _Choice(Warps(16, 32, 512, 4, 4, False), Warps(16, 32, 512, 4, 3, False), {}),
         # 32
         _Choice(
-            Tile(32, 64, 256, 4, 4, 2, 1),
-            Tile(32, 64, 128, 4, 4, 1, 1),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, 1), (22016, 4096): Warps(32, 64, 256, 4, 3, 1)},
+            Tile(32, 64, 256, 4, 4, 2, False),
+            Tile(32, 64, 128, 4, 4, 1, False),
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, False), (22016, 4096): Warps(32, 64, 256, 4, 3, False)},
         ),
         # 64
-        _Choice(Tile(64, 128, 128, 8, 4, 4, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
         # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        _Choice(Tile(128, 64, 128, 4, 4, 2, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
         # 256
-        _Choice(Tile(128, 64, 128, 4, 4, 1, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        _Choice(Tile(128, 64, 128, 4, 4, 1, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
         # 1024
         _Choice(Library(), Library(), {}),
         # 2048
@@ -119,59 +119,59 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     ),
     (torch.int8, True): (
         # 1
-        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 8
-        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
         _Choice(
-            Tile(16, 64, 512, 4, 3, 2, 1), Tile(16, 64, 256, 4, 4, 1, 1), {(12288, 4096): Warps(16, 32, 512, 4, 4, 1)}
+            Tile(16, 64, 512, 4, 3, 2, True),
+            Tile(16, 64, 256, 4, 4, 1, True),
+            {(12288, 4096): Warps(16, 32, 512, 4, 4, True)},
         ),
         # 32
-        _Choice(Tile(32, 64, 512, 4, 3, 2, 1), Tile(32, 64, 256, 4, 4, 1, 1), {}),
+        _Choice(Tile(32, 64, 512, 4, 3, 2, True), Tile(32, 64, 256, 4, 4, 1, True), {}),
         # 64
-        _Choice(Tile(64, 64, 256, 4, 4, 2, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        _Choice(Tile(64, 64, 256, 4, 4, 2, True), Tile(64, 64, 128, 4, 5, 1, True), {}),
         # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, 1), Matmul(128, 128, 128, 8, 5, 1), {}),
+        _Choice(Tile(128, 64, 128, 4, 4, 2, True), Matmul(128, 128, 128, 8, 5, True), {}),
         # 256
         _Choice(
-            Tile(128, 64, 128, 4, 4, 2, 1),
-            Matmul(128, 128, 128, 8, 5, 1),
-            {(4096, 4096): Tile(128, 128, 128, 8, 4, 1, 1)},
+            Tile(128, 64, 128, 4, 4, 2, True),
+            Matmul(128, 128, 128, 8, 5, True),
+            {(4096, 4096): Tile(128, 128, 128, 8, 4, 1, True)},
         ),
         # 1024
-        _Choice(Matmul(128, 128, 128, 8, 3, 1), Matmul(128, 128, 128, 8, 3, 1), {}),
+        _Choice(Matmul(128, 128, 128, 8, 3, True), Matmul(128, 128, 128, 8, 3, True), {}),
         # 2048
         _Choice(
-            Matmul(128, 256, 128, 8, 4, 1),
-            Matmul(128, 128, 128, 4, 3, 1),
-            {(4096, 4096): Matmul(128, 128, 128, 4, 3, 1)},
+            Matmul(128, 256, 128, 8, 4, True),
+            Matmul(128, 128, 128, 4, 3, True),
+            {(4096, 4096): Matmul(128, 128, 128, 4, 3, True)},
         ),
     ),
     (torch.float8_e4m3fn, True): (
         # 1
-        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 8
-        _Choice(Warps(8, 16, 512, 4, 4, 1), Warps(8, 16, 512, 4, 4, 1), {}),
+        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
         _Choice(
-            Tile(16, 64, 512, 4, 3, 2, 1), Tile(16, 64, 256, 4, 4, 1, 1), {(12288, 4096): Warps(16, 32, 512, 4, 4, 1)}
+            Tile(16, 64, 512, 4, 3, 2, True),
+            Tile(16, 64, 256, 4, 4, 1, True),
+            {(12288, 4096): Warps(16, 32, 512, 4, 4, True)},
         ),
         # 32
-        _Choice(Tile(32, 64, 512, 4, 3, 2, 1), Tile(32, 64, 256, 4, 4, 1, 1), {}),
+        _Choice(Tile(32, 64, 512, 4, 3, 2, True), Tile(32, 64, 256, 4, 4, 1, True), {}),
         # 64
-        _Choice(Tile(64, 64, 256, 4, 4, 2, 1), Tile(64, 64, 128, 4, 5, 1, 1), {}),
+        _Choice(Tile(64, 64, 256, 4, 4, 2, True), Tile(64, 64, 128, 4, 5, 1, True), {}),
         # 128
-        _Choice(Tile(128, 64, 256, 4, 3, 2, 1), Tile(128, 64, 128, 4, 4, 1, 1), {}),
+        _Choice(Library(), Library(), {}),
         # 256
-        _Choice(
-            Matmul(128, 64, 128, 4, 5, 1),
-            Matmul(128, 128, 128, 8, 3, 1),
-            {(22016, 4096): Matmul(128, 128, 128, 8, 5, 1)},
-        ),
+        _Choice(Library(), Library(), {}),
         # 1024
-        _Choice(Matmul(128, 128, 128, 8, 3, 1), Matmul(128, 128, 128, 8, 3, 1), {}),
+        _Choice(Library(), Library(), {}),
         # 2048
-        _Choice(Matmul(128, 128, 128, 8, 3, 1), Matmul(128, 128, 128, 8, 3, 1), {}),
+        _Choice(Library(), Library(), {}),
     ),
 }
 

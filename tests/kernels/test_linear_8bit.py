@@ -98,12 +98,12 @@ def test_no_tokens(device) -> None:
 
 
 CONFIGS = [
-    Gemv(block_n=4, block_k=128, warps=1, stages=3, pdl=1),
-    Warps(block_m=8, block_n=16, block_k=256, warps=4, stages=3, pdl=1),
-    Warps(block_m=16, block_n=32, block_k=128, warps=2, stages=2, pdl=0),
-    Matmul(block_m=64, block_n=32, block_k=64, warps=4, stages=3, pdl=0),
-    Tile(block_m=16, block_n=64, block_k=64, warps=4, stages=3, parts=1, pdl=0),
-    Tile(block_m=32, block_n=64, block_k=64, warps=4, stages=3, parts=3, pdl=2),
+    Gemv(block_n=4, block_k=128, warps=1, stages=3, pdl=True),
+    Warps(block_m=8, block_n=16, block_k=256, warps=4, stages=3, pdl=True),
+    Warps(block_m=16, block_n=32, block_k=128, warps=2, stages=2, pdl=False),
+    Matmul(block_m=64, block_n=32, block_k=64, warps=4, stages=3, pdl=False),
+    Tile(block_m=16, block_n=64, block_k=64, warps=4, stages=3, parts=1, pdl=False),
+    Tile(block_m=32, block_n=64, block_k=64, warps=4, stages=3, parts=3, pdl=True),
 ]
 
 
@@ -127,7 +127,7 @@ def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_library(device, monkeypatch, dtype, half, per_tensor) -> None:
-    """torch where it serves, else a kernel: int8 with quantised activations, fp16 with a scale a row."""
+    """torch where it serves, else a kernel: int8 with quantised activations, fp16 from a scale a row."""
     monkeypatch.setattr(linear_8bit, "choose", lambda *_: Library())
     for check in (check_w8a16, check_w8a8):
         check(device, (300, 512, 1024), dtype, half, bias=True, per_tensor=per_tensor)
