@@ -134,9 +134,8 @@ def test_values_that_depend_on_the_device() -> None:
 def test_a_step_holds_one_token_of_every_running_request() -> None:
     assert EngineConfig(max_num_seqs=1000).for_device("cpu").max_num_batched_tokens == 1000
     for chunked, given, budget in ((True, None, 512), (False, None, 4000), (False, 600, 600)):
-        config = EngineConfig(max_model_len=4000, max_num_batched_tokens=given, enable_chunked_prefill=chunked)
-        assert config.for_device("cpu").max_num_batched_tokens == budget
-    assert EngineConfig(enable_chunked_prefill=False, max_model_len=-1).for_device("cpu").max_num_batched_tokens == 512
+        config = EngineConfig(max_num_batched_tokens=given, enable_chunked_prefill=chunked)
+        assert config.for_device("cpu", 4000).max_num_batched_tokens == budget
     with pytest.raises(ValueError, match="max_num_batched_tokens = 10"):
         EngineConfig(max_num_seqs=20, max_num_batched_tokens=10).for_device("cpu")
 

@@ -182,12 +182,14 @@ class EngineConfig:
         """The name that clients see."""
         return self.served_model_name[0] if self.served_model_name else self.model
 
-    def for_device(self, device: Literal["cpu", "cuda"]) -> "EngineConfig":
-        """The same configuration with the values that depend on the kind of device filled in."""
+    def for_device(self, device: Literal["cpu", "cuda"], max_model_len: int = 0) -> "EngineConfig":
+        """The same configuration with the values that depend on the kind of device, and on the length of the longest
+        request where it is known already, filled in.
+        """
         on_gpu = device == "cuda"
         max_num_seqs = self.max_num_seqs or (256 if on_gpu else 64)
         # A step must be able to hold one token of every running request, and a whole prompt where none may be cut.
-        longest = 0 if self.enable_chunked_prefill else self.max_model_len or 0
+        longest = 0 if self.enable_chunked_prefill else max_model_len
         max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs, longest)
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(

@@ -130,6 +130,13 @@ def test_memory_that_holds_no_request_is_said_at_the_start() -> None:
         fitted.generate({"prompt_token_ids": [1] * longest}, SamplingParams(max_tokens=1), use_tqdm=False)
 
 
+def test_a_whole_prompt_is_one_step_without_chunked_prefill() -> None:
+    llm = LLM(**(TINY | {"max_model_len": None}), enable_chunked_prefill=False)
+    params = SamplingParams(max_tokens=1, ignore_eos=True)
+    (output,) = llm.generate([{"prompt_token_ids": [1] * 600}], params, use_tqdm=False)  # a CPU's step holds 512 tokens
+    assert len(output.outputs[0].token_ids) == 1
+
+
 async def test_a_dropped_iterator_frees_its_blocks() -> None:
     engine = AsyncEngine.from_config(EngineConfig(**TINY, enable_prefix_caching=False))
     try:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -83,12 +83,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
     """Loads and sizes everything. Raises `ValueError` naming the field or file for what the user can mend."""
     started = time.monotonic()
     device = pick_device(config.device)
-    config = config.for_device("cuda" if device.type == "cuda" else "cpu")
-    max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
-    block_size = known(config.block_size)
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    config.for_device(kind)  # what contradicts itself is refused before anything is loaded
     loaded = load_model(config, device=device)
     load_seconds = time.monotonic() - started
     max_model_len = pick_max_model_len(config, loaded)
+    config = config.for_device(kind, max_model_len)
+    max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
+    block_size = known(config.block_size)
     graph_sizes = GraphSizes()
     if device.type == "cuda" and not config.enforce_eager:
         graph_sizes = GraphSizes.ladder(
