@@ -41,7 +41,7 @@ test-rust: ## the core without Python
 	cargo test --release --quiet
 
 test-python: dev ## everything else, on the CPU
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
 	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
@@ -50,7 +50,8 @@ planted-faults: ## plant faults in a copy of the core, one by one: the simulatio
 	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)
 
 test-gpu: dev ## the kernels and the engine on a CUDA device
-	$(BIN)/python -m pytest -q -m gpu $(ARGS)
+	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves
+	$(BIN)/python -m pytest -q -m gpu tests/kernels -n auto --maxprocesses 16 $(ARGS)
 
 lint: dev ## ruff, mypy, stubtest, cargo fmt, clippy
 	$(BIN)/ruff check .

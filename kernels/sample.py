@@ -19,6 +19,7 @@ from torch import Tensor
 
 from octavo.kernels import plan_format as fmt
 from octavo.kernels.filters import draw, draw_filtered, read_logits
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.logits import load_float, load_raw, process
 from octavo.kernels.logprobs import write_logprobs
 from octavo.kernels.noise import noise_key
@@ -79,7 +80,7 @@ def sample(
     num_logits, vocab = num_decodes * length + num_rows - num_decodes, state.vocab_size
     tiles = triton.cdiv(vocab, TILE)
     subs = tiles * (TILE // SUB)
-    device, with_logprobs = logits.device, plan.max_logprobs >= 0
+    device, with_logprobs, pdl = logits.device, plan.max_logprobs >= 0, has_pdl(logits.device)
     tile_floats = torch.empty((3, num_logits, tiles), dtype=torch.float32, device=device)
     tile_ints = torch.empty((2, num_logits, tiles), dtype=torch.int32, device=device)
     groups = torch.empty((3, num_logits, subs), dtype=torch.float32, device=device)
@@ -91,8 +92,8 @@ def sample(
     _scan_kernel[(tiles, num_logits)](
         logits, tile_floats, tile_ints, groups, words, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
-        GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB,
-        num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False,
+        GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
+        num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
     listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
     kept = torch.empty((num_rows, POOL), dtype=torch.float32, device=device)
@@ -103,8 +104,9 @@ def sample(
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         plan.result_width, tiles, subs,
         GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
-        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL,
+        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL, PDL=pdl,
         num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
+        launch_pdl=pdl,
     )  # fmt: skip
     if with_logprobs:
         raw_peaks, raw_tiles = groups[_RAW_SUB_PEAK.value], tile_floats[_RAW_PEAK.value :]
@@ -129,9 +131,11 @@ def sample_peak_rehearsal(logits: Tensor) -> None:
 def _scan_kernel(
     logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, words_ptr, records_ptr, counts_ptr, masks_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
-    GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
+    GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (tile, row of logits). GREEDY: the plan's `all_greedy`, so nothing but the peak counts."""
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     tile = tl.program_id(0)
     index = tl.program_id(1)
     tiles = tl.num_programs(0)
@@ -188,9 +192,11 @@ def _choose_kernel(
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     result_width, tiles, subs,
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
-    READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr,
+    READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
+    let_successor_start(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     row_ptr = words_ptr + rows_at + row * _ROW_WORDS
     slot = tl.load(row_ptr + _ROW_SLOT)
