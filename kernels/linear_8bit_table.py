@@ -80,7 +80,7 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
         _Choice(
             Tile(32, 64, 256, 4, 4, 2, False),
             Tile(32, 64, 128, 4, 4, 1, False),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, False), (22016, 4096): Warps(32, 64, 256, 4, 3, False)},
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, False)},
         ),
         # 64
         _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
@@ -104,7 +104,7 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
         _Choice(
             Tile(32, 64, 256, 4, 4, 2, False),
             Tile(32, 64, 128, 4, 4, 1, False),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, False), (22016, 4096): Warps(32, 64, 256, 4, 3, False)},
+            {(4096, 4096): Warps(32, 32, 512, 4, 4, False)},
         ),
         # 64
         _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
@@ -119,21 +119,17 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     ),
     (torch.int8, True): (
         # 1
-        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
+        _Choice(Warps(8, 16, 512, 2, 4, True), Warps(8, 16, 512, 2, 4, True), {}),
         # 8
         _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
-        _Choice(
-            Tile(16, 64, 512, 4, 3, 2, True),
-            Tile(16, 64, 256, 4, 4, 1, True),
-            {(12288, 4096): Warps(16, 32, 512, 4, 4, True)},
-        ),
+        _Choice(Tile(16, 64, 512, 4, 3, 2, True), Tile(16, 64, 256, 4, 4, 1, True), {}),
         # 32
         _Choice(Tile(32, 64, 512, 4, 3, 2, True), Tile(32, 64, 256, 4, 4, 1, True), {}),
         # 64
         _Choice(Tile(64, 64, 256, 4, 4, 2, True), Tile(64, 64, 128, 4, 5, 1, True), {}),
         # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, True), Matmul(128, 128, 128, 8, 5, True), {}),
+        _Choice(Matmul(128, 64, 128, 4, 5, True), Matmul(128, 64, 128, 4, 4, True), {}),
         # 256
         _Choice(
             Tile(128, 64, 128, 4, 4, 2, True),
@@ -151,15 +147,11 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     ),
     (torch.float8_e4m3fn, True): (
         # 1
-        _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
+        _Choice(Warps(8, 16, 512, 2, 4, True), Warps(8, 16, 512, 2, 4, True), {}),
         # 8
         _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
         # 16
-        _Choice(
-            Tile(16, 64, 512, 4, 3, 2, True),
-            Tile(16, 64, 256, 4, 4, 1, True),
-            {(12288, 4096): Warps(16, 32, 512, 4, 4, True)},
-        ),
+        _Choice(Tile(16, 64, 512, 4, 3, 2, True), Tile(16, 64, 256, 4, 4, 1, True), {}),
         # 32
         _Choice(Tile(32, 64, 512, 4, 3, 2, True), Tile(32, 64, 256, 4, 4, 1, True), {}),
         # 64

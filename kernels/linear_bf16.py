@@ -82,8 +82,6 @@ def _slices_kernel(
     SPLITS: tl.constexpr,
     LAUNCH: tl.constexpr,
 ):
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
     ROUND: tl.constexpr = DEPTH * SLICES
     CHUNK: tl.constexpr = (K + SPLITS * ROUND - 1) // (SPLITS * ROUND) * ROUND
     tile_n = tl.program_id(0)
@@ -94,14 +92,6 @@ def _slices_kernel(
     k = split * CHUNK + tl.arange(0, SLICES)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
     weight_ptrs = weight_ptr + row[None, :, None].to(tl.int64) * weight_stride + k
     x_ptrs = x_ptr + token[None, :, None].to(tl.int64) * x_stride + k
-    if LAUNCH == "early":
-        # The weights do not wait for the launch before: 128-byte lines of the first few rounds go to the L2.
-        line = split * CHUNK + tl.arange(0, 32)[None, :] * 64
-        ahead = weight_ptr + row[:, None].to(tl.int64) * weight_stride + line
-        ahead = tl.where((row < N)[:, None] & (line < K), ahead, weight_ptr)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ahead], tl.int32, is_pure=False, pack=1
-        )
     if LAUNCH != "plain":
         tl.extra.cuda.gdc_wait()
     accumulator = tl.zeros((SLICES, ROWS, TOKENS), tl.float32)
@@ -114,7 +104,7 @@ def _slices_kernel(
         weights = tl.load(weight_ptrs + start, mask=row_inside, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptrs + start, mask=token_inside, other=0.0)
         accumulator = tl.dot(weights, tl.permute(x, (0, 2, 1)), accumulator)
-    if LAUNCH == "late":
+    if LAUNCH != "plain":
         tl.extra.cuda.gdc_launch_dependents()
     total = tl.sum(accumulator, 0)
     finish(total, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS)

@@ -14,7 +14,7 @@ DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the i
 PLANS = [
     Bf16Plan("row", rows=4, tokens=1, splits=1, warps=4, depth=128),
     Bf16Plan("slices", rows=16, tokens=8, splits=1, warps=2, depth=32, ahead=2),
-    Bf16Plan("slices", rows=32, tokens=16, splits=2, warps=4, depth=64, ahead=2, launch="early"),
+    Bf16Plan("slices", rows=32, tokens=16, splits=2, warps=4, depth=64, ahead=2, launch="late"),
     Bf16Plan("tiles", rows=64, tokens=16, splits=1, warps=4, depth=64, ahead=3),
     Bf16Plan("tiles", rows=64, tokens=32, splits=3, warps=4, depth=128, ahead=2, launch="late"),
 ]
