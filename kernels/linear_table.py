@@ -130,6 +130,11 @@ def bf16_plan(tokens: int, rows: int, depth: int) -> Bf16Plan | None:
     return _nearest(_BF16, tokens, rows, depth)
 
 
+def bf16_token_limits() -> list[int]:
+    """The numbers of tokens beyond which `bf16_plan` may answer differently, rising."""
+    return sorted({most for entry in _BF16.values() for most, _ in entry})
+
+
 def lines() -> list[str]:
     """The tables, a line an entry."""
     out = []

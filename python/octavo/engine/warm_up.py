@@ -10,9 +10,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import torch
+
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
+from octavo.kernels.linear_table import bf16_token_limits
+from octavo.layers.linear import DenseMethod
+from octavo.models.registry import Model
 
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
 PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.1, "frequency_penalty": 0.1}
@@ -24,6 +29,18 @@ REQUESTS: list[dict[str, Any]] = [
     {**FILTERS, **PENALTIES, "logprobs": 2},
 ]
 PROMPT_LENS = (3, 40)  # `prepare` has a variant for short rows and one for long ones
+
+
+@torch.inference_mode()
+def run_linears(model: Model) -> None:
+    """Multiplies by every kind of plain weight with every number of tokens from which another kernel takes over.
+    Before any graph is captured: the kernels' counters are made by their first launch.
+    """
+    methods = [method for layer in model.layers() if isinstance(method := getattr(layer, "method", None), DenseMethod)]
+    for method in {(method.weight.shape, method.bias is None): method for method in methods}.values():
+        x = method.weight.new_zeros(max(bf16_token_limits()), method.weight.shape[1])
+        for tokens in bf16_token_limits():
+            method(x[:tokens])
 
 
 def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, Any]) -> None:
