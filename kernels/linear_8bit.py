@@ -12,8 +12,8 @@ output channels are the rows of the product, because there are always enough of 
 - `_tile_kernel`: 64 or more output channels a program, as the Hopper matrix unit wants them; K is split over
   programs, of which the last to arrive adds the parts in their order (so the answer never depends on the schedule).
 
-Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of int8 tiles that the copy engine brings;
-`torch._scaled_mm` serves fp8, and weights without quantised activations are dequantised once for cuBLAS.
+Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy engine brings;
+`torch._scaled_mm` serves fp8 where it can, and weights without quantised activations are dequantised once for cuBLAS.
 `linear_8bit_table.py` says which kernel serves which shape.
 """
 
@@ -221,8 +221,7 @@ def _tile_kernel(
     first = part * part_size
     end = tl.minimum(first + part_size, K)
     offset = tl.arange(0, BLOCK_K)
-    # Channels past the end read the last one, and are not stored: no masks for weights in the loop. Absent tokens are
-    # masked: if all programs read one token in their place, they queue up for the same lines of the L2.
+    # What is masked and what is not: as in `_warps_kernel`.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
     x_rows = x_ptr + m.to(tl.int64) * x_stride
     wait_for_inputs(PDL)

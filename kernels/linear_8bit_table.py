@@ -67,55 +67,44 @@ class _Choice(NamedTuple):
     listed: dict[tuple[int, int], Config]  # by (output channels, K): where another is at least 1.5 % faster
 
 
-# Medians on an H100 80 GB, cold weights, many launches in one graph (`bench/kernels/linear_8bit.py` prints a step).
+# Medians on an H100 80 GB, weights cold (`bench/kernels/linear_8bit.py` prints a step; `bench/LOG.md` has the sweeps).
+
+# 16-bit activations from 16 tokens on: int8 and fp8 are converted alike, so one choice serves both.
+_W8A16_MANY: tuple[_Choice, ...] = (
+    # 16
+    _Choice(Warps(16, 32, 512, 4, 4, False), Warps(16, 32, 512, 4, 3, False), {}),
+    # 32
+    _Choice(
+        Tile(32, 64, 256, 4, 4, 2, False),
+        Tile(32, 64, 128, 4, 4, 1, False),
+        {(4096, 4096): Warps(32, 32, 512, 4, 4, False)},
+    ),
+    # 64
+    _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
+    # 128
+    _Choice(Tile(128, 64, 128, 4, 4, 2, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
+    # 256
+    _Choice(Tile(128, 64, 128, 4, 4, 1, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
+    # 1024
+    _Choice(Library(), Library(), {}),
+    # 2048
+    _Choice(Library(), Library(), {}),
+)
+
 _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
     (torch.int8, False): (
         # 1
         _Choice(Warps(8, 16, 512, 2, 4, True), Gemv(2, 1024, 1, 4, True), {}),
         # 8
         _Choice(Warps(8, 16, 512, 2, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
-        # 16
-        _Choice(Warps(16, 32, 512, 4, 4, False), Warps(16, 32, 512, 4, 3, False), {}),
-        # 32
-        _Choice(
-            Tile(32, 64, 256, 4, 4, 2, False),
-            Tile(32, 64, 128, 4, 4, 1, False),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, False)},
-        ),
-        # 64
-        _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
-        # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
-        # 256
-        _Choice(Tile(128, 64, 128, 4, 4, 1, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
-        # 1024
-        _Choice(Library(), Library(), {}),
-        # 2048
-        _Choice(Library(), Library(), {}),
+        *_W8A16_MANY,
     ),
     (torch.float8_e4m3fn, False): (
         # 1
         _Choice(Gemv(4, 1024, 2, 4, True), Gemv(4, 1024, 1, 3, True), {}),
         # 8
         _Choice(Warps(8, 16, 512, 4, 4, True), Warps(8, 16, 512, 4, 4, True), {}),
-        # 16
-        _Choice(Warps(16, 32, 512, 4, 4, False), Warps(16, 32, 512, 4, 3, False), {}),
-        # 32
-        _Choice(
-            Tile(32, 64, 256, 4, 4, 2, False),
-            Tile(32, 64, 128, 4, 4, 1, False),
-            {(4096, 4096): Warps(32, 32, 512, 4, 4, False)},
-        ),
-        # 64
-        _Choice(Tile(64, 128, 128, 8, 4, 4, False), Tile(64, 64, 128, 4, 5, 1, False), {}),
-        # 128
-        _Choice(Tile(128, 64, 128, 4, 4, 2, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
-        # 256
-        _Choice(Tile(128, 64, 128, 4, 4, 1, False), Tile(128, 64, 128, 4, 4, 1, False), {}),
-        # 1024
-        _Choice(Library(), Library(), {}),
-        # 2048
-        _Choice(Library(), Library(), {}),
+        *_W8A16_MANY,
     ),
     (torch.int8, True): (
         # 1

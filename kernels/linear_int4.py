@@ -168,8 +168,6 @@ def _slices_kernel(
     SPLITS: tl.constexpr,
     LAUNCH: tl.constexpr,
 ):
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     UNIT: tl.constexpr = 32 * HALVES
     UNITS: tl.constexpr = K // UNIT
@@ -252,7 +250,7 @@ def _slices_kernel(
             words, scales, zeros = next_words, next_scales, next_zeros
             words_ptrs += AHEAD * WORDS
             x_ptrs += AHEAD * SLICES * UNIT
-    if LAUNCH == "late":
+    if LAUNCH != "plain":
         tl.extra.cuda.gdc_launch_dependents()
     row = tile_n * TILES * 16 + tl.arange(0, TILES * 16)
     total = tl.sum(accumulator, 0)

@@ -5,6 +5,7 @@ takes the same. A shape that is not in the table takes the entry of the shape ne
 and of inputs. `lines()` prints it.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TypeVar
@@ -23,9 +24,8 @@ class Int4Plan:
     warps: int
     ahead: int  # rounds whose weights are in flight
     depth: int = 1  # tiles of 64 k a round; the slices kernel takes one a warp
-    # Programmatic dependent launch: "early" starts the next launch's programs at once, so that they read their weights
-    # while this one ends; "late" when the products are done. Early, they must be short: they fill the multiprocessors
-    # unevenly, as this launch leaves room. "plain": not at all.
+    # Programmatic dependent launch: "late" starts the next launch's programs when the products are done, so that they
+    # read their weights while this one ends; "plain": not at all.
     launch: str = "plain"
 
 
@@ -40,7 +40,9 @@ class Bf16Plan:
     warps: int
     depth: int  # k a round, of a warp in the slices kernel
     ahead: int = 1  # rounds in flight, of the program that k cuts
-    launch: str = "plain"  # as in Int4Plan
+    # As in Int4Plan. The row kernel starts the next launch "early", at once: short programs fill the multiprocessors
+    # evenly all the same.
+    launch: str = "plain"
 
 
 Table = dict[tuple[int, int], tuple[tuple[int, Plan | None], ...]]
@@ -112,22 +114,32 @@ INT4_PLANS = sorted({plan for entry in _INT4.values() for _, plan in entry if pl
 BF16_PLANS = sorted({plan for entry in _BF16.values() for _, plan in entry if plan}, key=str)
 
 
-def _nearest(table: Table[Plan], tokens: int, rows: int, depth: int) -> Plan | None:
-    if (rows, depth) not in table:
-        rows, depth = min(
-            table, key=lambda shape: (abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / depth)), shape)
-        )
-    return next((plan for most, plan in table[rows, depth] if tokens <= most), None)
+def _entry(table: Table[Plan], rows: int, depth: int) -> tuple[tuple[int, Plan | None], ...]:
+    if (rows, depth) in table:
+        return table[rows, depth]
+    nearest = min(table, key=lambda shape: (abs(math.log(shape[0] / rows)) + abs(math.log(shape[1] / depth)), shape))
+    return table[nearest]
+
+
+# Looked up once a shape: without a graph every product of every step asks.
+@functools.cache
+def _int4_entry(rows: int, depth: int) -> tuple[tuple[int, Int4Plan | None], ...]:
+    return _entry(_INT4, rows, depth)
+
+
+@functools.cache
+def _bf16_entry(rows: int, depth: int) -> tuple[tuple[int, Bf16Plan | None], ...]:
+    return _entry(_BF16, rows, depth)
 
 
 def int4_plan(tokens: int, rows: int, depth: int) -> Int4Plan | None:
     """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS."""
-    return _nearest(_INT4, tokens, rows, depth)
+    return next((plan for most, plan in _int4_entry(rows, depth) if tokens <= most), None)
 
 
 def bf16_plan(tokens: int, rows: int, depth: int) -> Bf16Plan | None:
     """For x [tokens, depth] and a weight [rows, depth]; None: call cuBLAS."""
-    return _nearest(_BF16, tokens, rows, depth)
+    return next((plan for most, plan in _bf16_entry(rows, depth) if tokens <= most), None)
 
 
 def bf16_token_limits() -> list[int]:

@@ -136,7 +136,7 @@ def test_contradicting_tensors_are_refused() -> None:
 PLANS = [
     Int4Plan("slices", tiles=2, tokens=8, splits=1, warps=2, ahead=2),
     Int4Plan("slices", tiles=1, tokens=16, splits=2, warps=4, ahead=1, launch="late"),
-    Int4Plan("slices", tiles=1, tokens=8, splits=1, warps=2, ahead=4, launch="early"),
+    Int4Plan("slices", tiles=1, tokens=8, splits=1, warps=2, ahead=4, launch="late"),
     Int4Plan("tiles", tiles=4, tokens=16, splits=1, warps=4, ahead=3),
     Int4Plan("tiles", tiles=4, tokens=32, splits=2, warps=4, ahead=2, depth=2),
     Int4Plan("tiles", tiles=8, tokens=16, splits=4, warps=8, ahead=3, depth=2, launch="late"),
