@@ -98,6 +98,20 @@ def _find_stretch(
 
 
 @triton.jit
+def _sum_of_warps(x):
+    """Adds up [4, ...], one part a warp. Split off at the end, where one thread gets all four parts; a reduction would
+    take them through shared memory twice.
+    """
+    if len(x.shape) == 3:
+        x = tl.reshape(tl.permute(x, (1, 2, 0)), (x.shape[1], x.shape[2], 2, 2))
+    else:
+        x = tl.reshape(tl.permute(x, (1, 0)), (x.shape[1], 2, 2))
+    even, odd = tl.split(x)
+    low, high = tl.split(even + odd)
+    return low + high
+
+
+@triton.jit
 def _load_queries(
     q_row, w, PART: tl.constexpr, in_q, FORMAT: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr
 ):
@@ -306,13 +320,13 @@ def _decode_attention_kernel(
             maximum = tl.max(split_maximum, axis=0)
             shift = tl.where(maximum == float("-inf"), 0.0, maximum)
             factor = tl.exp2(split_maximum - shift[None, :])
-            weights = tl.sum(weights * factor, axis=0)
-            acc = tl.sum(acc * factor[:, None, :], axis=0)
+            weights = _sum_of_warps(weights * factor)
+            acc = _sum_of_warps(acc * factor[:, None, :])
             if PARTS > 1:
-                acc1 = tl.sum(acc1 * factor[:, None, :], axis=0)
+                acc1 = _sum_of_warps(acc1 * factor[:, None, :])
             if PARTS > 2:
-                acc2 = tl.sum(acc2 * factor[:, None, :], axis=0)
-                acc3 = tl.sum(acc3 * factor[:, None, :], axis=0)
+                acc2 = _sum_of_warps(acc2 * factor[:, None, :])
+                acc3 = _sum_of_warps(acc3 * factor[:, None, :])
         weights *= HEADROOM
         if here == num_tiles:
             divisor = tl.where(weights > 0.0, weights, 1.0)[None, :]
@@ -456,7 +470,7 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
     # keys a tile, since a tile has costs of its own: 32x4k in fp8 155 us with 64 keys, 130 with 128; in 4 bits 135 and
     # 92 (H100).
     tile = max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize)))
-    if itemsize == 4 and block_m >= 32:
+    if itemsize == 4 and block_m >= 16:
         tile = 16  # products of 32-bit numbers hold all their operands in registers
     # Four warps with sums of their own, if they fit into registers; a product has 16 keys at least.
     split = itemsize == 2 and block_m == 8 and block_d <= 256 and tile >= 64
@@ -558,7 +572,7 @@ def decode_attention(
         not q.is_cpu,
         pdl,
         # Of the slots, whose number never changes, and not of this step's rows: nothing is compiled while streams wait.
-        triton.next_power_of_2(max(num_rows, block_table.shape[0])),
+        max(64, triton.next_power_of_2(max(num_rows, block_table.shape[0]))),
         **config,
         enable_fp_fusion=True,
         launch_pdl=pdl,
