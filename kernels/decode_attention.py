@@ -4,8 +4,12 @@ memory.
 The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found
 on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
 long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
-new tokens) are the rows of one product, so K and V are read once. A stretch that holds a whole unit writes the
+new tokens) are the columns of one product, so K and V are read once. A stretch that holds a whole unit writes the
 answer; pieces of a unit go to scratch, and the program that arrives last adds them up.
+
+Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
+few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
+to fetch a tile and at a stretch's end.
 
 Sources: Dao et al., "Flash-Decoding" (2023), for the split and its merge; Osama et al., "Stream-K" (2023), for the
 line of tiles.
@@ -34,8 +38,7 @@ def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.
 
 @triton.jit
 def _active_programs(total, longest, units, programs, PER_SM: tl.constexpr, LEAST: tl.constexpr):
-    """How many programs share `total` tiles of `units` units, the longest of which has `longest`: at most `programs`.
-    """
+    """How many of the programs share `total` tiles of `units` units, the longest of which has `longest`."""
     # At least LEAST tiles each, if that leaves no multiprocessor idle: each piece costs the merge.
     active = tl.maximum(tl.minimum(programs, total // LEAST), tl.minimum(programs // PER_SM, total))
     # Units of equal lengths: whole ones, or whole fractions of one, if that takes few programs away. Then no program
@@ -112,9 +115,7 @@ def _sum_of_warps(x):
 
 
 @triton.jit
-def _load_queries(
-    q_row, w, PART: tl.constexpr, in_q, FORMAT: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr
-):
+def _load_queries(q_row, w, PART: tl.constexpr, in_q, FORMAT: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
     """The components of query rows that go with part PART of words `w`: [words, rows], once a split."""
     q = tl.load(q_row[None, :] + component(w, PART, FORMAT, DIM)[:, None], mask=in_q, other=0.0)
     if SPLITS > 1:
