@@ -4,8 +4,12 @@ memory.
 The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found
 on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
 long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
-new tokens) are the rows of one product, so K and V are read once. A stretch that holds a whole unit writes the
+new tokens) are the columns of one product, so K and V are read once. A stretch that holds a whole unit writes the
 answer; pieces of a unit go to scratch, and the program that arrives last adds them up.
+
+Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
+few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
+to fetch a tile and at a stretch's end.
 
 Sources: Dao et al., "Flash-Decoding" (2023), for the split and its merge; Osama et al., "Stream-K" (2023), for the
 line of tiles.
@@ -32,6 +36,93 @@ def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.
     return first, tl.maximum(tl.cdiv(seq_len, TILE) - first, 1)
 
 
+@triton.jit
+def _active_programs(total, longest, units, programs, PER_SM: tl.constexpr, LEAST: tl.constexpr):
+    """How many of the programs share `total` tiles of `units` units, the longest of which has `longest`."""
+    # At least LEAST tiles each, if that leaves no multiprocessor idle: each piece costs the merge.
+    active = tl.maximum(tl.minimum(programs, total // LEAST), tl.minimum(programs // PER_SM, total))
+    # Units of equal lengths: whole ones, or whole fractions of one, if that takes few programs away. Then no program
+    # has two pieces, or none at all.
+    even = tl.where(units > active, tl.cdiv(units, tl.cdiv(units, active)), active // units * units)
+    return tl.where((total == units * longest) & (even * 16 >= active * 15), even, active)
+
+
+@triton.jit
+def _first_tile(program, quota, extra):
+    """Of a program's stretch: `quota` tiles, and one more in each of the first `extra` programs."""
+    return program * quota + tl.minimum(program, extra)
+
+
+@triton.jit
+def _owner(tile, quota, extra):
+    """The program whose stretch a tile is in."""
+    longer = extra * (quota + 1)
+    return tl.where(tile < longer, tile // (quota + 1), extra + (tile - longer) // quota)
+
+
+@triton.jit
+def _find_stretch(
+    seq_lens_ptr,
+    row_slots_ptr,
+    num_rows,
+    BLOCK_R: tl.constexpr,  # >= num_rows
+    QUERY_LEN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    UNITS: tl.constexpr,
+    PER_SM: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """The program's stretch of tiles (begin, end), how stretches are dealt out (quota, extra), and the row it begins in
+    with that row's first tile, length and slot.
+    """
+    rows = tl.arange(0, BLOCK_R)
+    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0)
+    slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0)
+    _, row_tiles = _row_tiles(seq_lens, QUERY_LEN, WINDOW, TILE)
+    row_tiles = tl.where(rows < num_rows, row_tiles, 0) * UNITS
+    row_ends = tl.cumsum(row_tiles, axis=0)
+    total = tl.max(row_ends, axis=0)
+    longest = tl.max(row_tiles, axis=0) // UNITS
+    active = _active_programs(total, longest, num_rows * UNITS, tl.num_programs(0), PER_SM, LEAST)
+    quota = total // active
+    extra = total % active
+    program = tl.program_id(0)
+    begin = _first_tile(tl.minimum(program, active), quota, extra)
+    end = _first_tile(tl.minimum(program + 1, active), quota, extra)
+    # Past the end of the line there is no such row, and nothing follows.
+    row_begins = row_ends - row_tiles
+    mine = (row_begins <= begin) & (begin < row_ends)
+    row = tl.sum(tl.where(mine, rows, 0), axis=0)
+    row_begin = tl.sum(tl.where(mine, row_begins, 0), axis=0)
+    seq_len = tl.sum(tl.where(mine, seq_lens, 0), axis=0)
+    slot = tl.sum(tl.where(mine, slots, 0), axis=0)
+    return begin, end, quota, extra, row, row_begin, seq_len, slot
+
+
+@triton.jit
+def _sum_of_warps(x):
+    """Adds up [4, ...], one part a warp. Split off at the end, where one thread gets all four parts; a reduction would
+    take them through shared memory twice.
+    """
+    if len(x.shape) == 3:
+        x = tl.reshape(tl.permute(x, (1, 2, 0)), (x.shape[1], x.shape[2], 2, 2))
+    else:
+        x = tl.reshape(tl.permute(x, (1, 0)), (x.shape[1], 2, 2))
+    even, odd = tl.split(x)
+    low, high = tl.split(even + odd)
+    return low + high
+
+
+@triton.jit
+def _load_queries(q_row, w, PART: tl.constexpr, in_q, FORMAT: tl.constexpr, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """The components of query rows that go with part PART of words `w`: [words, rows], once a split."""
+    q = tl.load(q_row[None, :] + component(w, PART, FORMAT, DIM)[:, None], mask=in_q, other=0.0)
+    if SPLITS > 1:
+        q = tl.broadcast_to(q[None, :, :], (SPLITS, q.shape[0], q.shape[1]))
+    return q
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # it changes from step to step: nothing may be compiled for it
 def _decode_attention_kernel(
     # pointers
@@ -54,7 +145,6 @@ def _decode_attention_kernel(
     cache_block_stride,
     cache_kv_stride,
     cache_head_stride,
-    cache_offset_stride,
     scales_block_stride,
     scales_kv_stride,
     scales_head_stride,
@@ -64,6 +154,7 @@ def _decode_attention_kernel(
     NUM_KV: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    OFFSET_STRIDE: tl.constexpr,  # of the cache: known when compiling, it goes into the load instructions
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     FORMAT: tl.constexpr,  # of codes (`kv_quant.py`), or ""
@@ -72,6 +163,7 @@ def _decode_attention_kernel(
     ON_GPU: tl.constexpr,  # may use assembly
     PDL: tl.constexpr,  # starts while its predecessor ends, and lets its successor do so
     BLOCK_R: tl.constexpr,  # a power of two >= R
+    SPLITS: tl.constexpr,  # groups of warps with keys of their own: num_warps, or 1
     BLOCK_M: tl.constexpr,  # query rows a unit, padded for the matrix unit
     BLOCK_PARTIAL: tl.constexpr,  # the same, padded to a power of two only
     BLOCK_W: tl.constexpr,  # >= W
@@ -89,31 +181,28 @@ def _decode_attention_kernel(
     wait_for_inputs(PDL)
     let_successor_start(PDL)
 
-    # My stretch of the line of tiles, and the row it begins in.
-    rows = tl.arange(0, BLOCK_R)
-    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0)
-    slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0)
-    _, row_tiles = _row_tiles(seq_lens, QUERY_LEN, WINDOW, TILE)
-    row_tiles = tl.where(rows < num_rows, row_tiles, 0) * UNITS
-    row_ends = tl.cumsum(row_tiles, axis=0)
-    total = tl.sum(row_tiles, axis=0)
-    # At least LEAST_KEYS a program, if that leaves no multiprocessor idle: each piece costs the merge.
-    least = tl.minimum(tl.cdiv(total, tl.num_programs(0) // PER_SM), LEAST_KEYS // TILE)
-    share = tl.maximum(tl.cdiv(total, tl.num_programs(0)), least)
-    begin = program * share
-    end = tl.minimum(begin + share, total)
-    before = (row_ends <= begin) & (rows < num_rows)
-    row = tl.sum(before.to(tl.int32), axis=0)
-    row_begin = tl.sum(tl.where(before, row_tiles, 0), axis=0)
+    # My stretch of the line of tiles, and the row it begins in. Few rows fit into the lanes of each warp, where their
+    # sums take no barrier; how many there are changes from step to step, so it is no reason to compile anything.
+    if num_rows <= 32:
+        begin, end, quota, extra, row, row_begin, seq_len, slot = _find_stretch(
+            seq_lens_ptr, row_slots_ptr, num_rows, 32, QUERY_LEN, WINDOW, TILE, UNITS, PER_SM, LEAST_KEYS // TILE
+        )
+    else:
+        begin, end, quota, extra, row, row_begin, seq_len, slot = _find_stretch(
+            seq_lens_ptr, row_slots_ptr, num_rows, BLOCK_R, QUERY_LEN, WINDOW, TILE, UNITS, PER_SM, LEAST_KEYS // TILE
+        )
 
     m = tl.arange(0, BLOCK_M)
     w = tl.arange(0, BLOCK_W)
-    n = tl.arange(0, TILE)
     in_width = w < WORDS
+    # From here on what has to do with keys has a leading dimension of SPLITS, if that is not 1: each warp has keys,
+    # sums and a maximum of its own, and nothing passes between warps until all tiles are done.
+    SUB_TILE: tl.constexpr = TILE // SPLITS
+    n = tl.arange(0, SUB_TILE)
+    if SPLITS > 1:
+        n = (tl.arange(0, SPLITS) * SUB_TILE)[:, None] + n[None, :]
     tile = begin
     while tile < end:
-        seq_len = tl.sum(tl.where(rows == row, seq_lens, 0), axis=0)
-        slot = tl.sum(tl.where(rows == row, slots, 0), axis=0)
         first_tile, num_tiles = _row_tiles(seq_len, QUERY_LEN, WINDOW, TILE)
         unit = (tile - row_begin) // num_tiles
         unit_begin = row_begin + unit * num_tiles
@@ -123,22 +212,27 @@ def _decode_attention_kernel(
         query_row = (unit % M_CHUNKS) * BLOCK_M + m
         query_token = row.to(tl.int64) * QUERY_LEN + query_row // GROUP
         query_head = kv_head * GROUP + query_row % GROUP
-        in_q = (query_row < QUERY_ROWS)[:, None] & in_width[None, :]
-        q_row = q_ptr + (query_token * q_stride + query_head * DIM)[:, None]
-        q = tl.load(q_row + component(w, 0, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+        in_q = in_width[:, None] & (query_row < QUERY_ROWS)
+        q_row = q_ptr + (query_token * q_stride + query_head * DIM)
+        q = _load_queries(q_row, w, 0, in_q, FORMAT, DIM, SPLITS)
         if PARTS > 1:
-            q1 = tl.load(q_row + component(w, 1, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+            q1 = _load_queries(q_row, w, 1, in_q, FORMAT, DIM, SPLITS)
         if PARTS > 2:
-            q2 = tl.load(q_row + component(w, 2, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
-            q3 = tl.load(q_row + component(w, 3, FORMAT, DIM)[None, :], mask=in_q, other=0.0)
+            q2 = _load_queries(q_row, w, 2, in_q, FORMAT, DIM, SPLITS)
+            q3 = _load_queries(q_row, w, 3, in_q, FORMAT, DIM, SPLITS)
         position = seq_len - QUERY_LEN + query_row // GROUP
         first_key = 0
         if WINDOW > 0:
             first_key = tl.maximum(seq_len - QUERY_LEN + 1 - WINDOW, 0)
 
-        maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        weights = tl.zeros((BLOCK_M,), tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_W), tl.float32)
+        if SPLITS > 1:
+            maximum = tl.full((SPLITS, BLOCK_M), float("-inf"), tl.float32)
+            weights = tl.zeros((SPLITS, BLOCK_M), tl.float32)
+            acc = tl.zeros((SPLITS, BLOCK_W, BLOCK_M), tl.float32)
+        else:
+            maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+            weights = tl.zeros((BLOCK_M,), tl.float32)
+            acc = tl.zeros((BLOCK_W, BLOCK_M), tl.float32)
         acc1 = acc  # of further parts, if there are any
         acc2 = acc
         acc3 = acc
@@ -149,83 +243,117 @@ def _decode_attention_kernel(
         for start in tl.range(key_begin, key_begin + here * TILE, TILE):
             key = start + n
             # What lies outside the row may be another request's, NaN included: it is never loaded.
-            in_row = (key >= first_key) & (key < seq_len)
-            if BLOCK_SIZE >= TILE:
+            in_row = key < seq_len
+            if WINDOW > 0:
+                in_row &= key >= first_key
+            # The keys' addresses: from where on (once a tile, a warp or a key), and how many keys further.
+            if BLOCK_SIZE % TILE == 0:
                 # The tile lies in one page. A row of no keys reads its table's first entry and nothing else.
                 page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
-                offset = start % BLOCK_SIZE + n
+                offset = start % BLOCK_SIZE
+                further = n
+            elif SPLITS > 1 and BLOCK_SIZE % SUB_TILE == 0:
+                # A warp's keys lie in one page.
+                first = start + tl.arange(0, SPLITS) * SUB_TILE
+                page = tl.load(table + first // BLOCK_SIZE, mask=first < seq_len, other=0).to(tl.int64)[:, None]
+                offset = (first % BLOCK_SIZE)[:, None]
+                further = tl.arange(0, SUB_TILE)[None, :]
             else:
                 page = tl.load(table + key // BLOCK_SIZE, mask=in_row, other=0).to(tl.int64)
                 offset = key % BLOCK_SIZE
-            address = page * cache_block_stride + offset * cache_offset_stride
-            k = tl.load(head_ptr + address[None, :] + w[:, None], mask=in_row[None, :] & in_width[:, None], other=0)
-            logits = tl.dot(q, part(k, 0, FORMAT, q.dtype, ON_GPU), input_precision="ieee")
+                further = tl.zeros_like(key)
+            from_key = head_ptr + (page * cache_block_stride + offset * OFFSET_STRIDE)
+            from_value = from_key + cache_kv_stride
+            from_scale = head_scales_ptr + (page * scales_block_stride + offset)
+            if BLOCK_SIZE % TILE != 0:
+                from_key = tl.expand_dims(from_key, -1)
+                from_value = tl.expand_dims(from_value, -2)
+            k = tl.load(
+                from_key + (tl.expand_dims(further * OFFSET_STRIDE, -1) + w),
+                mask=tl.expand_dims(in_row, -1) & in_width,
+                other=0,
+            )
+            logits = tl.dot(part(k, 0, FORMAT, q.dtype, ON_GPU), q, input_precision="ieee")
             if PARTS > 1:
-                logits = tl.dot(q1, part(k, 1, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
+                logits = tl.dot(part(k, 1, FORMAT, q.dtype, ON_GPU), q1, logits, input_precision="ieee")
             if PARTS > 2:
-                logits = tl.dot(q2, part(k, 2, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
-                logits = tl.dot(q3, part(k, 3, FORMAT, q.dtype, ON_GPU), logits, input_precision="ieee")
+                logits = tl.dot(part(k, 2, FORMAT, q.dtype, ON_GPU), q2, logits, input_precision="ieee")
+                logits = tl.dot(part(k, 3, FORMAT, q.dtype, ON_GPU), q3, logits, input_precision="ieee")
             if FORMAT != "":
-                scales_at = head_scales_ptr + page * scales_block_stride + offset
-                logits *= scale * tl.load(scales_at, mask=in_row, other=0.0)[None, :]
+                k_scales = tl.load(from_scale + further, mask=in_row, other=0.0)
+                logits *= tl.expand_dims(scale * k_scales, -1)
             else:
                 logits *= scale
             if SOFT_CAP:
                 logits = (2.0 * tl.sigmoid(2.0 * logits) - 1.0) * soft_cap
-            visible = in_row[None, :] & (key[None, :] <= position[:, None])
-            if WINDOW > 0:
-                visible &= key[None, :] > position[:, None] - WINDOW
+            visible = tl.expand_dims(in_row, -1)
+            if QUERY_LEN > 1:
+                visible &= tl.expand_dims(key, -1) <= position
+                if WINDOW > 0:
+                    visible &= tl.expand_dims(key, -1) > position - WINDOW
             logits = tl.where(visible, logits, float("-inf"))
-            new_maximum = tl.maximum(maximum, tl.max(logits, axis=1))
+            new_maximum = tl.maximum(maximum, tl.max(logits, axis=-2))
             # A row that has seen nothing yet has no maximum to subtract.
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            probability = tl.exp2(logits - shift[:, None])
+            probability = tl.exp2(logits - tl.expand_dims(shift, -2))
             rescale = tl.exp2(maximum - shift)
-            weights = weights * rescale + tl.sum(probability, axis=1)
+            weights = weights * rescale + tl.sum(probability, axis=-2)
             maximum = new_maximum
             v = tl.load(
-                head_ptr + cache_kv_stride + address[:, None] + w[None, :],
-                mask=in_row[:, None] & in_width[None, :],
+                from_value + (tl.expand_dims(further * OFFSET_STRIDE, -2) + w[:, None]),
+                mask=tl.expand_dims(in_row, -2) & in_width[:, None],
                 other=0,
             )
             if FORMAT != "":
-                v_scales = tl.load(scales_at + scales_kv_stride, mask=in_row, other=0.0)
-                probability *= (v_scales * HEADROOM)[None, :]
+                v_scales = tl.load(from_scale + scales_kv_stride + further, mask=in_row, other=0.0)
+                probability *= tl.expand_dims(v_scales * HEADROOM, -1)
             p = probability.to(q.dtype)
-            factor = rescale[:, None]
-            acc = tl.dot(p, part(v, 0, FORMAT, q.dtype, ON_GPU), acc * factor, input_precision="ieee")
+            factor = tl.expand_dims(rescale, -2)
+            acc = tl.dot(part(v, 0, FORMAT, q.dtype, ON_GPU), p, acc * factor, input_precision="ieee")
             if PARTS > 1:
-                acc1 = tl.dot(p, part(v, 1, FORMAT, q.dtype, ON_GPU), acc1 * factor, input_precision="ieee")
+                acc1 = tl.dot(part(v, 1, FORMAT, q.dtype, ON_GPU), p, acc1 * factor, input_precision="ieee")
             if PARTS > 2:
-                acc2 = tl.dot(p, part(v, 2, FORMAT, q.dtype, ON_GPU), acc2 * factor, input_precision="ieee")
-                acc3 = tl.dot(p, part(v, 3, FORMAT, q.dtype, ON_GPU), acc3 * factor, input_precision="ieee")
+                acc2 = tl.dot(part(v, 2, FORMAT, q.dtype, ON_GPU), p, acc2 * factor, input_precision="ieee")
+                acc3 = tl.dot(part(v, 3, FORMAT, q.dtype, ON_GPU), p, acc3 * factor, input_precision="ieee")
 
+        if SPLITS > 1:
+            split_maximum = maximum
+            maximum = tl.max(split_maximum, axis=0)
+            shift = tl.where(maximum == float("-inf"), 0.0, maximum)
+            factor = tl.exp2(split_maximum - shift[None, :])
+            weights = _sum_of_warps(weights * factor)
+            acc = _sum_of_warps(acc * factor[:, None, :])
+            if PARTS > 1:
+                acc1 = _sum_of_warps(acc1 * factor[:, None, :])
+            if PARTS > 2:
+                acc2 = _sum_of_warps(acc2 * factor[:, None, :])
+                acc3 = _sum_of_warps(acc3 * factor[:, None, :])
         weights *= HEADROOM
         if here == num_tiles:
-            divisor = tl.where(weights > 0.0, weights, 1.0)[:, None]
-            out = out_ptr + ((query_token * (NUM_KV * GROUP) + query_head) * DIM)[:, None]
+            divisor = tl.where(weights > 0.0, weights, 1.0)[None, :]
+            out = out_ptr + (query_token * (NUM_KV * GROUP) + query_head) * DIM
             dtype = out_ptr.dtype.element_ty
-            tl.store(out + component(w, 0, FORMAT, DIM)[None, :], (acc / divisor).to(dtype), mask=in_q)
+            tl.store(out[None, :] + component(w, 0, FORMAT, DIM)[:, None], (acc / divisor).to(dtype), mask=in_q)
             if PARTS > 1:
-                tl.store(out + component(w, 1, FORMAT, DIM)[None, :], (acc1 / divisor).to(dtype), mask=in_q)
+                tl.store(out[None, :] + component(w, 1, FORMAT, DIM)[:, None], (acc1 / divisor).to(dtype), mask=in_q)
             if PARTS > 2:
-                tl.store(out + component(w, 2, FORMAT, DIM)[None, :], (acc2 / divisor).to(dtype), mask=in_q)
-                tl.store(out + component(w, 3, FORMAT, DIM)[None, :], (acc3 / divisor).to(dtype), mask=in_q)
+                tl.store(out[None, :] + component(w, 2, FORMAT, DIM)[:, None], (acc2 / divisor).to(dtype), mask=in_q)
+                tl.store(out[None, :] + component(w, 3, FORMAT, DIM)[:, None], (acc3 / divisor).to(dtype), mask=in_q)
         else:
             # Piece 0 of a program begins where the program does; the other one ends where it does.
             piece = 2 * program + (tile > begin).to(tl.int32)
             in_partial = m < BLOCK_PARTIAL
-            sums = partial_ptr + (piece * BLOCK_PARTIAL + m)[:, None] * BLOCK_D + w[None, :]
-            tl.store(sums, acc, mask=in_partial[:, None])
+            sums = partial_ptr + (piece * BLOCK_PARTIAL + m)[None, :] * BLOCK_D + w[:, None]
+            tl.store(sums, acc, mask=in_partial[None, :])
             if PARTS > 1:
-                tl.store(sums + BLOCK_W, acc1, mask=in_partial[:, None])
+                tl.store(sums + BLOCK_W, acc1, mask=in_partial[None, :])
             if PARTS > 2:
-                tl.store(sums + 2 * BLOCK_W, acc2, mask=in_partial[:, None])
-                tl.store(sums + 3 * BLOCK_W, acc3, mask=in_partial[:, None])
+                tl.store(sums + 2 * BLOCK_W, acc2, mask=in_partial[None, :])
+                tl.store(sums + 3 * BLOCK_W, acc3, mask=in_partial[None, :])
             tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + m, maximum, mask=in_partial)
             tl.store(partial_stats_ptr + piece * (2 * BLOCK_PARTIAL) + BLOCK_PARTIAL + m, weights, mask=in_partial)
-            first_program = unit_begin // share
-            pieces = (unit_begin + num_tiles - 1) // share - first_program + 1
+            first_program = _owner(unit_begin, quota, extra)
+            pieces = _owner(unit_begin + num_tiles - 1, quota, extra) - first_program + 1
             # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
             tl.debug_barrier()
             arrived = tl.atomic_add(arrivals_ptr + row * UNITS + unit, 1, sem="acq_rel", scope="gpu")
@@ -238,7 +366,7 @@ def _decode_attention_kernel(
                     out_ptr,
                     first_program,
                     pieces,
-                    (unit_begin > first_program * share).to(tl.int32),
+                    (unit_begin > _first_tile(first_program, quota, extra)).to(tl.int32),
                     row,
                     unit,
                     QUERY_LEN,
@@ -257,6 +385,8 @@ def _decode_attention_kernel(
         if (unit == UNITS - 1) & (tile == unit_begin + num_tiles):
             row += 1
             row_begin = tile
+            seq_len = tl.load(seq_lens_ptr + row, mask=tile < end, other=0)
+            slot = tl.load(row_slots_ptr + row, mask=tile < end, other=0)
 
 
 @triton.jit
@@ -288,27 +418,28 @@ def _merge_pieces(
     maximum = tl.full((BLOCK_PARTIAL,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_PARTIAL,), tl.float32)
     acc = tl.zeros((BLOCK_PARTIAL, BLOCK_D), tl.float32)
-    # One stage: loads go straight to registers, where staging them in shared memory would only add latency.
+    # One stage: loads go straight to registers, where staging them in shared memory would only add latency. Rows come
+    # first, then pieces: so warps divide the rows, and each thread adds up what it has loaded.
     for start in tl.range(0, pieces, MERGE, num_stages=1):
         index = start + tl.arange(0, MERGE)
         exists = index < pieces
         piece = 2 * (first_program + index) + tl.where(index == 0, first_is_second, 0)
-        stats = partial_stats_ptr + piece[:, None] * (2 * BLOCK_PARTIAL) + m[None, :]
+        stats = partial_stats_ptr + piece[None, :] * (2 * BLOCK_PARTIAL) + m[:, None]
         # `.cg`: written by other SMs, so not from this one's L1.
-        piece_maximum = tl.load(stats, mask=exists[:, None], other=float("-inf"), cache_modifier=".cg")
-        piece_weights = tl.load(stats + BLOCK_PARTIAL, mask=exists[:, None], other=0.0, cache_modifier=".cg")
+        piece_maximum = tl.load(stats, mask=exists[None, :], other=float("-inf"), cache_modifier=".cg")
+        piece_weights = tl.load(stats + BLOCK_PARTIAL, mask=exists[None, :], other=0.0, cache_modifier=".cg")
         sums = tl.load(
-            partial_ptr + (piece[:, None] * BLOCK_PARTIAL + m[None, :])[:, :, None] * BLOCK_D + d[None, None, :],
-            mask=exists[:, None, None],
+            partial_ptr + (piece[None, :] * BLOCK_PARTIAL + m[:, None])[:, :, None] * BLOCK_D + d[None, None, :],
+            mask=exists[None, :, None],
             other=0.0,
             cache_modifier=".cg",
         )
-        new_maximum = tl.maximum(maximum, tl.max(piece_maximum, axis=0))
+        new_maximum = tl.maximum(maximum, tl.max(piece_maximum, axis=1))
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         rescale = tl.exp2(maximum - shift)
-        factor = tl.exp2(piece_maximum - shift[None, :])
-        weights = weights * rescale + tl.sum(piece_weights * factor, axis=0)
-        acc = acc * rescale[:, None] + tl.sum(sums * factor[:, :, None], axis=0)
+        factor = tl.exp2(piece_maximum - shift[:, None])
+        weights = weights * rescale + tl.sum(piece_weights * factor, axis=1)
+        acc = acc * rescale[:, None] + tl.sum(sums * factor[:, :, None], axis=1)
         maximum = new_maximum
     answer = acc / tl.where(weights > 0.0, weights, 1.0)[:, None]
     query_row = (unit % M_CHUNKS) * BLOCK_M + m
@@ -333,17 +464,23 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
     block_d = block_w * parts
     # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as much as leaves room
     # for the rest; a unit with more query rows is cut and its K and V read twice.
-    block_m = min(64 if block_d <= 128 else 32, max(16, triton.next_power_of_2(query_rows)))
+    block_m = min(64 if block_d <= 128 else 32, max(8, triton.next_power_of_2(query_rows)))
     block_partial = min(block_m, triton.next_power_of_2(query_rows))
+    # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and 64 or
+    # more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. Codes take more
+    # keys a tile, since a tile has costs of its own: 32x4k in fp8 155 us with 64 keys, 130 with 128; in 4 bits 135 and
+    # 92 (H100).
+    tile = max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize)))
+    if itemsize == 4 and block_m >= 16:
+        tile = 16  # products of 32-bit numbers hold all their operands in registers
+    # Four warps with sums of their own, if they fit into registers; a product has 16 keys at least.
+    split = itemsize == 2 and block_m == 8 and block_d <= 256 and tile >= 64
     return {
         "BLOCK_M": block_m,
+        "SPLITS": 4 if split else 1,
         "BLOCK_PARTIAL": block_partial,
         "BLOCK_W": block_w,
-        # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and
-        # 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. Codes
-        # take more keys a tile, since each tile has its maximum to exchange between warps: 32x4k in fp8 155 us with 64
-        # keys, 130 with 128; in 4 bits 135 and 92 (H100).
-        "TILE": max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize))),
+        "TILE": tile,
         # 64 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
         "MERGE": max(1, min(16, (8192 if block_partial <= 8 else 4096) // (block_partial * block_d))),
         # One's loads run while another starts a unit or merges.
@@ -419,7 +556,6 @@ def decode_attention(
         kv_cache.stride(0),
         kv_cache.stride(1),
         kv_cache.stride(2),
-        kv_cache.stride(3),
         scales.stride(0),
         scales.stride(1),
         scales.stride(2),
@@ -428,6 +564,7 @@ def decode_attention(
         num_kv,
         dim,
         block_size,
+        kv_cache.stride(3),
         window,
         soft_cap > 0.0,
         kv_format,
@@ -435,7 +572,8 @@ def decode_attention(
         headroom,
         not q.is_cpu,
         pdl,
-        max(16, triton.next_power_of_2(num_rows)),
+        # Of the slots, whose number never changes, and not of this step's rows: nothing is compiled while streams wait.
+        max(64, triton.next_power_of_2(max(num_rows, block_table.shape[0]))),
         **config,
         enable_fp_fusion=True,
         launch_pdl=pdl,
