@@ -2,14 +2,17 @@
 runs under the matrix products.
 
 One program a multiprocessor takes blocks of 128 tokens of a row and one query head, longest first, until none are
-left. Its warps have three roles. One warp produces: it finds the next block and has the copy engine bring that block's
-queries, then key and value tiles through the block table, into rings of shared memory. Two warp groups consume, 64
-tokens each. A consumer issues the product of the next tile's logits, then that of the last tile's probabilities and
-values, and computes the softmax of the first while the second still runs; where that leaves the tensor cores idle, the
-other consumer uses them. Mbarriers hand slots of the rings back and forth: `..._full` says that a slot's data has
-come, `..._empty` that all its readers are done.
+left. Its warps have four roles:
 
-Tiles go from a row's newest keys to its oldest: those that need a mask come first.
+- one warp schedules: it draws the next block, finds its row on the device and describes it in shared memory (`work`);
+- one warp loads: it has the copy engine bring that block's queries, then tiles of keys and values through the block
+  table, into rings of shared memory;
+- two warp groups, the consumers, attend with 64 tokens each. A consumer issues the product that makes the next tile's
+  logits, then that of the last tile's probabilities and values, and computes the softmax of the first while the second
+  still runs; where that leaves the tensor cores idle, the other consumer has work for them.
+
+Mbarriers hand the rings' slots back and forth: `..._full` says that a slot's content has come, `..._empty` that all its
+readers are done. Tiles go from a row's newest keys to its oldest: those that need a mask come first.
 
 Source: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2.
 """
@@ -42,8 +45,45 @@ CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # tokens a consumer: what one warp group multiplies at a time
 BLOCK_M = gl.constexpr(128)  # tokens a program
 COLUMNS = gl.constexpr(64)  # components a load: 128 bytes, the widest swizzle
-SLOTS = gl.constexpr(2)  # of blocks of queries
+QUERY_SLOTS = gl.constexpr(2)
 TILE, STAGES = 128, 2  # keys a tile; tiles of keys, and of values, in shared memory
+
+# What `work` says of a block, in int32:
+TOKEN = gl.constexpr(0)  # its first, in q
+TOKENS = gl.constexpr(1)  # how many it has, at most BLOCK_M; 0: no more blocks
+POSITION = gl.constexpr(2)  # of its first token in the row
+SEQ_LEN = gl.constexpr(3)  # of its row
+BEGIN = gl.constexpr(4)  # the first key: of the first page (or tile) of which a token sees something
+COUNT = gl.constexpr(5)  # tiles from there on
+HEAD = gl.constexpr(6)
+SLOT = gl.constexpr(7)  # of its row, in the block table
+WORK = gl.constexpr(8)
+
+
+@gluon.jit
+def _wait_full(barriers, number, pred=True):
+    """Until the ring holds the number-th item."""
+    STAGES: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1, pred=pred)
+
+
+@gluon.jit
+def _wait_empty(barriers, number):
+    """Until the number-th item may be written: its slot's last one is read. Passes at once in the first round."""
+    STAGES: gl.constexpr = barriers.shape[0]
+    mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1 ^ 1)
+
+
+@gluon.jit
+def _read(work, what: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.sum(work.index(what).load(layout), axis=0)
+
+
+@gluon.jit
+def _write(work, what: gl.constexpr, value):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    work.index(what).store(gl.zeros([1], gl.int32, layout=layout) + value)
 
 
 @gluon.jit
@@ -78,64 +118,51 @@ def _find_block(query_start_loc_ptr, block, num_rows):
 
 
 @gluon.jit
-def _extent(
-    row, block, query_start_loc_ptr, seq_lens_ptr, WINDOW: gl.constexpr, KEYS: gl.constexpr, TILE: gl.constexpr
-):
-    """Of a block of tokens: the row's first token and number of tokens and keys, the block's first position, and the
-    keys that it sees, from the page (or tile) of the first on: (begin, stop, number of tiles).
-    """
-    query_start = gl.load(query_start_loc_ptr + row)
-    query_len = gl.load(query_start_loc_ptr + row + 1) - query_start
-    seq_len = gl.load(seq_lens_ptr + row)
-    first_position = seq_len - query_len + block * BLOCK_M
-    stop = gl.minimum(first_position + BLOCK_M, seq_len)
-    begin = 0
-    if WINDOW > 0:
-        begin = gl.maximum(first_position - WINDOW + 1, 0) // KEYS * KEYS
-    return query_start, query_len, seq_len, first_position, begin, stop, (stop - begin + TILE - 1) // TILE
-
-
-@gluon.jit
-def _wait_full(barriers, number, pred=True):
-    """Until the ring holds the number-th item."""
-    STAGES: gl.constexpr = barriers.shape[0]
-    mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1, pred=pred)
-
-
-@gluon.jit
-def _wait_empty(barriers, number):
-    """Until the number-th item may be written: the one that had its slot is read. Passes at once in the first round."""
-    STAGES: gl.constexpr = barriers.shape[0]
-    mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1 ^ 1)
-
-
-@gluon.jit
-def _load_tile(number, start, cache, table, last_page, head_row, smem, full, empty, BLOCK_SIZE: gl.constexpr):
-    """Has the number-th tile brought, keys or values from `start` on. A load is the part of a page that belongs to the
-    tile, 64 components wide: so it lies in shared memory as if the tile were brought in one piece.
-    """
-    STAGES: gl.constexpr = smem.shape[0]
-    TILE: gl.constexpr = smem.shape[1]
-    DIM: gl.constexpr = smem.shape[2]
-    KEYS: gl.constexpr = cache.block_shape[1]
-    PIECES: gl.constexpr = TILE // KEYS
-    stage = number % STAGES
-    pieces = _view_as(smem.index(stage), smem.dtype, [DIM // COLUMNS * PIECES, 1, KEYS, COLUMNS], cache.layout)
-    _wait_empty(empty, number)
-    mbarrier.expect(full.index(stage), TILE * DIM * 2)
-    for piece in gl.static_range(PIECES):
-        key = start + piece * KEYS
-        # Past the row's last page the table may say anything; what comes instead is masked.
-        page = gl.load(table + gl.minimum(key // BLOCK_SIZE, last_page))
-        for part in gl.static_range(DIM // COLUMNS):
-            coordinates = [page, head_row + key % BLOCK_SIZE, part * COLUMNS]
-            _load_async(cache, coordinates, full.index(stage), pieces.index(part * PIECES + piece))
+def _schedule(
+    row_slots_ptr, query_start_loc_ptr, seq_lens_ptr, drawn_ptr, num_rows, num_heads, num_blocks,
+    work, work_full, work_empty, WINDOW: gl.constexpr, KEYS: gl.constexpr, TILE: gl.constexpr,
+):  # fmt: skip
+    programs = gl.num_programs(0)
+    items = num_blocks * num_heads
+    item = gl.program_id(0)
+    number = 0  # of blocks announced
+    drawn = 0
+    while item < items:
+        # The last blocks of a row see the most keys: they start first.
+        row, block, exists = _find_block(query_start_loc_ptr, num_blocks - 1 - item // num_heads, num_rows)
+        if exists:
+            query_start = gl.load(query_start_loc_ptr + row)
+            query_len = gl.load(query_start_loc_ptr + row + 1) - query_start
+            seq_len = gl.load(seq_lens_ptr + row)
+            slot = gl.load(row_slots_ptr + row)
+            position = seq_len - query_len + block * BLOCK_M
+            begin = 0
+            if WINDOW > 0:
+                begin = gl.maximum(position - WINDOW + 1, 0) // KEYS * KEYS
+            _write(work, TOKEN, query_start + block * BLOCK_M)
+            _write(work, TOKENS, gl.minimum(query_len - block * BLOCK_M, BLOCK_M))
+            _write(work, POSITION, position)
+            _write(work, SEQ_LEN, seq_len)
+            _write(work, BEGIN, begin)
+            _write(work, COUNT, (gl.minimum(position + BLOCK_M, seq_len) - begin + TILE - 1) // TILE)
+            _write(work, HEAD, item % num_heads)
+            _write(work, SLOT, slot)
+            mbarrier.arrive(work_full.index(0), count=1)
+            number += 1
+            _wait_empty(work_empty, number)
+        # Each program draws until it draws too much, so there are as many draws as items.
+        drawn = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
+        item = programs + drawn
+    _write(work, TOKENS, 0)
+    mbarrier.arrive(work_full.index(0), count=1)
+    if drawn == items - 1:
+        gl.store(drawn_ptr, 0)
 
 
 @gluon.jit
 def _load_queries(number, token, head, q, smem, full, empty):
     DIM: gl.constexpr = smem.shape[2]
-    slot = number % SLOTS
+    slot = number % QUERY_SLOTS
     _wait_empty(empty, number)
     mbarrier.expect(full.index(slot), BLOCK_M * DIM * 2)
     for consumer in gl.static_range(CONSUMERS):
@@ -147,77 +174,63 @@ def _load_queries(number, token, head, q, smem, full, empty):
 
 
 @gluon.jit
-def _announce(number, row, block, head, work, full, empty):
-    """Tells the consumers the number-th block of theirs; row -1: no more."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    zero = gl.zeros([1], gl.int32, layout=layout)
-    slot = number % SLOTS
+def _load_tile(number, start, cache, table, last_page, head_row, smem, full, empty, BLOCK_SIZE: gl.constexpr):
+    """Has the number-th tile brought, keys or values from `start` on. A load is the part of a page that belongs to the
+    tile, 64 components wide: so it lies in shared memory as if the tile had come in one piece.
+    """
+    STAGES: gl.constexpr = smem.shape[0]
+    TILE: gl.constexpr = smem.shape[1]
+    DIM: gl.constexpr = smem.shape[2]
+    KEYS: gl.constexpr = cache.block_shape[1]
+    PIECES: gl.constexpr = TILE // KEYS
+    stage = number % STAGES
+    pieces = _view_as(smem.index(stage), smem.dtype, [DIM // COLUMNS * PIECES, 1, KEYS, COLUMNS], cache.layout)
+    pages = ()
+    for piece in gl.static_range(PIECES):
+        # Past the row's last page the table may say anything; what comes instead is masked.
+        pages += (gl.load(table + gl.minimum((start + piece * KEYS) // BLOCK_SIZE, last_page)),)
     _wait_empty(empty, number)
-    work.index(slot * 3).store(zero + row)
-    work.index(slot * 3 + 1).store(zero + block)
-    work.index(slot * 3 + 2).store(zero + head)
-    mbarrier.arrive(full.index(slot), count=1)
+    mbarrier.expect(full.index(stage), TILE * DIM * 2)
+    for piece in gl.static_range(PIECES):
+        for part in gl.static_range(DIM // COLUMNS):
+            coordinates = [pages[piece], head_row + (start + piece * KEYS) % BLOCK_SIZE, part * COLUMNS]
+            _load_async(cache, coordinates, full.index(stage), pieces.index(part * PIECES + piece))
 
 
 @gluon.jit
-def _read_work(number, what: gl.constexpr, work):
-    """Row, block or head of the number-th block."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.sum(work.index(number % SLOTS * 3 + what).load(layout), axis=0)
-
-
-@gluon.jit
-def _produce(
-    q, cache, block_table_ptr, row_slots_ptr, query_start_loc_ptr, seq_lens_ptr, drawn_ptr, num_rows, table_stride,
-    num_heads, num_blocks, q_smem, k_smem, v_smem, work, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    work_full, work_empty, GROUP: gl.constexpr, BLOCK_SIZE: gl.constexpr, WINDOW: gl.constexpr,
+def _load(
+    q, cache, block_table_ptr, table_stride, num_heads, q_smem, k_smem, v_smem, work,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty,
+    GROUP: gl.constexpr, BLOCK_SIZE: gl.constexpr,
 ):  # fmt: skip
     TILE: gl.constexpr = k_smem.shape[1]
-    KEYS: gl.constexpr = cache.block_shape[1]
-    programs = gl.num_programs(0)
-    items = num_blocks * num_heads
-    item = gl.program_id(0)
-    # The last blocks of a row see the most keys: they come first.
-    row, block, exists = _find_block(query_start_loc_ptr, num_blocks - 1 - item // num_heads, num_rows)
-    number = 0  # of blocks announced
-    tiles = 0  # of tiles brought
-    drawn = 0
-    while item < items:
-        head = item % num_heads
-        query_start, _, seq_len, _, begin, _, count = _extent(
-            row, block, query_start_loc_ptr, seq_lens_ptr, WINDOW, KEYS, TILE
-        )
-        table = block_table_ptr + gl.load(row_slots_ptr + row).to(gl.int64) * table_stride
-        last_page = (seq_len - 1) // BLOCK_SIZE
+    number = 0  # of blocks
+    tiles = 0  # brought so far
+    _wait_full(work_full, number)
+    while _read(work, TOKENS) > 0:
+        token, head = _read(work, TOKEN), _read(work, HEAD)
+        count = _read(work, COUNT)
+        start = _read(work, BEGIN) + (count - 1) * TILE
+        last_page = (_read(work, SEQ_LEN) - 1) // BLOCK_SIZE
+        table = block_table_ptr + _read(work, SLOT).to(gl.int64) * table_stride
         key_row = head // GROUP * BLOCK_SIZE
         value_row = (num_heads // GROUP + head // GROUP) * BLOCK_SIZE
-        start = begin + (count - 1) * TILE
-        if exists:
-            _announce(number, row, block, head, work, work_full, work_empty)
-            _load_tile(tiles, start, cache, table, last_page, key_row, k_smem, k_full, k_empty, BLOCK_SIZE)
-            _load_queries(number, query_start + block * BLOCK_M, head, q, q_smem, q_full, q_empty)
-            _load_tile(tiles, start, cache, table, last_page, value_row, v_smem, v_full, v_empty, BLOCK_SIZE)
-            number += 1
-        # The next one is drawn while this one's first tiles are on their way. Each program draws until it draws too
-        # much, so there are as many draws as items.
-        drawn = gl.atomic_add(drawn_ptr, 1, sem="relaxed")
-        item = programs + drawn
-        row, block, next_exists = _find_block(query_start_loc_ptr, num_blocks - 1 - item // num_heads, num_rows)
-        if exists:
-            for i in range(1, count):
-                start -= TILE
-                _load_tile(tiles + i, start, cache, table, last_page, key_row, k_smem, k_full, k_empty, BLOCK_SIZE)
-                _load_tile(tiles + i, start, cache, table, last_page, value_row, v_smem, v_full, v_empty, BLOCK_SIZE)
-            tiles += count
-        exists = next_exists
-    _announce(number, -1, 0, 0, work, work_full, work_empty)
-    if drawn == items - 1:
-        gl.store(drawn_ptr, 0)
+        for i in range(count):
+            # Near the end the next block may be drawn: not earlier, so that programs share the last ones evenly.
+            mbarrier.arrive(work_empty.index(0), count=1, pred=i == gl.maximum(count - 2, 0))
+            _load_tile(tiles + i, start, cache, table, last_page, key_row, k_smem, k_full, k_empty, BLOCK_SIZE)
+            if i == 0:
+                _load_queries(number, token, head, q, q_smem, q_full, q_empty)
+            _load_tile(tiles + i, start, cache, table, last_page, value_row, v_smem, v_full, v_empty, BLOCK_SIZE)
+            start -= TILE
+        tiles += count
+        number += 1
+        _wait_full(work_full, number)
 
 
 @gluon.jit
-def _softmax(logits, maximum, weights, key, position, scale, WINDOW: gl.constexpr, MASKED: gl.constexpr):
-    """(probabilities before division, new maximum, new sum of weights, what earlier sums are to be multiplied by)."""
+def _softmax(logits, maximum, key, position, scale, WINDOW: gl.constexpr, MASKED: gl.constexpr):
+    """(probabilities before division, new maximum, what earlier sums are to be multiplied by)."""
     if MASKED:
         visible = key[None, :] <= position[:, None]
         if WINDOW > 0:
@@ -228,9 +241,14 @@ def _softmax(logits, maximum, weights, key, position, scale, WINDOW: gl.constexp
     if MASKED:
         # A token that has seen nothing yet has no maximum to subtract.
         shift = gl.where(new_maximum == float("-inf"), 0.0, shift)
-    rescale = gl.exp2(maximum * scale - shift)
-    probability = gl.exp2(logits * scale - shift[:, None])
-    return probability, new_maximum, weights * rescale + gl.sum(probability, axis=1), rescale
+    return gl.exp2(logits * scale - shift[:, None]), new_maximum, gl.exp2(maximum * scale - shift)
+
+
+@gluon.jit
+def _thread_sums(probability):
+    """[ROWS, TILE] -> [ROWS, 8], of which each thread holds sums over its own elements only."""
+    TILE: gl.constexpr = probability.shape[1]
+    return gl.sum(gl.reshape(probability, [ROWS, TILE // 8, 8]), axis=1)
 
 
 @gluon.jit
@@ -245,6 +263,7 @@ def _attend_tiles(
     TILE: gl.constexpr = k_smem.shape[1]
     logits_layout: gl.constexpr = maximum.type.layout.parent
     acc_layout: gl.constexpr = acc.type.layout
+    sums_layout: gl.constexpr = weights.type.layout
     key = gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout))
     zeros = gl.zeros([ROWS, TILE], gl.float32, layout=logits_layout)
     for i in range(first, last):
@@ -256,9 +275,9 @@ def _attend_tiles(
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(tile % STAGES), count=1)
         start = begin + (count - 1 - i) * TILE
-        probability, maximum, weights, rescale = _softmax(
-            logits, maximum, weights, start + key, position, scale, WINDOW, MASKED
-        )
+        probability, maximum, rescale = _softmax(logits, maximum, start + key, position, scale, WINDOW, MASKED)
+        weights = weights * gl.convert_layout(rescale, gl.SliceLayout(1, sums_layout))[:, None]
+        weights += _thread_sums(probability)
         next_p = gl.convert_layout(probability.to(k_smem.dtype), p.type.layout)
         # Here and not at the loop's head, because ptxas moves no arithmetic across a branch: without one it puts the
         # softmax behind the wait for the second product, and nothing overlaps.
@@ -271,9 +290,9 @@ def _attend_tiles(
 
 
 @gluon.jit
-def _consume(
-    CONSUMER: gl.constexpr, out_ptr, query_start_loc_ptr, seq_lens_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW: gl.constexpr, KEYS: gl.constexpr,
+def _attend(
+    CONSUMER: gl.constexpr, out_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW: gl.constexpr,
 ):  # fmt: skip
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE: gl.constexpr = k_smem.shape[1]
@@ -283,29 +302,25 @@ def _consume(
     logits_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    # 16 bytes a thread, whole rows
-    row_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
+    # 16 bytes a thread
+    rows_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // DIM, DIM // 8], [WARPS, 1], [1, 0])
     number = 0
     tiles = 0
     _wait_full(work_full, number)
-    row = _read_work(number, 0, work)
-    while row >= 0:
-        block = _read_work(number, 1, work)
-        head = _read_work(number, 2, work)
-        mbarrier.arrive(work_empty.index(number % SLOTS), count=1)
-        query_start, query_len, seq_len, first_position, begin, stop, count = _extent(
-            row, block, query_start_loc_ptr, seq_lens_ptr, WINDOW, KEYS, TILE
-        )
+    while _read(work, TOKENS) > 0:
+        token, tokens, head = _read(work, TOKEN), _read(work, TOKENS), _read(work, HEAD)
+        first_position, seq_len = _read(work, POSITION), _read(work, SEQ_LEN)
+        begin, count = _read(work, BEGIN), _read(work, COUNT)
+        mbarrier.arrive(work_empty.index(0), count=1)
         # Tiles [unmasked, unmasked_end), counted from the newest keys, are seen whole by all tokens of the block. The
         # first tile is always masked: it may lie past the row's end.
         unmasked = gl.maximum(count - (first_position + 1 - begin) // TILE, 1)
         unmasked_end = count
         if WINDOW > 0:
-            left_edge = (gl.maximum(stop - WINDOW - begin, 0) + TILE - 1) // TILE
-            unmasked_end = gl.maximum(count - left_edge, unmasked)
-        offset = gl.arange(0, ROWS, layout=gl.SliceLayout(1, logits_layout))
-        position = first_position + CONSUMER * ROWS + offset
-        queries = q_smem.index(number % SLOTS * CONSUMERS + CONSUMER)
+            left_edge = gl.maximum(first_position + BLOCK_M - WINDOW - begin, 0)
+            unmasked_end = gl.maximum(count - (left_edge + TILE - 1) // TILE, unmasked)
+        position = first_position + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, logits_layout))
+        queries = q_smem.index(number % QUERY_SLOTS * CONSUMERS + CONSUMER)
         start = begin + (count - 1) * TILE
         stage = tiles % STAGES
 
@@ -315,9 +330,9 @@ def _consume(
         logits = warpgroup_mma(queries, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False)
         mbarrier.arrive(k_empty.index(stage), count=1)
         maximum = gl.full([ROWS], float("-inf"), gl.float32, layout=gl.SliceLayout(1, logits_layout))
-        weights = gl.zeros([ROWS], gl.float32, layout=gl.SliceLayout(1, logits_layout))
         key = start + gl.arange(0, TILE, layout=gl.SliceLayout(0, logits_layout))
-        probability, maximum, weights, _ = _softmax(logits, maximum, weights, key, position, scale, WINDOW, True)
+        probability, maximum, _ = _softmax(logits, maximum, key, position, scale, WINDOW, True)
+        weights = _thread_sums(probability)
         p = gl.convert_layout(probability.to(dtype), p_layout)
         acc = gl.zeros([ROWS, DIM], gl.float32, layout=acc_layout)
         _wait_full(v_full, tiles)
@@ -325,8 +340,8 @@ def _consume(
             # Values past the row's end may be another request's, NaN included, and 0 * NaN is NaN. Both consumers
             # write the same.
             v = v_smem.index(stage)
-            value_key = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, row_layout))
-            v.store(gl.where((value_key < seq_len)[:, None], v.load(row_layout), 0.0))
+            value_key = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
+            v.store(gl.where((value_key < seq_len)[:, None], v.load(rows_layout), 0.0))
             fence_async_shared()
             _barrier()
         _wait_full(k_full, tiles + 1, pred=count > 1)
@@ -348,19 +363,18 @@ def _consume(
         acc = warpgroup_mma(p, v_smem.index((tiles - 1) % STAGES), acc)
         mbarrier.arrive(v_empty.index((tiles - 1) % STAGES), count=1)
 
-        # Through the queries' place in shared memory, for stores of whole rows.
-        divisor = gl.convert_layout(1.0 / weights, gl.SliceLayout(1, acc_layout))
-        queries.store((acc * divisor[:, None]).to(dtype))
-        out = queries.load(row_layout)
+        # Through the queries' place in shared memory, so that threads store whole 16 bytes.
+        divisor = gl.convert_layout(gl.sum(weights, axis=1), gl.SliceLayout(1, acc_layout))
+        queries.store((acc * (1.0 / divisor)[:, None]).to(dtype))
+        out = queries.load(rows_layout)
         fence_async_shared()
-        mbarrier.arrive(q_empty.index(number % SLOTS), count=1)
-        token = block * BLOCK_M + CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, row_layout))
-        component = gl.arange(0, DIM, layout=gl.SliceLayout(0, row_layout))
-        at = (query_start + token).to(gl.int64) * out_stride + head * DIM
-        gl.store(out_ptr + at[:, None] + component[None, :], out, mask=(token < query_len)[:, None])
+        mbarrier.arrive(q_empty.index(number % QUERY_SLOTS), count=1)
+        row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_layout))
+        component = gl.arange(0, DIM, layout=gl.SliceLayout(0, rows_layout))
+        at = (token + row).to(gl.int64) * out_stride + head * DIM
+        gl.store(out_ptr + at[:, None] + component[None, :], out, mask=(row < tokens)[:, None])
         number += 1
         _wait_full(work_full, number)
-        row = _read_work(number, 0, work)
 
 
 @gluon.jit
@@ -411,36 +425,39 @@ def _prefill_kernel(
     SECOND: gl.constexpr = 1
     KEYS: gl.constexpr = cache.block_shape[1]
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_smem = gl.allocate_shared_memory(cache.dtype, [SLOTS * CONSUMERS, ROWS, DIM], layout)
+    q_smem = gl.allocate_shared_memory(cache.dtype, [QUERY_SLOTS * CONSUMERS, ROWS, DIM], layout)
     k_smem = gl.allocate_shared_memory(cache.dtype, [STAGES, TILE, DIM], layout)
     v_smem = gl.allocate_shared_memory(cache.dtype, [STAGES, TILE, DIM], layout)
-    work = gl.allocate_shared_memory(gl.int32, [SLOTS * 3, 1], mbarrier.MBarrierLayout())
-    q_full, q_empty = _ring(SLOTS, CONSUMERS)
+    work = gl.allocate_shared_memory(gl.int32, [WORK, 1], mbarrier.MBarrierLayout())
+    q_full, q_empty = _ring(QUERY_SLOTS, CONSUMERS)
     k_full, k_empty = _ring(STAGES, CONSUMERS)
     v_full, v_empty = _ring(STAGES, CONSUMERS)
-    work_full, work_empty = _ring(SLOTS, CONSUMERS)
+    work_full, work_empty = _ring(1, CONSUMERS + 1)
     fence_async_shared()
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     gl.warp_specialize(
         [
-            (_consume, (
-                FIRST, out_ptr, query_start_loc_ptr, seq_lens_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW, KEYS,
+            (_attend, (
+                FIRST, out_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW,
             )),
-            (_consume, (
-                SECOND, out_ptr, query_start_loc_ptr, seq_lens_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
-                q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW, KEYS,
+            (_attend, (
+                SECOND, out_ptr, out_stride, scale, q_smem, k_smem, v_smem, work,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, WINDOW,
             )),
-            (_produce, (
-                q, cache, block_table_ptr, row_slots_ptr, query_start_loc_ptr, seq_lens_ptr, drawn_ptr, num_rows,
-                table_stride, num_heads, num_blocks, q_smem, k_smem, v_smem, work, q_full, q_empty, k_full, k_empty,
-                v_full, v_empty, work_full, work_empty, GROUP, BLOCK_SIZE, WINDOW,
+            (_load, (
+                q, cache, block_table_ptr, table_stride, num_heads, q_smem, k_smem, v_smem, work,
+                q_full, q_empty, k_full, k_empty, v_full, v_empty, work_full, work_empty, GROUP, BLOCK_SIZE,
+            )),
+            (_schedule, (
+                row_slots_ptr, query_start_loc_ptr, seq_lens_ptr, drawn_ptr, num_rows, num_heads, num_blocks,
+                work, work_full, work_empty, WINDOW, KEYS, TILE,
             )),
         ],
-        [4, 1],  # warps of the second consumer and the producer
-        [232, 40],  # their registers a thread; the first consumer has the second's
+        [4, 1, 1],  # warps of all roles but the first, which has the launch's four
+        [232, 40, 40],  # their registers a thread; the first has what is left, 232
     )  # fmt: skip
 
 
