@@ -1,7 +1,8 @@
 """Causal attention of rows of many new tokens over paged keys and values, which already hold this step's: bound by
 arithmetic.
 
-One program takes a block of a row's new tokens and one query head, and walks the keys those tokens see, cached prefix
+On Hopper GPUs 16-bit keys and values of the usual shapes go to `prefill_gluon.py`. The rest is this kernel's. One
+program takes a block of a row's new tokens and one query head, and walks the keys those tokens see, cached prefix
 and new ones alike, through the block table. Only tiles on the diagonal, or on a window's edge, pay for masks. The
 grid is bounded by the number of tokens and rows, so rows of very different lengths cost no idle programs; each finds
 its row on the device.
@@ -16,6 +17,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.kv_quant import component, part, value_headroom, words
+
+try:
+    from octavo.kernels import prefill_gluon
+except (ImportError, AttributeError):  # Gluon is experimental: its names come and go with Triton's versions
+    prefill_gluon = None  # type: ignore[assignment]
 
 
 @triton.jit
@@ -386,6 +392,10 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": 128 if parts == 1 else 64, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
+def _takes_gluon(q: Tensor, kv_cache: Tensor) -> bool:
+    return prefill_gluon is not None and prefill_gluon.is_hopper(q.device) and prefill_gluon.fits(q, kv_cache)
+
+
 def prefill_attention(
     q: Tensor,
     kv_cache: Tensor,
@@ -409,6 +419,10 @@ def prefill_attention(
     """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
+    if num_rows and tokens and soft_cap == 0.0 and kv_scales is None and _takes_gluon(q, kv_cache):
+        return prefill_gluon.prefill_attention(
+            q, kv_cache, block_table, row_slots, query_start_loc, seq_lens, max_query_len, scale, window
+        )
     out = torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)
     if num_rows == 0 or tokens == 0:
         return out

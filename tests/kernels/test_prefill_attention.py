@@ -1,11 +1,15 @@
 """Prefill attention against its twin in fp32, over pages whose unused part is NaN."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
 from octavo.kernels import prefill_attention as kernels
 from octavo.kernels import reference
+from octavo.kernels.arrivals import arrivals
 
 # Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -62,6 +66,63 @@ def test_prefill_attention(
     qkv = torch.randn(sum(query_lens), (num_q + 2 * num_kv) * dim, device=device).to(kernel_dtype)
     q = qkv[:, : num_q * dim].view(-1, num_q, dim)  # strided rows, as in the fused projection
     check(rows, q, query_lens, window, soft_cap, TOLERANCE[kernel_dtype])
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("dtype", "block_size", "window"),
+    [
+        *((torch.bfloat16, *pair) for pair in [(16, 0), (16, 20), (32, 128), (64, 0), (64, 1), (64, 129), (64, 1000)]),
+        *((torch.bfloat16, *pair) for pair in [(128, 0), (128, 20), (384, 200)]),
+        *((torch.float16, *pair) for pair in [(32, 0), (64, 0), (64, 100)]),
+    ],
+)
+@pytest.mark.parametrize(("num_q", "num_kv", "dim"), [(8, 2, 128), (3, 3, 64)])
+def test_gluon_kernel(monkeypatch, make_rows, num_q, num_kv, dim, block_size, window, dtype) -> None:
+    """Lengths around its tile of 128 keys and its block of 128 tokens; what the table says past a row's pages, it
+    must not follow."""
+    if not kernels.prefill_gluon.is_hopper(torch.device("cuda")):
+        pytest.skip("written for Hopper")
+    monkeypatch.setattr(kernels, "_prefill_attention_kernel", None)
+    for query_lens, cached in (
+        ([1, 127, 128, 129, 5, 0, 300], [0, 1, 128, 127, 1000, 70, 85]),
+        ([0, 2] * 20 + [3, 0, 64, 65, 200], [1] * 42 + [127, 128, 190]),
+        ([1], [0]),
+    ):
+        seq_lens = [query + prefix for query, prefix in zip(query_lens, cached, strict=True)]
+        rows = make_rows(seq_lens, num_kv, dim, block_size, dtype)
+        for slot, length in zip(rows.row_slots.tolist(), seq_lens, strict=True):
+            rows.block_table[slot, -(-length // block_size) :] = 2**30
+        q = torch.randn(sum(query_lens), num_q, dim, device="cuda").to(dtype)
+        check(rows, q, query_lens, window, 0.0, TOLERANCE[dtype])
+    assert not arrivals(q.device).any()
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_q", "num_kv", "dim", "block_size"), [(8, 2, 128, 64), (9, 3, 64, 16)])
+def test_triton_kernel_takes_what_the_gluon_kernel_does(
+    monkeypatch, make_rows, num_q, num_kv, dim, block_size, dtype
+) -> None:
+    """As on other GPUs."""
+    monkeypatch.setattr(kernels, "prefill_gluon", None)
+    query_lens, cached = [1, 1000, 127, 128, 129, 5], [4000, 63, 64, 65, 0, 1]
+    seq_lens = [query + prefix for query, prefix in zip(query_lens, cached, strict=True)]
+    rows = make_rows(seq_lens, num_kv, dim, block_size, dtype)
+    q = torch.randn(sum(query_lens), num_q, dim, device="cuda").to(dtype)
+    check(rows, q, query_lens, 0, 0.0, TOLERANCE[dtype])
+
+
+def test_without_gluon(monkeypatch) -> None:
+    """A version of Triton whose Gluon lacks a name, or that has none, leaves the Triton kernel."""
+    monkeypatch.delitem(sys.modules, "octavo.kernels.prefill_gluon", raising=False)
+    monkeypatch.delattr("octavo.kernels.prefill_gluon", raising=False)
+    monkeypatch.delattr("triton.experimental.gluon.language.shared_memory_descriptor")
+    spec = importlib.util.spec_from_file_location("octavo.kernels.prefill_without", kernels.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.prefill_gluon is None
+    assert not module._takes_gluon(torch.empty(1, 2, 128), torch.empty(1, 2, 1, 64, 128))
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
