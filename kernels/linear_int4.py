@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import linear_table
+from octavo.kernels import linear_int4_gluon, linear_table
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.int4_layout import Int4Weight
 from octavo.kernels.launch import has_pdl
@@ -388,6 +388,9 @@ def _dequantise_kernel(
 
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
+    if plan.kernel == "gluon":
+        linear_int4_gluon.launch(x, weight, bias, out, plan)
+        return
     tokens, rows = out.shape
     tiles_n = triton.cdiv(rows, plan.tiles * 16)
     tiles_m = triton.cdiv(tokens, plan.tokens)

@@ -16,10 +16,10 @@ Plan = TypeVar("Plan")
 class Int4Plan:
     """How `int4_linear` cuts a product."""
 
-    kernel: str  # "slices" or "tiles"
+    kernel: str  # "slices", "tiles" or "gluon"
     tiles: int  # of 16 rows a program
     tokens: int  # a program
-    splits: int  # of k over programs
+    splits: int  # of k over programs; the gluon kernel cuts the work by `programs`
     warps: int
     ahead: int  # rounds whose weights are in flight
     depth: int = 1  # tiles of 64 k a round; the slices kernel takes one a warp
@@ -27,6 +27,7 @@ class Int4Plan:
     # while this one ends; "late" when the products are done. Early, they must be short: they fill the multiprocessors
     # unevenly, as this launch leaves room. "plain": not at all.
     launch: str = "plain"
+    programs: int = 0  # that share all tiles evenly (gluon); 0: each does a tile
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,15 @@ _INT4: Table[Int4Plan] = {
         (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
 }
+# The Gluon kernel's, from 33 tokens on: by arithmetic, not measured yet, and so not in use.
+_INT4_GLUON: Table[Int4Plan] = {
+    shape: (
+        (64, Int4Plan("gluon", 8, 64, 1, 12, 8, programs=132)),
+        (128, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
+        (8192, Int4Plan("gluon", 8, 256, 1, 12, 4, programs=132)),
+    )
+    for shape in _INT4
+}
 # The same for 16-bit weights; None, and more tokens than the last: cuBLAS.
 _BF16: Table[Bf16Plan] = {
     (12288, 4096): (
@@ -109,6 +119,7 @@ _BF16: Table[Bf16Plan] = {
     ),
 }
 INT4_PLANS = sorted({plan for entry in _INT4.values() for _, plan in entry if plan}, key=str)
+INT4_GLUON_PLANS = sorted({plan for entry in _INT4_GLUON.values() for _, plan in entry if plan}, key=str)
 BF16_PLANS = sorted({plan for entry in _BF16.values() for _, plan in entry if plan}, key=str)
 
 
@@ -120,9 +131,11 @@ def _nearest(table: Table[Plan], tokens: int, rows: int, depth: int) -> Plan | N
     return next((plan for most, plan in table[rows, depth] if tokens <= most), None)
 
 
-def int4_plan(tokens: int, rows: int, depth: int) -> Int4Plan | None:
-    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS."""
-    return _nearest(_INT4, tokens, rows, depth)
+def int4_plan(tokens: int, rows: int, depth: int, gluon: bool = False) -> Int4Plan | None:
+    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS. gluon: whether the
+    kernel of that name can run.
+    """
+    return _nearest(_INT4_GLUON if gluon and tokens > 32 else _INT4, tokens, rows, depth)
 
 
 def bf16_plan(tokens: int, rows: int, depth: int) -> Bf16Plan | None:
