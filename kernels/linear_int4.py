@@ -9,7 +9,8 @@ weights are never rounded.
 `_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows, activations too go from memory
 straight into the registers of the tensor cores' right operand, and slices are added at the end. `_tiles_kernel` is for
 more: warps take rows and share the activations. Either can be split along k over programs; the program that arrives
-last adds the parts up in their order, so results do not depend on timing.
+last adds the parts up in their order, so results do not depend on timing. `linear_int4_gluon.py` has the kernel of many
+tokens on Hopper.
 """
 
 import torch
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import linear_table
+from octavo.kernels import linear_int4_gluon, linear_table
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.int4_layout import Int4Weight
 from octavo.kernels.launch import has_pdl
@@ -386,6 +387,9 @@ def _dequantise_kernel(
 
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
+    if plan.kernel == "gluon":
+        linear_int4_gluon.launch(x, weight, bias, out, plan)
+        return
     tokens, rows = out.shape
     tiles_n = triton.cdiv(rows, plan.tiles * 16)
     tiles_m = triton.cdiv(tokens, plan.tokens)
@@ -455,7 +459,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens = x.shape[0]
-    plan = linear_table.int4_plan(tokens, weight.rows, weight.depth)
+    plan = linear_table.int4_plan(tokens, weight.rows, weight.depth, linear_int4_gluon.fits(x))
     if plan is None:
         return F.linear(x, dequantise(weight), bias)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)

@@ -17,16 +17,17 @@ Plan = TypeVar("Plan")
 class Int4Plan:
     """How `int4_linear` cuts a product."""
 
-    kernel: str  # "slices" or "tiles"
+    kernel: str  # "slices", "tiles" or "gluon"
     tiles: int  # of 16 rows a program
     tokens: int  # a program
-    splits: int  # of k over programs
+    splits: int  # of k over programs; the gluon kernel cuts the work by `programs`
     warps: int
     ahead: int  # rounds whose weights are in flight
     depth: int = 1  # tiles of 64 k a round; the slices kernel takes one a warp
     # Programmatic dependent launch: "late" starts the next launch's programs when the products are done, so that they
     # read their weights while this one ends; "plain": not at all.
     launch: str = "plain"
+    programs: int = 0  # that share all tiles evenly (gluon); 0: each does a tile
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,22 @@ _INT4: Table[Int4Plan] = {
         (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
 }
+# Where the Gluon kernel can run it does these; None: as above.
+_INT4_GLUON: Table[Int4Plan] = {
+    (12288, 4096): (
+        (64, None),
+        (128, Int4Plan("gluon", 8, 128, 1, 12, 8)),
+        (1024, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+    ),
+    (4096, 4096): ((640, None),),
+    (22016, 4096): (
+        (32, None),
+        (64, Int4Plan("gluon", 8, 64, 1, 12, 8, programs=132)),
+        (256, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
+        (1024, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+    ),
+    (4096, 11008): ((128, None), (256, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132))),
+}
 # The same for 16-bit weights; None, and more tokens than the last: cuBLAS.
 _BF16: Table[Bf16Plan] = {
     (12288, 4096): (
@@ -111,6 +128,7 @@ _BF16: Table[Bf16Plan] = {
     ),
 }
 INT4_PLANS = sorted({plan for entry in _INT4.values() for _, plan in entry if plan}, key=str)
+INT4_GLUON_PLANS = sorted({plan for entry in _INT4_GLUON.values() for _, plan in entry if plan}, key=str)
 BF16_PLANS = sorted({plan for entry in _BF16.values() for _, plan in entry if plan}, key=str)
 
 
@@ -123,8 +141,8 @@ def _entry(table: Table[Plan], rows: int, depth: int) -> tuple[tuple[int, Plan |
 
 # Looked up once a shape: without a graph every product of every step asks.
 @functools.cache
-def _int4_entry(rows: int, depth: int) -> tuple[tuple[int, Int4Plan | None], ...]:
-    return _entry(_INT4, rows, depth)
+def _int4_entries(rows: int, depth: int) -> tuple[tuple[tuple[int, Int4Plan | None], ...], ...]:
+    return _entry(_INT4, rows, depth), _entry(_INT4_GLUON, rows, depth)
 
 
 @functools.cache
@@ -132,9 +150,13 @@ def _bf16_entry(rows: int, depth: int) -> tuple[tuple[int, Bf16Plan | None], ...
     return _entry(_BF16, rows, depth)
 
 
-def int4_plan(tokens: int, rows: int, depth: int) -> Int4Plan | None:
-    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS."""
-    return next((plan for most, plan in _int4_entry(rows, depth) if tokens <= most), None)
+def int4_plan(tokens: int, rows: int, depth: int, gluon: bool) -> Int4Plan | None:
+    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS. gluon: whether the
+    kernel of that name can run.
+    """
+    entries = _int4_entries(rows, depth)
+    plan = next((plan for most, plan in entries[1] if tokens <= most), None) if gluon else None
+    return plan or next((plan for most, plan in entries[0] if tokens <= most), None)
 
 
 def bf16_plan(tokens: int, rows: int, depth: int) -> Bf16Plan | None:
@@ -150,7 +172,11 @@ def bf16_token_limits() -> list[int]:
 def lines() -> list[str]:
     """The tables, a line an entry."""
     out = []
-    for name, table, other in (("int4", _INT4, "dequantise, cuBLAS"), ("bf16", _BF16, "cuBLAS")):
+    for name, table, other in (
+        ("int4", _INT4, "dequantise, cuBLAS"),
+        ("int4 on Hopper", _INT4_GLUON, "as elsewhere"),
+        ("bf16", _BF16, "cuBLAS"),
+    ):
         for (rows, depth), entry in table.items():
             for most, plan in entry:
                 out.append(f"{name} {rows:5} x {depth:5}, up to {most:4} tokens: {plan or other}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import linear_int4, linear_table, reference_int4
+from octavo.kernels import linear_int4, linear_int4_gluon, linear_table, reference_int4
 from octavo.kernels.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
 from octavo.kernels.linear_table import Int4Plan
 
@@ -167,6 +167,35 @@ def test_every_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None
         check(out, x, weight, bias)
 
 
+GLUON_PLANS = [
+    Int4Plan("gluon", tiles=8, tokens=64, splits=1, warps=12, ahead=8),  # a program a tile
+    Int4Plan("gluon", tiles=8, tokens=64, splits=1, warps=12, ahead=3, programs=7, launch="late"),
+    Int4Plan("gluon", tiles=16, tokens=64, splits=1, warps=20, ahead=8, programs=5),
+    Int4Plan("gluon", tiles=8, tokens=128, splits=1, warps=12, ahead=8, programs=1000),  # a round each
+    Int4Plan("gluon", tiles=8, tokens=256, splits=1, warps=12, ahead=4, programs=132),
+]
+
+
+@pytest.mark.parametrize("plan", GLUON_PLANS)
+@pytest.mark.parametrize("kind", [*WEIGHTS, (400, 1024, 128, True), (256, 1216, 1216, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gluon_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None:
+    if not linear_int4_gluon.is_hopper(torch.device(device)):
+        pytest.skip("a kernel for Hopper")
+    weight = make_weight(*kind, dtype, device)
+    bias = torch.randn(weight.rows, device=device).to(dtype)
+    for tokens in (1, 40, 64, 65, 300):
+        x = torch.randn(tokens, weight.depth + 64, device=device).to(dtype)[:, : weight.depth]  # strided rows
+        outs = [torch.full((tokens, weight.rows), float("nan"), dtype=dtype, device=device) for _ in range(5)]
+        for out in outs:
+            linear_int4.launch(x, weight, bias, out, plan)
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        check(outs[0], x, weight, bias, rounded=True)
+        linear_int4.launch(x, weight, None, outs[0], plan)
+        check(outs[0], x, weight, None, rounded=True)
+    assert not linear_int4.arrivals(x.device).any()
+
+
 @pytest.mark.parametrize("tokens", [0, 3, 17] + [1, 8, 9, 16, 33, 65, 128, 200, 300, 1100, 2100] * ON_GPU)
 def test_int4_linear(device, tokens) -> None:
     rows, depth = (4096, 1024) if ON_GPU else (32, 128)
@@ -175,7 +204,8 @@ def test_int4_linear(device, tokens) -> None:
         x = torch.randn(tokens, depth, device=device).to(dtype)
         out = linear_int4.int4_linear(x, weight)
         assert out.shape == (tokens, rows)
-        check(out, x, weight, None, rounded=linear_table.int4_plan(tokens, rows, depth) is None)
+        plan = linear_table.int4_plan(tokens, rows, depth, linear_int4_gluon.fits(x))
+        check(out, x, weight, None, rounded=plan is None or plan.kernel == "gluon")
 
 
 def test_int4_linear_gathers_permuted_activations(device) -> None:

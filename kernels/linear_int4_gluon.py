@@ -1,0 +1,409 @@
+"""The int4 linear layer of many tokens, written in Gluon for Hopper: weights are unpacked under the tensor cores' work.
+
+A program has three parts. One warp has the copy engine bring rounds of 64 k, the weights of 128 rows and the
+activations of TOKENS tokens, into a ring of shared memory. Two warp groups take 64 rows each: they unpack a round into
+the registers of the tensor cores' left operand (`int4_layout.py` has them in that order) while the product of the round
+before is still running, and where that leaves the tensor cores idle the other group has work for them.
+
+Weights are scaled as they are unpacked, so they are rounded once to the activations' dtype, as they are where cuBLAS
+multiplies them: scaling sums instead would take a second accumulator and more instructions from 64 tokens on.
+
+Work is cut by rounds, not by tiles: each program takes an equal share of all rounds of all tiles in turn, so that no
+multiprocessor waits for another at the end. Where shares meet in a tile, the program that arrives last adds the parts
+up in their order, so results do not depend on timing.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.int4_layout import Int4Weight
+from octavo.kernels.linear_table import Int4Plan
+
+# Names that changed between Triton 3.6 and 3.9.
+_store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+_load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_view_as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+
+ROWS = gl.constexpr(64)  # a consumer
+UNIT = gl.constexpr(64)  # k a round
+
+
+def _unpack_asm(type_: str, magic: str) -> str:
+    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed weights of (s, upper row, half), $8-$9 the words,
+    then pairs of equal registers: $10 with 128 + zero (1024 in fp16) of row r in both halves, $12 that of row r + 8,
+    $14 and $16 their scales.
+    """
+    lines = ["{ .reg .b32 number, shifted;"]
+    for place in range(8):
+        source, nibble, upper = f"${8 + place // 4}", place % 4, place // 2 % 2
+        if nibble:
+            lines.append(f"shr.b32 shifted, {source}, {4 * nibble};")
+            source = "shifted"
+        lines.append(f"lop3.b32 number, {source}, 0x000f000f, {magic}, 0xea;")  # (a & b) | c
+        lines.append(f"sub.rn.{type_} number, number, ${10 + 2 * upper};")
+        lines.append(f"mul.rn.{type_} ${place}, number, ${14 + 2 * upper};")
+    return " ".join([*lines, "}"])
+
+
+_BF16_ASM = gl.constexpr(_unpack_asm("bf16x2", "0x43004300"))
+_FP16_ASM = gl.constexpr(_unpack_asm("f16x2", "0x64006400"))
+_CONSTRAINTS = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
+_BF16_PLACES = gl.constexpr((gl.bfloat16,) * 8)
+_FP16_PLACES = gl.constexpr((gl.float16,) * 8)
+# [16-row tile, r, c, u, s] of a consumer's words: lane 4 * r + c has four in a row, warps take tiles.
+_WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 1, 2, 2], [1, 8, 4, 1, 1], [4, 1, 1, 1, 1], [4, 3, 2, 1, 0]))
+
+
+@gluon.jit
+def _pairs(smem, GROUPS: gl.constexpr):
+    """What shared memory [4, GROUPS * 8] has for rows r and r + 8 of each group, as int32 [4, 8, 1, GROUPS, 1]."""
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    values = _view_as(smem, smem.dtype, [4, GROUPS, 8], flat).permute((0, 2, 1))
+    values = values.load(gl.SliceLayout(2, gl.SliceLayout(4, _WORDS)))
+    return gl.expand_dims(gl.expand_dims(values, 2), 4).to(gl.int32)
+
+
+@gluon.jit
+def _read(number, words_smem, scales_smem, zeros_smem, full, pred, CONSUMER: gl.constexpr, ZEROS: gl.constexpr):
+    """A consumer's words, scales and zeros of a round, once they are there."""
+    STAGES: gl.constexpr = full.shape[0]
+    GROUPS: gl.constexpr = scales_smem.shape[2] // 8
+    flat: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    stage = number % STAGES
+    mbarrier.wait(full.index(stage), number // STAGES & 1, pred=pred)
+    words = gl.reshape(words_smem.index(stage).slice(CONSUMER * 4, 4, 0).load(flat), [4, 8, 4, 2, 2])
+    scales = _pairs(scales_smem.index(stage).slice(CONSUMER * 4, 4, 0), GROUPS)
+    zeros = scales
+    if ZEROS:
+        zeros = _pairs(zeros_smem.index(stage).slice(CONSUMER * 4, 4, 0), GROUPS)
+    return gl.convert_layout(words, _WORDS, assert_trivial=True), scales, zeros
+
+
+@gluon.jit
+def _unpack(words, scales, zeros, ZEROS: gl.constexpr, dtype: gl.constexpr, layout: gl.constexpr):
+    """A consumer's weights [64, 64] of a round."""
+    BF16: gl.constexpr = dtype == gl.bfloat16
+    magic: gl.constexpr = 0x43004300 if BF16 else 0x64006400
+    if ZEROS:
+        low_zero = (zeros & 0xFF) * 0x10001 + magic
+        high_zero = (zeros >> 8 & 0xFF) * 0x10001 + magic
+    else:
+        low_zero = gl.full([4, 8, 1, 1, 1], 0x00080008 + magic, gl.int32, layout=_WORDS)
+        high_zero = low_zero
+    low_scale = (scales & 0xFFFF) * 0x10001
+    high_scale = (scales >> 16 & 0xFFFF) * 0x10001
+    n0, n1, n2, n3, n4, n5, n6, n7 = gl.inline_asm_elementwise(
+        _BF16_ASM if BF16 else _FP16_ASM,
+        _CONSTRAINTS,
+        [words, low_zero, high_zero, low_scale, high_scale],
+        _BF16_PLACES if BF16 else _FP16_PLACES,
+        is_pure=True,
+        pack=2,
+    )
+    low = gl.join(gl.join(n0, n1), gl.join(n2, n3))
+    high = gl.join(gl.join(n4, n5), gl.join(n6, n7))
+    # [tile, r, c, u, pair, half, upper, s] to rows (tile, upper, r), k (u, s, half, c, pair)
+    numbers = gl.permute(gl.join(low, high), (0, 6, 1, 3, 7, 5, 2, 4))
+    return gl.convert_layout(gl.reshape(numbers, [64, 64]), layout, assert_trivial=True)
+
+
+@gluon.jit
+def _share(program, rounds):
+    """Where a program's share of all rounds begins."""
+    return (program.to(gl.int64) * rounds // gl.num_programs(0)).to(gl.int32)
+
+
+@gluon.jit
+def _part_offset(layout: gl.constexpr, TOKENS: gl.constexpr):
+    """Of [64, TOKENS / 8, 8] in a part, in int64: so the compiler sees that a thread's differ by constants."""
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    octet = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+    token = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+    start = gl.expand_dims(gl.expand_dims(row * TOKENS, 1), 2) + gl.expand_dims(gl.expand_dims(token, 0), 1)
+    return start.to(gl.int64) + gl.expand_dims(gl.expand_dims(octet.to(gl.int64) * 8, 0), 2)
+
+
+@gluon.jit
+def _store_part(part_ptr, acc):
+    TOKENS: gl.constexpr = acc.shape[1]
+    acc = gl.reshape(acc, [ROWS, TOKENS // 8, 8])
+    layout: gl.constexpr = acc.type.layout
+    gl.store(part_ptr + _part_offset(layout, TOKENS), acc)
+
+
+@gluon.jit
+def _add_part(part_ptr, acc):
+    TOKENS: gl.constexpr = acc.shape[1]
+    acc_layout: gl.constexpr = acc.type.layout
+    sums = gl.reshape(acc, [ROWS, TOKENS // 8, 8])
+    layout: gl.constexpr = sums.type.layout
+    sums += gl.load(part_ptr + _part_offset(layout, TOKENS), cache_modifier=".cg")
+    return gl.convert_layout(gl.reshape(sums, [ROWS, TOKENS]), acc_layout, assert_trivial=True)
+
+
+@gluon.jit
+def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, LAUNCH: gl.constexpr):
+    x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, total = arguments
+    STAGES: gl.constexpr = full.shape[0]
+    ROUNDS: gl.constexpr = K // UNIT
+    TOKENS: gl.constexpr = x_smem.shape[1]
+    TILES: gl.constexpr = words.block_shape[0]
+    GROUPS: gl.constexpr = scales.block_shape[1] // 8
+    BYTES: gl.constexpr = TOKENS * 128 + TILES * (512 + 32 * GROUPS + 16 * GROUPS * ZEROS)
+    if LAUNCH == "early":
+        tl.extra.cuda.gdc_launch_dependents()
+    if LAUNCH != "plain":
+        # The other roles touch nothing before the activations have come, so they need not wait themselves.
+        tl.extra.cuda.gdc_wait()
+    begin = _share(gl.program_id(0), total)
+    end = _share(gl.program_id(0) + 1, total)
+    at = begin
+    while at < end:
+        tile = at // ROUNDS
+        stop = gl.minimum((tile + 1) * ROUNDS, end)
+        row_tile = tile // tiles_m * TILES
+        token = tile % tiles_m * TOKENS
+        for i in range(at, stop):
+            round_ = i - tile * ROUNDS
+            stage = (i - begin) % STAGES
+            barrier = full.index(stage)
+            mbarrier.wait(empty.index(stage), (i - begin) // STAGES & 1 ^ 1)
+            mbarrier.expect(barrier, BYTES)
+            _load_async(words, [row_tile, round_ * 128], barrier, words_smem.index(stage))
+            group = round_ * UNIT // GROUP * 8
+            _load_async(scales, [row_tile, group], barrier, scales_smem.index(stage))
+            if ZEROS:
+                _load_async(zeros, [row_tile, group], barrier, zeros_smem.index(stage))
+            _load_async(x, [token, round_ * UNIT], barrier, x_smem.index(stage))
+        at = stop
+    if LAUNCH == "late":
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@gluon.jit
+def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.constexpr, BIAS: gl.constexpr):
+    x_smem, words_smem, scales_smem, zeros_smem, full, empty = arguments[:6]
+    out, out_smem, bias_ptr, partial_ptr, arrivals_ptr, N, tiles_m, total = arguments[6:]
+    ROUNDS: gl.constexpr = K // UNIT
+    TOKENS: gl.constexpr = x_smem.shape[1]
+    STAGES: gl.constexpr = full.shape[0]
+    CONSUMERS: gl.constexpr = out_smem.shape[0]
+    dtype: gl.constexpr = x_smem.dtype
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    program = gl.program_id(0)
+    begin = _share(program, total)
+    end = _share(program + 1, total)
+    row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc_layout))
+    out_tile = out_smem.index(CONSUMER)
+    PART: gl.constexpr = CONSUMERS * ROWS * TOKENS
+    at = begin
+    words, scales, zeros = _read(0, words_smem, scales_smem, zeros_smem, full, begin < end, CONSUMER, ZEROS)
+    a = _unpack(words, scales, zeros, ZEROS, dtype, a_layout)
+    words, scales, zeros = _read(1, words_smem, scales_smem, zeros_smem, full, begin + 1 < end, CONSUMER, ZEROS)
+    while at < end:
+        tile = at // ROUNDS
+        stop = gl.minimum((tile + 1) * ROUNDS, end)
+        acc = gl.zeros([ROWS, TOKENS], gl.float32, layout=acc_layout)
+        for i in range(at, stop):
+            number = i - begin
+            stage = number % STAGES
+            acc = warpgroup_mma(a, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
+            next_a = _unpack(words, scales, zeros, ZEROS, dtype, a_layout)
+            # Here and not at the loop's head, because ptxas moves no arithmetic across a branch: without one it puts
+            # the unpacking behind the wait for the product, and nothing overlaps.
+            words, scales, zeros = _read(
+                number + 2, words_smem, scales_smem, zeros_smem, full, i + 2 < end, CONSUMER, ZEROS
+            )
+            acc, a = warpgroup_mma_wait(0, deps=[acc, a])
+            mbarrier.arrive(empty.index(stage), count=1)
+            a = next_a
+        last = True
+        if (at > tile * ROUNDS) | (stop < (tile + 1) * ROUNDS):
+            # A program has at most two tiles that it shares, its first and its last.
+            part = partial_ptr + CONSUMER * ROWS * TOKENS
+            _store_part(part + (2 * program + (at > begin).to(gl.int32)).to(gl.int64) * PART, acc)
+            # The programs whose shares lie in this tile.
+            first = (tile.to(gl.int64) * ROUNDS * gl.num_programs(0) // total).to(gl.int32)
+            while _share(first + 1, total) <= tile * ROUNDS:
+                first += 1
+            final = first
+            while _share(final + 1, total) < (tile + 1) * ROUNDS:
+                final += 1
+            _barrier()
+            counter = arrivals_ptr + CONSUMERS * tile + CONSUMER
+            arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+            _barrier()
+            last = arrived == final - first
+            if last:
+                gl.store(counter, 0)
+                acc = gl.zeros([ROWS, TOKENS], gl.float32, layout=acc_layout)
+                for other in range(first, final + 1):
+                    slot = 2 * other + (_share(other, total) < tile * ROUNDS).to(gl.int32)
+                    acc = _add_part(part + slot.to(gl.int64) * PART, acc)
+        if last:
+            first_row = tile // tiles_m * (CONSUMERS * ROWS)
+            if BIAS:
+                bias = gl.load(bias_ptr + first_row + row, mask=first_row + row < N, other=0.0)
+                acc += bias.to(gl.float32)[:, None]
+            tma.store_wait(0)
+            _barrier()
+            out_tile.permute((1, 0)).store(acc.to(dtype))
+            fence_async_shared()
+            _barrier()
+            _store_async(out, [tile % tiles_m * TOKENS, first_row + CONSUMER * ROWS], out_tile)
+        at = stop
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["tiles_m", "total"])
+def _gluon_kernel(
+    x,  # descriptor of [M, K], [TOKENS, 64] a load
+    words,  # descriptor of [N / 16, K * 2] int32, [4 * CONSUMERS, 128] a load
+    scales,  # descriptor of [N / 16, groups * 8] int32, [4 * CONSUMERS, 8 * groups of a round] a load
+    zeros,  # descriptor of [N / 16, groups * 8] int16, likewise, if ZEROS
+    out,  # descriptor of [M, N], [TOKENS, 64] a store
+    bias_ptr,  # [N], read if BIAS
+    partial_ptr,  # [programs, 2, 64 * CONSUMERS, TOKENS] fp32
+    arrivals_ptr,  # [tiles, CONSUMERS] int32, all zero before and after
+    N,
+    tiles_m,
+    total,  # rounds of all tiles
+    # meta-parameters
+    K: gl.constexpr,
+    GROUP: gl.constexpr,
+    ZEROS: gl.constexpr,
+    BIAS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    LAUNCH: gl.constexpr,
+):
+    C0: gl.constexpr = 0
+    C1: gl.constexpr = 1
+    C2: gl.constexpr = 2
+    C3: gl.constexpr = 3
+    x_smem = gl.allocate_shared_memory(x.dtype, [STAGES, x.block_shape[0], x.block_shape[1]], x.layout)
+    words_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * CONSUMERS, 128], words.layout)
+    scales_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * CONSUMERS, scales.block_shape[1]], scales.layout)
+    zeros_smem = scales_smem
+    if ZEROS:
+        zeros_smem = gl.allocate_shared_memory(gl.int16, [STAGES, 4 * CONSUMERS, zeros.block_shape[1]], zeros.layout)
+    out_smem = gl.allocate_shared_memory(x.dtype, [CONSUMERS, out.block_shape[0], out.block_shape[1]], out.layout)
+    barrier_layout: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier_layout)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    load = (
+        x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, total,
+    )  # fmt: skip
+    work = (
+        x_smem, words_smem, scales_smem, zeros_smem, full, empty, out, out_smem, bias_ptr,
+        partial_ptr, arrivals_ptr, N, tiles_m, total,
+    )  # fmt: skip
+    # Last, the registers a thread of all roles but the first, which has what is left.
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_multiply, (C0, work, K, ZEROS, BIAS)),
+                (_multiply, (C1, work, K, ZEROS, BIAS)),
+                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    elif CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_multiply, (C0, work, K, ZEROS, BIAS)),
+                (_multiply, (C1, work, K, ZEROS, BIAS)),
+                (_multiply, (C2, work, K, ZEROS, BIAS)),
+                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (C0, work, K, ZEROS, BIAS)),
+                (_multiply, (C1, work, K, ZEROS, BIAS)),
+                (_multiply, (C2, work, K, ZEROS, BIAS)),
+                (_multiply, (C3, work, K, ZEROS, BIAS)),
+                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
+            ],
+            [4, 4, 4, 1],
+            [120, 120, 120, 24],
+        )
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernel runs there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether the kernel takes activations [M, K] with these strides: the copy engine wants whole 16 bytes."""
+    return is_hopper(x.device) and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
+def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: Int4Plan) -> None:
+    """`linear_int4.launch` of a plan of this kernel, for what `fits`; M, N and K are not 0."""
+    tokens, rows = out.shape
+    consumers = plan.tiles // 4
+    tiles_m = triton.cdiv(tokens, plan.tokens)
+    tiles = triton.cdiv(rows, 64 * consumers) * tiles_m
+    rounds = tiles * (weight.depth // 64)
+    # Where each tile is one program's, nothing is added up, and there may be any number.
+    programs = min(plan.programs, rounds) if consumers * tiles <= MAX_ARRIVALS and plan.programs else tiles
+    groups = max(1, 64 // weight.group)
+
+    def table(tensor: Tensor, block: int) -> TensorDescriptor:
+        tensor = tensor.view(tensor.shape[0], -1)
+        layout = gl.NVMMASharedLayout(0, tensor.element_size() * 8, 2)
+        return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [4 * consumers, block], layout)
+
+    swizzled = gl.NVMMASharedLayout(128, 16, 2)
+    scales = table(weight.scales, groups * 8)
+    partial = torch.empty((programs * 2, 64 * consumers, plan.tokens), dtype=torch.float32, device=x.device)
+    _gluon_kernel[(programs,)](
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [plan.tokens, 64], swizzled),
+        table(weight.words, 128),
+        scales,
+        scales if weight.zeros is None else table(weight.zeros, groups * 8),
+        TensorDescriptor(out, list(out.shape), list(out.stride()), [plan.tokens, 64], swizzled),
+        x if bias is None else bias,
+        partial,
+        arrivals(x.device),
+        rows,
+        tiles_m,
+        rounds,
+        weight.depth,
+        weight.group,
+        weight.zeros is not None,
+        bias is not None,
+        consumers,
+        plan.ahead,
+        plan.launch,
+        num_warps=4,
+        launch_pdl=plan.launch != "plain",
+    )
