@@ -7,7 +7,8 @@ is in the top-p set if the mass above it is small; if not, the set lies strictly
 there.
 
 A round is one reading of the groups that have something left: it sums each group inside of one warp, so nothing waits
-for anything but memory, and gives both the mass above the last token and what the next draw needs.
+for anything but memory, and gives both the mass above the last token and what the next draw needs. Most rounds are
+spared, since the whole groups that hold the better tokens already have too little mass to exclude the drawn one.
 
 What counts as equal, and in which order the filters apply, stands in `reference_draw.py`.
 """
@@ -24,6 +25,7 @@ _NO_TOKEN = tl.constexpr(2**31 - 1)
 _GROUP_NOISE = tl.constexpr(GROUP_NOISE)
 _ROUND_NOISE = tl.constexpr(ROUND_NOISE)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
+_SURELY = tl.constexpr(1 - 2**-12)  # more than the rounding of a sum
 
 
 @triton.jit
@@ -54,54 +56,62 @@ def draw(source, groups, log_masses, bound, number, key_first, key_second, SUB: 
 
 @triton.jit
 def draw_filtered(
-    source, sub_peaks, token, token_logit, peak, total, top_k, top_p, min_p, key_first, key_second,
+    source, sub_peaks, sub_masses, token, token_logit, peak, top_k, top_p, min_p, key_first, key_second,
     listed_ptr, left_ptr, kept_ptr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, SUBS: tl.constexpr,
 ):  # fmt: skip
     """`token`, drawn from the whole row, if the filters allow it, else one drawn from what they allow.
 
-    sub_peaks # [SUBS] f32; total: the row's mass relative to `peak`; listed_ptr # [subs] int32, left_ptr # [subs] f32
-    and kept_ptr # [POOL] f32 are the row's to write. READ tokens are read at a time, TILE where they are pooled.
+    sub_peaks, sub_masses # [SUBS] f32: of each group, masses relative to `peak`; listed_ptr # [subs] int32, left_ptr
+    # [subs] f32 and kept_ptr # [POOL] f32 are the row's to write. READ tokens are read at a time, TILE where they are
+    pooled.
     """
     threshold = tl.full([], _LOWEST, tl.float32)
     if min_p > 0:
         threshold = peak + tl.log(min_p)
     if (top_k > 0) & (top_k < source[8]):
         threshold = _top_k_threshold(source, sub_peaks, threshold, peak, top_k, listed_ptr, kept_ptr, TILE, SUB, POOL)
-    bounded = threshold > _LOWEST
     sub = tl.arange(0, SUBS)
     number = 0
+    left = sub_masses  # of each group, at most what is above the bound
+    total = tl.sum(left, 0)
     below = token_logit < threshold
-    need_total = bounded & (top_p < 1)
+    need_total = (threshold > _LOWEST) & (top_p < 1)
     scanning = below | (top_p < 1)
     while scanning:
         # A first round may only be for the mass that the threshold leaves.
         bound = threshold
         if (below | need_total) == 0:
             bound = _next_above(token_logit)
-        tl.debug_barrier()  # all have read the lists before they are written anew
-        count = list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS)
-        for start in range(0, count * SUB, READ):
-            logits = read_logits(source, listed_ids(listed_ptr, start, count, source[8], READ, SUB))
-            weights = tl.where(logits >= bound, tl.exp(logits - peak), 0.0)
-            lane = start // SUB + tl.arange(0, READ // SUB)
-            tl.store(left_ptr + lane, tl.sum(tl.reshape(weights, [READ // SUB, SUB]), 1), mask=lane < count)
-        tl.debug_barrier()
-        left = tl.load(left_ptr + sub, mask=sub < count, other=0.0)
-        mass = tl.sum(left, 0)
-        again = below
-        if need_total:
-            total = mass
-        elif below == 0:
-            # So written that an empty rest, or a mass that is no number, ends the search.
-            again = (mass > 0) & (mass >= top_p * total)
-        if again:
-            number += 1
-            groups = tl.load(listed_ptr + sub, mask=sub < count, other=_NO_TOKEN)
-            token, token_logit = draw(source, groups, tl.log(left), bound, number, key_first, key_second, SUB)
-        scanning = (again | need_total) & (top_p < 1)
-        need_total = False
-        below = False
+        reaching = sub_peaks >= bound
+        # Most tokens need no reading: what their betters' groups hold altogether is too little to exclude them.
+        if ((below | need_total) == 0) & (tl.sum(tl.where(reaching, left, 0.0), 0) < top_p * total * _SURELY):
+            scanning = False
+        else:
+            tl.debug_barrier()  # all have read the lists before they are written anew
+            count = list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS)
+            for start in range(0, count * SUB, READ):
+                ids = listed_ids(listed_ptr, start, count, source[8], READ, SUB)
+                logits = read_logits(source, ids)
+                weights = tl.where(logits >= bound, tl.exp(logits - peak), 0.0)
+                lane = start // SUB + tl.arange(0, READ // SUB)
+                group = tl.load(listed_ptr + lane, mask=lane < count, other=0)
+                tl.store(left_ptr + group, tl.sum(tl.reshape(weights, [READ // SUB, SUB]), 1), mask=lane < count)
+            tl.debug_barrier()
+            left = tl.load(left_ptr + sub, mask=reaching, other=0.0)
+            mass = tl.sum(left, 0)
+            again = below
+            if need_total:
+                total = mass
+            elif below == 0:
+                # So written that an empty rest, or a mass that is no number, ends the search.
+                again = (mass > 0) & (mass >= top_p * total)
+            if again:
+                number += 1
+                token, token_logit = draw(source, sub, tl.log(left), bound, number, key_first, key_second, SUB)
+            scanning = (again | need_total) & (top_p < 1)
+            need_total = False
+            below = False
     return token
 
 

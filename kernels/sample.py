@@ -30,7 +30,7 @@ TILE = 2048  # tokens of one program of the first pass
 SCAN_WARPS = 8
 # Penalties and biases take 61 registers a thread; at 40 nothing spills, and six programs share a multiprocessor.
 SCAN_REGISTERS = 40
-READ = 4096  # tokens that one program of the second pass reads at a time
+READ = 2048  # tokens that one program of the second pass reads at a time
 POOL_TILE = 2048  # the same where it puts them into a pool
 POOL = 8192  # logits that a row's pool holds
 CHOOSE_WARPS = 8
@@ -259,8 +259,8 @@ def _choose_kernel(
                     )
                     if ((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0):
                         token = draw_filtered(
-                            source, sub_peaks, token, token_logit, peak, tl.sum(masses * tl.exp(sub_peaks - peak), 0),
-                            top_k, top_p, min_p, first, second,
+                            source, sub_peaks, masses * tl.exp(sub_peaks - peak), token, token_logit, peak, top_k,
+                            top_p, min_p, first, second,
                             listed_ptr + row * subs, left_ptr + row * subs, kept_ptr + row * POOL,
                             READ, TILE, SUB, POOL, SUBS,
                         )  # fmt: skip
