@@ -5,7 +5,8 @@ The keys of all rows and heads form one line of tiles. A fixed number of program
 on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
 long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
 new tokens) are the columns of one product, so K and V are read once. A stretch that holds a whole unit writes the
-answer; pieces of a unit go to scratch, and the program that arrives last adds them up.
+answer; pieces of a unit go to scratch, and the program that arrives last adds them up. Where programs may start while
+the kernel before still runs, they find their stretch and fetch its first tile into the L2 meanwhile.
 
 Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
 few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
@@ -77,8 +78,9 @@ def _find_stretch(
     with that row's first tile, length and slot.
     """
     rows = tl.arange(0, BLOCK_R)
-    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0)
-    slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0)
+    # `.cg`: read before the wait for the predecessor, so not from an L1 that may still hold the last step's.
+    seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0, cache_modifier=".cg")
+    slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0, cache_modifier=".cg")
     _, row_tiles = _row_tiles(seq_lens, QUERY_LEN, WINDOW, TILE)
     row_tiles = tl.where(rows < num_rows, row_tiles, 0) * UNITS
     row_ends = tl.cumsum(row_tiles, axis=0)
@@ -112,6 +114,50 @@ def _sum_of_warps(x):
     even, odd = tl.split(x)
     low, high = tl.split(even + odd)
     return low + high
+
+
+@triton.jit
+def _prefetch(pointers, mask):
+    """Asks for the cache lines that pointers point into to come to the L2."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def _prefetch_tile(
+    cache_ptr,
+    table,  # the row's
+    tile,  # of the row's tiles, unit after unit
+    seq_len,
+    cache_block_stride,
+    cache_kv_stride,
+    cache_head_stride,
+    QUERY_LEN: tl.constexpr,
+    M_CHUNKS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    OFFSET_STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Asks for a tile of K and V to come to the L2."""
+    LINE: tl.constexpr = 128 * 8 // cache_ptr.dtype.element_ty.primitive_bitwidth  # words
+    first_tile, num_tiles = _row_tiles(seq_len, QUERY_LEN, WINDOW, TILE)
+    kv_head = tile // num_tiles // M_CHUNKS
+    key = (first_tile + tile % num_tiles) * TILE + tl.arange(0, TILE)
+    in_row = key < seq_len
+    page = tl.load(table + key // BLOCK_SIZE, mask=in_row, other=0, cache_modifier=".cg").to(tl.int64)
+    words = cache_ptr + kv_head.to(tl.int64) * cache_head_stride
+    words += page * cache_block_stride + key % BLOCK_SIZE * OFFSET_STRIDE
+    for word in tl.static_range(0, WORDS, LINE):
+        _prefetch(words + word, in_row)
+        _prefetch(words + cache_kv_stride + word, in_row)
 
 
 @triton.jit
@@ -178,8 +224,6 @@ def _decode_attention_kernel(
     WORDS: tl.constexpr = DIM // PARTS
     BLOCK_D: tl.constexpr = PARTS * BLOCK_W
     program = tl.program_id(0)
-    wait_for_inputs(PDL)
-    let_successor_start(PDL)
 
     # My stretch of the line of tiles, and the row it begins in. Few rows fit into the lanes of each warp, where their
     # sums take no barrier; how many there are changes from step to step, so it is no reason to compile anything.
@@ -191,6 +235,26 @@ def _decode_attention_kernel(
         begin, end, quota, extra, row, row_begin, seq_len, slot = _find_stretch(
             seq_lens_ptr, row_slots_ptr, num_rows, BLOCK_R, QUERY_LEN, WINDOW, TILE, UNITS, PER_SM, LEAST_KEYS // TILE
         )
+    if PDL:
+        # Nearly all keys are old: the first ones are on their way while the predecessor writes the newest.
+        _prefetch_tile(
+            cache_ptr,
+            block_table_ptr + slot.to(tl.int64) * table_stride,
+            begin - row_begin,
+            seq_len,
+            cache_block_stride,
+            cache_kv_stride,
+            cache_head_stride,
+            QUERY_LEN,
+            M_CHUNKS,
+            BLOCK_SIZE,
+            OFFSET_STRIDE,
+            WORDS,
+            WINDOW,
+            TILE,
+        )
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
 
     m = tl.arange(0, BLOCK_M)
     w = tl.arange(0, BLOCK_W)
@@ -467,10 +531,9 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
     block_m = min(64 if block_d <= 128 else 32, max(8, triton.next_power_of_2(query_rows)))
     block_partial = min(block_m, triton.next_power_of_2(query_rows))
     # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and 64 or
-    # more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. Codes take more
-    # keys a tile, since a tile has costs of its own: 32x4k in fp8 155 us with 64 keys, 130 with 128; in 4 bits 135 and
-    # 92 (H100).
-    tile = max(16, min(64 if parts == 1 else 128, 16384 // (block_w * itemsize)))
+    # more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. 4 bits take more
+    # keys a tile, since a tile has costs of its own; 8 bits do not gain by it (8x4k: 31 us with 64 keys, 36 with 128).
+    tile = max(16, min(64 if parts <= 2 else 128, 16384 // (block_w * itemsize)))
     if itemsize == 4 and block_m >= 16:
         tile = 16  # products of 32-bit numbers hold all their operands in registers
     # Four warps with sums of their own, if they fit into registers; a product has 16 keys at least.
@@ -481,11 +544,11 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
         "BLOCK_PARTIAL": block_partial,
         "BLOCK_W": block_w,
         "TILE": tile,
-        # 64 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
-        "MERGE": max(1, min(16, (8192 if block_partial <= 8 else 4096) // (block_partial * block_d))),
+        # 128 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
+        "MERGE": max(1, min(32, (16384 if block_partial <= 8 else 4096) // (block_partial * block_d))),
         # One's loads run while another starts a unit or merges.
         "PER_SM": 2,
-        "LEAST_KEYS": 512,
+        "LEAST_KEYS": 256,
         "num_warps": 4,
         # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in front of theirs.
         "num_stages": 5,
@@ -512,7 +575,9 @@ def decode_attention(
     `seq_len - query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits =
     scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [R * query_len, Hq, D]; a token
     that sees nothing gets zeros. Launches of one device must be on one stream: they share counters. Call it once
-    before capturing it in a graph, so that the counters exist.
+    before capturing it in a graph, so that the counters exist. block_table, row_slots and seq_lens are read before the
+    launch before this one has ended: a launch that writes them must not be the last before this one if it lets its
+    successor start early (`launch.py`).
 
     Raises ValueError if rows x KV heads exceed 65536 units.
     """

@@ -121,9 +121,9 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
         _Choice(Matmul(128, 64, 128, 4, 5, True), Matmul(128, 64, 128, 4, 4, True), {}),
         # 256
         _Choice(
-            Tile(128, 64, 128, 4, 4, 2, True),
+            Matmul(128, 64, 128, 4, 5, True),
             Matmul(128, 128, 128, 8, 5, True),
-            {(4096, 4096): Tile(128, 128, 128, 8, 4, 1, True)},
+            {(12288, 4096): Matmul(256, 128, 128, 8, 4, True)},
         ),
         # 1024
         _Choice(Matmul(128, 128, 128, 8, 3, True), Matmul(128, 128, 128, 8, 3, True), {}),

@@ -88,16 +88,27 @@ _INT4_GLUON: Table[Int4Plan] = {
     (12288, 4096): (
         (64, None),
         (128, Int4Plan("gluon", 8, 128, 1, 12, 8)),
-        (1024, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+        (384, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
+        (512, Int4Plan("gluon", 8, 128, 1, 12, 8)),
+        (2048, Int4Plan("gluon", 8, 256, 1, 12, 4)),
     ),
-    (4096, 4096): ((640, None),),
+    (4096, 4096): (
+        (256, None),
+        (512, Int4Plan("gluon", 8, 128, 1, 12, 8)),
+        (2048, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+    ),
     (22016, 4096): (
         (32, None),
         (64, Int4Plan("gluon", 8, 64, 1, 12, 8, programs=132)),
-        (256, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
-        (1024, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+        (384, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
+        (2048, Int4Plan("gluon", 8, 256, 1, 12, 4)),
     ),
-    (4096, 11008): ((128, None), (256, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132))),
+    (4096, 11008): (
+        (128, None),
+        (384, Int4Plan("gluon", 8, 128, 1, 12, 8, programs=132)),
+        (512, Int4Plan("gluon", 8, 128, 1, 12, 8)),
+        (2048, Int4Plan("gluon", 8, 256, 1, 12, 4)),
+    ),
 }
 # The same for 16-bit weights; None, and more tokens than the last: cuBLAS.
 _BF16: Table[Bf16Plan] = {
