@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.fetch import fetch_to_l2
 from octavo.kernels.kv_quant import component, part, value_headroom, words
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
@@ -117,20 +118,7 @@ def _sum_of_warps(x):
 
 
 @triton.jit
-def _prefetch(pointers, mask):
-    """Asks for the cache lines that pointers point into to come to the L2."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointers, mask.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def _prefetch_tile(
+def _fetch_tile(
     cache_ptr,
     table,  # the row's
     tile,  # of the row's tiles, unit after unit
@@ -156,8 +144,8 @@ def _prefetch_tile(
     words = cache_ptr + kv_head.to(tl.int64) * cache_head_stride
     words += page * cache_block_stride + key % BLOCK_SIZE * OFFSET_STRIDE
     for word in tl.static_range(0, WORDS, LINE):
-        _prefetch(words + word, in_row)
-        _prefetch(words + cache_kv_stride + word, in_row)
+        fetch_to_l2(words + word, in_row)
+        fetch_to_l2(words + cache_kv_stride + word, in_row)
 
 
 @triton.jit
@@ -237,7 +225,7 @@ def _decode_attention_kernel(
         )
     if PDL:
         # Nearly all keys are old: the first ones are on their way while the predecessor writes the newest.
-        _prefetch_tile(
+        _fetch_tile(
             cache_ptr,
             block_table_ptr + slot.to(tl.int64) * table_stride,
             begin - row_begin,

@@ -20,7 +20,8 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     largest = x.abs().amax(dim=1) if x.shape[1] else x.new_zeros(x.shape[0])
-    scaled = x * (LARGEST[dtype] / largest.clamp(min=1e-35)).unsqueeze(1)
+    # Of two tensors: a number divided by a tensor is the number times the tensor's rounded reciprocal.
+    scaled = x * (largest.new_tensor(LARGEST[dtype]) / largest.clamp(min=1e-35)).unsqueeze(1)
     q = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
     return q, largest / LARGEST[dtype]
 

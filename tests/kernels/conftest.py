@@ -2,6 +2,7 @@
 bf16)."""
 
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kernel_dtype" in metafunc.fixturenames:
         dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
         metafunc.parametrize("kernel_dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
+
+
+@pytest.fixture(autouse=True)
+def seed_by_name(request: pytest.FixtureRequest) -> None:
+    """A test has the same random numbers whichever tests ran before it, in its process or in others."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
 @pytest.fixture(autouse=True)
