@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
-from octavo.kernels.fetch import fetch_to_l2
 from octavo.kernels.kv_quant import component, part, value_headroom, words
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
@@ -118,6 +117,19 @@ def _sum_of_warps(x):
 
 
 @triton.jit
+def _fetch_to_l2(pointers, mask):
+    """Asks for the cache lines that pointers point into to come to the L2."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _fetch_tile(
     cache_ptr,
     table,  # the row's
@@ -144,8 +156,8 @@ def _fetch_tile(
     words = cache_ptr + kv_head.to(tl.int64) * cache_head_stride
     words += page * cache_block_stride + key % BLOCK_SIZE * OFFSET_STRIDE
     for word in tl.static_range(0, WORDS, LINE):
-        fetch_to_l2(words + word, in_row)
-        fetch_to_l2(words + cache_kv_stride + word, in_row)
+        _fetch_to_l2(words + word, in_row)
+        _fetch_to_l2(words + cache_kv_stride + word, in_row)
 
 
 @triton.jit
@@ -526,14 +538,15 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
         tile = 16  # products of 32-bit numbers hold all their operands in registers
     # Four warps with sums of their own, if they fit into registers; a product has 16 keys at least.
     split = itemsize == 2 and block_m == 8 and block_d <= 256 and tile >= 64
+    # 128 registers a thread of pieces in flight while merging; 32 where the sums or the keys take more.
+    merged = 16384 if block_partial <= 8 and itemsize <= 2 else 4096
     return {
         "BLOCK_M": block_m,
         "SPLITS": 4 if split else 1,
         "BLOCK_PARTIAL": block_partial,
         "BLOCK_W": block_w,
         "TILE": tile,
-        # 128 registers a thread of pieces in flight while merging; 32 where the sums themselves take more.
-        "MERGE": max(1, min(32, (16384 if block_partial <= 8 else 4096) // (block_partial * block_d))),
+        "MERGE": max(1, min(32, merged // (block_partial * block_d))),
         # One's loads run while another starts a unit or merges.
         "PER_SM": 2,
         "LEAST_KEYS": 256,

@@ -16,7 +16,6 @@ What counts as equal, and in which order the filters apply, stands in `reference
 import triton
 import triton.language as tl
 
-from octavo.kernels.fetch import fetch_to_l2
 from octavo.kernels.logits import load_raw, process
 from octavo.kernels.noise import gumbel
 from octavo.kernels.reference_draw import GROUP_NOISE, ROUND_NOISE
@@ -60,7 +59,6 @@ def draw_filtered(
     source, sub_peaks, sub_masses, token, token_logit, peak, top_k, top_p, min_p, key_first, key_second,
     listed_ptr, left_ptr, kept_ptr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, SUBS: tl.constexpr,
-    ON_GPU: tl.constexpr,
 ):  # fmt: skip
     """`token`, drawn from the whole row, if the filters allow it, else one drawn from what they allow.
 
@@ -92,12 +90,6 @@ def draw_filtered(
         else:
             tl.debug_barrier()  # all have read the lists before they are written anew
             count = list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS)
-            if ON_GPU:
-                # All at once: few rows read at a time, and each waits for memory most of its time.
-                LINE: tl.constexpr = 128 * 8 // source[0].dtype.element_ty.primitive_bitwidth  # logits
-                for token_of_group in tl.static_range(0, SUB, LINE):
-                    at = sub * SUB + token_of_group
-                    fetch_to_l2(source[0] + at, reaching & (at < source[8]))
             for start in range(0, count * SUB, READ):
                 ids = listed_ids(listed_ptr, start, count, source[8], READ, SUB)
                 logits = read_logits(source, ids)

@@ -52,7 +52,7 @@ Table = dict[tuple[int, int], tuple[tuple[int, Plan | None], ...]]
 # 16 bits and call cuBLAS.
 _INT4: Table[Int4Plan] = {
     (12288, 4096): (
-        (1, Int4Plan("slices", 1, 8, 1, 4, 4, launch="late")),
+        (1, Int4Plan("tiles", 4, 16, 2, 4, 4, 2, launch="late")),
         (16, Int4Plan("tiles", 4, 16, 2, 4, 4, 2)),
         (32, Int4Plan("tiles", 4, 32, 2, 4, 4, 2, launch="late")),
         (64, Int4Plan("tiles", 4, 64, 2, 4, 3, 2)),
@@ -60,6 +60,7 @@ _INT4: Table[Int4Plan] = {
         (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
     (4096, 4096): (
+        (1, Int4Plan("tiles", 4, 16, 4, 4, 4, 2, launch="late")),
         (16, Int4Plan("tiles", 4, 16, 4, 4, 4, 2)),
         (32, Int4Plan("tiles", 4, 32, 4, 4, 4, 2)),
         (64, Int4Plan("tiles", 4, 64, 2, 4, 4, 2)),
@@ -67,7 +68,7 @@ _INT4: Table[Int4Plan] = {
         (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
     (22016, 4096): (
-        (1, Int4Plan("slices", 1, 8, 1, 4, 4, launch="late")),
+        (1, Int4Plan("tiles", 4, 16, 1, 4, 4, 2, launch="late")),
         (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
         (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
         (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
@@ -75,7 +76,7 @@ _INT4: Table[Int4Plan] = {
         (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
     ),
     (4096, 11008): (
-        (1, Int4Plan("slices", 1, 8, 1, 8, 4)),
+        (1, Int4Plan("tiles", 4, 16, 4, 4, 6, 2, launch="late")),
         (16, Int4Plan("tiles", 4, 16, 4, 4, 6, 2)),
         (32, Int4Plan("tiles", 4, 32, 4, 4, 4, 2)),
         (64, Int4Plan("tiles", 4, 64, 4, 4, 4, 2)),

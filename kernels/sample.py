@@ -104,7 +104,7 @@ def sample(
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         plan.result_width, tiles, subs,
         GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
-        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL, PDL=pdl, ON_GPU=not logits.is_cpu,
+        READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL, PDL=pdl,
         num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
         launch_pdl=pdl,
     )  # fmt: skip
@@ -193,7 +193,6 @@ def _choose_kernel(
     result_width, tiles, subs,
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, PDL: tl.constexpr,
-    ON_GPU: tl.constexpr,  # may use assembly
 ):  # fmt: skip
     """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
     let_successor_start(PDL)
@@ -263,7 +262,7 @@ def _choose_kernel(
                             source, sub_peaks, masses * tl.exp(sub_peaks - peak), token, token_logit, peak, top_k,
                             top_p, min_p, first, second,
                             listed_ptr + row * subs, left_ptr + row * subs, kept_ptr + row * POOL,
-                            READ, TILE, SUB, POOL, SUBS, ON_GPU,
+                            READ, TILE, SUB, POOL, SUBS,
                         )  # fmt: skip
 
         alive = False
