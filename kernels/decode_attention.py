@@ -576,9 +576,9 @@ def decode_attention(
     `seq_len - query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits =
     scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [R * query_len, Hq, D]; a token
     that sees nothing gets zeros. Launches of one device must be on one stream: they share counters. Call it once
-    before capturing it in a graph, so that the counters exist. block_table, row_slots and seq_lens are read before the
-    launch before this one has ended: a launch that writes them must not be the last before this one if it lets its
-    successor start early (`launch.py`).
+    before capturing it in a graph, so that the counters exist. block_table, row_slots and seq_lens are read before
+    earlier launches have ended (`launch.py`): nothing may write them shortly before. In a step that is `prepare`, many
+    launches back.
 
     Raises ValueError if rows x KV heads exceed 65536 units.
     """

@@ -24,6 +24,16 @@ def has_pdl(device: torch.device) -> bool:
     return device.type == "meta"
 
 
+@functools.cache
+def has_gluon(device: torch.device) -> bool:
+    """Whether the Gluon kernels (`*_gluon.py`) run there: they are for Hopper, and for the versions of Triton that they
+    have been compiled with, because Gluon is still experimental. Elsewhere the Triton kernels do their work.
+    """
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    return is_hopper and (3, 6) <= version <= (3, 9)
+
+
 @triton.jit
 def let_successor_start(PDL: tl.constexpr):
     """From when all programs have called it, those of the next kernel may start where there is room."""

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import linear_int4_gluon, linear_table
+from octavo.kernels import linear_table
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.int4_layout import Int4Weight
-from octavo.kernels.launch import has_pdl
+from octavo.kernels.launch import has_gluon, has_pdl
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
@@ -388,6 +388,8 @@ def _dequantise_kernel(
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
     if plan.kernel == "gluon":
+        from octavo.kernels import linear_int4_gluon  # not all versions of Triton that we run with have Gluon
+
         linear_int4_gluon.launch(x, weight, bias, out, plan)
         return
     tokens, rows = out.shape
@@ -444,6 +446,11 @@ def dequantise(weight: Int4Weight) -> Tensor:
     return out
 
 
+def takes_gluon(x: Tensor) -> bool:
+    """Whether the Gluon kernel can take x [M, K]: the copy engine wants addresses and strides of whole 16 bytes."""
+    return has_gluon(x.device) and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+
+
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """x [M, K] (rows may be strided) of the weight's dtype @ weight [N, K] transposed + bias [N]; returns [M, N].
 
@@ -459,7 +466,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens = x.shape[0]
-    plan = linear_table.int4_plan(tokens, weight.rows, weight.depth, linear_int4_gluon.fits(x))
+    plan = linear_table.int4_plan(tokens, weight.rows, weight.depth, takes_gluon(x))
     if plan is None:
         return F.linear(x, dequantise(weight), bias)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)

@@ -13,8 +13,6 @@ multiprocessor waits for another at the end. Where shares meet in a tile, the pr
 up in their order, so results do not depend on timing.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -31,14 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.gluon_names import barrier, load_async, store_async, view_as
 from octavo.kernels.int4_layout import Int4Weight
 from octavo.kernels.linear_table import Int4Plan
-
-# Names that changed between Triton 3.6 and 3.9.
-_store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-_load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_view_as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 ROWS = gl.constexpr(64)  # a consumer
 UNIT = gl.constexpr(64)  # k a round
@@ -74,7 +67,7 @@ _WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 1, 2, 2], [1, 8, 4, 1, 1], [4, 1, 
 def _pairs(smem, GROUPS: gl.constexpr):
     """What shared memory [4, GROUPS * 8] has for rows r and r + 8 of each group, as int32 [4, 8, 1, GROUPS, 1]."""
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    values = _view_as(smem, smem.dtype, [4, GROUPS, 8], flat).permute((0, 2, 1))
+    values = view_as(smem, smem.dtype, [4, GROUPS, 8], flat).permute((0, 2, 1))
     values = values.load(gl.SliceLayout(2, gl.SliceLayout(4, _WORDS)))
     return gl.expand_dims(gl.expand_dims(values, 2), 4).to(gl.int32)
 
@@ -182,15 +175,15 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
         for i in range(at, stop):
             round_ = i - tile * ROUNDS
             stage = (i - begin) % STAGES
-            barrier = full.index(stage)
+            arrived = full.index(stage)
             mbarrier.wait(empty.index(stage), (i - begin) // STAGES & 1 ^ 1)
-            mbarrier.expect(barrier, BYTES)
-            _load_async(words, [row_tile, round_ * 128], barrier, words_smem.index(stage))
+            mbarrier.expect(arrived, BYTES)
+            load_async(words, [row_tile, round_ * 128], arrived, words_smem.index(stage))
             group = round_ * UNIT // GROUP * 8
-            _load_async(scales, [row_tile, group], barrier, scales_smem.index(stage))
+            load_async(scales, [row_tile, group], arrived, scales_smem.index(stage))
             if ZEROS:
-                _load_async(zeros, [row_tile, group], barrier, zeros_smem.index(stage))
-            _load_async(x, [token, round_ * UNIT], barrier, x_smem.index(stage))
+                load_async(zeros, [row_tile, group], arrived, zeros_smem.index(stage))
+            load_async(x, [token, round_ * UNIT], arrived, x_smem.index(stage))
         at = stop
     if LAUNCH == "late":
         tl.extra.cuda.gdc_launch_dependents()
@@ -246,10 +239,10 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
             final = first
             while _share(final + 1, total) < (tile + 1) * ROUNDS:
                 final += 1
-            _barrier()
+            barrier()
             counter = arrivals_ptr + CONSUMERS * tile + CONSUMER
             arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-            _barrier()
+            barrier()
             last = arrived == final - first
             if last:
                 gl.store(counter, 0)
@@ -263,11 +256,11 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
                 bias = gl.load(bias_ptr + first_row + row, mask=first_row + row < N, other=0.0)
                 acc += bias.to(gl.float32)[:, None]
             tma.store_wait(0)
-            _barrier()
+            barrier()
             out_tile.permute((1, 0)).store(acc.to(dtype))
             fence_async_shared()
-            _barrier()
-            _store_async(out, [tile % tiles_m * TOKENS, first_row + CONSUMER * ROWS], out_tile)
+            barrier()
+            store_async(out, [tile % tiles_m * TOKENS, first_row + CONSUMER * ROWS], out_tile)
         at = stop
     tma.store_wait(0)
 
@@ -355,19 +348,8 @@ def _gluon_kernel(
         )
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the kernel runs there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def fits(x: Tensor) -> bool:
-    """Whether the kernel takes activations [M, K] with these strides: the copy engine wants whole 16 bytes."""
-    return is_hopper(x.device) and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-
-
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: Int4Plan) -> None:
-    """`linear_int4.launch` of a plan of this kernel, for what `fits`; M, N and K are not 0."""
+    """`linear_int4.launch` of a plan of this kernel, for what `takes_gluon`; M, N and K are not 0."""
     tokens, rows = out.shape
     consumers = plan.tiles // 4
     tiles_m = triton.cdiv(tokens, plan.tokens)

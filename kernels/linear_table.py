@@ -1,8 +1,8 @@
 """How the linear layers of few tokens are cut: kernel, tile, split and launch by shape and number of tokens.
 
-Measured on an H100 (`bench/LOG.md` has the sweep) at the shapes of Llama-2-7B; an H200 has the same multiprocessors and
-takes the same. A shape that is not in the table takes the entry of the shape nearest to it, by the ratios of outputs
-and of inputs. `lines()` prints it.
+Measured on an H100 (`bench/LOG.md` has the sweep) at the shapes of Llama-2-7B and one of Llama-3-70B; an H200 has the
+same multiprocessors and takes the same. A shape that is not in the table takes the entry of the shape nearest to it, by
+the ratios of outputs and of inputs. `lines()` prints it.
 """
 
 import functools
@@ -69,6 +69,15 @@ _INT4: Table[Int4Plan] = {
     ),
     (22016, 4096): (
         (1, Int4Plan("tiles", 4, 16, 1, 4, 4, 2, launch="late")),
+        (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
+        (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
+        (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
+        (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
+        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+    ),
+    # Llama-3-70B's: many enough rows that the slices kernel has work for all multiprocessors.
+    (57344, 8192): (
+        (1, Int4Plan("slices", 1, 8, 1, 4, 4, launch="late")),
         (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
         (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
         (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),

@@ -17,11 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.kv_quant import component, part, value_headroom, words
-
-try:
-    from octavo.kernels import prefill_gluon
-except (ImportError, AttributeError):  # Gluon is experimental: its names come and go with Triton's versions
-    prefill_gluon = None  # type: ignore[assignment]
+from octavo.kernels.launch import has_gluon
 
 
 @triton.jit
@@ -392,10 +388,6 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK_M": 128 if parts == 1 else 64, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
-def _takes_gluon(q: Tensor, kv_cache: Tensor) -> bool:
-    return prefill_gluon is not None and prefill_gluon.is_hopper(q.device) and prefill_gluon.fits(q, kv_cache)
-
-
 def prefill_attention(
     q: Tensor,
     kv_cache: Tensor,
@@ -419,10 +411,13 @@ def prefill_attention(
     """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
-    if num_rows and tokens and soft_cap == 0.0 and kv_scales is None and _takes_gluon(q, kv_cache):
-        return prefill_gluon.prefill_attention(
-            q, kv_cache, block_table, row_slots, query_start_loc, seq_lens, max_query_len, scale, window
-        )
+    if num_rows and tokens and soft_cap == 0.0 and kv_scales is None and has_gluon(q.device):
+        from octavo.kernels import prefill_gluon  # not all versions of Triton that we run with have Gluon
+
+        if prefill_gluon.fits(q, kv_cache):
+            return prefill_gluon.prefill_attention(
+                q, kv_cache, block_table, row_slots, query_start_loc, seq_lens, max_query_len, scale, window
+            )
     out = torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)
     if num_rows == 0 or tokens == 0:
         return out

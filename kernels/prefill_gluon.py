@@ -28,18 +28,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.arrivals import arrivals
-
-# Names that changed between Triton 3.6 and 3.9.
-_load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_view_as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
+from octavo.kernels.gluon_names import barrier, load_async, view_as
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # tokens a consumer: what one warp group multiplies at a time
@@ -167,10 +162,10 @@ def _load_queries(number, token, head, q, smem, full, empty):
     mbarrier.expect(full.index(slot), BLOCK_M * DIM * 2)
     for consumer in gl.static_range(CONSUMERS):
         queries = smem.index(slot * CONSUMERS + consumer)
-        parts = _view_as(queries, smem.dtype, [DIM // COLUMNS, ROWS, COLUMNS], q.layout)
+        parts = view_as(queries, smem.dtype, [DIM // COLUMNS, ROWS, COLUMNS], q.layout)
         for part in gl.static_range(DIM // COLUMNS):
             coordinates = [token + consumer * ROWS, head * DIM + part * COLUMNS]
-            _load_async(q, coordinates, full.index(slot), parts.index(part))
+            load_async(q, coordinates, full.index(slot), parts.index(part))
 
 
 @gluon.jit
@@ -184,7 +179,7 @@ def _load_tile(number, start, cache, table, last_page, head_row, smem, full, emp
     KEYS: gl.constexpr = cache.block_shape[1]
     PIECES: gl.constexpr = TILE // KEYS
     stage = number % STAGES
-    pieces = _view_as(smem.index(stage), smem.dtype, [DIM // COLUMNS * PIECES, 1, KEYS, COLUMNS], cache.layout)
+    pieces = view_as(smem.index(stage), smem.dtype, [DIM // COLUMNS * PIECES, 1, KEYS, COLUMNS], cache.layout)
     pages = ()
     for piece in gl.static_range(PIECES):
         # Past the row's last page the table may say anything; what comes instead is masked.
@@ -194,7 +189,7 @@ def _load_tile(number, start, cache, table, last_page, head_row, smem, full, emp
     for piece in gl.static_range(PIECES):
         for part in gl.static_range(DIM // COLUMNS):
             coordinates = [pages[piece], head_row + (start + piece * KEYS) % BLOCK_SIZE, part * COLUMNS]
-            _load_async(cache, coordinates, full.index(stage), pieces.index(part * PIECES + piece))
+            load_async(cache, coordinates, full.index(stage), pieces.index(part * PIECES + piece))
 
 
 @gluon.jit
@@ -343,7 +338,7 @@ def _attend(
             value_key = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
             v.store(gl.where((value_key < seq_len)[:, None], v.load(rows_layout), 0.0))
             fence_async_shared()
-            _barrier()
+            barrier()
         _wait_full(k_full, tiles + 1, pred=count > 1)
         acc, p, maximum, weights = _attend_tiles(
             1, unmasked, tiles, count, begin, acc, p, maximum, weights, queries, k_smem, v_smem,
@@ -459,12 +454,6 @@ def _prefill_kernel(
         [4, 1, 1],  # warps of all roles but the first, which has the launch's four
         [232, 40, 40],  # their registers a thread; the first has what is left, 232
     )  # fmt: skip
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the kernel runs there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @functools.cache

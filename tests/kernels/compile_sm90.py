@@ -22,10 +22,21 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import activation, copy_blocks, decode_attention, kv_quant, norm, prefill_attention, rope
+from octavo.kernels import (
+    activation,
+    copy_blocks,
+    decode_attention,
+    kv_quant,
+    norm,
+    prefill_attention,
+    prefill_gluon,
+    rope,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -85,6 +96,11 @@ def prefill_case(
     )
 
 
+def prefill_gluon_case(dim: int, block_size: int, window: int, dtype: torch.dtype) -> None:
+    q, cache = meta(512, 32, dim, dtype=dtype), meta(32, 2, 8, block_size, dim, dtype=dtype)
+    prefill_gluon.prefill_attention(q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, window)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     for dtype, hidden in itertools.product((bf16, fp32), (576, 4096, 8192)):
@@ -131,6 +147,16 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 f"decode_attention {name} x{query_len}",
                 lambda h=heads, b=block_size, n=query_len, a=arguments, o=options: decode_case(h, b, n, *a, **o),
             )
+    for dtype, dim, block_size, window in (
+        (bf16, 128, 64, 0),
+        (bf16, 128, 64, 4096),
+        (bf16, 128, 16, 4096),
+        (fp16, 128, 64, 0),
+        (bf16, 64, 64, 0),
+        (bf16, 64, 16, 4096),
+    ):
+        name = f"prefill_gluon {TYPES[dtype]} {dim} page {block_size}{' window' * (window > 0)}"
+        yield name, lambda d=dim, b=block_size, w=window, t=dtype: prefill_gluon_case(d, b, w, t)
 
 
 def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, int]:
@@ -139,22 +165,25 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, An
     signature, constants, attributes = {}, {}, {}
     for index, (name, parameter) in enumerate(zip(fn.arg_names, fn.params, strict=True)):
         value = bound.arguments[name]
-        is_one = isinstance(value, int) and not isinstance(value, bool) and value == 1
-        if parameter.is_constexpr or value is None or is_one:
+        specialised = isinstance(value, int) and not isinstance(value, bool) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature[name], constants[(index,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
             signature[name] = "*" + TYPES[value.dtype]
         elif isinstance(value, TensorDescriptor):
             signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>"
+        elif isinstance(value, GluonDescriptor):
+            signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        aligned = isinstance(value, Tensor) and not parameter.do_not_specialize_on_alignment
+        if aligned or (specialised and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     launch_options = {name: value for name, value in options.items() if name not in fn.arg_names}
     variant = repr((fn.fn.__module__, fn.fn.__name__, signature, constants, attributes, launch_options))
     if variant not in _COMPILED:
-        source = ASTSource(fn, signature, constants, attributes)
+        source = (GluonASTSource if fn.is_gluon() else ASTSource)(fn, signature, constants, attributes)
         _COMPILED[variant] = resources(triton.compile(source, target=TARGET, options=launch_options))
     return _COMPILED[variant]
 

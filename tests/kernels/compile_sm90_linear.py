@@ -43,6 +43,12 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for group, zeros, dtype in ((32, True, bf16), (64, False, fp16), (128, True, fp16), (11008, True, bf16)):
             name = f"int4 {plan} 11008 g{group}{' zeros' * zeros} {TYPES[dtype]}"
             yield name, functools.partial(int4_case, plan, 11008, group, zeros, dtype)
+    for plan in linear_table.INT4_GLUON_PLANS:
+        yield f"int4 {plan} 4096 g128 bf16", functools.partial(int4_case, plan, 4096, 128, False, bf16)
+    for group, dtype in ((32, bf16), (11008, fp16)):
+        plan = linear_table.INT4_GLUON_PLANS[0]
+        name = f"int4 {plan} 11008 g{group} zeros {TYPES[dtype]}"
+        yield name, functools.partial(int4_case, plan, 11008, group, True, dtype)
     for group in (32, 128):
         weight = int4_weight(4096, 4096, group, True, bf16)
         yield f"int4 dequantise g{group}", functools.partial(linear_int4.dequantise, weight)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import linear_int4, linear_int4_gluon, linear_table, reference_int4
+from octavo.kernels import linear_int4, linear_table, reference_int4
 from octavo.kernels.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
+from octavo.kernels.launch import has_gluon
 from octavo.kernels.linear_table import Int4Plan
 
 ON_GPU = torch.cuda.is_available()
@@ -180,7 +181,7 @@ GLUON_PLANS = [
 @pytest.mark.parametrize("kind", [*WEIGHTS, (400, 1024, 128, True), (256, 1216, 1216, False)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gluon_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None:
-    if not linear_int4_gluon.is_hopper(torch.device(device)):
+    if not has_gluon(torch.device(device)):
         pytest.skip("a kernel for Hopper")
     weight = make_weight(*kind, dtype, device)
     bias = torch.randn(weight.rows, device=device).to(dtype)
@@ -204,7 +205,7 @@ def test_int4_linear(device, tokens) -> None:
         x = torch.randn(tokens, depth, device=device).to(dtype)
         out = linear_int4.int4_linear(x, weight)
         assert out.shape == (tokens, rows)
-        plan = linear_table.int4_plan(tokens, rows, depth, linear_int4_gluon.fits(x))
+        plan = linear_table.int4_plan(tokens, rows, depth, linear_int4.takes_gluon(x))
         check(out, x, weight, None, rounded=plan is None or plan.kernel == "gluon")
 
 
