@@ -48,6 +48,13 @@ class Bf16Plan:
 
 Table = dict[tuple[int, int], tuple[tuple[int, Plan | None], ...]]
 
+_INT4_WIDE = (
+    (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
+    (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
+    (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
+    (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
+    (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+)
 # (outputs, inputs): (at most so many tokens, plan) in rising order; None, and more tokens than the last: dequantise to
 # 16 bits and call cuBLAS.
 _INT4: Table[Int4Plan] = {
@@ -69,20 +76,12 @@ _INT4: Table[Int4Plan] = {
     ),
     (22016, 4096): (
         (1, Int4Plan("tiles", 4, 16, 1, 4, 4, 2, launch="late")),
-        (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
-        (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
-        (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
-        (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
-        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+        *_INT4_WIDE,
     ),
     # Llama-3-70B's: many enough rows that the slices kernel has work for all multiprocessors.
     (57344, 8192): (
         (1, Int4Plan("slices", 1, 8, 1, 4, 4, launch="late")),
-        (16, Int4Plan("tiles", 4, 16, 1, 4, 4, 2)),
-        (32, Int4Plan("tiles", 4, 32, 1, 4, 4, 2)),
-        (64, Int4Plan("tiles", 8, 64, 1, 8, 3, 2)),
-        (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
-        (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
+        *_INT4_WIDE,
     ),
     (4096, 11008): (
         (1, Int4Plan("tiles", 4, 16, 4, 4, 6, 2, launch="late")),
