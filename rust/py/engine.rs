@@ -1,7 +1,8 @@
 //! `EngineCore`, `Plan` and the deltas: the scheduler and the outbox as Python sees them.
 //!
-//! One lock holds both. It is only ever taken with the GIL held (but for `advance_detached`), by calls of microseconds, so
-//! nobody waits for it; what is long (`wait`) runs detached and without it.
+//! One lock holds both, for calls of microseconds; what is long (`wait`) runs detached and without it. No Python code runs
+//! while it is held, nor is an array borrowed then (numpy imports a module at the first borrow) or dropped: Python code may
+//! hand the GIL to a thread that waits for the lock with the GIL in its hands, or call this object again.
 
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -351,9 +352,12 @@ impl EngineCore {
                 )));
             }
         }
+        let bound = Slot { plan: plan_bytes.clone().unbind(), result: result_bytes.clone().unbind(), step_id: None };
         let mut state = self.lock();
         let place = state.slots.get_mut(slot).ok_or_else(|| PyValueError::new_err("slot must be 0 or 1"))?;
-        *place = Some(Slot { plan: plan_bytes.clone().unbind(), result: result_bytes.clone().unbind(), step_id: None });
+        let before = place.replace(bound);
+        drop(state);
+        drop(before);
         Ok(())
     }
 
@@ -402,40 +406,34 @@ impl EngineCore {
     }
 
     fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        self.lock().schedule(py, slot, now)
+        let plan = self.plan_array(py, slot)?;
+        let mut plan = plan.bind(py).try_readwrite()?;
+        let info = self.lock().schedule(slot, plan.as_slice_mut()?, now)?;
+        Ok(info.map(Plan))
     }
 
     fn commit(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
+        let result = self.result_array(py, slot)?;
+        let result = result.bind(py).try_readonly()?;
+        let result = result.as_slice()?;
         let mut state = self.lock();
-        state.commit(py, slot, now)?;
+        state.commit(slot, result, now)?;
         self.publish(&state);
         Ok(())
     }
 
     fn advance(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let mut state = self.lock();
-        state.commit(py, done_slot, now)?;
-        let plan = state.schedule(py, next_slot, now)?;
-        self.publish(&state);
-        Ok(plan)
+        let (result, plan) = (self.result_array(py, done_slot)?, self.plan_array(py, next_slot)?);
+        let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
+        self.commit_and_schedule((done_slot, result.as_slice()?), (next_slot, plan.as_slice_mut()?), now)
     }
 
     /// `advance` with the GIL given up: for the measurement that chose between the two.
     fn advance_detached(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let (result, plan) = {
-            let mut state = self.lock();
-            (state.slot(done_slot)?.result.clone_ref(py), state.slot(next_slot)?.plan.clone_ref(py))
-        };
+        let (result, plan) = (self.result_array(py, done_slot)?, self.plan_array(py, next_slot)?);
         let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
         let (result, plan) = (result.as_slice()?, plan.as_slice_mut()?);
-        let info = py.detach(|| {
-            let mut state = self.lock();
-            state.commit_bytes(done_slot, result, now)?;
-            let info = state.schedule_bytes(next_slot, plan, now)?;
-            self.publish(&state);
-            PyResult::Ok(info)
-        })?;
-        Ok(info.map(Plan))
+        py.detach(|| self.commit_and_schedule((done_slot, result), (next_slot, plan), now))
     }
 
     fn fileno(&self) -> RawFd {
@@ -544,6 +542,27 @@ impl EngineCore {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn plan_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
+        Ok(self.lock().slot(slot)?.plan.clone_ref(py))
+    }
+
+    fn result_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
+        Ok(self.lock().slot(slot)?.result.clone_ref(py))
+    }
+
+    fn commit_and_schedule(
+        &self,
+        (done_slot, result): (usize, &[u8]),
+        (next_slot, plan): (usize, &mut [u8]),
+        now: f64,
+    ) -> PyResult<Option<Plan>> {
+        let mut state = self.lock();
+        state.commit(done_slot, result, now)?;
+        let info = state.schedule(next_slot, plan, now)?;
+        self.publish(&state);
+        Ok(info.map(Plan))
+    }
+
     /// Wakes `wait`.
     fn ring(&self) {
         *self.awake.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -566,19 +585,7 @@ impl State {
             .ok_or_else(|| PyValueError::new_err(format!("slot {slot} is not bound: call bind first")))
     }
 
-    fn schedule(&mut self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let array = self.slot(slot)?.plan.clone_ref(py);
-        let mut bytes = array.bind(py).try_readwrite()?;
-        Ok(self.schedule_bytes(slot, bytes.as_slice_mut()?, now)?.map(Plan))
-    }
-
-    fn commit(&mut self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
-        let array = self.slot(slot)?.result.clone_ref(py);
-        let bytes = array.bind(py).try_readonly()?;
-        self.commit_bytes(slot, bytes.as_slice()?, now)
-    }
-
-    fn schedule_bytes(&mut self, slot: usize, plan: &mut [u8], now: f64) -> PyResult<Option<PlanInfo>> {
+    fn schedule(&mut self, slot: usize, plan: &mut [u8], now: f64) -> PyResult<Option<PlanInfo>> {
         if self.slot(slot)?.step_id.is_some() {
             return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
         }
@@ -587,7 +594,7 @@ impl State {
         Ok(info)
     }
 
-    fn commit_bytes(&mut self, slot: usize, result: &[u8], now: f64) -> PyResult<()> {
+    fn commit(&mut self, slot: usize, result: &[u8], now: f64) -> PyResult<()> {
         let step_id = self.take_step(slot)?;
         self.scheduler.commit(step_id, result, now, &mut self.outbox)?;
         Ok(())
