@@ -17,7 +17,9 @@ _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
 _ROW_QUERY_START = tl.constexpr(fmt.ROW_QUERY_START)
 _ROW_QUERY_LEN = tl.constexpr(fmt.ROW_QUERY_LEN)
+_ROW_FLAGS = tl.constexpr(fmt.ROW_FLAGS)
 _ROW_NUM_DRAFTS = tl.constexpr(fmt.ROW_NUM_DRAFTS)
+_PADDING = tl.constexpr(fmt.PADDING)
 _ENTER_WORDS = tl.constexpr(fmt.ENTER_WORDS)
 _ENTER_COMPUTED_LEN = tl.constexpr(fmt.ENTER_COMPUTED_LEN)
 _ENTER_PENALTY_START = tl.constexpr(fmt.ENTER_PENALTY_START)
@@ -145,7 +147,8 @@ def _rows_kernel(
 
     if tl.program_id(1) == 0:
         tl.store(row_slots_ptr + row, slot)
-        tl.store(seq_lens_ptr + row, computed + query_len)
+        padding = (tl.load(row_ptr + _ROW_FLAGS) & _PADDING) != 0
+        tl.store(seq_lens_ptr + row, tl.where(decode & padding, 0, computed + query_len))
         tl.store(query_start_ptr + row, query_start)
         if row == num_rows - 1:
             tl.store(query_start_ptr + num_rows, num_tokens)

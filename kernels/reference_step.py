@@ -19,7 +19,8 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
     """Applies the plan's `enters` and `blocks` to `state`, then fills `inputs` for the plan's rows and tokens.
 
     plan_device [>= num_bytes] uint8. Places of a decode row beyond its own drafts, and positions past the block table,
-    get token 0, position 0 and the null block, so that they can harm nobody. Block copies are `copy_blocks`' part and
+    get token 0, position 0 and the null block, so that they can harm nobody. Decode rows of padding have no keys, so
+    that attention reads none. Block copies are `copy_blocks`' part and
     come before.
     """
     words = plan_device.view(torch.int32)
@@ -40,6 +41,8 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
     computed = state.computed_len[slots.long()]
     inputs.row_slots[:num_rows] = slots
     inputs.seq_lens[:num_rows] = computed + query_len
+    padding = (rows[:num_decodes, fmt.ROW_FLAGS] & fmt.PADDING) != 0
+    inputs.seq_lens[:num_decodes].masked_fill_(padding, 0)
     inputs.query_start_loc[:num_rows] = query_start
     inputs.query_start_loc[num_rows] = num_tokens
 

@@ -46,7 +46,8 @@ def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], decode_query
         length = len(row.tokens) if prefill else decode_query_len
         assert inputs.row_slots[index] == row.slot
         assert inputs.query_start_loc[index] == token
-        assert inputs.seq_lens[index] == computed[row.slot] + length
+        padding = not prefill and row.slot == PADDING_SLOT
+        assert inputs.seq_lens[index] == (0 if padding else computed[row.slot] + length)
         for place in range(length):
             ids = row.tokens if prefill else [last[row.slot], *row.drafts]
             position = computed[row.slot] + place
@@ -102,7 +103,7 @@ def test_padding_rows_write_the_null_block(prepare, state, inputs, device):
     run(prepare, plan, state, inputs)
     expect(inputs, state, [Row(2)] + [Row(PADDING_SLOT)] * 3, decode_query_len=1)
     assert inputs.slot_mapping[0][1:4].tolist() == [0, 0, 0]
-    assert inputs.seq_lens[1:4].tolist() == [1, 1, 1]
+    assert inputs.seq_lens[:4].tolist() == [6, 0, 0, 0]
 
 
 def test_drafts_and_their_missing_places(prepare, state, inputs, device):
