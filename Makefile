@@ -23,11 +23,12 @@ $(VENV)/.uv:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	@touch $@
 
-# The release build of the extension, installed in place: edits of Python files need no rebuild.
+# The release build of the extension, installed in place: edits of Python files need no rebuild. Bytecode is made now, on
+# all cores, and not by the first start.
 $(VENV)/.built: $(VENV)/.uv $(SOURCES)
 	@echo "== installing the dependencies and building the extension (the first time takes a few minutes)"
 	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python "maturin>=1.14,<2"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/maturin develop --release --uv --extras uvloop,hub
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" UV_COMPILE_BYTECODE=1 $(BIN)/maturin develop --release --uv --extras uvloop,hub
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.uv pyproject.toml

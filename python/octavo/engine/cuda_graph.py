@@ -20,7 +20,7 @@ from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.models.registry import Model
 
 PREFILL_ROWS = 8  # of each captured step with prompt tokens, one of them always padding
-PREFILL_TOKENS = (64, 128, 256, 512, 1024)
+PREFILL_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
 """Beyond about a thousand tokens a 7B computes for longer than the host needs to launch its kernels one by one."""
 
 

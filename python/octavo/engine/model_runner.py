@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from octavo._core import Plan
+from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
 from octavo.engine.forward import hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
@@ -90,12 +91,11 @@ class ModelRunner:
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
         shape = self.kv_shape
+        pool = (num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
         self.kv_caches = [
-            torch.zeros(
-                (num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim),
-                dtype=shape.dtype,
-                device=self.device,
-            )
+            host_memory.zeros(pool, shape.dtype)
+            if self.device.type == "cpu"
+            else torch.zeros(pool, dtype=shape.dtype, device=self.device)
             for _ in range(shape.layers_per_group)
         ]
         self.model.bind_kv_caches(self.kv_caches)

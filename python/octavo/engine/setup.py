@@ -17,6 +17,7 @@ import torch
 
 from octavo import _core
 from octavo.config import AUTO_LENGTH, EngineConfig
+from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
@@ -232,6 +233,12 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
             available = min(available, config.kv_cache_memory)
     else:
         available = known(config.kv_cache_memory)
+        left = host_memory.available_bytes()
+        if available > left:
+            raise ValueError(
+                f"kv_cache_memory = {available} bytes: this machine has {left} left ({left / 2**30:.2f} GiB); "
+                f"lower {MEMORY_FLAG[runner.device.type]}"
+            )
     num_blocks = available // runner.kv_shape.block_bytes
     if num_blocks < 2:
         raise ValueError(
