@@ -4,11 +4,11 @@ memory.
 The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found
 on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
 long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
-new tokens) are the columns of one product, so K and V are read once. Where programs have several units each, a unit has
-places in the line also for what it costs to begin one: else the programs with the shortest rows would end last. A
-stretch that holds a whole unit writes the answer; pieces of a unit go to scratch, and the program that arrives last
-adds them up. Where programs may start while the kernel before still runs, they find their stretch and fetch its first
-tile into the L2 meanwhile.
+new tokens) are the columns of one product, so K and V are read once. Where lengths differ, a unit has places in the
+line also for what it costs to begin one: else the programs with the shortest rows would end last. A stretch that holds
+a whole unit writes the answer; pieces of a unit go to scratch, and the program that arrives last adds them up. Where
+programs may start while the kernel before still runs, they find their stretch and fetch its first tile into the L2
+meanwhile.
 
 Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
 few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
@@ -40,14 +40,14 @@ def _row_tiles(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.
 
 
 @triton.jit
-def _active_programs(total, longest, units, programs, PER_SM: tl.constexpr, LEAST: tl.constexpr):
-    """How many of the programs share a line of length `total` with `units` units, the longest `longest` of it."""
+def _active_programs(total, units, equal, programs, PER_SM: tl.constexpr, LEAST: tl.constexpr):
+    """How many of the programs share a line of length `total` with `units` units."""
     # LEAST tiles each at least, if that leaves no multiprocessor idle: each piece costs the merge.
     active = tl.maximum(tl.minimum(programs, total // LEAST), tl.minimum(programs // PER_SM, tl.maximum(total, 1)))
     # Units of equal lengths: whole ones, or whole fractions of one, if that takes few programs away. Then no program
     # has two pieces, or none at all.
     even = tl.where(units > active, tl.cdiv(units, tl.cdiv(units, active)), active // units * units)
-    return tl.where((total == units * longest) & (even * 16 >= active * 15), even, active)
+    return tl.where(equal & (even * 16 >= active * 15), even, active)
 
 
 @triton.jit
@@ -88,14 +88,13 @@ def _find_stretch(
     _, row_tiles = _row_tiles(seq_lens, QUERY_LEN, WINDOW, TILE)
     has_keys = (row_tiles > 0).to(tl.int32)
     num_filled = tl.sum(has_keys, axis=0)
-    units = num_filled * UNITS
-    programs = tl.num_programs(0)
-    # Where programs have several units each. Cut units cost every piece the same, so that nothing is to be weighed.
-    lead = tl.where(units > programs, UNIT_COST, 0)
+    # Equal units are dealt out by their tiles alone.
+    equal = tl.sum(row_tiles, axis=0) == num_filled * tl.max(row_tiles, axis=0)
+    lead = tl.where(equal, 0, UNIT_COST)
     unit_places = (row_tiles + lead) * has_keys
     row_ends = tl.cumsum(unit_places * UNITS, axis=0)
     total = tl.max(row_ends, axis=0)
-    active = _active_programs(total, tl.max(unit_places, axis=0), tl.maximum(units, 1), programs, PER_SM, LEAST)
+    active = _active_programs(total, tl.maximum(num_filled * UNITS, 1), equal, tl.num_programs(0), PER_SM, LEAST)
     quota = total // active
     extra = total % active
     program = tl.program_id(0)
@@ -574,7 +573,7 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
         # One's loads run while another starts a unit or merges.
         "PER_SM": 2,
         "LEAST_KEYS": 256,
-        # With none, 256 rows of a chat take 543 us instead of 484, and 32 of them 99 instead of 73; 1 to 4 are alike.
+        # With none, 256 rows of a chat take 543 us instead of 484, 32 of them 99 instead of 73; 1 to 4 differ little.
         "UNIT_COST": 2,
         "num_warps": 4,
         # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in front of theirs.

@@ -208,7 +208,7 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: li
         _tiles_kernel[grid](*arguments, plan.ahead, plan.splits, how, **options)
 
 
-def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [M, K] @ weight [N, K] transposed + bias [N], all of one dtype (rows of x and weight may be strided); returns
     [M, N].
 

@@ -32,7 +32,7 @@ class Int4Plan:
 
 @dataclass(frozen=True)
 class Bf16Plan:
-    """How `bf16_linear` cuts a product."""
+    """How `linear` cuts a product."""
 
     kernel: str  # "row" (one token), "slices" or "tiles"
     rows: int  # a program

@@ -50,7 +50,7 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh").mul_(up)
 
 
-def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` of x [T, K], weight [N, K], bias [N], all of one dtype; returns [T, N]."""
     return F.linear(x, weight, bias)
 

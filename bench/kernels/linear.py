@@ -71,7 +71,7 @@ def main() -> None:
     print(
         f"{'model':6}{'weights':8}{'M':>5} {'ours':>8} {'rate':>14} {'limit':>6} {'cuBLAS':>8} {'peer':>8} {'goal':>8}"
     )
-    kinds = {"int4": (int4_weight, linear_int4.int4_linear), "bf16": (bf16_weight, linear_bf16.bf16_linear)}
+    kinds = {"int4": (int4_weight, linear_int4.int4_linear), "bf16": (bf16_weight, linear_bf16.linear)}
     for model, (shapes, num_layers) in MODELS.items():
         if set(wanted) & set(MODELS) and model not in wanted:
             continue

@@ -21,7 +21,7 @@ from tests.kernels.plan_bytes import Enter, Row, write_plan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels import activation, decode_attention, fused_gemv, norm, prepare, rope, sample
+from octavo.kernels import activation, decode_attention, fused_gemv, linear_bf16, norm, prepare, rope, sample
 
 BLOCK_SIZE = 64
 CONTEXT = 256
@@ -71,7 +71,7 @@ Linear = Callable[[Tensor], Tensor]
 
 def bf16(size: int, channels: int) -> Linear:
     weight = torch.empty((channels, size), dtype=torch.bfloat16, device="cuda").normal_(std=size**-0.5)
-    return partial(F.linear, weight=weight)
+    return partial(linear_bf16.linear, weight=weight)
 
 
 def int4(size: int, channels: int) -> Linear:

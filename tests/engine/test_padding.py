@@ -68,6 +68,6 @@ def test_the_ladder_ends_at_the_bounds() -> None:
     assert sizes.prefill_decodes == [0, 32, 128, 256] and sizes.prefill_tokens[-1] == 1024
     assert decode_ladder(5) == [1, 2, 4, 5]
     tight = GraphSizes.ladder(8, 256, 1024, [2])
-    assert tight.prefill_tokens == [64, 128, 256] and tight.prefill_decodes == [0, 4, 8]
+    assert tight.prefill_tokens == [64, 128, 192, 256] and tight.prefill_decodes == [0, 4, 8]
     assert all(rows + tokens <= 256 for rows, _, tokens in tight.shapes())
     assert GraphSizes.ladder(3, 20, 128, [2]).shapes() == [(2, 0, 0)]

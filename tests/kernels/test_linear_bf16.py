@@ -50,7 +50,7 @@ def test_bf16_linear(device, tokens) -> None:
     for dtype in DTYPES:
         weight = (torch.randn(rows, depth, device=device) / depth**0.5).to(dtype)
         x = torch.randn(tokens, depth, device=device).to(dtype)
-        out = linear_bf16.bf16_linear(x, weight)
+        out = linear_bf16.linear(x, weight)
         assert out.shape == (tokens, rows)
         check(out, x, weight, None)
 
@@ -58,4 +58,4 @@ def test_bf16_linear(device, tokens) -> None:
 def test_what_the_kernels_do_not_take_goes_to_torch(device) -> None:
     for dtype, depth in ((torch.float32, 64), (torch.float16, 65)):  # rows of 65 do not start on 16 bytes
         weight, x = torch.randn(24, depth, device=device).to(dtype), torch.randn(3, depth, device=device).to(dtype)
-        assert torch.equal(linear_bf16.bf16_linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert torch.equal(linear_bf16.linear(x, weight), torch.nn.functional.linear(x, weight))

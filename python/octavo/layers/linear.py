@@ -34,7 +34,7 @@ class DenseMethod:
 
     def __call__(self, x: Tensor) -> Tensor:
         # On a CPU a matrix that FBGEMM cannot hold may stand among those that take float32.
-        return ops.bf16_linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        return ops.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 def linear_method(weight: Tensor, bias: Tensor | None) -> LinearMethod:
