@@ -252,7 +252,6 @@ def _decode_attention_kernel(
         place, end, quota, extra, lead, row, row_begin, seq_len, slot, has_empty = _find_stretch(
             seq_lens_ptr, row_slots_ptr, num_rows, BLOCK_R, QUERY_LEN, WINDOW, TILE, UNITS, PER_SM, LEAST, UNIT_COST
         )
-    begin = place
     if PDL:
         # Nearly all keys are old: the first ones are on their way while the predecessor writes the newest.
         first_tile, num_tiles = _row_tiles(seq_len, QUERY_LEN, WINDOW, TILE)
@@ -426,7 +425,7 @@ def _decode_attention_kernel(
                 tl.store(out[None, :] + component(w, 3, FORMAT, DIM)[:, None], (acc3 / divisor).to(dtype), mask=in_q)
         elif here > 0:
             # Piece 0 of a program begins where the program does; the other one ends where it does.
-            piece = 2 * program + (place > begin).to(tl.int32)
+            piece = 2 * program + (place > _stretch_begin(program, quota, extra)).to(tl.int32)
             in_partial = m < BLOCK_PARTIAL
             sums = partial_ptr + (piece * BLOCK_PARTIAL + m)[None, :] * BLOCK_D + w[:, None]
             tl.store(sums, acc, mask=in_partial[None, :])

@@ -18,6 +18,11 @@ def norm_linear_silu(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Ten
     return silu_and_mul(F.linear(rms_norm(x, norm, eps), weight))
 
 
+def linear_silu(x: Tensor, weight: Tensor) -> Tensor:
+    """`silu(gate) * up` [M, I] with (gate | up) = `x @ weight.T`, of x [M, K], weight [2 * I, K]."""
+    return silu_and_mul(F.linear(x, weight))
+
+
 def linear_add(x: Tensor, weight: Tensor, residual: Tensor) -> None:
     """`residual += x @ weight.T` in place, of x [M, K], weight [N, K], residual [M, N]."""
     residual.add_(F.linear(x, weight))

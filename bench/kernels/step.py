@@ -1,8 +1,8 @@
 """`python -m bench.kernels.step [name part ...]`: a whole decode step as one CUDA graph of the kernels alone.
 
 Embedding, all layers, final norm, head and greedy sampling with random weights, 256 tokens of context in paged KV of
-bf16: what an engine around these kernels may not lose. Two paths: `plain`, nine launches a layer and any linear, and
-`fused`, six launches a layer with the bf16 GEMVs of `fused_gemv.py`.
+bf16: what an engine around these kernels may not lose. Three paths: `plain`, nine launches a layer and any linear; with
+the bf16 GEMVs of `fused_gemv.py` also `silu`, eight launches, and `fused`, six.
 
 Peers and goals: `peers.md` (vLLM's whole token at 256 tokens of context) and issue "Kernels at the card's limit".
 """
@@ -74,6 +74,11 @@ def bf16(size: int, channels: int) -> Linear:
     return partial(linear_bf16.linear, weight=weight)
 
 
+def weight_of(linear: Linear) -> Tensor:
+    """Of a linear made by `bf16`."""
+    return linear.keywords["weight"]  # type: ignore[attr-defined]
+
+
 def int4(size: int, channels: int) -> Linear:
     """Groups of 128, no zero points."""
     layout = importlib.import_module("octavo.kernels.int4_layout")
@@ -114,7 +119,7 @@ TARGETS: dict[tuple[str, str, int], tuple[float | None, float | None]] = {
 
 
 class Step:
-    """The tensors of a step and its two paths."""
+    """The tensors of a step and its paths."""
 
     def __init__(self, shape: Shape, rows: int, linear: Callable[[int, int], Linear], bytes_a_weight: float) -> None:
         device, self.shape, self.rows = torch.device("cuda"), shape, rows
@@ -146,23 +151,28 @@ class Step:
         self.result = torch.empty(rows * self.plan.result_width, dtype=torch.int32, device=device)
 
     def plain(self) -> Tensor:
-        """Returns the logits, as `fused` does."""
+        """Returns the logits, as the others do."""
+        return self._with_norms_apart(lambda x, gate_up: activation.silu_and_mul(gate_up(x)))
+
+    def silu(self) -> Tensor:
+        return self._with_norms_apart(lambda x, gate_up: fused_gemv.linear_silu(x, weight_of(gate_up)))
+
+    def _with_norms_apart(self, gated: Callable[[Tensor, Linear], Tensor]) -> Tensor:
         residual = F.embedding(self.inputs.token_ids, self.embedding)
         x = norm.rms_norm(residual, self.norm, EPS)
         for layer, (qkv, out, gate_up, down) in enumerate(self.layers):
             x = norm.add_rms_norm(out(self._attend(qkv(x), layer)), residual, self.norm, EPS)
-            x = norm.add_rms_norm(down(activation.silu_and_mul(gate_up(x))), residual, self.norm, EPS)
+            x = norm.add_rms_norm(down(gated(x, gate_up)), residual, self.norm, EPS)
         return self._sample(self.head(x))
 
     def fused(self) -> Tensor:
         x = F.embedding(self.inputs.token_ids, self.embedding)
         for layer, linears in enumerate(self.layers):
-            qkv, out, gate_up, down = (linear.keywords["weight"] for linear in linears)  # type: ignore[attr-defined]
+            qkv, out, gate_up, down = map(weight_of, linears)
             y = self._attend(fused_gemv.norm_linear(x, self.norm, qkv, EPS), layer)
             fused_gemv.linear_add(y, out, x)
             fused_gemv.linear_add(fused_gemv.norm_linear_silu(x, self.norm, gate_up, EPS), down, x)
-        head = self.head.keywords["weight"]  # type: ignore[attr-defined]
-        return self._sample(fused_gemv.norm_linear(x, self.norm, head, EPS))
+        return self._sample(fused_gemv.norm_linear(x, self.norm, weight_of(self.head), EPS))
 
     def _attend(self, qkv: Tensor, layer: int) -> Tensor:
         """# [rows, channels of qkv] -> [rows, heads * DIM]"""
@@ -193,6 +203,7 @@ def paths(step: Step, format_name: str) -> Iterator[tuple[str, Callable[[], Tens
     """Name and function of each path that serves this step."""
     yield "plain", step.plain
     if format_name == "bf16" and step.rows <= fused_gemv.MAX_ROWS:
+        yield "silu", step.silu
         yield "fused", step.fused
 
 

@@ -18,6 +18,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         name = f"{TYPES[dtype]} {rows} x {channels} x {size}"
         yield f"norm_linear {name}", lambda x=x, n=norm, w=weight: fused_gemv.norm_linear(x, n, w, 1e-5)
         yield f"norm_linear_silu {name}", lambda x=x, n=norm, w=weight: fused_gemv.norm_linear_silu(x, n, w, 1e-5)
+        yield f"linear_silu {name}", lambda x=x, w=weight: fused_gemv.linear_silu(x, w)
         yield f"linear_add {name}", lambda x=x, w=weight, r=residual: fused_gemv.linear_add(x, w, r)
 
 

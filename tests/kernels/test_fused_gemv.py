@@ -38,6 +38,7 @@ def check_all(rows: int, channels: int, size: int, device: str, dtype: torch.dty
     check(
         fused_gemv.norm_linear_silu(x, norm, weight, 1e-5), reference_fused.norm_linear_silu(x_, norm_, weight_, 1e-5)
     )
+    check(fused_gemv.linear_silu(x, weight), reference_fused.linear_silu(x_, weight_))
     fused_gemv.linear_add(x, weight[:channels], residual)
     reference_fused.linear_add(x_, weight_[:channels], residual_)
     check(residual, residual_)
