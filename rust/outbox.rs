@@ -12,7 +12,7 @@ use rustc_hash::FxHashMap;
 use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
 use crate::request::{RequestId, SamplingParams, SeqRef};
 use crate::text::logprobs::{write_logprobs, TokenLogprob};
-use crate::text::{Delta, Detokenizer, FrameTemplate, StopMatcher, StopReason, Tokenizer, Usage};
+use crate::text::{Delta, Detokenizer, FrameTemplate, StopMatcher, StopPatterns, StopReason, Tokenizer, Usage};
 
 /// More pending tokens of a choice than this leave as one frame: its client is not keeping up, and wants the text, not
 /// the count.
@@ -126,12 +126,13 @@ impl Outbox {
         now: f64,
     ) {
         let stops: Arc<[String]> = params.stop.clone().into();
+        let patterns = StopPatterns::new(&stops);
         let tokenizer = self.tokenizer.as_ref().filter(|_| params.detokenize);
         let choices = (0..params.n)
             .map(|index| Choice {
                 text: tokenizer.map(|tokenizer| {
                     let detokenizer = Detokenizer::new(Arc::clone(tokenizer), prompt, params.skip_special_tokens);
-                    (detokenizer, StopMatcher::new(&stops, params.include_stop_str_in_output))
+                    (detokenizer, StopMatcher::new(&patterns, params.include_stop_str_in_output))
                 }),
                 stops: Arc::clone(&stops),
                 min_tokens: params.min_tokens,

@@ -43,6 +43,8 @@ pub struct Stats {
     pub num_running: u64,
     /// Sequences that wait, preempted ones included.
     pub num_waiting: u64,
+    /// Requests that have not been admitted: what `max_waiting` bounds.
+    pub num_queued: u64,
     /// Steps planned and not committed.
     pub steps_in_flight: u64,
     /// Blocks of the pool, without the null block.
@@ -286,6 +288,7 @@ impl Scheduler {
         Stats {
             num_running: self.running.len() as u64,
             num_waiting: (self.ready.len() + self.gated.len()) as u64,
+            num_queued: self.num_queued as u64,
             steps_in_flight: self.in_flight.len() as u64,
             blocks_total: pool.num_blocks() as u64,
             blocks_used: (pool.num_blocks() - pool.num_free() - pool.num_held()) as u64,

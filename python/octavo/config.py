@@ -144,7 +144,7 @@ class EngineConfig:
             ("seed", 0, 2**63 - 1),
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 2**20),
-            ("max_waiting", 0, 2**20),
+            ("max_waiting", 1, 2**20),
             ("kv_cache_memory", 1, 2**50),
         ):
             value = getattr(self, field)
@@ -153,10 +153,10 @@ class EngineConfig:
         if (
             self.max_model_len is not None
             and self.max_model_len != AUTO_LENGTH
-            and not 1 <= self.max_model_len <= 2**24
+            and not 2 <= self.max_model_len <= 2**24
         ):
             raise ValueError(
-                f"max_model_len = {self.max_model_len}: must be from 1 to {2**24}, or {AUTO_LENGTH} (auto)"
+                f"max_model_len = {self.max_model_len}: must be from 2 to {2**24}, or {AUTO_LENGTH} (auto)"
             )
         if self.block_size is not None and self.block_size not in (8, 16, 32, 64, 128, 256):
             raise ValueError(f"block_size = {self.block_size}: must be 8, 16, 32, 64, 128 or 256")

@@ -475,6 +475,7 @@ impl EngineCore {
         for (name, value) in [
             ("num_requests_running", stats.num_running),
             ("num_requests_waiting", stats.num_waiting),
+            ("num_requests_queued", stats.num_queued),
             ("steps_in_flight", stats.steps_in_flight),
             ("num_blocks", stats.blocks_total),
             ("kv_blocks_used", stats.blocks_used),

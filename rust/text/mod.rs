@@ -21,6 +21,6 @@ mod tokenizer;
 
 pub use detokenize::Detokenizer;
 pub use sse::{Delta, FrameKind, FrameTemplate, StopReason, Usage};
-pub use stop::{StopHit, StopMatcher};
+pub use stop::{StopHit, StopMatcher, StopPatterns};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Specials, Tokenizer};

@@ -7,6 +7,8 @@
 //!
 //! Knows nothing of tokens: it sees generated text only, never the prompt.
 
+use std::sync::Arc;
+
 /// A stop string was completed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StopHit {
@@ -14,20 +16,33 @@ pub struct StopHit {
     pub index: usize,
 }
 
-/// Stop strings of one output sequence.
+/// Stop strings of a request, with their automata: made once and shared by its output sequences.
+#[derive(Debug, Clone)]
+pub struct StopPatterns(Arc<[Pattern]>);
+
+impl StopPatterns {
+    /// An empty stop string never matches.
+    pub fn new(stops: &[String]) -> Self {
+        Self(stops.iter().map(|stop| Pattern::new(stop)).collect())
+    }
+}
+
+/// Where the text of one output sequence stands in the stop strings.
 #[derive(Debug, Clone)]
 pub struct StopMatcher {
-    patterns: Vec<Pattern>,
+    patterns: Arc<[Pattern]>,
+    /// Of each pattern: length of the longest proper prefix that the text ends with.
+    matched: Vec<usize>,
     include_stop: bool,
     /// Text that has been pushed but not yet released.
     held: String,
 }
 
 impl StopMatcher {
-    /// A matcher at the start of a sequence; an empty stop string never matches. `include_stop` keeps the stop string
-    /// in the output.
-    pub fn new(stops: &[String], include_stop: bool) -> Self {
-        Self { patterns: stops.iter().map(|stop| Pattern::new(stop)).collect(), include_stop, held: String::new() }
+    /// A matcher at the start of a sequence. `include_stop` keeps the stop string in the output.
+    pub fn new(stops: &StopPatterns, include_stop: bool) -> Self {
+        let patterns = Arc::clone(&stops.0);
+        Self { matched: vec![0; patterns.len()], patterns, include_stop, held: String::new() }
     }
 
     /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit `out` has the text up
@@ -44,8 +59,8 @@ impl StopMatcher {
         for (position, &byte) in delta.as_bytes().iter().enumerate() {
             // (index, length in bytes) of the stop string completed by this byte
             let mut hit: Option<(usize, usize)> = None;
-            for (index, pattern) in self.patterns.iter_mut().enumerate() {
-                if pattern.advance(byte) && hit.is_none_or(|(_, longest)| pattern.bytes.len() > longest) {
+            for (index, (pattern, matched)) in self.patterns.iter().zip(&mut self.matched).enumerate() {
+                if pattern.advance(matched, byte) && hit.is_none_or(|(_, longest)| pattern.bytes.len() > longest) {
                     hit = Some((index, pattern.bytes.len()));
                 }
             }
@@ -54,11 +69,11 @@ impl StopMatcher {
                 let start = end - length;
                 out.push_str(&self.held[..if self.include_stop { end } else { start }]);
                 self.held.clear();
-                self.patterns.iter_mut().for_each(|pattern| pattern.matched = 0);
+                self.matched.fill(0);
                 return Some(StopHit { index });
             }
         }
-        let keep = self.patterns.iter().map(|pattern| pattern.matched).max().unwrap_or(0);
+        let keep = self.matched.iter().copied().max().unwrap_or(0);
         let release = self.held.len() - keep;
         out.push_str(&self.held[..release]);
         self.held.drain(..release);
@@ -78,8 +93,6 @@ struct Pattern {
     bytes: Box<[u8]>,
     /// `failure[i]`: length of the longest proper prefix of `bytes[..=i]` that is also its suffix.
     failure: Box<[u32]>,
-    /// Length of the longest proper prefix that the text ends with.
-    matched: usize,
 }
 
 impl Pattern {
@@ -96,21 +109,21 @@ impl Pattern {
             }
             failure[i] = matched as u32;
         }
-        Self { bytes: bytes.into(), failure: failure.into(), matched: 0 }
+        Self { bytes: bytes.into(), failure: failure.into() }
     }
 
-    /// Takes the next byte of the text; true when it completes the stop string.
-    fn advance(&mut self, byte: u8) -> bool {
+    /// Takes the next byte of the text; true when it completes the stop string, of which `matched` bytes were there.
+    fn advance(&self, matched: &mut usize, byte: u8) -> bool {
         if self.bytes.is_empty() {
             return false;
         }
-        while self.matched > 0 && self.bytes[self.matched] != byte {
-            self.matched = self.failure[self.matched - 1] as usize;
+        while *matched > 0 && self.bytes[*matched] != byte {
+            *matched = self.failure[*matched - 1] as usize;
         }
-        if self.bytes[self.matched] == byte {
-            self.matched += 1;
+        if self.bytes[*matched] == byte {
+            *matched += 1;
         }
-        self.matched == self.bytes.len()
+        *matched == self.bytes.len()
     }
 }
 
@@ -147,7 +160,7 @@ mod tests {
             include: bool,
         ) {
             let (expected, index) = cut(&deltas.concat(), &stops, include);
-            let mut matcher = StopMatcher::new(&stops, include);
+            let mut matcher = StopMatcher::new(&StopPatterns::new(&stops), include);
             let (mut out, mut pushed, mut hit) = (String::new(), String::new(), None);
             for delta in &deltas {
                 hit = matcher.push(delta, &mut out);

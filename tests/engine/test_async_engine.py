@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 
 from octavo import AsyncEngine, EngineConfig, RequestOutput, SamplingParams
+from octavo._core import Prompt
+from octavo.errors import EngineDeadError
 
 TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, n=2)
@@ -73,3 +75,38 @@ def test_outputs_stay_as_they_were_yielded(engine: AsyncEngine) -> None:
             assert before is not after
             assert after.token_ids[: len(before.token_ids)] == before.token_ids
             assert before.logprobs is not None and len(before.logprobs) == len(before.token_ids)
+
+
+def test_a_default_length_gives_way_to_the_prompt(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens of prompt leave room for 28: `max_new_tokens` of the model is a default, not a limit."""
+    monkeypatch.setattr(engine, "generation_defaults", {"max_tokens": 100, "ignore_eos": True})
+
+    async def last() -> RequestOutput:
+        return [output async for output in engine.generate({"prompt_token_ids": [1] * 100})][-1]
+
+    assert len(asyncio.run(last()).outputs[0].token_ids) == 28
+
+
+def test_the_queue_counts_requests_and_not_their_choices() -> None:
+    engine = AsyncEngine.from_config(EngineConfig(**TINY, max_num_seqs=2, max_waiting=8))
+    many = SamplingParams(n=32, max_tokens=100, ignore_eos=True)
+
+    async def both() -> int:
+        running = engine.generate({"prompt_token_ids": [1, 2]}, many)
+        await anext(running)  # admitted: 30 of its choices wait
+        assert engine.stats()["num_requests_waiting"] > 8
+        other = [output async for output in engine.generate({"prompt_token_ids": [3]}, SamplingParams(max_tokens=2))]
+        await running.aclose()
+        return len(other)
+
+    try:
+        assert asyncio.run(both()) > 0
+    finally:
+        engine.shutdown()
+
+
+def test_a_request_after_the_shutdown_is_refused() -> None:
+    engine = AsyncEngine.from_config(EngineConfig(**TINY))
+    engine.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        engine.submit(Prompt([1]), GREEDY.to_core())

@@ -101,6 +101,8 @@ class Engine:
         return True
 
     def _drop_step(self, slot: int, message: str) -> None:
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)  # its plan may still be on the way to the device
         while self._in_flight:
             done = self._in_flight.popleft()
             self._buffers[done].wait()

@@ -233,10 +233,10 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
             available = min(available, config.kv_cache_memory)
     else:
         available = known(config.kv_cache_memory)
-        left = host_memory.available_bytes()
-        if available > left:
+        total = host_memory.total_bytes()
+        if available > total:
             raise ValueError(
-                f"kv_cache_memory = {available} bytes: this machine has {left} left ({left / 2**30:.2f} GiB); "
+                f"kv_cache_memory = {available} bytes: this machine has {total} ({total / 2**30:.2f} GiB); "
                 f"lower {MEMORY_FLAG[runner.device.type]}"
             )
     num_blocks = available // runner.kv_shape.block_bytes

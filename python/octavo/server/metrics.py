@@ -85,7 +85,7 @@ _HISTOGRAMS = {
 
 _GAUGES = {
     "num_requests_running": "Requests in the running batch.",
-    "num_requests_waiting": "Requests in the queue.",
+    "num_requests_waiting": "Sequences that wait, preempted ones included.",
     "kv_cache_usage_perc": "Share of the KV blocks in use, 0 to 1.",
 }
 _COUNTERS = {
@@ -222,7 +222,7 @@ class Metrics(Collector):
 
     def retry_after(self) -> int:
         """Seconds until the queue, at the rate of the last requests, will have drained: from 1 to 60."""
-        waiting = self._engine.stats().get("num_requests_waiting", 0.0)
+        waiting = self._engine.stats().get("num_requests_queued", 0.0)
         if len(self._finish_times) < 2:
             return 1
         rate = (len(self._finish_times) - 1) / max(time.monotonic() - self._finish_times[0], 1e-3)
