@@ -72,7 +72,7 @@ pub struct RequestDelta {
 struct Choice {
     /// None for a choice without text, and once its last text is out.
     text: Option<(Detokenizer, StopMatcher)>,
-    stops: Arc<[String]>,
+    stops: StopPatterns,
     /// Stop strings do not count before this many tokens.
     min_tokens: u32,
     /// Whether the text of a stop token stays.
@@ -125,16 +125,14 @@ impl Outbox {
         frames: Option<FrameTemplate>,
         now: f64,
     ) {
-        let stops: Arc<[String]> = params.stop.clone().into();
-        let patterns = StopPatterns::new(&stops);
         let tokenizer = self.tokenizer.as_ref().filter(|_| params.detokenize);
         let choices = (0..params.n)
             .map(|index| Choice {
                 text: tokenizer.map(|tokenizer| {
                     let detokenizer = Detokenizer::new(Arc::clone(tokenizer), prompt, params.skip_special_tokens);
-                    (detokenizer, StopMatcher::new(&patterns, params.include_stop_str_in_output))
+                    (detokenizer, StopMatcher::new(params.stop.clone(), params.include_stop_str_in_output))
                 }),
-                stops: Arc::clone(&stops),
+                stops: params.stop.clone(),
                 min_tokens: params.min_tokens,
                 include_stop: params.include_stop_str_in_output,
                 pending: ChoiceDelta { index, ..ChoiceDelta::default() },
@@ -287,7 +285,7 @@ impl Choice {
             return;
         }
         let mut stop_text = match reason {
-            FinishReason::StopString(index) => Some(self.stops[index as usize].clone()),
+            FinishReason::StopString(index) => Some(self.stops.text(index as usize).to_owned()),
             _ => None,
         };
         if let Some((mut detokenizer, mut stops)) = self.text.take() {
@@ -295,7 +293,7 @@ impl Choice {
             scratch.clear();
             detokenizer.finish(scratch);
             match stops.push(scratch, &mut self.pending.text) {
-                Some(hit) => stop_text = Some(self.stops[hit.index].clone()),
+                Some(hit) => stop_text = Some(self.stops.text(hit.index).to_owned()),
                 None => stops.finish(&mut self.pending.text),
             }
         }

@@ -1,6 +1,7 @@
 //! Names of requests and blocks, and the checked sampling parameters.
 
 use crate::error::Error;
+use crate::text::StopPatterns;
 
 /// Names one request for as long as the process lives; numbers are never used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -118,7 +119,7 @@ pub struct SamplingParams {
     /// Whether the model's own end tokens are ordinary.
     pub ignore_eos: bool,
     /// Strings that end the text. Matched by the [`OutputSink`](crate::output::OutputSink).
-    pub stop: Vec<String>,
+    pub stop: StopPatterns,
     /// Tokens that end the sequence, in ascending order.
     pub stop_token_ids: Vec<u32>,
     /// Whether a matched stop string stays in the text. The sink's affair.
@@ -196,7 +197,7 @@ impl SamplingParams {
             max_tokens,
             min_tokens,
             ignore_eos: options.ignore_eos,
-            stop: options.stop,
+            stop: StopPatterns::new(&options.stop),
             stop_token_ids,
             include_stop_str_in_output: options.include_stop_str_in_output,
             skip_special_tokens: options.skip_special_tokens,

@@ -16,8 +16,8 @@ pub struct StopHit {
     pub index: usize,
 }
 
-/// Stop strings of a request, with their automata: made once and shared by its output sequences.
-#[derive(Debug, Clone)]
+/// Stop strings of a request with their automata, shared by its output sequences.
+#[derive(Debug, Clone, PartialEq)]
 pub struct StopPatterns(Arc<[Pattern]>);
 
 impl StopPatterns {
@@ -25,12 +25,17 @@ impl StopPatterns {
     pub fn new(stops: &[String]) -> Self {
         Self(stops.iter().map(|stop| Pattern::new(stop)).collect())
     }
+
+    /// The stop string at `index`, as they were given.
+    pub fn text(&self, index: usize) -> &str {
+        &self.0[index].text
+    }
 }
 
 /// Where the text of one output sequence stands in the stop strings.
 #[derive(Debug, Clone)]
 pub struct StopMatcher {
-    patterns: Arc<[Pattern]>,
+    patterns: StopPatterns,
     /// Of each pattern: length of the longest proper prefix that the text ends with.
     matched: Vec<usize>,
     include_stop: bool,
@@ -40,9 +45,8 @@ pub struct StopMatcher {
 
 impl StopMatcher {
     /// A matcher at the start of a sequence. `include_stop` keeps the stop string in the output.
-    pub fn new(stops: &StopPatterns, include_stop: bool) -> Self {
-        let patterns = Arc::clone(&stops.0);
-        Self { matched: vec![0; patterns.len()], patterns, include_stop, held: String::new() }
+    pub fn new(patterns: StopPatterns, include_stop: bool) -> Self {
+        Self { matched: vec![0; patterns.0.len()], patterns, include_stop, held: String::new() }
     }
 
     /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit `out` has the text up
@@ -50,7 +54,7 @@ impl StopMatcher {
     ///
     /// Of stop strings that are completed by the same character the longest wins, then the first given.
     pub fn push(&mut self, delta: &str, out: &mut String) -> Option<StopHit> {
-        if self.patterns.is_empty() {
+        if self.matched.is_empty() {
             out.push_str(delta);
             return None;
         }
@@ -59,9 +63,9 @@ impl StopMatcher {
         for (position, &byte) in delta.as_bytes().iter().enumerate() {
             // (index, length in bytes) of the stop string completed by this byte
             let mut hit: Option<(usize, usize)> = None;
-            for (index, (pattern, matched)) in self.patterns.iter().zip(&mut self.matched).enumerate() {
-                if pattern.advance(matched, byte) && hit.is_none_or(|(_, longest)| pattern.bytes.len() > longest) {
-                    hit = Some((index, pattern.bytes.len()));
+            for (index, (pattern, matched)) in self.patterns.0.iter().zip(&mut self.matched).enumerate() {
+                if pattern.advance(matched, byte) && hit.is_none_or(|(_, longest)| pattern.text.len() > longest) {
+                    hit = Some((index, pattern.text.len()));
                 }
             }
             if let Some((index, length)) = hit {
@@ -88,10 +92,10 @@ impl StopMatcher {
 }
 
 /// One stop string with its Knuth-Morris-Pratt failure table.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 struct Pattern {
-    bytes: Box<[u8]>,
-    /// `failure[i]`: length of the longest proper prefix of `bytes[..=i]` that is also its suffix.
+    text: Box<str>,
+    /// `failure[i]`: length of the longest proper prefix of the first `i + 1` bytes that is also its suffix.
     failure: Box<[u32]>,
 }
 
@@ -109,21 +113,22 @@ impl Pattern {
             }
             failure[i] = matched as u32;
         }
-        Self { bytes: bytes.into(), failure: failure.into() }
+        Self { text: stop.into(), failure: failure.into() }
     }
 
     /// Takes the next byte of the text; true when it completes the stop string, of which `matched` bytes were there.
     fn advance(&self, matched: &mut usize, byte: u8) -> bool {
-        if self.bytes.is_empty() {
+        let bytes = self.text.as_bytes();
+        if bytes.is_empty() {
             return false;
         }
-        while *matched > 0 && self.bytes[*matched] != byte {
+        while *matched > 0 && bytes[*matched] != byte {
             *matched = self.failure[*matched - 1] as usize;
         }
-        if self.bytes[*matched] == byte {
+        if bytes[*matched] == byte {
             *matched += 1;
         }
-        *matched == self.bytes.len()
+        *matched == bytes.len()
     }
 }
 
@@ -160,7 +165,7 @@ mod tests {
             include: bool,
         ) {
             let (expected, index) = cut(&deltas.concat(), &stops, include);
-            let mut matcher = StopMatcher::new(&StopPatterns::new(&stops), include);
+            let mut matcher = StopMatcher::new(StopPatterns::new(&stops), include);
             let (mut out, mut pushed, mut hit) = (String::new(), String::new(), None);
             for delta in &deltas {
                 hit = matcher.push(delta, &mut out);

@@ -84,7 +84,6 @@ class AsyncEngine:
         self.streams: dict[int, RequestStream] = {}
         self.draining = False
         self._engine = engine
-        self._closed = False
         self._in_text = 0
         self._text_lock = threading.Lock()
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
@@ -161,7 +160,7 @@ class AsyncEngine:
         """
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
-        if self._closed:
+        if self._engine.is_stopped:
             raise EngineDeadError("the engine has been shut down")
         request_id = self.core.add_request(
             prompt, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, frames=frames
@@ -178,11 +177,10 @@ class AsyncEngine:
         Raises `OverloadedError` where the queue is full, and `RuntimeError` if the engine ended the request with an
         error.
         """
-        params = sampling_params or SamplingParams(**self.generation_defaults)
         self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
-        if sampling_params is None:
-            params = params.fitting(self.max_model_len - len(encoded))
+        room = self.max_model_len - len(encoded)
+        params = sampling_params or SamplingParams(**self.generation_defaults).fitting(room)
         stream = self.submit(encoded, params.to_core(), priority=priority)
         builder = OutputBuilder(stream.request_id, prompt, encoded, params, self.tokenizer)
         try:
@@ -269,7 +267,6 @@ class AsyncEngine:
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """
-        self._closed = True
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)

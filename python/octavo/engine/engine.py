@@ -101,23 +101,24 @@ class Engine:
         return True
 
     def _drop_step(self, slot: int, message: str) -> None:
-        if self.runner.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.device)  # its plan may still be on the way to the device
+        self._wait_for_device()
         while self._in_flight:
-            done = self._in_flight.popleft()
-            self._buffers[done].wait()
-            self.core.commit(done, time.monotonic())
+            self.core.commit(self._in_flight.popleft(), time.monotonic())
         self.core.fail_step(slot, message)
 
     def _drop_interrupted(self) -> None:
         """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
-        if self.runner.device.type == "cuda":
-            torch.cuda.synchronize(self.runner.device)  # the buffers are free again once no copy is under way
+        self._wait_for_device()
         self._in_flight.clear()
         for slot in range(len(self._buffers)):
             with contextlib.suppress(ValueError):  # the slot holds no step
                 self.core.fail_step(slot, "step_interrupted: the step was interrupted before it was done")
         self._interrupted = False
+
+    def _wait_for_device(self) -> None:
+        """Until no copy to or from the buffers is under way, also of a step that was not launched whole."""
+        if self.runner.device.type == "cuda":
+            torch.cuda.synchronize(self.runner.device)
 
     def run(self) -> None:
         """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the
@@ -133,6 +134,11 @@ class Engine:
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
             self.core.fail_all(f"engine_dead: {self.failure}")
+
+    @property
+    def is_stopped(self) -> bool:
+        """`stop` was called: nothing will be served any more."""
+        return self._stop.is_set()
 
     def stop(self) -> None:
         """Asks `run` to return after the current step."""
