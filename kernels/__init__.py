@@ -1,4 +1,4 @@
-"""Triton kernels, one op a file; `reference.py` has the plain-PyTorch twin of every function.
+"""Triton kernels, one op a file, in wings; `reference/` has the plain-PyTorch twin of every op.
 
 Imports torch and triton and nothing of Octavo's.
 """

@@ -1,6 +1,6 @@
 """The one door to the ops: Triton where the first argument lives on a CUDA device, the plain-PyTorch twin elsewhere.
 
-Layers call only this module; what an op does, and its shapes, stand in `reference.py`. Triton is imported at the
+Layers call only this module; what an op does, and its shapes, stand in `reference/layers.py`. Triton is imported at the
 first call with a CUDA tensor, so a host without it can run everything on its CPU.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from octavo.kernels import reference, reference_step
+from octavo.kernels.reference import layers, step
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -37,15 +37,15 @@ def _by_device(twin: Op, module: str, tensor_at: int = 0) -> Op:
     return cast(Op, op)
 
 
-rms_norm = _by_device(reference.rms_norm, "norm")
-add_rms_norm = _by_device(reference.add_rms_norm, "norm")
-silu_and_mul = _by_device(reference.silu_and_mul, "activation")
-gelu_tanh_and_mul = _by_device(reference.gelu_tanh_and_mul, "activation")
-linear = _by_device(reference.linear, "linear_bf16")
-rope_and_cache = _by_device(reference.rope_and_cache, "rope")
-decode_attention = _by_device(reference.decode_attention, "decode_attention")
-prefill_attention = _by_device(reference.prefill_attention, "prefill_attention")
-copy_blocks = _by_device(reference.copy_blocks, "copy_blocks")
-prepare = _by_device(reference_step.prepare, "prepare", tensor_at=1)
-sample = _by_device(reference_step.sample, "sample")
-sample_peak_rehearsal = _by_device(reference_step.sample_peak_rehearsal, "sample")
+rms_norm = _by_device(layers.rms_norm, "pointwise.norm")
+add_rms_norm = _by_device(layers.add_rms_norm, "pointwise.norm")
+silu_and_mul = _by_device(layers.silu_and_mul, "pointwise.activation")
+gelu_tanh_and_mul = _by_device(layers.gelu_tanh_and_mul, "pointwise.activation")
+linear = _by_device(layers.linear, "linear.dense")
+rope_and_cache = _by_device(layers.rope_and_cache, "attention.rope")
+decode_attention = _by_device(layers.decode_attention, "attention.decode")
+prefill_attention = _by_device(layers.prefill_attention, "attention.prefill")
+copy_blocks = _by_device(layers.copy_blocks, "attention.copy_blocks")
+prepare = _by_device(step.prepare, "step.prepare", tensor_at=1)
+sample = _by_device(step.sample, "step.sample")
+sample_peak_rehearsal = _by_device(step.sample_peak_rehearsal, "step.sample")

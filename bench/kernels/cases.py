@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from bench.kernels.timing import rotations
 from torch import Tensor
 
-from octavo.kernels import activation, decode_attention, kv_quant, norm, prefill_attention, rope
+from octavo.kernels.attention import decode, kv_quant, prefill, rope
+from octavo.kernels.pointwise import activation, norm
 
 BLOCK_SIZE = 64
 KV_NAMES = {torch.bfloat16: "", torch.float8_e4m3fn: ", fp8 KV", torch.int8: ", int8 KV", torch.uint8: ", int4 KV"}
@@ -164,7 +165,7 @@ def decode_case(
             at += length // block_size
         q = random(len(lens) * query_len, num_q, dim)
         arguments = (q, cache, table, slots, seq_lens, query_len, dim**-0.5, window, 0.0, scales)
-        calls.append(lambda a=arguments: decode_attention.decode_attention(*a))
+        calls.append(lambda a=arguments: decode.decode_attention(*a))
     plain = None
     if len(set(lens)) == 1 and not window and query_len == 1 and scales is None:
         contiguous = cache.view(sets, 2, len(lens), num_kv, -1, dim)
@@ -220,7 +221,7 @@ def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, p
         k, v = random(*shape, num_kv, dim).transpose(1, 2), random(*shape, num_kv, dim).transpose(1, 2)
         plain = [lambda: F.scaled_dot_product_attention(contiguous_q, k, v, is_causal=True, enable_gqa=num_q != num_kv)]
     goal = flops / PREFILL_GOALS[name] * 1e6 if peer and heads == (32, 8) and name in PREFILL_GOALS else None
-    calls = [lambda: prefill_attention.prefill_attention(*arguments)]
+    calls = [lambda: prefill.prefill_attention(*arguments)]
     name = f"{num_q}/{num_kv} {name}{KV_NAMES[kv]}"
     return Case("prefill_attention", name, calls, size, flops, plain, peer, goal)
 

@@ -15,8 +15,8 @@ import triton
 from bench.kernels.timing import ARITHMETIC, BANDWIDTH, microseconds, rotations
 from torch import Tensor
 
-from octavo.kernels import linear_bf16, linear_int4, linear_table
-from octavo.kernels.int4_layout import DEPTH, ROWS, Int4Weight
+from octavo.kernels.linear import dense, int4, table
+from octavo.kernels.linear.int4_layout import DEPTH, ROWS, Int4Weight
 
 # [outputs, inputs] of qkv, o, gate_up, down; layers
 MODELS = {
@@ -71,7 +71,7 @@ def main() -> None:
     print(
         f"{'model':6}{'weights':8}{'M':>5} {'ours':>8} {'rate':>14} {'limit':>6} {'cuBLAS':>8} {'peer':>8} {'goal':>8}"
     )
-    kinds = {"int4": (int4_weight, linear_int4.int4_linear), "bf16": (bf16_weight, linear_bf16.linear)}
+    kinds = {"int4": (int4_weight, int4.int4_linear), "bf16": (bf16_weight, dense.linear)}
     for model, (shapes, num_layers) in MODELS.items():
         if set(wanted) & set(MODELS) and model not in wanted:
             continue
@@ -106,7 +106,7 @@ def main() -> None:
                 print(f"{model:6}{kind:8}{tokens:5} {ours:8.3f} {rate:>14} {share:6.0%}", *columns, met, flush=True)
         del plain, layers
         torch.cuda.empty_cache()
-    print(*linear_table.lines(), sep="\n")
+    print(*table.lines(), sep="\n")
 
 
 def _is_wanted(tokens: int, wanted: list[str]) -> bool:

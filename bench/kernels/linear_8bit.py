@@ -16,7 +16,8 @@ import triton
 from bench.kernels.timing import BANDWIDTH, microseconds, rotations
 from torch import Tensor
 
-from octavo.kernels import activation, linear_8bit, norm, quantize
+from octavo.kernels.linear import eight_bit
+from octavo.kernels.pointwise import activation, norm, quantize
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)
 MODELS = {
@@ -53,14 +54,14 @@ def layer_calls(weights: list[tuple[Tensor, Tensor]], tokens: int, w8a8: bool, l
     for weight, scale in weights:
         x = torch.randn(tokens, weight.shape[1], device="cuda").bfloat16()
         if not w8a8:
-            linears.append(lambda a=(x, weight, scale): linear_8bit.linear_w8a16(*a))
+            linears.append(lambda a=(x, weight, scale): eight_bit.linear_w8a16(*a))
             continue
         q, x_scale = quantize.quantize_rows(x, weight.dtype)
         if library:
             arguments = (q, weight.t(), x_scale.unsqueeze(1), scale.unsqueeze(0))
             linears.append(lambda a=arguments: torch._scaled_mm(*a, out_dtype=torch.bfloat16))
         else:
-            linears.append(lambda a=(q, x_scale, weight, scale): linear_8bit.linear_w8a8(*a, torch.bfloat16))
+            linears.append(lambda a=(q, x_scale, weight, scale): eight_bit.linear_w8a8(*a, torch.bfloat16))
 
     def layer() -> None:
         for linear in linears:

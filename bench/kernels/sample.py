@@ -11,7 +11,7 @@ from bench.kernels.timing import rotations
 from tests.kernels.plan_bytes import LOGPROBS, PENALTIES, SAMPLE, Enter, Row, write_plan
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels import prepare, sample
+from octavo.kernels.step import prepare, sample
 
 VOCAB = 128256
 

@@ -21,7 +21,10 @@ from tests.kernels.plan_bytes import Enter, Row, write_plan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels import activation, decode_attention, fused_gemv, linear_bf16, norm, prepare, rope, sample
+from octavo.kernels.attention import decode, rope
+from octavo.kernels.linear import dense, fused_gemv
+from octavo.kernels.pointwise import activation, norm
+from octavo.kernels.step import prepare, sample
 
 BLOCK_SIZE = 64
 CONTEXT = 256
@@ -71,7 +74,7 @@ Linear = Callable[[Tensor], Tensor]
 
 def bf16(size: int, channels: int) -> Linear:
     weight = torch.empty((channels, size), dtype=torch.bfloat16, device="cuda").normal_(std=size**-0.5)
-    return partial(linear_bf16.linear, weight=weight)
+    return partial(dense.linear, weight=weight)
 
 
 def weight_of(linear: Linear) -> Tensor:
@@ -81,18 +84,18 @@ def weight_of(linear: Linear) -> Tensor:
 
 def int4(size: int, channels: int) -> Linear:
     """Groups of 128, no zero points."""
-    layout = importlib.import_module("octavo.kernels.int4_layout")
+    layout = importlib.import_module("octavo.kernels.linear.int4_layout")
     numbers = torch.randint(0, 16, (channels, size), dtype=torch.uint8, device="cuda")
     scales = torch.rand((channels, size // 128), device="cuda") * (size**-0.5 / 4)
     weight = layout.pack(numbers, scales.bfloat16(), None)
-    return partial(importlib.import_module("octavo.kernels.linear_int4").int4_linear, weight=weight)
+    return partial(importlib.import_module("octavo.kernels.linear.int4").int4_linear, weight=weight)
 
 
 def fp8(size: int, channels: int) -> Linear:
     """Weights in fp8 by channel, activations in bf16."""
     weight = torch.randn((channels, size), device="cuda").to(torch.float8_e4m3fn)
     scale = torch.full((channels,), size**-0.5, device="cuda")
-    linear = importlib.import_module("octavo.kernels.linear_8bit").linear_w8a16
+    linear = importlib.import_module("octavo.kernels.linear.eight_bit").linear_w8a16
     return partial(linear, weight=weight, weight_scale=scale)
 
 
@@ -179,7 +182,7 @@ class Step:
         shape, cache, inputs = self.shape, self.caches[layer], self.inputs
         q, k, v = qkv.view(self.rows, -1, DIM).split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         rope.rope_and_cache(q, k, v, inputs.positions, self.rotary, cache, inputs.slot_mapping[0])
-        y = decode_attention.decode_attention(
+        y = decode.decode_attention(
             q, cache, self.state.block_tables[0], inputs.row_slots, inputs.seq_lens, 1, DIM**-0.5
         )
         return y.view(self.rows, -1)

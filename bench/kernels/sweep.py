@@ -12,27 +12,28 @@ import torch
 from bench.kernels import cases
 from bench.kernels.timing import microseconds
 
-from octavo.kernels import activation, decode_attention, norm, prefill_attention, rope
+from octavo.kernels.attention import decode, prefill, rope
+from octavo.kernels.pointwise import activation, norm
 
 
 def decode_settings() -> Iterator[tuple[str, Callable[[], None]]]:
-    default = decode_attention._config
+    default = decode._config
     for programs, tile, stages, warps in itertools.product((1, 2, 3), (32, 64, 128), (5, 7), (4, 8)):
         changes = {"PER_SM": programs, "TILE": tile, "num_stages": stages, "num_warps": warps}
 
         def apply(changes: dict[str, int] = changes) -> None:
-            decode_attention._config = lambda *args: default(*args) | changes
+            decode._config = lambda *args: default(*args) | changes
 
         yield f"programs {programs} tile {tile} stages {stages} warps {warps}", apply
 
 
 def prefill_settings() -> Iterator[tuple[str, Callable[[], None]]]:
-    default = prefill_attention._config
+    default = prefill._config
     for block_m, tile, stages, warps in itertools.product((64, 128), (64, 128), (2, 3, 4), (4, 8)):
         changes = {"BLOCK_M": block_m, "TILE": tile, "num_stages": stages, "num_warps": warps}
 
         def apply(changes: dict[str, int] = changes) -> None:
-            prefill_attention._config = lambda *args: default(*args) | changes
+            prefill._config = lambda *args: default(*args) | changes
 
         yield f"block {block_m} tile {tile} stages {stages} warps {warps}", apply
 

@@ -27,16 +27,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels import (
-    activation,
-    copy_blocks,
-    decode_attention,
-    kv_quant,
-    norm,
-    prefill_attention,
-    prefill_gluon,
-    rope,
-)
+from octavo.kernels.attention import copy_blocks, decode, kv_quant, prefill, prefill_gluon, rope
+from octavo.kernels.pointwise import activation, norm
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
@@ -81,9 +73,7 @@ def decode_case(
 ) -> None:
     cache, scales = pages(heads, block_size, kv)
     q = meta(32 * query_len, heads[0], heads[2], dtype=dtype)
-    decode_attention.decode_attention(
-        q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, kv_scales=scales, **options
-    )
+    decode.decode_attention(q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, kv_scales=scales, **options)
 
 
 def prefill_case(
@@ -91,7 +81,7 @@ def prefill_case(
 ) -> None:
     cache, scales = pages(heads, block_size, kv)
     q = meta(512, heads[0], heads[2], dtype=dtype)
-    prefill_attention.prefill_attention(
+    prefill.prefill_attention(
         q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, kv_scales=scales, **options
     )
 

@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import torch
 from tests.kernels.compile_sm90 import TYPES, meta, report
 
-from octavo.kernels import activation, linear_8bit, norm, quantize
+from octavo.kernels.linear import eight_bit
+from octavo.kernels.pointwise import activation, norm, quantize
 
 TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -22,9 +23,9 @@ def linear_case(tokens: int, shape: tuple[int, int], dtype: torch.dtype, half: t
     weight, scale = meta(*shape, dtype=dtype), meta(shape[0], dtype=torch.float32)
     if w8a8:
         x, x_scale = meta(tokens, shape[1], dtype=dtype), meta(tokens, dtype=torch.float32)
-        linear_8bit.linear_w8a8(x, x_scale, weight, scale, half)
+        eight_bit.linear_w8a8(x, x_scale, weight, scale, half)
     else:
-        linear_8bit.linear_w8a16(meta(tokens, shape[1], dtype=half), weight, scale)
+        eight_bit.linear_w8a16(meta(tokens, shape[1], dtype=half), weight, scale)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

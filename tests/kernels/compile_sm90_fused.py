@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tests.kernels.compile_sm90 import TYPES, meta, report
 
-from octavo.kernels import fused_gemv
+from octavo.kernels.linear import fused_gemv
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

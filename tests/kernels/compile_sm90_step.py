@@ -13,7 +13,7 @@ from tests.kernels.compile_sm90 import TYPES, ints, meta, report
 from tests.kernels.plan_bytes import PENALTIES, SAMPLE, Enter, Row, write_plan
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels import prepare, sample
+from octavo.kernels.step import prepare, sample
 
 META = torch.device("meta")
 

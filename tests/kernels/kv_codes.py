@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import reference
+from octavo.kernels.reference import layers as reference
 
 KV_DTYPES = [
     pytest.param(dtype, id=name)

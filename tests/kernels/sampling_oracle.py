@@ -8,7 +8,7 @@ from tests.kernels.plan_bytes import Enter, Row, write_plan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels import reference_step
+from octavo.kernels.reference import step
 
 
 def hash_words(x: np.ndarray) -> np.ndarray:
@@ -160,4 +160,4 @@ def read_records(words: np.ndarray, plan) -> list[Record]:
 
 
 def twin(device: str, vocab: int, slots: int = 33) -> Sampler:
-    return Sampler(reference_step.sample, reference_step.prepare, device, vocab, slots)
+    return Sampler(step.sample, step.prepare, device, vocab, slots)

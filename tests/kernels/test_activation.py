@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from octavo.kernels import activation, reference
+from octavo.kernels.pointwise import activation
+from octavo.kernels.reference import layers as reference
 
 # One rounding of the output; fp32 has that of its exponential.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}

@@ -2,7 +2,7 @@
 
 import torch
 
-from octavo.kernels import copy_blocks as kernels
+from octavo.kernels.attention import copy_blocks as kernels
 
 
 def test_copy_blocks(device, kernel_dtype) -> None:

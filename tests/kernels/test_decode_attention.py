@@ -4,8 +4,8 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
-from octavo.kernels import decode_attention as kernels
-from octavo.kernels import reference
+from octavo.kernels.attention import decode as kernels
+from octavo.kernels.reference import layers as reference
 
 # Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

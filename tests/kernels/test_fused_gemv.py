@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from octavo.kernels import reference_fused
+from octavo.kernels.reference import fused
 
-fused_gemv = pytest.importorskip("octavo.kernels.fused_gemv")
+fused_gemv = pytest.importorskip("octavo.kernels.linear.fused_gemv")
 
 # Of the highest value: a sum of up to 11,008 products in another order, and one rounding of the result and of each
 # intermediate, which lie at half a unit of their own.
@@ -34,13 +34,11 @@ def check_all(rows: int, channels: int, size: int, device: str, dtype: torch.dty
     x, norm, weight, residual = operands(rows, channels, size, device, dtype)
     # The twin on the CPU, in fp32, from the same rounded operands.
     x_, norm_, weight_, residual_ = (tensor.cpu().float() for tensor in (x, norm, weight, residual))
-    check(fused_gemv.norm_linear(x, norm, weight, 1e-5), reference_fused.norm_linear(x_, norm_, weight_, 1e-5))
-    check(
-        fused_gemv.norm_linear_silu(x, norm, weight, 1e-5), reference_fused.norm_linear_silu(x_, norm_, weight_, 1e-5)
-    )
-    check(fused_gemv.linear_silu(x, weight), reference_fused.linear_silu(x_, weight_))
+    check(fused_gemv.norm_linear(x, norm, weight, 1e-5), fused.norm_linear(x_, norm_, weight_, 1e-5))
+    check(fused_gemv.norm_linear_silu(x, norm, weight, 1e-5), fused.norm_linear_silu(x_, norm_, weight_, 1e-5))
+    check(fused_gemv.linear_silu(x, weight), fused.linear_silu(x_, weight_))
     fused_gemv.linear_add(x, weight[:channels], residual)
-    reference_fused.linear_add(x_, weight_[:channels], residual_)
+    fused.linear_add(x_, weight_[:channels], residual_)
     check(residual, residual_)
 
 
@@ -64,7 +62,7 @@ def test_residual_with_strided_rows(rows, device):
     wide = torch.full((rows, 100), 7.0, device=device)
     wide[:, 20:60] = residual
     fused_gemv.linear_add(x, weight[:40], wide[:, 20:60])
-    reference_fused.linear_add(x.cpu(), weight[:40].cpu(), residual := residual.cpu())
+    fused.linear_add(x.cpu(), weight[:40].cpu(), residual := residual.cpu())
     check(wide[:, 20:60], residual)
     assert (wide[:, :20] == 7).all()
     assert (wide[:, 60:] == 7).all()
@@ -85,5 +83,5 @@ def test_launched_one_after_another(device):
     for one in weights:
         fused_gemv.linear_add(fused_gemv.norm_linear(chain, norm, one, 1e-5), one, chain)
         one = one.cpu()
-        reference_fused.linear_add(reference_fused.norm_linear(expected, norm.cpu(), one, 1e-5), one, expected)
+        fused.linear_add(fused.norm_linear(expected, norm.cpu(), one, 1e-5), one, expected)
     check(chain, expected)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES
 
-from octavo.kernels import kv_quant, reference
+from octavo.kernels.attention import kv_quant
+from octavo.kernels.reference import layers as reference
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import linear_8bit
-from octavo.kernels import reference_8bit as twin
 from octavo.kernels.arrivals import MAX_ARRIVALS
-from octavo.kernels.linear_8bit_table import Gemv, Library, Matmul, Tile, Warps, choose
+from octavo.kernels.linear import eight_bit
+from octavo.kernels.linear.eight_bit_table import Gemv, Library, Matmul, Tile, Warps, choose
+from octavo.kernels.reference import eight_bit as twin
 
 ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 products are garbage, and so are some of its fp8 casts.
@@ -45,7 +45,7 @@ def check_w8a16(
     b = torch.randn(channels).to(half) if bias else None
     on = [None if t is None else t.to(device) for t in (x, weight, scale, b)]
     on[0] = torch.empty(tokens, size + 16, dtype=half, device=device)[:, :size].copy_(x)  # strided rows
-    out = linear_8bit.linear_w8a16(*on)
+    out = eight_bit.linear_w8a16(*on)
     assert out.dtype == half and out.shape == (tokens, channels)
     if isinstance(choose(dtype, False, tokens, channels, size), Library):
         # The weights are rounded on their way to cuBLAS, so they are here.
@@ -62,7 +62,7 @@ def check_w8a8(
     scale, x_scale = (scale[:1], x_scale[:1]) if per_tensor else (scale, x_scale)
     b = torch.randn(channels).to(half) if bias else None
     on = [t.to(device) for t in (x, x_scale, weight, scale)]
-    out = linear_8bit.linear_w8a8(*on, half, None if b is None else b.to(device))
+    out = eight_bit.linear_w8a8(*on, half, None if b is None else b.to(device))
     assert out.dtype == half and out.shape == (tokens, channels)
     assert_close(out, twin.linear_w8a8(x, x_scale, weight, scale, half, b))
 
@@ -92,8 +92,8 @@ def test_table_chooses_kernels_that_serve() -> None:
 def test_no_tokens(device) -> None:
     weight, scale = torch.zeros(64, 256, dtype=torch.int8, device=device), torch.ones(64, device=device)
     x = torch.zeros(0, 256, dtype=torch.float16, device=device)
-    assert linear_8bit.linear_w8a16(x, weight, scale).shape == (0, 64)
-    out = linear_8bit.linear_w8a8(x.to(torch.int8), scale[:0], weight, scale, torch.float16)
+    assert eight_bit.linear_w8a16(x, weight, scale).shape == (0, 64)
+    out = eight_bit.linear_w8a8(x.to(torch.int8), scale[:0], weight, scale, torch.float16)
     assert out.shape == (0, 64) and out.dtype == torch.float16
 
 
@@ -114,7 +114,7 @@ def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
     """Each kernel at each edge, whatever the table says of the shape."""
     if isinstance(config, Gemv if w8a8 else Matmul):
         pytest.skip("not what this kernel is for")
-    monkeypatch.setattr(linear_8bit, "choose", lambda *_: config)
+    monkeypatch.setattr(eight_bit, "choose", lambda *_: config)
     shapes = [(1, 65, 200)] if isinstance(config, Gemv) else [(1, 65, 200), (19, 130, 528)]
     for shape in shapes:
         for _ in range(2):  # the counters are back at zero
@@ -128,19 +128,19 @@ def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_library(device, monkeypatch, dtype, half, per_tensor) -> None:
     """torch where it serves, else a kernel: int8 with quantised activations, fp16 from a scale a row."""
-    monkeypatch.setattr(linear_8bit, "choose", lambda *_: Library())
+    monkeypatch.setattr(eight_bit, "choose", lambda *_: Library())
     for check in (check_w8a16, check_w8a8):
         check(device, (300, 512, 1024), dtype, half, bias=True, per_tensor=per_tensor)
 
 
 def test_split_is_the_same_whenever_parts_arrive(device, monkeypatch) -> None:
-    monkeypatch.setattr(linear_8bit, "choose", lambda *_: CONFIGS[-1])
+    monkeypatch.setattr(eight_bit, "choose", lambda *_: CONFIGS[-1])
     size = 4096 if ON_GPU else 512
     weight, scale = eight_bits(size, size, torch.int8)
     x = torch.randn(16, size).half().to(device)
     weight, scale = weight.to(device), scale.to(device)
-    first = linear_8bit.linear_w8a16(x, weight, scale)
-    assert all(torch.equal(linear_8bit.linear_w8a16(x, weight, scale), first) for _ in range(20 if ON_GPU else 1))
+    first = eight_bit.linear_w8a16(x, weight, scale)
+    assert all(torch.equal(eight_bit.linear_w8a16(x, weight, scale), first) for _ in range(20 if ON_GPU else 1))
 
 
 def test_nan_stays_in_its_token(device) -> None:
@@ -148,6 +148,6 @@ def test_nan_stays_in_its_token(device) -> None:
     for tokens in (5, 40):
         x = torch.randn(tokens, 256).half()
         x[2, 100] = float("nan")
-        out = linear_8bit.linear_w8a16(x.to(device), weight.to(device), scale.to(device)).cpu()
+        out = eight_bit.linear_w8a16(x.to(device), weight.to(device), scale.to(device)).cpu()
         assert out[2].isnan().all()
         assert not out[[row for row in range(tokens) if row != 2]].isnan().any()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from octavo.kernels import linear_bf16
-from octavo.kernels.linear_table import BF16_PLANS, Bf16Plan
+from octavo.kernels.linear import dense
+from octavo.kernels.linear.table import BF16_PLANS, Bf16Plan
 
 ON_GPU = torch.cuda.is_available()
 # Sums are kept in fp32: one rounding of the output remains, and what fp32 loses where large terms cancel.
@@ -40,7 +40,7 @@ def test_every_kernel_on_odd_and_even_shapes(device, plan, rows, depth, dtype) -
     for tokens in {1, max(1, plan.tokens - 1), plan.tokens} if ON_GPU else {max(1, plan.tokens - 1)}:
         x = torch.randn(tokens, depth + 8, device=device).to(dtype)[:, :depth]
         out = torch.empty(tokens, rows, dtype=dtype, device=device)
-        linear_bf16.launch(x, weight, bias, out, plan)
+        dense.launch(x, weight, bias, out, plan)
         check(out, x, weight, bias)
 
 
@@ -50,7 +50,7 @@ def test_bf16_linear(device, tokens) -> None:
     for dtype in DTYPES:
         weight = (torch.randn(rows, depth, device=device) / depth**0.5).to(dtype)
         x = torch.randn(tokens, depth, device=device).to(dtype)
-        out = linear_bf16.linear(x, weight)
+        out = dense.linear(x, weight)
         assert out.shape == (tokens, rows)
         check(out, x, weight, None)
 
@@ -58,4 +58,4 @@ def test_bf16_linear(device, tokens) -> None:
 def test_what_the_kernels_do_not_take_goes_to_torch(device) -> None:
     for dtype, depth in ((torch.float32, 64), (torch.float16, 65)):  # rows of 65 do not start on 16 bytes
         weight, x = torch.randn(24, depth, device=device).to(dtype), torch.randn(3, depth, device=device).to(dtype)
-        assert torch.equal(linear_bf16.linear(x, weight), torch.nn.functional.linear(x, weight))
+        assert torch.equal(dense.linear(x, weight), torch.nn.functional.linear(x, weight))

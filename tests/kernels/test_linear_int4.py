@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import linear_int4, linear_table, reference_int4
-from octavo.kernels.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
 from octavo.kernels.launch import has_gluon
-from octavo.kernels.linear_table import Int4Plan
+from octavo.kernels.linear import int4, table
+from octavo.kernels.linear.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
+from octavo.kernels.linear.table import Int4Plan
+from octavo.kernels.reference import int4 as twin
 
 ON_GPU = torch.cuda.is_available()
 # One rounding of the output; and from many tokens on one of every weight, which adds up to a tenth of an output's
@@ -38,7 +39,7 @@ def make_weight(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dty
 
 def check(out: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None, rounded: bool = False) -> None:
     """rounded: the weights went through x's dtype on their way to cuBLAS, so they do here."""
-    exact = reference_int4.dequantise(weight, torch.float64).cpu()
+    exact = twin.dequantise(weight, torch.float64).cpu()
     expected = x.double().cpu() @ (exact.to(x.dtype).double() if rounded else exact).t()
     if bias is not None:
         expected += bias.double().cpu()
@@ -64,7 +65,7 @@ def test_gptq_weights_keep_every_value(group, zeros) -> None:
     numbers, scales, shift = random_parts(48, 256, group, zeros, torch.float16)
     shift = shift.clamp(1)  # stored one below in four bits: 1..16
     weight = pack_gptq(*as_gptq(numbers, scales, shift))
-    assert torch.equal(reference_int4.dequantise(weight), values(numbers, scales, shift))
+    assert torch.equal(twin.dequantise(weight), values(numbers, scales, shift))
     assert (weight.rows, weight.depth, weight.group) == (48, 256, group)
     assert (weight.zeros is None) == (not zeros)
     assert weight.words.nbytes == 48 * 256 // 2
@@ -83,7 +84,7 @@ def test_gptq_act_order_is_a_permutation_of_the_activations() -> None:
         group = int(g_idx[k])
         by_column[:, k] = (numbers[:, k] - shift[:, group]).half() * scales[:, group]
     assert weight.permutation is not None
-    assert torch.equal(reference_int4.dequantise(weight), by_column)
+    assert torch.equal(twin.dequantise(weight), by_column)
     assert pack_gptq(*as_gptq(numbers, scales, shift), (torch.arange(256) // 64).int()).permutation is None
 
 
@@ -92,11 +93,11 @@ def test_awq_weights_keep_every_value() -> None:
     shift = shift.clamp(max=15)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     weight = pack_awq(pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous())
-    assert torch.equal(reference_int4.dequantise(weight), values(numbers, scales, shift))
+    assert torch.equal(twin.dequantise(weight), values(numbers, scales, shift))
     rounded = pack_awq(
         pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous(), torch.bfloat16
     )
-    assert torch.equal(reference_int4.dequantise(rounded), values(numbers, scales.bfloat16(), shift))
+    assert torch.equal(twin.dequantise(rounded), values(numbers, scales.bfloat16(), shift))
 
 
 @pytest.mark.parametrize(
@@ -129,9 +130,9 @@ def test_contradicting_tensors_are_refused() -> None:
         pack(torch.zeros(16, 64, dtype=torch.int32), torch.ones(16, 1), None)
     weight = make_weight(32, 128, 64, False, torch.float16, "cpu")
     with pytest.raises(ValueError, match="float32"):
-        linear_int4.int4_linear(torch.zeros(1, 128), weight)
+        int4.int4_linear(torch.zeros(1, 128), weight)
     with pytest.raises(ValueError, match="64 inputs"):
-        linear_int4.int4_linear(torch.zeros(1, 64).half(), weight)
+        int4.int4_linear(torch.zeros(1, 64).half(), weight)
 
 
 PLANS = [
@@ -164,7 +165,7 @@ def test_every_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None
         x = torch.randn(tokens, weight.depth + 64, device=device).to(dtype)[:, : weight.depth]  # strided rows
         bias = torch.randn(weight.rows, device=device).to(dtype)
         out = torch.empty(tokens, weight.rows, dtype=dtype, device=device)
-        linear_int4.launch(x, weight, bias, out, plan)
+        int4.launch(x, weight, bias, out, plan)
         check(out, x, weight, bias)
 
 
@@ -189,12 +190,12 @@ def test_gluon_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None
         x = torch.randn(tokens, weight.depth + 64, device=device).to(dtype)[:, : weight.depth]  # strided rows
         outs = [torch.full((tokens, weight.rows), float("nan"), dtype=dtype, device=device) for _ in range(5)]
         for out in outs:
-            linear_int4.launch(x, weight, bias, out, plan)
+            int4.launch(x, weight, bias, out, plan)
         assert all(torch.equal(out, outs[0]) for out in outs)
         check(outs[0], x, weight, bias, rounded=True)
-        linear_int4.launch(x, weight, None, outs[0], plan)
+        int4.launch(x, weight, None, outs[0], plan)
         check(outs[0], x, weight, None, rounded=True)
-    assert not linear_int4.arrivals(x.device).any()
+    assert not int4.arrivals(x.device).any()
 
 
 @pytest.mark.parametrize("tokens", [0, 3, 17] + [1, 8, 9, 16, 33, 65, 128, 200, 300, 1100, 2100] * ON_GPU)
@@ -203,9 +204,9 @@ def test_int4_linear(device, tokens) -> None:
     for dtype in DTYPES:
         weight = make_weight(rows, depth, 128, True, dtype, device)
         x = torch.randn(tokens, depth, device=device).to(dtype)
-        out = linear_int4.int4_linear(x, weight)
+        out = int4.int4_linear(x, weight)
         assert out.shape == (tokens, rows)
-        plan = linear_table.int4_plan(tokens, rows, depth, linear_int4.takes_gluon(x))
+        plan = table.int4_plan(tokens, rows, depth, int4.takes_gluon(x))
         check(out, x, weight, None, rounded=plan is None or plan.kernel == "gluon")
 
 
@@ -214,13 +215,13 @@ def test_int4_linear_gathers_permuted_activations(device) -> None:
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
     weight = pack(numbers.to(device), scales.to(device), shift.to(device), order.to(device))
     x = torch.randn(3, 256, device=device).half()
-    check(linear_int4.int4_linear(x, weight), x, weight, None)
+    check(int4.int4_linear(x, weight), x, weight, None)
 
 
 def test_int4_linear_takes_any_strides(device) -> None:
     weight = make_weight(32, 128, 64, False, torch.float16, device)
     x = torch.randn(128, 3, device=device).half().t()
-    check(linear_int4.int4_linear(x, weight), x, weight, None)
+    check(int4.int4_linear(x, weight), x, weight, None)
 
 
 def test_split_results_do_not_depend_on_timing(device) -> None:
@@ -229,6 +230,6 @@ def test_split_results_do_not_depend_on_timing(device) -> None:
     x = torch.randn(3, 512, device=device).half()
     outs = [torch.empty(3, 64, dtype=torch.float16, device=device) for _ in range(10 if ON_GPU else 2)]
     for out in outs:
-        linear_int4.launch(x, weight, None, out, plan)
+        int4.launch(x, weight, None, out, plan)
     assert all(torch.equal(out, outs[0]) for out in outs)
-    assert not linear_int4.arrivals(x.device).any()
+    assert not int4.arrivals(x.device).any()

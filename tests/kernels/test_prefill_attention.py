@@ -7,9 +7,9 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
-from octavo.kernels import prefill_attention as kernels
-from octavo.kernels import reference
 from octavo.kernels.arrivals import arrivals
+from octavo.kernels.attention import prefill as kernels
+from octavo.kernels.reference import layers as reference
 
 # Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -117,7 +117,9 @@ def test_gluon_is_only_imported_where_it_runs() -> None:
     """Gluon is experimental, and not all versions of Triton have it."""
     code = (
         "import sys; sys.modules['triton.experimental.gluon'] = None\n"
-        "from octavo.kernels import launch, linear_int4, prefill_attention\n"
+        "from octavo.kernels import launch\n"
+        "from octavo.kernels.attention import prefill\n"
+        "from octavo.kernels.linear import int4\n"
         "import torch; assert not launch.has_gluon(torch.device('cpu'))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, FakePlan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
-from octavo.kernels import reference_step
+from octavo.kernels.reference import step
 
 BLOCK_SIZE, MAX_BLOCKS, SLOTS, VOCAB = 4, 8, 6, 50
 PADDING_SLOT = SLOTS - 1
@@ -17,8 +17,8 @@ PADDING_SLOT = SLOTS - 1
 @pytest.fixture(params=["twin", "triton"])
 def prepare(request):
     if request.param == "twin":
-        return reference_step.prepare
-    return pytest.importorskip("octavo.kernels.prepare").prepare
+        return step.prepare
+    return pytest.importorskip("octavo.kernels.step.prepare").prepare
 
 
 @pytest.fixture

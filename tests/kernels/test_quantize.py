@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import activation, norm, quantize
-from octavo.kernels import reference_8bit as twin
+from octavo.kernels.pointwise import activation, norm, quantize
+from octavo.kernels.reference import eight_bit as twin
 
 # The interpreter's fp8 casts are wrong for some values: fp8 waits for a GPU.
 EIGHT_BITS = [torch.int8] + [torch.float8_e4m3fn] * torch.cuda.is_available()

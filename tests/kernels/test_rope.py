@@ -4,7 +4,8 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES
 
-from octavo.kernels import kv_quant, reference, rope
+from octavo.kernels.attention import kv_quant, rope
+from octavo.kernels.reference import layers as reference
 
 # One rounding of the output; fp32 leaves the order of the norm's sum.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -9,7 +9,7 @@ import torch
 from tests.kernels.plan_bytes import LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE, Enter, Row
 from tests.kernels.sampling_oracle import Sampler, expected_token
 
-from octavo.kernels import reference_step
+from octavo.kernels.reference import step
 
 OK, NAN, MASKED, NO_SAMPLE = 0, 1, 2, 3
 VOCAB = 1500  # no multiple of any tile
@@ -18,11 +18,11 @@ VOCAB = 1500  # no multiple of any tile
 @pytest.fixture(params=["twin", "triton"])
 def sampler(request, device) -> Callable[..., Sampler]:
     if request.param == "twin":
-        sample = reference_step.sample
+        sample = step.sample
     else:
-        sample = pytest.importorskip("octavo.kernels.sample").sample
+        sample = pytest.importorskip("octavo.kernels.step.sample").sample
     # The twin's prepare: this file is about sample.
-    make = lambda vocab=VOCAB, slots=33: Sampler(sample, reference_step.prepare, device, vocab, slots)  # noqa: E731
+    make = lambda vocab=VOCAB, slots=33: Sampler(sample, step.prepare, device, vocab, slots)  # noqa: E731
     # Triton's interpreter takes some 50 ms a row.
     make.many = 8 if request.param == "triton" and device == "cpu" else 32
     return make
@@ -554,7 +554,7 @@ def test_top_logprobs_over_a_tiny_vocabulary(sampler):
 
 
 def test_flags_are_the_formats():
-    from octavo.kernels import plan_format
+    from octavo.kernels.step import plan_format
 
     assert (SAMPLE, PREFILL, LOGPROBS, PENALTIES, PADDING) == (
         plan_format.SAMPLE, plan_format.PREFILL, plan_format.LOGPROBS, plan_format.PENALTIES, plan_format.PADDING

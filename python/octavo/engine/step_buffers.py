@@ -2,8 +2,8 @@
 from the core.
 
 Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over it. The file knows
-shapes only: `kernels/prepare.py` and `kernels/sample.py` fill and advance these tensors, and the core (Rust) decides
-what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundary in a step?".
+shapes only: `kernels/step/prepare.py` and `kernels/step/sample.py` fill and advance these tensors, and the core (Rust)
+decides what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundary in a step?".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from octavo.kernels import plan_format
+from octavo.kernels.step import plan_format
 
 
 class DeviceState:

@@ -15,7 +15,7 @@ import torch
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
-from octavo.kernels.linear_table import bf16_token_limits
+from octavo.kernels.linear.table import bf16_token_limits
 from octavo.layers.linear import DenseMethod
 from octavo.models.registry import Model
 

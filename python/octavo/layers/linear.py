@@ -25,7 +25,7 @@ class LinearMethod(Protocol):
 
 
 class DenseMethod:
-    """The product of weights as they are: on a GPU `kernels/linear_bf16.py` for few tokens, cuBLAS for many."""
+    """The product of weights as they are: on a GPU `kernels/linear/dense.py` for few tokens, cuBLAS for many."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight

@@ -1,7 +1,7 @@
 """A linear layer for one to `MAX_ROWS` tokens with what stands before and after it: RMSNorm in front, SiLU-and-multiply
 or the residual addition behind. So a decoder layer takes six launches: norm + qkv, rope and cache, attention, out +
 add, norm + gate and up + silu, down + add. On an H100 a 7B is faster with eight, where only gate and up have something
-fused to them and the other products are those of `linear_bf16.py`.
+fused to them and the other products are those of `dense.py`.
 
 With so few tokens a linear layer is the reading of its weights, at 3 TB/s if enough of it is under way at any time:
 
@@ -12,7 +12,7 @@ With so few tokens a linear layer is the reading of its weights, at 3 TB/s if en
 - The first weights are requested before the kernel before this one has finished (`launch.py`).
 - Each program normalises x for itself, reading 8 KiB that lie in the L2, while its first weights are on their way.
 
-Twins: `reference_fused.py`. Sums are fp32; each intermediate is rounded where the separate ops would.
+Twins: `reference/fused.py`. Sums are fp32; each intermediate is rounded where the separate ops would.
 """
 
 import torch

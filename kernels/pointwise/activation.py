@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
-from octavo.kernels.quantize import row_warps, scale_to_8_bits
-from octavo.kernels.reference_8bit import LARGEST
+from octavo.kernels.pointwise.quantize import row_warps, scale_to_8_bits
+from octavo.kernels.reference.eight_bit import LARGEST
 
 # 1024 outputs by 4 warps: 8 a thread, so both loads and the store are 16 bytes wide in bf16. One token of 14336 makes
 # 14 programs, which is latency-bound whatever the block; 2048 tokens make 28 thousand.

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.kv_quant import component, part, value_headroom, words
+from octavo.kernels.attention.kv_quant import component, part, value_headroom, words
 from octavo.kernels.launch import has_gluon
 
 
@@ -412,7 +412,7 @@ def prefill_attention(
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
     if num_rows and tokens and soft_cap == 0.0 and kv_scales is None and has_gluon(q.device):
-        from octavo.kernels import prefill_gluon  # not all versions of Triton that we run with have Gluon
+        from octavo.kernels.attention import prefill_gluon
 
         if prefill_gluon.fits(q, kv_cache):
             return prefill_gluon.prefill_attention(

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
-from octavo.kernels.kv_quant import component, part, value_headroom, words
+from octavo.kernels.attention.kv_quant import component, part, value_headroom, words
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
 

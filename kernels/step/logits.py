@@ -8,7 +8,7 @@ kernels compute has to be the same number. Twin: `reference_draw.process`.
 import triton
 import triton.language as tl
 
-from octavo.kernels import plan_format as fmt
+from octavo.kernels.step import plan_format as fmt
 
 _TEMPERATURE = tl.constexpr(fmt.ENTER_TEMPERATURE)
 _GREEDY_TEMPERATURE = tl.constexpr(fmt.GREEDY_TEMPERATURE)

@@ -10,16 +10,16 @@ A round is one reading of the groups that have something left: it sums each grou
 for anything but memory, and gives both the mass above the last token and what the next draw needs. Most rounds are
 spared, since the whole groups that hold the better tokens already have too little mass to exclude the drawn one.
 
-What counts as equal, and in which order the filters apply, stands in `reference_draw.py`.
+What counts as equal, and in which order the filters apply, stands in `reference/draw.py`.
 """
 
 import triton
 import triton.language as tl
 
-from octavo.kernels.logits import load_raw, process
-from octavo.kernels.noise import gumbel
-from octavo.kernels.reference_draw import GROUP_NOISE, ROUND_NOISE
-from octavo.kernels.sub_tiles import float_of, key_of, list_sub_tiles, listed_ids
+from octavo.kernels.reference.draw import GROUP_NOISE, ROUND_NOISE
+from octavo.kernels.step.logits import load_raw, process
+from octavo.kernels.step.noise import gumbel
+from octavo.kernels.step.sub_tiles import float_of, key_of, list_sub_tiles, listed_ids
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _GROUP_NOISE = tl.constexpr(GROUP_NOISE)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.kv_quant import quantise
+from octavo.kernels.attention.kv_quant import quantise
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
 # 1024 components a program (8 heads of 128) by 4 warps: 16-byte accesses, and 5 programs a token for 32/8 heads, so

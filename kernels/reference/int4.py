@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.int4_layout import Int4Weight, unpack
+from octavo.kernels.linear.int4_layout import Int4Weight, unpack
 
 
 def dequantise(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
+from octavo.kernels.step import plan_format as fmt
 
 MASK32 = 0xFFFFFFFF
 GROUP = 128  # tokens that the first step of a draw takes together

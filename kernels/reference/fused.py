@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from octavo.kernels.reference import rms_norm, silu_and_mul
+from octavo.kernels.reference.layers import rms_norm, silu_and_mul
 
 
 def norm_linear(x: Tensor, norm: Tensor, weight: Tensor, eps: float) -> Tensor:

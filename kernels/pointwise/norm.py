@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
-from octavo.kernels.quantize import scale_to_8_bits
-from octavo.kernels.reference_8bit import LARGEST
+from octavo.kernels.pointwise.quantize import scale_to_8_bits
+from octavo.kernels.reference.eight_bit import LARGEST
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
+from octavo.kernels.step import plan_format as fmt
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)

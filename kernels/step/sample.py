@@ -7,7 +7,7 @@ the first step of a draw needs those figures only, the second reads one group ag
 batch that is greedy throughout keeps the highest logit of each tile instead.
 
 All sums have an order that depends on the vocabulary alone, so a row's draw is the same in any batch. Twin:
-`reference_step.sample`, with the rules for order and ties in `reference_draw.py`.
+`reference.step.sample`, with the rules for order and ties in `reference/draw.py`.
 """
 
 from typing import Any
@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
-from octavo.kernels.filters import draw, draw_filtered, read_logits
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
-from octavo.kernels.logits import load_float, load_raw, process
-from octavo.kernels.logprobs import write_logprobs
-from octavo.kernels.noise import noise_key
-from octavo.kernels.reference_draw import GROUP
+from octavo.kernels.reference.draw import GROUP
+from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.filters import draw, draw_filtered, read_logits
+from octavo.kernels.step.logits import load_float, load_raw, process
+from octavo.kernels.step.logprobs import write_logprobs
+from octavo.kernels.step.noise import noise_key
 
 SUB = GROUP  # tokens that share one kept peak and mass
 TILE = 2048  # tokens of one program of the first pass
@@ -73,7 +73,7 @@ _PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
 def sample(
     logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
 ) -> None:
-    """As `reference_step.sample`, on CUDA tensors; logits f32 or bf16, rows contiguous."""
+    """As `reference.step.sample`, on CUDA tensors; logits f32 or bf16, rows contiguous."""
     del inputs
     words = plan_device.view(torch.int32)
     length, num_decodes, num_rows = plan.decode_query_len, plan.padded_decodes, plan.padded_rows

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.reference_8bit import LARGEST
+from octavo.kernels.reference.eight_bit import LARGEST
 
 
 @triton.jit

@@ -14,7 +14,7 @@ output channels are the rows of the product, because there are always enough of 
 
 Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy engine brings;
 `torch._scaled_mm` serves fp8 where it can, and weights without quantised activations are dequantised once for cuBLAS.
-`linear_8bit_table.py` says which kernel serves which shape.
+`eight_bit_table.py` says which kernel serves which shape.
 """
 
 import torch
@@ -26,8 +26,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
-from octavo.kernels.linear_8bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
-from octavo.kernels.quantize import dequantize_rows
+from octavo.kernels.linear.eight_bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
+from octavo.kernels.pointwise.quantize import dequantize_rows
 
 
 @triton.jit

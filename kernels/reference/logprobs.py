@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
+from octavo.kernels.step import plan_format as fmt
 
 
 def write_logprobs(

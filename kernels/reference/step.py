@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
-from octavo.kernels.reference_draw import Draw, argmax_rows, draw, process
-from octavo.kernels.reference_logprobs import write_logprobs
+from octavo.kernels.reference.draw import Draw, argmax_rows, draw, process
+from octavo.kernels.reference.logprobs import write_logprobs
+from octavo.kernels.step import plan_format as fmt
 
 
 def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
@@ -84,7 +84,7 @@ def sample(
     logits [padded_decodes * L + prefill rows, >= vocab_size], L = `decode_query_len`: the L places of each decode row,
     then the last place of each prefill row. result int32 [>= padded_rows * result_width], flat. masks int32 [mask rows,
     ceil(vocab / 32)]: bit `t % 32` of word `t // 32` allows token t; place j of a row reads mask row `mask_row + j`.
-    `inputs` is not read: the rows are in the plan. How a token is chosen is told in `reference_draw.py`, how drafts are
+    `inputs` is not read: the rows are in the plan. How a token is chosen is told in `reference/draw.py`, how drafts are
     accepted in `_accept`.
     """
     del inputs

@@ -2,7 +2,7 @@
 
 Tests and benchmarks compare the Triton kernels with these, and CPUs run them, so they are written for few torch
 calls: with one token in flight a call costs more than its arithmetic. They know nothing of requests or layers; the
-twins of `prepare` and `sample` live in `reference_step.py`.
+twins of `prepare` and `sample` live in `step.py`.
 
 Layouts (DESIGN.md): a KV cache is `[num_blocks, 2, num_kv_heads, block_size, head_dim]` (K at index 0, V at 1), a
 block table `[slots, max_blocks]` int32. The memory behind a row's last key may hold another request's leftovers, NaN

@@ -9,7 +9,7 @@ weights are never rounded.
 `_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows, activations too go from memory
 straight into the registers of the tensor cores' right operand, and slices are added at the end. `_tiles_kernel` is for
 more: warps take rows and share the activations. Either can be split along k over programs; the program that arrives
-last adds the parts up in their order, so results do not depend on timing. `linear_int4_gluon.py` has the kernel of many
+last adds the parts up in their order, so results do not depend on timing. `int4_gluon.py` has the kernel of many
 tokens on Hopper.
 """
 
@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import linear_table
 from octavo.kernels.arrivals import arrivals
-from octavo.kernels.int4_layout import Int4Weight
 from octavo.kernels.launch import has_gluon, has_pdl
+from octavo.kernels.linear import table
+from octavo.kernels.linear.int4_layout import Int4Weight
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
@@ -385,12 +385,12 @@ def _dequantise_kernel(
     tl.store(out_ptrs, (numbers.to(tl.float32) * scale).to(dtype), mask=(row < N)[:, None])
 
 
-def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: linear_table.Int4Plan) -> None:
+def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: table.Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
     if plan.kernel == "gluon":
-        from octavo.kernels import linear_int4_gluon  # not all versions of Triton that we run with have Gluon
+        from octavo.kernels.linear import int4_gluon
 
-        linear_int4_gluon.launch(x, weight, bias, out, plan)
+        int4_gluon.launch(x, weight, bias, out, plan)
         return
     tokens, rows = out.shape
     tiles_n = triton.cdiv(rows, plan.tiles * 16)
@@ -466,7 +466,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens = x.shape[0]
-    plan = linear_table.int4_plan(tokens, weight.rows, weight.depth, takes_gluon(x))
+    plan = table.int4_plan(tokens, weight.rows, weight.depth, takes_gluon(x))
     if plan is None:
         return F.linear(x, dequantise(weight), bias)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels import plan_format as fmt
-from octavo.kernels.logits import load_raw
-from octavo.kernels.sub_tiles import float_of, key_of
+from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.logits import load_raw
+from octavo.kernels.step.sub_tiles import float_of, key_of
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_FLAGS = tl.constexpr(fmt.ROW_FLAGS)

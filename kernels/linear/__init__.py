@@ -1,0 +1,1 @@
+"""Products with weight matrices, a file a weight format; which kernel takes how many tokens stands in the tables."""

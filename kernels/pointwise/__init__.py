@@ -1,0 +1,1 @@
+"""Ops on rows of activations: norms, activations, quantising a row."""
