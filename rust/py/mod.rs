@@ -1,19 +1,29 @@
 //! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is its contract.
 
-mod engine;
+mod core;
+mod delta;
 mod errors;
+mod event_fd;
 mod gguf;
+mod params;
+mod plan;
 mod text;
 
 /// The extension module.
 #[pyo3::pymodule]
 mod _core {
     #[pymodule_export]
-    use super::engine::{ChoiceDelta, EngineCore, Plan, RequestDelta, SamplingParams};
+    use super::core::EngineCore;
+    #[pymodule_export]
+    use super::delta::{ChoiceDelta, RequestDelta};
     #[pymodule_export]
     use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, TemplateError};
     #[pymodule_export]
     use super::gguf::GgufFile;
+    #[pymodule_export]
+    use super::params::SamplingParams;
+    #[pymodule_export]
+    use super::plan::Plan;
     #[pymodule_export]
     use super::text::{ChatTemplate, FrameTemplate, Prompt, Tokenizer};
 

@@ -1,219 +1,28 @@
-//! `EngineCore`, `Plan` and the deltas: the scheduler and the outbox as Python sees them.
+//! `EngineCore`: the scheduler and the outbox as Python sees them.
 //!
 //! One lock holds both, for calls of microseconds; what is long (`wait`) runs detached and without it. No Python code runs
 //! while it is held, nor is an array borrowed then (numpy imports a module at the first borrow) or dropped: Python code may
 //! hand the GIL to a thread that waits for the lock with the GIL in its hands, or call this object again.
 
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use numpy::{PyArray1, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::PyDict;
 
 use crate::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
-use crate::outbox;
-use crate::output::FinishReason;
+use crate::outbox::Outbox;
 use crate::plan::PlanInfo;
+use crate::py::delta::RequestDelta;
+use crate::py::event_fd::EventFd;
+use crate::py::params::SamplingParams;
+use crate::py::plan::Plan;
 use crate::py::text::{FrameTemplate, Prompt, Tokenizer};
-use crate::request::{self, RequestId, SamplingOptions};
+use crate::request::RequestId;
 use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
-
-/// Checked sampling parameters in the form the scheduler uses.
-#[pyclass(frozen, module = "octavo._core")]
-pub struct SamplingParams(request::SamplingParams);
-
-#[pymethods]
-impl SamplingParams {
-    #[new]
-    #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, min_tokens=0, ignore_eos=false,
-        stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
-        detokenize=true, logprobs=None, logit_bias=vec![]))]
-    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
-    fn new(
-        n: i64,
-        temperature: f64,
-        top_k: i64,
-        top_p: f64,
-        min_p: f64,
-        repetition_penalty: f64,
-        presence_penalty: f64,
-        frequency_penalty: f64,
-        seed: Option<i64>,
-        max_tokens: Option<i64>,
-        min_tokens: i64,
-        ignore_eos: bool,
-        stop: Vec<String>,
-        stop_token_ids: Vec<i64>,
-        include_stop_str_in_output: bool,
-        skip_special_tokens: bool,
-        detokenize: bool,
-        logprobs: Option<i64>,
-        logit_bias: Vec<(i64, f64)>,
-    ) -> PyResult<Self> {
-        let options = SamplingOptions {
-            n,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            seed: seed.map(|seed| seed as u64),
-            max_tokens,
-            min_tokens,
-            ignore_eos,
-            stop,
-            stop_token_ids,
-            include_stop_str_in_output,
-            skip_special_tokens,
-            detokenize,
-            logprobs,
-            logit_bias,
-        };
-        Ok(Self(request::SamplingParams::new(options)?))
-    }
-}
-
-/// The scalars of one planned step.
-#[pyclass(frozen, module = "octavo._core")]
-pub struct Plan(PlanInfo);
-
-/// Getters that hand on a field of the same name.
-macro_rules! plan_getters {
-    ($($field:ident: $kind:ty),* $(,)?) => {
-        #[pymethods]
-        impl Plan {
-            $(#[getter]
-            fn $field(&self) -> $kind {
-                self.0.$field
-            })*
-
-            /// -1 where no row asks for logprobs.
-            #[getter]
-            fn max_logprobs(&self) -> i64 {
-                self.0.max_logprobs.map_or(-1, i64::from)
-            }
-
-            fn __repr__(&self) -> String {
-                let PlanInfo { step_id, num_rows, num_decodes, num_tokens, .. } = self.0;
-                format!("Plan(step_id={step_id}, num_rows={num_rows}, num_decodes={num_decodes}, num_tokens={num_tokens})")
-            }
-        }
-    };
-}
-
-plan_getters! {
-    step_id: u64, num_rows: u32, padded_rows: u32, num_decodes: u32, padded_decodes: u32, decode_query_len: u32,
-    num_tokens: u32, num_prefill_tokens: u32, max_query_len: u32, max_seq_len: u32, num_bytes: u32, num_blocks: u32,
-    num_enters: u32, num_copies: u32, num_bias: u32, num_penalty_tokens: u32, rows_offset: u32,
-    prefill_tokens_offset: u32, blocks_offset: u32, enters_offset: u32, copies_offset: u32, bias_offset: u32,
-    drafts_offset: u32, penalty_tokens_offset: u32, has_masks: bool, has_penalties: bool, all_greedy: bool,
-    result_width: u32,
-}
-
-/// What one choice of a request gained since the last `take`.
-#[pyclass(frozen, module = "octavo._core")]
-pub struct ChoiceDelta(outbox::ChoiceDelta);
-
-#[pymethods]
-impl ChoiceDelta {
-    #[getter]
-    fn index(&self) -> u32 {
-        self.0.index
-    }
-
-    #[getter]
-    fn text(&self) -> &str {
-        &self.0.text
-    }
-
-    #[getter]
-    fn token_ids(&self) -> Vec<u32> {
-        self.0.token_ids.clone()
-    }
-
-    #[getter]
-    fn logprobs(&self) -> Option<Vec<Vec<(u32, f32, u32)>>> {
-        let position = |tokens: &Vec<crate::text::logprobs::TokenLogprob>| {
-            tokens.iter().map(|token| (token.token, token.logprob, token.rank)).collect()
-        };
-        (!self.0.logprobs.is_empty()).then(|| self.0.logprobs.iter().map(position).collect())
-    }
-
-    #[getter]
-    fn finish_reason(&self) -> Option<&'static str> {
-        self.0.finish.as_ref().map(|finish| finish.reason.as_str())
-    }
-
-    #[getter]
-    fn stop_reason<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some(finish) = &self.0.finish else { return Ok(None) };
-        Ok(match (&finish.stop_text, finish.reason) {
-            (Some(text), _) => Some(text.into_pyobject(py)?.into_any()),
-            (None, FinishReason::StopToken(token)) => Some(token.into_pyobject(py)?.into_any()),
-            _ => None,
-        })
-    }
-}
-
-/// Everything a request gained since the last `take`.
-#[pyclass(frozen, module = "octavo._core")]
-pub struct RequestDelta {
-    choices: Vec<Py<ChoiceDelta>>,
-    frames: Py<PyBytes>,
-    finished: bool,
-    error: Option<String>,
-    progress: crate::output::Progress,
-}
-
-#[pymethods]
-impl RequestDelta {
-    #[getter]
-    fn choices(&self, py: Python<'_>) -> Vec<Py<ChoiceDelta>> {
-        self.choices.iter().map(|choice| choice.clone_ref(py)).collect()
-    }
-
-    #[getter]
-    fn frames(&self, py: Python<'_>) -> Py<PyBytes> {
-        self.frames.clone_ref(py)
-    }
-
-    #[getter]
-    fn finished(&self) -> bool {
-        self.finished
-    }
-
-    #[getter]
-    fn error(&self) -> Option<&str> {
-        self.error.as_deref()
-    }
-
-    #[getter]
-    fn num_prompt_tokens(&self) -> u32 {
-        self.progress.num_prompt_tokens
-    }
-
-    #[getter]
-    fn num_cached_tokens(&self) -> u32 {
-        self.progress.num_cached_tokens
-    }
-
-    #[getter]
-    fn num_output_tokens(&self) -> u32 {
-        self.progress.num_output_tokens
-    }
-
-    #[getter]
-    fn times(&self) -> (f64, f64, f64, f64) {
-        let progress = &self.progress;
-        (progress.added, progress.first_scheduled, progress.first_token, progress.last_token)
-    }
-}
 
 /// The buffers of one host slot, and the step that is in them.
 struct Slot {
@@ -224,7 +33,7 @@ struct Slot {
 
 struct State {
     scheduler: Scheduler,
-    outbox: outbox::Outbox,
+    outbox: Outbox,
     slots: [Option<Slot>; MAX_STEPS_IN_FLIGHT],
 }
 
@@ -327,7 +136,7 @@ impl EngineCore {
             plan_bytes: scheduler.plan_bytes(),
             result_bytes: scheduler.result_bytes(),
             longest_request: scheduler.longest_request(),
-            state: Mutex::new(State { scheduler, outbox: outbox::Outbox::new(tokenizer), slots: [None, None] }),
+            state: Mutex::new(State { scheduler, outbox: Outbox::new(tokenizer), slots: [None, None] }),
             awake: Mutex::new(false),
             bell: Condvar::new(),
             news: EventFd::new()?,
@@ -428,16 +237,8 @@ impl EngineCore {
         self.commit_and_schedule((done_slot, result.as_slice()?), (next_slot, plan.as_slice_mut()?), now)
     }
 
-    /// `advance` with the GIL given up: for the measurement that chose between the two.
-    fn advance_detached(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let (result, plan) = (self.result_array(py, done_slot)?, self.plan_array(py, next_slot)?);
-        let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
-        let (result, plan) = (result.as_slice()?, plan.as_slice_mut()?);
-        py.detach(|| self.commit_and_schedule((done_slot, result), (next_slot, plan), now))
-    }
-
     fn fileno(&self) -> RawFd {
-        self.news.0.as_raw_fd()
+        self.news.as_raw_fd()
     }
 
     fn drain(&self) -> Vec<u64> {
@@ -447,18 +248,9 @@ impl EngineCore {
     }
 
     fn take(&self, py: Python<'_>, request_id: u64) -> PyResult<Option<RequestDelta>> {
-        let Some(delta) = self.lock().outbox.take(RequestId(request_id)) else { return Ok(None) };
-        Ok(Some(RequestDelta {
-            frames: PyBytes::new(py, &delta.frames).unbind(),
-            finished: delta.finished,
-            error: delta.error,
-            progress: delta.progress,
-            choices: delta
-                .choices
-                .into_iter()
-                .map(|choice| Py::new(py, ChoiceDelta(choice)))
-                .collect::<PyResult<_>>()?,
-        }))
+        // The delta becomes Python's after the lock is free.
+        let delta = self.lock().outbox.take(RequestId(request_id));
+        delta.map(|delta| RequestDelta::new(py, delta)).transpose()
     }
 
     fn has_unfinished(&self) -> bool {
@@ -604,35 +396,5 @@ impl State {
     fn take_step(&mut self, slot: usize) -> PyResult<u64> {
         let step_id = self.slot(slot)?.step_id.take();
         step_id.ok_or_else(|| PyValueError::new_err(format!("slot {slot} holds no step")))
-    }
-}
-
-/// Linux's eventfd: a counter that is readable while it is not zero.
-struct EventFd(OwnedFd);
-
-#[allow(unsafe_code)] // The three system calls have no safe wrapper in std.
-impl EventFd {
-    fn new() -> PyResult<Self> {
-        // SAFETY: no pointers; a non-negative result is a descriptor that nobody else owns.
-        let fd = unsafe { libc::eventfd(0, libc::EFD_NONBLOCK | libc::EFD_CLOEXEC) };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error().into());
-        }
-        // SAFETY: as above.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
-    }
-
-    /// Makes it readable. A counter that is full is readable, so that failure is none.
-    fn set(&self) {
-        let one = 1u64;
-        // SAFETY: the kernel reads the 8 bytes of `one`.
-        unsafe { libc::write(self.0.as_raw_fd(), (&raw const one).cast(), 8) };
-    }
-
-    /// Makes it unreadable. One that is not readable fails with EAGAIN and stays so.
-    fn clear(&self) {
-        let mut count = 0u64;
-        // SAFETY: the kernel writes 8 bytes into `count`.
-        unsafe { libc::read(self.0.as_raw_fd(), (&raw mut count).cast(), 8) };
     }
 }
