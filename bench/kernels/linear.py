@@ -2,8 +2,7 @@
 
 One layer's four fused linears on weights of their own, repeated over enough copies that the L2 forgets them, in one
 CUDA graph and scaled to the model's layers: milliseconds a step, the rate at which weights are read (or the
-arithmetic), the share of the card's limit, the same by cuBLAS in bf16, the best peer of `peers.md` and the goal of
-issue "Kernels at the card's limit".
+arithmetic), the share of the card's limit, the same by cuBLAS in bf16, the best peer (`PEERS`) and the goal.
 """
 
 import sys
