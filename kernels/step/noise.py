@@ -1,7 +1,7 @@
 """The noise of a draw, in Triton: a hash of (seed, output index, token or group id), the same in every batch, slot and
 device.
 
-Twin: `reference_draw.noise_key` and `reference_draw.gumbel`, which tell the hash's source and why it has this form.
+Twin: `noise_key` and `gumbel` of `reference/draw.py`, which tell the hash's source and why it has this form.
 """
 
 import triton

@@ -286,7 +286,7 @@ class Plan:
 
 @final
 class EngineCore:
-    """Queue, scheduler, block pool, prefix cache and text work behind one lock. See DESIGN.md, "The boundary"."""
+    """Queue, scheduler, block pool, prefix cache and text work behind one lock. DESIGN.md has the plan's words."""
 
     def __new__(
         cls,

@@ -80,7 +80,7 @@ class KvGroup:
 
 
 def kv_groups(config: ModelConfig) -> list[KvGroup]:
-    """Cuts the layers into groups of equal size, one window a group (DESIGN.md, "one pool").
+    """Cuts the layers into groups of equal size, one window a group. DESIGN.md says why.
 
     The size is the number of layers of the rarest kind, as in vLLM's hybrid allocator; when kinds are nearly as
     frequent, the largest, since a few unused places cost less than twice as many block tables.

@@ -1,5 +1,5 @@
-"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play (E1-E5 of the
-invariants).
+"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play (E1-E5 of
+docs/invariants.md).
 """
 
 from __future__ import annotations

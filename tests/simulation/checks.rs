@@ -1,4 +1,5 @@
-//! The safety rules, recounted from an inspection of the core: S1-S5, S11, S13, and the bounds of L3 and L4.
+//! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11, S13, and the bounds of
+//! L3 and L4.
 //!
 //! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with another count, and with
 //! what the device saw.

@@ -6,7 +6,7 @@
 //! every later token of the request. There is no rounding: equal means equal.
 //!
 //! This file has the arithmetic only. `device.rs` applies it to a paged pool through block tables, `oracle.rs` to a plain
-//! array of one request; they share nothing else. Source: invariants of the project, "the exact fake model".
+//! array of one request; they share nothing else. See docs/invariants.md.
 
 /// Spreads every input bit over the word (the finaliser of `splitmix64`).
 pub fn mix(value: u64) -> u64 {

@@ -114,7 +114,7 @@ def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
 
 
 def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
-    """The guide's comparison: one row a policy, over the same requests and arrivals."""
+    """One row a batching policy, over the same requests and arrivals."""
     from octavo.bench.replay import poisson_arrivals, replay
 
     rows: Rows = []
