@@ -51,7 +51,7 @@ def test_commands_of_the_readme_run_as_written() -> None:
     """What `make serve` installed is in `.venv`, not on the path."""
     readme = (REPOSITORY / "README.md").read_text()
     commands = re.findall(
-        r"(?:^|`)((?:\S*/)?(?:octavo|python|pip)) (?:-m|serve|chat|generate|bench|install)\b", readme, re.M
+        r"(?:^|`)((?:[^\s`]*/)?(?:octavo|python|pip)) (?:-m|serve|chat|generate|bench|install)\b", readme, re.M
     )
     assert len(commands) > 10
     assert {command.rpartition("/")[0] for command in commands} == {".venv/bin"}
