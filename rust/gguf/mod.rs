@@ -1,8 +1,9 @@
 //! GGUF files: metadata, and where each tensor's bytes are.
 //!
-//! A file is mapped into memory and its header checked whole when it is opened; afterwards reading cannot fail but for
-//! keys that are missing or of another type. Knows nothing of models: which keys must be there and what they may hold is
-//! the loader's business, dequantising is done in torch.
+//! A file is mapped into memory and its header checked whole when it is opened; afterwards reading
+//! cannot fail but for keys that are missing or of another type. Knows nothing of models: which
+//! keys must be there and what they may hold is the loader's business, dequantising is done in
+//! torch.
 
 mod parse;
 mod types;
@@ -34,8 +35,9 @@ impl GgufFile {
     pub fn open(path: &Path) -> Result<Self> {
         let in_file = |message: String| Error::Gguf(format!("{}: {message}", path.display()));
         let file = File::open(path).map_err(|error| in_file(error.to_string()))?;
-        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a model file that is in
-        // use ends this process with SIGBUS, as with every engine that maps its weights.
+        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a
+        // model file that is in use ends this process with SIGBUS, as with every engine that maps
+        // its weights.
         #[allow(unsafe_code)]
         let bytes = unsafe { Mmap::map(&file) }.map_err(|error| in_file(error.to_string()))?;
         let header = Header::parse(&bytes).map_err(in_file)?;

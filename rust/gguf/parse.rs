@@ -1,9 +1,10 @@
 //! The header of a GGUF file, read from bytes and checked whole.
 //!
-//! Every count and length is compared with the bytes that are left before anything is read or stored, all sums are
-//! checked 64-bit ones, and what is kept of strings and arrays is where they lie. So a header that lies costs an error,
-//! never memory. Format: ggml's `docs/gguf.md`, versions 2 and 3, little-endian. The list of lies comes from the
-//! advisories against llama.cpp and vLLM (CVE-2025-53630, CVE-2026-27940, CVE-2026-53923).
+//! Every count and length is compared with the bytes that are left before anything is read or
+//! stored, all sums are checked 64-bit ones, and what is kept of strings and arrays is where they
+//! lie. So a header that lies costs an error, never memory. Format: ggml's `docs/gguf.md`, versions
+//! 2 and 3, little-endian. The list of lies comes from the advisories against llama.cpp and vLLM
+//! (CVE-2025-53630, CVE-2026-27940, CVE-2026-53923).
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;

@@ -1,5 +1,6 @@
-//! Tensor types of ggml: name, block size and bytes a block, as in ggml's `type_traits` table (gguf-py's
-//! `GGML_QUANT_SIZES`). Types that are not listed were never released or have been removed.
+//! Tensor types of ggml: name, block size and bytes a block, as in ggml's `type_traits` table
+//! (gguf-py's `GGML_QUANT_SIZES`). Types that are not listed were never released or have been
+//! removed.
 
 /// A tensor type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,8 +1,10 @@
-//! Finding added tokens (special or not) in text, with the rules of Hugging Face's `AddedVocabulary`.
+//! Finding added tokens (special or not) in text, with the rules of Hugging Face's
+//! `AddedVocabulary`.
 //!
-//! That type can only search a whole input and only with all special tokens on or off; a chat needs the special tokens
-//! of the template on and those of the messages off, in one text, hence this own search over the same automaton
-//! (leftmost, then longest) with the same treatment of `single_word`, `lstrip` and `rstrip`.
+//! That type can only search a whole input and only with all special tokens on or off; a chat needs
+//! the special tokens of the template on and those of the messages off, in one text, hence this own
+//! search over the same automaton (leftmost, then longest) with the same treatment of
+//! `single_word`, `lstrip` and `rstrip`.
 
 use std::ops::Range;
 
@@ -47,7 +49,8 @@ impl AddedTokens {
         Ok(Self { automaton: Some(automaton), tokens })
     }
 
-    /// All added tokens in `text`, in order and without overlap; special ones only if `parse_special`.
+    /// All added tokens in `text`, in order and without overlap; special ones only if
+    /// `parse_special`.
     pub fn find(&self, text: &str, parse_special: bool) -> Vec<AddedMatch> {
         let Some(automaton) = &self.automaton else { return Vec::new() };
         let mut matches = Vec::new();

@@ -1,10 +1,12 @@
 //! Messages to token ids, such that no message can write a special token.
 //!
-//! A client's text may contain `<|im_end|>`, whole or in parts that the template puts together. So before rendering,
-//! wherever a client's string holds a special token, ends with the beginning of one or begins with the end of one, one
-//! character is exchanged for a stand-in: a Unicode noncharacter that occurs in no message. Lengths, trimming and
-//! comparisons stay what they were. Special tokens are then looked for in the rendered text, where only those of the
-//! template are still whole; after that the stand-ins are turned back and all else is tokenised as ordinary text.
+//! A client's text may contain `<|im_end|>`, whole or in parts that the template puts together. So
+//! before rendering, wherever a client's string holds a special token, ends with the beginning of
+//! one or begins with the end of one, one character is exchanged for a stand-in: a Unicode
+//! noncharacter that occurs in no message. Lengths, trimming and comparisons stay what they were.
+//! Special tokens are then looked for in the rendered text, where only those of the template are
+//! still whole; after that the stand-ins are turned back and all else is tokenised as ordinary
+//! text.
 
 use std::collections::HashSet;
 
@@ -19,7 +21,8 @@ use crate::text::template::Inputs;
 use crate::text::{ChatTemplate, RenderOptions, Specials, Tokenizer};
 
 impl Tokenizer {
-    /// Renders a conversation and tokenises it. Nothing is added: the template writes BOS where the model wants it.
+    /// Renders a conversation and tokenises it. Nothing is added: the template writes BOS where the
+    /// model wants it.
     ///
     /// # Errors
     /// As [`ChatTemplate::render`], and what tokenising can give.

@@ -1,4 +1,5 @@
-//! The local date and time for templates that print it (`strftime_now`), as Python's `datetime.strftime` writes it.
+//! The local date and time for templates that print it (`strftime_now`), as Python's
+//! `datetime.strftime` writes it.
 
 use std::ffi::{CStr, CString};
 use std::mem::MaybeUninit;
@@ -6,7 +7,8 @@ use std::mem::MaybeUninit;
 /// Longest result; a longer one is refused.
 const MAX_BYTES: usize = 1_024;
 
-/// Formats `seconds` since 1970 in local time, without a time zone. `None` for a time or a format out of range.
+/// Formats `seconds` since 1970 in local time, without a time zone. `None` for a time or a format
+/// out of range.
 pub(crate) fn strftime(format: &str, seconds: f64) -> Option<String> {
     // Python fills in what the C library does not know of a time without a zone.
     let micros = format!("{:06}", (seconds.rem_euclid(1.0) * 1e6) as u32);
@@ -27,8 +29,9 @@ pub(crate) fn strftime(format: &str, seconds: f64) -> Option<String> {
     let seconds = seconds.floor() as libc::time_t;
     let mut broken_down = MaybeUninit::<libc::tm>::uninit();
     let mut buffer = [0u8; MAX_BYTES];
-    // SAFETY: `localtime_r` writes the whole struct unless it returns null, which is checked before the struct is read;
-    // `strftime` writes at most `MAX_BYTES` bytes and ends them with a zero unless it returns 0, which is checked too.
+    // SAFETY: `localtime_r` writes the whole struct unless it returns null, which is checked before
+    // the struct is read; `strftime` writes at most `MAX_BYTES` bytes and ends them with a zero
+    // unless it returns 0, which is checked too.
     #[allow(unsafe_code)]
     unsafe {
         if libc::localtime_r(&raw const seconds, broken_down.as_mut_ptr()).is_null() {

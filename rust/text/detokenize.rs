@@ -1,9 +1,10 @@
 //! Incremental detokenising: one token in, the text that became certain out.
 //!
-//! Works on bytes, so that a character whose bytes are spread over several tokens is never cut: what is not yet a whole
-//! character waits (at most three bytes), what can never become one turns into U+FFFD as soon as that is certain, and
-//! `finish` turns the rest into U+FFFD. The joined output therefore equals what [`Tokenizer::decode`] of prompt and output
-//! adds to that of the prompt, and a token costs the same whatever came before it.
+//! Works on bytes, so that a character whose bytes are spread over several tokens is never cut:
+//! what is not yet a whole character waits (at most three bytes), what can never become one turns
+//! into U+FFFD as soon as that is certain, and `finish` turns the rest into U+FFFD. The joined
+//! output therefore equals what [`Tokenizer::decode`] of prompt and output adds to that of the
+//! prompt, and a token costs the same whatever came before it.
 //!
 //! Knows nothing of stop strings or of requests.
 
@@ -19,7 +20,8 @@ const MAX_PENDING: usize = 3;
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     skip_special: bool,
-    /// The tokenizer's decoder drops one leading space, and there is no text yet, not even in the prompt.
+    /// The tokenizer's decoder drops one leading space, and there is no text yet, not even in the
+    /// prompt.
     drop_space: bool,
     /// First bytes of a character whose other bytes are still to come.
     pending: [u8; MAX_PENDING],
@@ -27,10 +29,11 @@ pub struct Detokenizer {
 }
 
 impl Detokenizer {
-    /// A detokeniser of what follows `prompt`. `skip_special` leaves special tokens out of the text.
+    /// A detokeniser of what follows `prompt`. `skip_special` leaves special tokens out of the
+    /// text.
     ///
-    /// Of the prompt it only matters whether it has text: the first space of a text is the tokenizer's own, the first
-    /// space of what continues a text belongs to it.
+    /// Of the prompt it only matters whether it has text: the first space of a text is the
+    /// tokenizer's own, the first space of what continues a text belongs to it.
     pub fn new(tokenizer: Arc<Tokenizer>, prompt: &[u32], skip_special: bool) -> Self {
         let is_silent =
             |&token: &u32| (skip_special && tokenizer.is_special(token)) || tokenizer.token_bytes(token).is_empty();
@@ -38,7 +41,8 @@ impl Detokenizer {
         Self { tokenizer, skip_special, drop_space, pending: [0; MAX_PENDING], num_pending: 0 }
     }
 
-    /// Appends to `out` the text that is certain once `token` has come. An id without a piece adds nothing.
+    /// Appends to `out` the text that is certain once `token` has come. An id without a piece adds
+    /// nothing.
     pub fn push(&mut self, token: u32, out: &mut String) {
         if self.skip_special && self.tokenizer.is_special(token) {
             return;
@@ -51,7 +55,8 @@ impl Detokenizer {
             self.drop_space = false;
             bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
         }
-        // At most three bytes wait, so the character they begin ends within the first bytes of this token.
+        // At most three bytes wait, so the character they begin ends within the first bytes of this
+        // token.
         while self.num_pending > 0 {
             let Some((&next, rest)) = bytes.split_first() else { return };
             let mut char_bytes = [0; MAX_PENDING + 1];
@@ -92,7 +97,8 @@ impl Detokenizer {
         }
     }
 
-    /// Appends what is left at the end of the sequence: U+FFFD for a character that was never completed.
+    /// Appends what is left at the end of the sequence: U+FFFD for a character that was never
+    /// completed.
     pub fn finish(&mut self, out: &mut String) {
         if self.num_pending > 0 {
             // A valid beginning: the lossy decoding of a whole text shows it as one U+FFFD too.
@@ -108,7 +114,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
-        /// Any bytes, token by token: what was put out is never taken back and ends as the lossy decoding of all.
+        /// Any bytes, token by token: what was put out is never taken back and ends as the lossy
+        /// decoding of all.
         #[test]
         fn joined_stream_is_the_lossy_decoding(ids in prop::collection::vec(
             prop_oneof![0u32..128, 0xC0u32..0x100, 0x80u32..0xC0, Just(0xE2), Just(0xF0), Just(0x9F)], 0..60))
@@ -127,7 +134,8 @@ mod tests {
             prop_assert_eq!(text, String::from_utf8_lossy(&bytes).into_owned());
         }
     }
-    /// A vocabulary with SentencePiece's rules: byte fallback, a leading space to drop, special tokens.
+    /// A vocabulary with SentencePiece's rules: byte fallback, a leading space to drop, special
+    /// tokens.
     fn sentence_piece() -> Tokenizer {
         let mut vocab = serde_json::json!({"<unk>": 0, "<s>": 1, "▁": 2, "▁a": 3, "é": 4, "▁▁": 5});
         for byte in 0..256 {
@@ -192,7 +200,8 @@ mod tests {
 
         #[test]
         fn joined_stream_continues_the_prompt(
-            // Whole characters: a broken one at the end of a prompt is no text that an output could complete.
+            // Whole characters: a broken one at the end of a prompt is no text that an output could
+            // complete.
             prompt in prop::collection::vec(prop_oneof![0u32..6, Just(6 + 0x20), Just(9999)], 0..4),
             ids in prop::collection::vec(prop_oneof![0u32..6, (6u32 + 0x80)..(6 + 0x100), Just(6 + 0x20), Just(9999)], 0..30),
             skip: bool,

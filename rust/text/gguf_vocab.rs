@@ -1,9 +1,10 @@
 //! A tokenizer from the vocabulary in a GGUF file (`tokenizer.ggml.*`).
 //!
-//! Two kinds: `gpt2` is byte-level BPE, whose pre-tokeniser the file names (`tokenizer.ggml.pre`); `llama` is
-//! SentencePiece BPE, which merges whatever gives the piece of highest score and falls back to bytes. Both become a
-//! pipeline of the `tokenizers` crate. Sources: llama.cpp's `llama-vocab.cpp` for the meaning of the keys; the
-//! `tokenizer.json` published with each model family for the pre-tokenisers.
+//! Two kinds: `gpt2` is byte-level BPE, whose pre-tokeniser the file names (`tokenizer.ggml.pre`);
+//! `llama` is SentencePiece BPE, which merges whatever gives the piece of highest score and falls
+//! back to bytes. Both become a pipeline of the `tokenizers` crate. Sources: llama.cpp's
+//! `llama-vocab.cpp` for the meaning of the keys; the `tokenizer.json` published with each model
+//! family for the pre-tokenisers.
 
 use serde_json::json;
 use tokenizers::models::bpe::{Vocab, BPE};
@@ -19,7 +20,8 @@ const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// Longest piece that scores may build, in characters: finding the pairs that make it costs its length squared.
+/// Longest piece that scores may build, in characters: finding the pairs that make it costs its
+/// length squared.
 const MAX_PIECE_CHARS: usize = 128;
 
 /// Splits of Llama 3 and Qwen 2, which differ in how many digits make a group.
@@ -182,10 +184,12 @@ impl<'a> GgufVocabulary<'a> {
         Ok(pipeline)
     }
 
-    /// Every pair of tokens that makes a third one, best score first: the order in which SentencePiece merges.
+    /// Every pair of tokens that makes a third one, best score first: the order in which
+    /// SentencePiece merges.
     ///
-    /// Pieces of equal score, and the ways to make one piece, are ordered as `transformers` does when it converts a
-    /// SentencePiece model. Control tokens are never made: text cannot spell them.
+    /// Pieces of equal score, and the ways to make one piece, are ordered as `transformers` does
+    /// when it converts a SentencePiece model. Control tokens are never made: text cannot spell
+    /// them.
     fn merges_by_score(&self, vocab: &Vocab) -> Result<Vec<(String, String)>> {
         let key = "tokenizer.ggml.scores";
         let scores = self.file.get_array(key, &[Kind::F32])?;
@@ -233,7 +237,8 @@ impl<'a> GgufVocabulary<'a> {
         Ok(vocab)
     }
 
-    /// Control and unknown tokens are special; user-defined ones are found in any text, but are ordinary text.
+    /// Control and unknown tokens are special; user-defined ones are found in any text, but are
+    /// ordinary text.
     fn add_tokens(&self, pipeline: &mut tokenizers::Tokenizer) -> Result<()> {
         let of_types = |kinds: &[i64], special| {
             let pairs = self.tokens.iter().zip(&self.types).filter(|(_, kind)| kinds.contains(kind));

@@ -1,9 +1,10 @@
 //! The bytes each token id stands for.
 //!
-//! Hugging Face decoders work on lists of strings; here the decoder is read once and turned into one byte string per id,
-//! so that decoding is concatenation. Known decoders: byte-level (GPT-2's table of printable stand-ins for bytes),
-//! Metaspace, and sequences of Replace, `ByteFallback`, Fuse and a Strip of one leading space (SentencePiece). Others
-//! cannot be expressed per token and are refused.
+//! Hugging Face decoders work on lists of strings; here the decoder is read once and turned into
+//! one byte string per id, so that decoding is concatenation. Known decoders: byte-level (GPT-2's
+//! table of printable stand-ins for bytes), Metaspace, and sequences of Replace, `ByteFallback`,
+//! Fuse and a Strip of one leading space (SentencePiece). Others cannot be expressed per token and
+//! are refused.
 
 use rustc_hash::FxHashMap;
 use serde_json::Value;
@@ -95,7 +96,8 @@ pub(crate) fn fallback_byte(token: &str) -> Option<u8> {
     }
 }
 
-/// GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and up, in order.
+/// GPT-2's table: printable Latin-1 characters stand for themselves, the other bytes for U+0100 and
+/// up, in order.
 #[derive(Debug)]
 pub(crate) struct ByteTable(FxHashMap<char, u8>);
 

@@ -1,5 +1,5 @@
-//! Methods of Python's strings, lists and dictionaries that templates call, where minijinja-contrib has none or another
-//! meaning of whitespace and line ends.
+//! Methods of Python's strings, lists and dictionaries that templates call, where minijinja-contrib
+//! has none or another meaning of whitespace and line ends.
 
 use minijinja::value::{from_args, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};

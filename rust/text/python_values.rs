@@ -1,7 +1,8 @@
 //! Values as Python writes them: `str`, `repr` and `json.dumps` for what templates print.
 //!
-//! minijinja is close to Python here but not equal (floats, quoting, JSON options), and chat formats are byte-exact.
-//! Every item written is paid for in fuel, since a lazy list can be longer than memory.
+//! minijinja is close to Python here but not equal (floats, quoting, JSON options), and chat
+//! formats are byte-exact. Every item written is paid for in fuel, since a lazy list can be longer
+//! than memory.
 
 use std::fmt::Write;
 
@@ -85,8 +86,8 @@ fn write_quoted(out: &mut String, text: &str) {
     out.push(quote);
 }
 
-/// Whether `repr` shows the character itself: not control, format, surrogate, private, separator. Unassigned code points,
-/// which change with each Unicode version, are shown.
+/// Whether `repr` shows the character itself: not control, format, surrogate, private, separator.
+/// Unassigned code points, which change with each Unicode version, are shown.
 fn is_printable(c: char) -> bool {
     !(c.is_control()
         || (c.is_whitespace() && c != ' ')
@@ -95,7 +96,8 @@ fn is_printable(c: char) -> bool {
             | 0x2060..=0x206F | 0xE000..=0xF8FF | 0xFEFF | 0xFFF9..=0xFFFB | 0xE0001..=0xE007F | 0xF0000..))
 }
 
-/// Integers in full; floats in the shortest form that reads back, with an exponent where Python has one.
+/// Integers in full; floats in the shortest form that reads back, with an exponent where Python has
+/// one.
 fn write_number(out: &mut String, value: &Value, [nan, infinity]: [&str; 2]) {
     let float = (!value.is_integer()).then(|| f64::try_from(value.clone()).ok()).flatten();
     let Some(float) = float else {
@@ -138,8 +140,9 @@ pub(crate) fn escape(state: &State, value: &Value) -> Result<String, Error> {
     Ok(out)
 }
 
-/// `tojson` with the signature Hugging Face gives it: `tojson(x, ensure_ascii=False, indent=None, separators=None,
-/// sort_keys=False)`, which is `json.dumps` and escapes nothing for HTML.
+/// `tojson` with the signature Hugging Face gives it:
+/// `tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`, which is
+/// `json.dumps` and escapes nothing for HTML.
 #[allow(clippy::needless_pass_by_value)] // minijinja's calling convention
 pub(crate) fn to_json(state: &State, value: &Value, positional: Rest<Value>, kwargs: Kwargs) -> Result<String, Error> {
     let mut positional = positional.0.into_iter();
@@ -295,8 +298,9 @@ fn pairs(map: &Value) -> Result<Vec<(Value, Value)>, Error> {
     map.try_iter()?.map(|key| map.get_item(&key).map(|item| (key, item))).collect()
 }
 
-/// What is kept of a value that is given a name: the value itself, paid for, but with lists in place of whatever is lazy.
-/// Refuses deep nesting, which could overflow the stack when the value is dropped.
+/// What is kept of a value that is given a name: the value itself, paid for, but with lists in
+/// place of whatever is lazy. Refuses deep nesting, which could overflow the stack when the value
+/// is dropped.
 pub(crate) fn bounded(state: &State, value: Value) -> Result<Value, Error> {
     Ok(settled(state, &value, 0)?.unwrap_or(value))
 }

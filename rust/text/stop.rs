@@ -1,9 +1,10 @@
 //! Stop strings over a stream of text deltas.
 //!
-//! The output is cut at the first stop string to be completed, wherever token borders fall, and only the longest suffix
-//! that is a proper prefix of some stop string is held back. Each stop string is followed by its own Knuth-Morris-Pratt
-//! automaton over bytes, so the work is linear in the text (times the number of stop strings) and the result does not
-//! depend on how the text was split into deltas.
+//! The output is cut at the first stop string to be completed, wherever token borders fall, and
+//! only the longest suffix that is a proper prefix of some stop string is held back. Each stop
+//! string is followed by its own Knuth-Morris-Pratt automaton over bytes, so the work is linear in
+//! the text (times the number of stop strings) and the result does not depend on how the text was
+//! split into deltas.
 //!
 //! Knows nothing of tokens: it sees generated text only, never the prompt.
 
@@ -49,10 +50,11 @@ impl StopMatcher {
         Self { matched: vec![0; patterns.0.len()], patterns, include_stop, held: String::new() }
     }
 
-    /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit `out` has the text up
-    /// to the match and the sequence is over.
+    /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit
+    /// `out` has the text up to the match and the sequence is over.
     ///
-    /// Of stop strings that are completed by the same character the longest wins, then the first given.
+    /// Of stop strings that are completed by the same character the longest wins, then the first
+    /// given.
     pub fn push(&mut self, delta: &str, out: &mut String) -> Option<StopHit> {
         if self.matched.is_empty() {
             out.push_str(delta);
@@ -95,7 +97,8 @@ impl StopMatcher {
 #[derive(Debug, Clone, PartialEq)]
 struct Pattern {
     text: Box<str>,
-    /// `failure[i]`: length of the longest proper prefix of the first `i + 1` bytes that is also its suffix.
+    /// `failure[i]`: length of the longest proper prefix of the first `i + 1` bytes that is also
+    /// its suffix.
     failure: Box<[u32]>,
 }
 
@@ -116,7 +119,8 @@ impl Pattern {
         Self { text: stop.into(), failure: failure.into() }
     }
 
-    /// Takes the next byte of the text; true when it completes the stop string, of which `matched` bytes were there.
+    /// Takes the next byte of the text; true when it completes the stop string, of which `matched`
+    /// bytes were there.
     fn advance(&self, matched: &mut usize, byte: u8) -> bool {
         let bytes = self.text.as_bytes();
         if bytes.is_empty() {

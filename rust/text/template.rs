@@ -1,9 +1,10 @@
 //! Chat templates: Jinja under fuel, with what Hugging Face adds to it.
 //!
-//! The environment is the one of `transformers`' `_compile_jinja_template`: `trim_blocks`, `lstrip_blocks`, loop
-//! controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps`, and Python's string methods. A template comes
-//! with a model file and is not trusted: fuel bounds its work, the recursion limit its stack, and nothing outside the
-//! messages can be reached from it. Where minijinja asks for no fuel, `template_source.rs` sees to it.
+//! The environment is the one of `transformers`' `_compile_jinja_template`: `trim_blocks`,
+//! `lstrip_blocks`, loop controls, `raise_exception`, `strftime_now`, `tojson` as `json.dumps`, and
+//! Python's string methods. A template comes with a model file and is not trusted: fuel bounds its
+//! work, the recursion limit its stack, and nothing outside the messages can be reached from it.
+//! Where minijinja asks for no fuel, `template_source.rs` sees to it.
 
 use std::sync::Arc;
 
@@ -19,7 +20,8 @@ use crate::text::{python_methods, python_values};
 
 /// Longest source, in bytes; the longest known templates have about 20,000.
 const MAX_SOURCE_BYTES: usize = 1 << 18;
-/// Work units (about one an instruction and one per 64 bytes made) of a render, and more for each message.
+/// Work units (about one an instruction and one per 64 bytes made) of a render, and more for each
+/// message.
 const FUEL: u64 = 1_000_000;
 const FUEL_PER_MESSAGE: u64 = 1_000;
 /// Fuel for large messages: what is said may be copied a few times.
@@ -163,7 +165,8 @@ impl ChatTemplate {
     /// Renders a conversation: a JSON array of messages.
     ///
     /// # Errors
-    /// [`Error::Template`]: the JSON is wrong, the template refused the messages, or it ran out of fuel.
+    /// [`Error::Template`]: the JSON is wrong, the template refused the messages, or it ran out of
+    /// fuel.
     pub fn render(&self, messages_json: &str, options: &RenderOptions) -> Result<String> {
         self.render_inputs(&Inputs::parse(messages_json, options)?)
     }

@@ -1,13 +1,16 @@
 //! Rewrites of a template's source, for what minijinja does not have or does not refuse.
 //!
-//! - `{% generation %} ... {% endgeneration %}` (a Hugging Face tag that marks the assistant's words for training)
-//!   becomes `{% with %} ... {% endwith %}`, which has the same scope and whitespace rules and no other effect.
+//! - `{% generation %} ... {% endgeneration %}` (a Hugging Face tag that marks the assistant's
+//!   words for training) becomes `{% with %} ... {% endwith %}`, which has the same scope and
+//!   whitespace rules and no other effect.
 //! - `'...' % x` on a string literal becomes `'...' | python_percent(x)`.
-//! - `for x in y` becomes `for x in (y) | python_iter`: to loop over None is an error in Python, nothing in minijinja.
-//! - `set x = y` becomes `set x = (y) | bounded`, and after `for x in ...`, `macro f(x)`, `call(x)` and `with x = ...` comes
-//!   `set x = (x) | bounded`: values that are given a name stay small enough to be dropped, are paid for, and hold no lazy
-//!   sum of lists. minijinja copies sums that are more than 32 deep without asking for fuel, so it must never see one: a
-//!   tag may add up to 32 times, and begins with sums that are not deep at all.
+//! - `for x in y` becomes `for x in (y) | python_iter`: to loop over None is an error in Python,
+//!   nothing in minijinja.
+//! - `set x = y` becomes `set x = (y) | bounded`, and after `for x in ...`, `macro f(x)`, `call(x)`
+//!   and `with x = ...` comes `set x = (x) | bounded`: values that are given a name stay small
+//!   enough to be dropped, are paid for, and hold no lazy sum of lists. minijinja copies sums that
+//!   are more than 32 deep without asking for fuel, so it must never see one: a tag may add up to
+//!   32 times, and begins with sums that are not deep at all.
 
 /// Name of the filter that refuses what Python cannot loop over.
 pub(crate) const ITER_FILTER: &str = "python_iter";
@@ -136,7 +139,8 @@ fn first_names(text: &str, wanted_depth: usize) -> Vec<&str> {
     names
 }
 
-/// The tag, followed by tags that bound what it has given names to; its whitespace control goes to the last of them.
+/// The tag, followed by tags that bound what it has given names to; its whitespace control goes to
+/// the last of them.
 fn bind(inside: &str, names: &[&str]) -> String {
     let control = if inside.ends_with(['-', '+']) { &inside[inside.len() - 1..] } else { "" };
     let mut out = inside[..inside.len() - control.len()].to_owned();
@@ -146,7 +150,8 @@ fn bind(inside: &str, names: &[&str]) -> String {
     out + control
 }
 
-/// Puts `filter` on the expression between the token `before` and one of `after` or the end of the tag.
+/// Puts `filter` on the expression between the token `before` and one of `after` or the end of the
+/// tag.
 fn add_filter(inside: &str, before: &str, after: &[&str], filter: &str) -> String {
     let mut depth = 0;
     let mut start = None;
@@ -231,8 +236,8 @@ fn rewrite_percent(expression: &str) -> String {
     out
 }
 
-/// Length of the operand that `text` begins with: what binds tighter than `%` (a sign, a literal, a name or brackets,
-/// then attributes, subscripts, calls and filters).
+/// Length of the operand that `text` begins with: what binds tighter than `%` (a sign, a literal, a
+/// name or brackets, then attributes, subscripts, calls and filters).
 fn operand_len(text: &str) -> usize {
     let mut at = text.len() - text.trim_start_matches(['-', '+', ' ']).len();
     match text[at..].chars().next() {

@@ -1,9 +1,11 @@
 //! Text to token ids and back.
 //!
-//! The `tokenizers` crate supplies normaliser, pre-tokeniser and model; the steps between them are taken here, because a
-//! chat needs special tokens recognised at given places only (see [`Specials`]). Decoding is concatenation of bytes.
+//! The `tokenizers` crate supplies normaliser, pre-tokeniser and model; the steps between them are
+//! taken here, because a chat needs special tokens recognised at given places only (see
+//! [`Specials`]). Decoding is concatenation of bytes.
 //!
-//! Knows nothing of templates, models or files other than `tokenizer.json` and the `tokenizer_config.json` beside it.
+//! Knows nothing of templates, models or files other than `tokenizer.json` and the
+//! `tokenizer_config.json` beside it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -68,10 +70,12 @@ struct Subwords {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`; BOS and EOS come from the `tokenizer_config.json` beside it, if there is one.
+    /// Reads a `tokenizer.json`; BOS and EOS come from the `tokenizer_config.json` beside it, if
+    /// there is one.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`]: a file that cannot be read, or a decoder that is not known (see `pieces`).
+    /// [`Error::Tokenizer`]: a file that cannot be read, or a decoder that is not known (see
+    /// `pieces`).
     pub fn from_file(path: &Path) -> Result<Self> {
         let pipeline = tokenizers::Tokenizer::from_file(path)
             .map_err(|error| Error::Tokenizer(format!("{}: {error}", path.display())))?;
@@ -155,7 +159,8 @@ impl Tokenizer {
         }
     }
 
-    /// One id per byte of UTF-8: for tests and for models without a tokenizer. Ids from 256 on decode to nothing.
+    /// One id per byte of UTF-8: for tests and for models without a tokenizer. Ids from 256 on
+    /// decode to nothing.
     pub fn bytes_only(vocab_size: usize) -> Self {
         let mut pieces = Pieces::default();
         for id in 0..vocab_size {
@@ -226,7 +231,8 @@ impl Tokenizer {
         }
     }
 
-    /// Tokenises `text`. `add_special_tokens` adds what the tokenizer adds to every text (often BOS).
+    /// Tokenises `text`. `add_special_tokens` adds what the tokenizer adds to every text (often
+    /// BOS).
     ///
     /// # Errors
     /// [`Error::Tokenizer`]: the model of the tokenizer cannot express the text.
@@ -345,8 +351,8 @@ impl Subwords {
 
     /// Tokenises a part that holds no added token.
     ///
-    /// Vocabularies list special tokens too, so merges (or `ignore_merges`) could spell one out of ordinary characters.
-    /// Such a part is tokenised one character at a time instead.
+    /// Vocabularies list special tokens too, so merges (or `ignore_merges`) could spell one out of
+    /// ordinary characters. Such a part is tokenised one character at a time instead.
     fn tokenize_plain(&self, part: &str, is_special: &impl Fn(u32) -> bool) -> tokenizers::Result<Vec<Token>> {
         let model = self.pipeline.get_model();
         let tokens = model.tokenize(part)?;
@@ -389,7 +395,8 @@ fn cut(part: &NormalizedString, matches: &[AddedMatch]) -> Vec<(NormalizedString
     parts
 }
 
-/// The ids that the post-processor puts before and after a text: seen by letting it process one token.
+/// The ids that the post-processor puts before and after a text: seen by letting it process one
+/// token.
 fn surrounding_tokens(pipeline: &tokenizers::Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
     const MARK: u32 = u32::MAX;
     let mark = Encoding::from_tokens(vec![Token::new(MARK, String::new(), (0, 0))], 0);

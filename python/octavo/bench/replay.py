@@ -1,4 +1,4 @@
-"""Runs a list of requests with given arrival times on an engine in this process, and sums up what happened."""
+"""Runs requests with given arrival times on an engine in this process, and sums up what happened."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Summary:
 
 
 def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = None) -> Summary:
-    """Greedy, to the exact output lengths. Requests that have not arrived yet do not exist for the scheduler."""
+    """Greedy, to the exact output lengths. The scheduler knows no request before it has arrived."""
     arrivals = arrivals or [0.0] * len(items)
     order = sorted(range(len(items)), key=arrivals.__getitem__)
     preemptions = engine.core.stats()["num_preemptions"]

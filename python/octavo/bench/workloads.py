@@ -1,5 +1,5 @@
-"""Fixed, seeded workloads as plain lists of (prompt token ids, output length), the same for every engine that is
-compared.
+"""Fixed, seeded workloads as plain lists of (prompt token ids, output length), the same for every
+engine that is compared.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ NAMES = ("decode1", "decode32", "prefill512", "prefill2048", "uniform", "chat", 
 def workload(name: str, vocab_size: int = 32000, seed: int = 0) -> list[Item]:
     """The items of a workload.
 
-    decodeB: B prompts of 128 tokens, 256 out. prefillN: one prompt of N, one token out. uniform: 512 requests of 512
-    in, 256 out. chat: 1,000 requests with a ShareGPT-like spread of lengths. long: 16 of 8,192 in, 256 out. mixed: 64
-    chats of 256 with a prompt of 6,000 every eighth. prefix: 256 requests that share 2,048 tokens. Raises `ValueError`
-    for another name.
+    decodeB: B prompts of 128 tokens, 256 out. prefillN: one prompt of N, one token out. uniform: 512
+    requests of 512 in, 256 out. chat: 1,000 requests with a ShareGPT-like spread of lengths. long: 16
+    of 8,192 in, 256 out. mixed: 64 chats of 256 with a prompt of 6,000 every eighth. prefix: 256
+    requests that share 2,048 tokens. Raises `ValueError` for another name.
     """
     rng = random.Random(f"{name}/{seed}")
 
