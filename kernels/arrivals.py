@@ -19,15 +19,15 @@ def arrivals(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def arrives_last(counter_ptr, expected):
-    """Whether this program is the last of `expected` ones to arrive at a counter, which then is zero again. The last
-    one can read what all of them stored before they arrived, if it does not read from its L1 (`.cg`).
+def arrives_last(arrivals_ptr, counter, expected):
+    """Whether this program is the last of `expected` ones to arrive at `arrivals_ptr[counter]`, which then is zero
+    again. The last one can read what all of them stored before they arrived, if it does not read from its L1 (`.cg`).
     """
     # All threads' stores come before the one thread's release; its acquire comes before all threads' loads.
     tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    arrived = tl.atomic_add(arrivals_ptr + counter, 1, sem="acq_rel", scope="gpu")
     tl.debug_barrier()
     last = arrived == expected - 1
     if last:
-        tl.store(counter_ptr, 0)
+        tl.store(arrivals_ptr + counter, 0)
     return last

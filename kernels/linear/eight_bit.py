@@ -248,7 +248,7 @@ def _tile_kernel(
         inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tile_ptr = partial_ptr + tile.to(tl.int64) * parts * (BLOCK_N * BLOCK_M) + inner
         tl.store(tile_ptr + part * (BLOCK_N * BLOCK_M), total)
-        last = arrives_last(arrivals_ptr + tile, parts)
+        last = arrives_last(arrivals_ptr, tile, parts)
         if last:
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for index in tl.range(parts):

@@ -33,7 +33,7 @@ def finish(
     if SPLITS > 1:
         size = N.to(tl.int64) * M
         tl.store(partial_ptr + split * size + offset, total, mask=inside)
-        last = arrives_last(arrivals_ptr + tile, SPLITS)
+        last = arrives_last(arrivals_ptr, tile, SPLITS)
         if last:
             total = tl.load(partial_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
             for part in tl.static_range(1, SPLITS):
