@@ -1,14 +1,14 @@
 """Attention of rows with a few new tokens each (1-8) over paged keys and values: split over the keys, bound by
 memory.
 
-The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found
-on the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very
-long row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads (times its
-new tokens) are the columns of one product, so K and V are read once. Where lengths differ, a unit has places in the
-line also for what it costs to begin one: else the programs with the shortest rows would end last. A stretch that holds
-a whole unit writes the answer; pieces of a unit go to scratch, and the program that arrives last adds them up. Where
-programs may start while the kernel before still runs, they find their stretch and fetch its first tile into the L2
-meanwhile.
+The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found on
+the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very long
+row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads, times its new
+tokens (or the most that a row has, those that it lacks masked), are the columns of one product, so K and V are read
+once. Where lengths differ, a unit has places in the line also for what it costs to begin one: else the programs with
+the shortest rows would end last. A stretch that holds a whole unit writes the answer; pieces of a unit go to scratch,
+and the program that arrives last adds them up. Where programs may start while the kernel before still runs, they find
+their stretch and fetch its first tile into the L2 meanwhile.
 
 Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
 few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
