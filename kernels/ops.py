@@ -1,7 +1,8 @@
 """The one door to the ops: Triton where the first argument lives on a CUDA device, the plain-PyTorch twin elsewhere.
 
-Layers call only this module; what an op does, and its shapes, stand in `reference/layers.py`. Triton is imported at the
-first call with a CUDA tensor, so a host without it can run everything on its CPU.
+Layers and engine call only this module. What an op does, and its shapes, stand in `reference/layers.py`, of `prepare`
+and `sample` in `reference/step.py`. Triton is imported at the first call with a CUDA tensor, so a host without it can
+run everything on its CPU.
 """
 
 import functools

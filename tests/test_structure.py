@@ -60,6 +60,27 @@ def test_server_and_leaves_do_not_import_torch() -> None:
     assert not offenders
 
 
+def test_twins_run_without_triton() -> None:
+    """CPUs run them: neither they, nor the door to the ops, nor what these import may import Triton."""
+    kernels = REPOSITORY / "kernels"
+    waiting, seen = [kernels / "ops.py", *(kernels / "reference").rglob("*.py")], set()
+    while waiting:
+        path = waiting.pop()
+        seen.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            assert not any(name.split(".")[0] == "triton" for name in names), path
+            ours = (kernels.joinpath(*name.split(".")[2:]) for name in names if name.startswith("octavo.kernels."))
+            found = {file for stem in ours for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.exists()}
+            waiting += found - seen
+    assert kernels / "step" / "plan_format.py" in seen
+
+
 def test_only_the_binding_names_pyo3() -> None:
     files = [
         path for path in (REPOSITORY / "rust").rglob("*.rs") if "py" not in path.relative_to(REPOSITORY / "rust").parts

@@ -140,11 +140,23 @@ def decode_ops() -> Iterator[Case]:
     for (kv, name), (peer, goal) in QUANTISED_DECODE.items():
         yield decode_case((32, 8), name, DECODE[name], peer=peer, goal=goal, kv=kv)
     yield decode_case((32, 8), "32x1k, 4 tokens a row", [1024] * 32, query_len=4)
+    # What it costs that one row of many verifies drafts: told the rows' starts, or all rows padded to as many tokens.
+    yield decode_case((32, 8), "128x1k, one of 8 tokens", [1024] * 128, query_len=8, tokens=[8] + [1] * 127)
+    yield decode_case((32, 8), "128x1k, 8 tokens a row", [1024] * 128, query_len=8)
     yield decode_case((32, 8), "32x4k, window 1024", [4096] * 32, window=1024)
 
 
 def decode_case(
-    heads, name, lens, query_len=1, window=0, block_size=BLOCK_SIZE, peer=None, goal=None, kv=torch.bfloat16
+    heads,
+    name,
+    lens,
+    query_len=1,
+    window=0,
+    block_size=BLOCK_SIZE,
+    peer=None,
+    goal=None,
+    kv=torch.bfloat16,
+    tokens=None,
 ) -> Case:
     num_q, num_kv, dim = *heads, 128
     keys = sum(min(length, window) if window else length for length in lens)
@@ -156,6 +168,7 @@ def decode_case(
     order = torch.randperm(sets * blocks_a_set, device="cuda", dtype=torch.int32)
     slots = torch.arange(len(lens), device="cuda", dtype=torch.int32)
     seq_lens = torch.tensor(lens, device="cuda", dtype=torch.int32)
+    starts = None if tokens is None else torch.tensor([0, *tokens], device="cuda").cumsum(0, dtype=torch.int32)
     calls = []
     for index in range(sets):
         table = torch.zeros(len(lens), max_blocks, device="cuda", dtype=torch.int32)
@@ -163,8 +176,8 @@ def decode_case(
         for row, length in enumerate(lens):
             table[row, : length // block_size] = order[at : at + length // block_size]
             at += length // block_size
-        q = random(len(lens) * query_len, num_q, dim)
-        arguments = (q, cache, table, slots, seq_lens, query_len, dim**-0.5, window, 0.0, scales)
+        q = random(sum(tokens or [query_len] * len(lens)), num_q, dim)
+        arguments = (q, cache, table, slots, seq_lens, query_len, dim**-0.5, window, 0.0, scales, starts)
         calls.append(lambda a=arguments: decode.decode_attention(*a))
     plain = None
     if len(set(lens)) == 1 and not window and query_len == 1 and scales is None:
