@@ -56,6 +56,7 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_add_one: bool = False  # files keep the weights of norms minus one (Gemma)
     activation: str = "silu"  # "silu" or "gelu_tanh"
     attention_scale: float = 1.0
     logit_soft_cap: float = 0.0
@@ -291,6 +292,7 @@ def _build(architecture: str, fields: _Fields) -> ModelConfig:
         output_bias=architecture != "qwen2" and bias,
         mlp_bias=fields.flag("mlp_bias", False),
         qk_norm=architecture in ("qwen3", "gemma3"),
+        norm_add_one=gemma,
         activation=_ACTIVATIONS[activation],
         attention_scale=(fields.number("query_pre_attn_scalar") if gemma else head_dim) ** -0.5,
         logit_soft_cap=fields.number("final_logit_softcapping", 0.0) if gemma else 0.0,

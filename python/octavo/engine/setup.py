@@ -21,7 +21,7 @@ from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
-from octavo.engine.warm_up import run_linears, warm_up
+from octavo.engine.warm_up import rehearse_layers, warm_up
 from octavo.weights.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     runner.allocate_kv(num_blocks)
     if device.type == "cuda":
         logger.info("preparing the kernels (the first start on a machine compiles them, about half a minute)")
-        run_linears(loaded.model)
+        rehearse_layers(loaded.model)
         runner.capture_graphs()
         warm_up(runner, buffers[0], core_options | {"max_model_len": max_model_len})
     kv_tokens = (num_blocks - 1) * block_size // runner.kv_shape.num_groups

@@ -4,38 +4,34 @@ Gemma team 2025; tensor names of transformers' `Gemma3ForCausalLM`. Norm weights
 (`add_one`).
 """
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from octavo.layers.norm import RMSNorm
+from octavo.layers.schemes.choice import Schemes
 from octavo.model_config import ModelConfig
-from octavo.models.decoder import DecoderLayer, Model
+from octavo.models.decoder import DecoderLayer, Model, hidden_norm
 
 
 class Gemma3DecoderLayer(DecoderLayer):
     """h += norm(attention(norm(h))); h += norm(mlp(norm(h)))."""
 
-    def __init__(
-        self, name: str, config: ModelConfig, layer: int, *, kv_group: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(name, config, layer, kv_group=kv_group, dtype=dtype, device=device)
+    def __init__(self, name: str, config: ModelConfig, layer: int, *, kv_group: int, schemes: Schemes) -> None:
+        super().__init__(name, config, layer, kv_group=kv_group, schemes=schemes)
+        self.post_attention_norm = hidden_norm(f"{name}.post_attention_layernorm", config, schemes)
+        self.pre_mlp_norm = hidden_norm(
+            f"{name}.pre_feedforward_layernorm", config, schemes, self.mlp.gate_up.input_form
+        )
+        self.post_mlp_norm = hidden_norm(f"{name}.post_feedforward_layernorm", config, schemes)
 
-        def norm(suffix: str) -> RMSNorm:
-            return RMSNorm(f"{name}.{suffix}", config.hidden_size, config.rms_norm_eps, dtype=dtype, add_one=True)
-
-        self.input_norm = norm("input_layernorm")
-        self.post_attention_norm = norm("post_attention_layernorm")
-        self.pre_mlp_norm = norm("pre_feedforward_layernorm")
-        self.post_mlp_norm = norm("post_feedforward_layernorm")
-
-    def __call__(self, x: Tensor, residual: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, x: Any, residual: Tensor, positions: Tensor) -> Tensor:
         x = self.post_attention_norm(self.attention(x, positions))
         x = self.pre_mlp_norm.add(x, residual)
-        return self.post_mlp_norm(self.mlp(x))
+        out: Tensor = self.post_mlp_norm(self.mlp(x))
+        return out
 
 
 class Gemma3ForCausalLM(Model):
     """Embeddings scaled by sqrt(hidden_size), tied head; scales and windows are in the config."""
 
     decoder_layer = Gemma3DecoderLayer
-    norm_add_one = True

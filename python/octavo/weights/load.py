@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
+from octavo.layers.schemes.choice import Schemes
 from octavo.model_config import ModelConfig, ModelError, config_from_folder, read_json, read_token_ids
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model
@@ -141,7 +142,7 @@ def _load(
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
-    model = MODELS[config.architecture](config, dtype=dtype, device=device)
+    model = MODELS[config.architecture](config, Schemes(dtype, device))
     if source is None:
         fill_with_random(model, device, wanted.seed)
     else:
