@@ -1,6 +1,6 @@
 """Self-attention over paged keys and values: fused qkv, rotary and KV write in one op, decodes and prefills apart.
 
-The layer knows its page tensor and its KV group; which rows and pages a step touches is in the step's context.
+The layer knows its pages and its KV group; which rows and pages a step touches is in the step's context.
 """
 
 from typing import Any
@@ -21,7 +21,9 @@ from octavo.model_config import ModelConfig
 class Attention(Layer):
     """Multi-head attention with grouped keys and values, with a window where the config gives this layer one."""
 
-    kv_cache: Tensor  # [num_blocks, 2, num_kv_heads, block_size, head_dim], set by the engine
+    # Set by the engine: numbers, or codes and their scales (`kernels/attention/kv_block.py`).
+    kv_cache: Tensor  # [num_blocks, 2, num_kv_heads, block_size, head_dim (half of it: 4-bit codes)]
+    kv_scales: Tensor | None  # [num_blocks, 2, num_kv_heads, block_size] float32
     cos_sin: Tensor  # [max_position, head_dim] float32
 
     def __init__(self, name: str, config: ModelConfig, layer: int, *, kv_group: int, schemes: Schemes) -> None:
@@ -65,6 +67,7 @@ class Attention(Layer):
             self.q_norm_weight,
             self.k_norm_weight,
             self.eps,
+            kv_scales=self.kv_scales,
         )
         table = step.block_tables[self.kv_group]
         outputs = []
@@ -79,6 +82,7 @@ class Attention(Layer):
                     step.decode_query_len,
                     self.scale,
                     self.window,
+                    kv_scales=self.kv_scales,
                 )
             )
         if step.num_prefills:
@@ -93,6 +97,7 @@ class Attention(Layer):
                     step.max_query_len,
                     self.scale,
                     self.window,
+                    kv_scales=self.kv_scales,
                 )
             )
         attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

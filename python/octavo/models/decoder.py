@@ -73,11 +73,12 @@ class Model(Layer):
         )
         self.norm = hidden_norm("model.norm", config, schemes)
 
-    def bind_kv_caches(self, pool: Sequence[Tensor]) -> None:
-        """Layer j of every KV group reads and writes pool[j] [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    def bind_kv_caches(self, pages: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`, `Attention.kv_scales`)."""
         for group in self.kv_groups:
-            for place, layer in enumerate(group.layers):
-                self.decoder_layers[layer].attention.kv_cache = pool[place]
+            for layer, (kv_cache, kv_scales) in zip(group.layers, pages, strict=False):
+                attention = self.decoder_layers[layer].attention
+                attention.kv_cache, attention.kv_scales = kv_cache, kv_scales
 
     def weight_bytes(self) -> int:
         """Memory of all weights, packed forms as they are."""
