@@ -23,9 +23,8 @@ from octavo.layers.weight import WeightPart
 from octavo.model_config import ModelConfig
 from octavo.models.llama import LlamaForCausalLM
 from octavo.models.presets import preset_config
-from octavo.models.registry import Model
+from octavo.models.registry import MODELS, Model, config_from_folder
 from octavo.weights.dummy import fill_with_random
-from octavo.weights.load import MODELS, config_from_folder
 from octavo.weights.safetensors import SafetensorsSource
 from octavo.weights.source import fill_model
 from tests.models.harness import Runner, Sequence

@@ -1,9 +1,10 @@
-"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`.
+"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`; and what reading its
+files takes.
 
-Knows no files and no steps: weights come through parts, pages and metadata through the step's context.
+Opens no files and knows no steps: weights come through parts, pages and metadata through the step's context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from octavo.layers.schemes.choice import Schemes
 from octavo.layers.schemes.scheme import PLAIN, InputForm
 from octavo.layers.weight import Layer
 from octavo.model_config import KvGroup, ModelConfig, kv_groups
+from octavo.models.config_reader import Fields, read_decoder
 
 
 def hidden_norm(name: str, config: ModelConfig, schemes: Schemes, form: InputForm = PLAIN) -> RMSNorm:
@@ -49,9 +51,25 @@ class DecoderLayer(Layer):
 
 
 class Model(Layer):
-    """A decoder-only language model. A family is a subclass that names its decoder layer."""
+    """A decoder-only language model. A family is a subclass that says what is its own."""
 
+    architectures: ClassVar[tuple[str, ...]]  # its names in config.json
+    defaults: ClassVar[Mapping[str, Any]]  # what transformers takes where a config.json leaves a field out
+    gguf_architecture: ClassVar[str] = ""  # its name in GGUF files, where it has one of its own
+    gguf_blocks: ClassVar[
+        Mapping[str, str]
+    ] = {}  # tensors of a block that GGUF names otherwise than `weights/names.py`
+    gguf_interleaves_heads: ClassVar[bool] = False  # GGUF files have the rotary halves of q and k interleaved
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
+
+    @classmethod
+    def read_config(cls, fields: Fields) -> ModelConfig:
+        """The family's config out of a file's fields, `defaults` among them. Raises `ModelError`."""
+        return read_decoder(fields)
+
+    @classmethod
+    def complete_gguf(cls, values: dict[str, Any]) -> None:
+        """Adds to a GGUF header, under config.json's keys, what llama.cpp has in its code instead."""
 
     def __init__(self, config: ModelConfig, schemes: Schemes) -> None:
         """Takes no memory for weights: all of them are on the `meta` device until a loader places them."""

@@ -16,9 +16,10 @@ import torch
 
 from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
 from octavo.layers.schemes.choice import Schemes
-from octavo.model_config import ModelConfig, ModelError, config_from_folder, read_json, read_token_ids
+from octavo.model_config import ModelConfig, ModelError, read_json
+from octavo.models.config_reader import read_token_ids
 from octavo.models.presets import PRESETS, preset_config
-from octavo.models.registry import MODELS, Model
+from octavo.models.registry import MODELS, Model, config_from_folder
 from octavo.sampling_params import SamplingParams
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path
