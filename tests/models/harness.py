@@ -26,7 +26,6 @@ class Runner:
 
     def __init__(self, model: Model, dtype: torch.dtype, *, max_seqs: int = 4, max_len: int = 128, block_size: int = 4):
         """dtype: of the numbers or codes in the pages."""
-        config = model.config
         self.model, self.block_size = model, block_size
         blocks_each = -(-max_len // block_size)
         groups = model.kv_groups
@@ -35,14 +34,7 @@ class Runner:
         order = (torch.randperm(num_blocks - 1, generator=generator) + 1).to(torch.int32)
         self.tables = list(order.view(len(groups), max_seqs, blocks_each).unbind(0))
         self.tables = [torch.cat((table, torch.zeros(1, blocks_each, dtype=torch.int32))) for table in self.tables]
-        layout = KvLayout(
-            num_groups=len(groups),
-            layers_per_group=max(len(group.layers) for group in groups),
-            num_kv_heads=config.num_kv_heads,
-            block_size=block_size,
-            head_dim=config.head_dim,
-            dtype=dtype,
-        )
+        layout = KvLayout.of(model, block_size=block_size, dtype=dtype)
         self.pool = layout.allocate(num_blocks, torch.device("cpu"))
         for blocks in self.pool:
             blocks.fill_(255)  # NaN in every float type: what a page held before must not matter

@@ -97,6 +97,8 @@ def test_each_kind_of_matrix_is_rehearsed_once() -> None:
     config = dataclasses.replace(preset_config("tiny"), num_layers=3, layer_windows=(0,) * 3)
     model = LlamaForCausalLM(config, DenseOnly(torch.float32, CPU))
     fill_with_random(model, CPU, seed=0)
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    assert model.weight_bytes() == 4 * (config.num_parameters() + norms)  # the tied table once
     done: set[Hashable] = set()
     ran = []
     for layer in model.layers():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from octavo.engine import host_memory
 from octavo.kernels.attention.kv_block import block_bytes, split_cache
+from octavo.models.registry import Model
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,18 @@ class KvLayout:
     block_size: int  # tokens
     head_dim: int
     dtype: torch.dtype  # of the numbers or codes in the pages
+
+    @classmethod
+    def of(cls, model: Model, *, block_size: int, dtype: torch.dtype) -> KvLayout:
+        """Of a model's layers, in blocks of `block_size` tokens."""
+        return cls(
+            num_groups=len(model.kv_groups),
+            layers_per_group=max(len(group.layers) for group in model.kv_groups),
+            num_kv_heads=model.config.num_kv_heads,
+            block_size=block_size,
+            head_dim=model.config.head_dim,
+            dtype=dtype,
+        )
 
     @property
     def layer_bytes(self) -> int:

@@ -40,14 +40,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.graph_sizes = graph_sizes
         groups = loaded.model.kv_groups
-        self.kv_layout = KvLayout(
-            num_groups=len(groups),
-            layers_per_group=max(len(group.layers) for group in groups),
-            num_kv_heads=loaded.config.num_kv_heads,
-            block_size=block_size,
-            head_dim=loaded.config.head_dim,
-            dtype=loaded.dtype,
-        )
+        self.kv_layout = KvLayout.of(loaded.model, block_size=block_size, dtype=loaded.dtype)
         max_blocks = -(-max_model_len // block_size)
         self.state = DeviceState(
             max_num_seqs=max_num_seqs,

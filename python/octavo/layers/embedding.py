@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from octavo.layers.schemes.choice import Schemes
-from octavo.layers.schemes.scheme import Matrix, Scheme
+from octavo.layers.schemes.dense import PlainScheme
+from octavo.layers.schemes.scheme import Scheme
 from octavo.layers.weight import Layer, WeightPart
 
 
@@ -31,12 +32,11 @@ class Embedding(Layer):
 
 
 class LogitsHead(Layer):
-    """Logits of the real vocabulary in float32, by a matrix of its own."""
+    """Logits of the real vocabulary in float32."""
 
-    scheme: Scheme
-
-    def __init__(self, name: str, vocab_size: int, size: int, *, schemes: Schemes, soft_cap: float = 0.0) -> None:
-        self.scheme = schemes.linear(Matrix({name: vocab_size}, size))
+    def __init__(self, scheme: Scheme, *, soft_cap: float = 0.0) -> None:
+        """scheme: of the matrix [vocab_size, size]. soft_cap: logits stay between -soft_cap and soft_cap; 0: any."""
+        self.scheme = scheme
         self.soft_cap = soft_cap
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -48,27 +48,26 @@ class LogitsHead(Layer):
 
 
 class TiedHead(LogitsHead):
-    """Logits by the embedding's table."""
+    """Multiplies by the embedding's table."""
 
-    def __init__(self, embedding: Embedding, *, schemes: Schemes, soft_cap: float = 0.0) -> None:
-        vocab_size, size = embedding.weight.shape
+    scheme: PlainScheme
+
+    def __init__(self, embedding: Embedding, scheme: PlainScheme, *, soft_cap: float = 0.0) -> None:
+        super().__init__(scheme, soft_cap=soft_cap)
         self.embedding = embedding
-        self.plain = schemes.plain(Matrix({embedding.name: vocab_size}, size))
-        self.scheme = self.plain
-        self.soft_cap = soft_cap
 
     def children(self) -> Iterator[Layer]:
-        return iter(())  # the embedding belongs to the model, and the scheme's parts are the embedding's
+        return iter(())  # the embedding belongs to the model, and the scheme is filled with the embedding's table
 
     def finish(self) -> None:
         # In packed form it is a second copy of the table, which a CPU's largest product repays: SmolLM2's takes 3.1 ms
         # instead of 6.2 for one row and 4.0 instead of 23 for four (bf16, one core).
-        self.plain.weight = self.embedding.weight
-        self.plain.finish()
+        self.scheme.weight = self.embedding.weight
+        self.scheme.finish()
 
     def own_bytes(self) -> int:
-        shared = getattr(self.plain, "weight", None) is self.embedding.weight
-        return 0 if shared else self.plain.own_bytes()
+        shared = getattr(self.scheme, "weight", None) is self.embedding.weight
+        return 0 if shared else self.scheme.own_bytes()
 
     def rehearse(self, done: set[Hashable]) -> None:
-        self.plain.rehearse(done)
+        self.scheme.rehearse(done)

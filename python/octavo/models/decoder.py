@@ -14,7 +14,7 @@ from octavo.layers.embedding import Embedding, LogitsHead, TiedHead
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.norm import RMSNorm
 from octavo.layers.schemes.choice import Schemes
-from octavo.layers.schemes.scheme import PLAIN, InputForm
+from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix
 from octavo.layers.weight import Layer
 from octavo.model_config import KvGroup, ModelConfig, kv_groups
 from octavo.models.config_reader import Fields, read_decoder
@@ -84,19 +84,20 @@ class Model(Layer):
             self.decoder_layer(f"model.layers.{i}", config, i, kv_group=group_of[i], schemes=schemes)
             for i in range(config.num_layers)
         ]
+        head = Matrix({"lm_head": vocab_size}, size)
         self.head = (
-            TiedHead(self.embedding, schemes=schemes, soft_cap=soft_cap)
+            TiedHead(self.embedding, schemes.plain(head), soft_cap=soft_cap)
             if config.tie_word_embeddings
-            else LogitsHead("lm_head", vocab_size, size, schemes=schemes, soft_cap=soft_cap)
+            else LogitsHead(schemes.linear(head), soft_cap=soft_cap)
         )
         self.norm = hidden_norm("model.norm", config, schemes)
 
     def bind_kv_caches(self, pages: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`, `Attention.kv_scales`)."""
         for group in self.kv_groups:
-            for layer, (kv_cache, kv_scales) in zip(group.layers, pages, strict=False):
+            for place, layer in enumerate(group.layers):
                 attention = self.decoder_layers[layer].attention
-                attention.kv_cache, attention.kv_scales = kv_cache, kv_scales
+                attention.kv_cache, attention.kv_scales = pages[place]
 
     def weight_bytes(self) -> int:
         """Memory of all weights, packed forms as they are."""

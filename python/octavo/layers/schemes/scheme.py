@@ -5,7 +5,7 @@ made of (`own_parts`: names, shapes, dtypes, places), takes their memory only wh
 packs or quantises them in `finish` before the next layer is loaded.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,7 +56,7 @@ PLAIN = InputForm(ops.rms_norm, ops.add_rms_norm, ops.silu_and_mul, ops.gelu_tan
 """A tensor [num_tokens, in_features] of the hidden states' dtype."""
 
 
-class Scheme(Layer):
+class Scheme(Layer, ABC):
     """y = x W^T + b; the output holds the matrix's projections side by side, in their order."""
 
     input_form: ClassVar[InputForm] = PLAIN
