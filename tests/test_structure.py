@@ -89,6 +89,20 @@ def test_only_the_binding_names_pyo3() -> None:
     assert not offenders
 
 
+def test_only_a_familys_file_names_the_family() -> None:
+    """A new family of models is a new file in `models/` and a line in its registry."""
+    family = re.compile("gemma|qwen|mistral|LlamaFor", re.IGNORECASE)
+    folders = ("layers", "weights", "engine")
+    offenders = {}
+    for path in [PACKAGE / "model_config.py", *(path for name in folders for path in (PACKAGE / name).rglob("*.py"))]:
+        tree = ast.parse(path.read_text())
+        texts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+        words = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in texts]
+        if found := [word for word in words if isinstance(word, str) and family.search(word)]:
+            offenders[str(path.relative_to(PACKAGE))] = found
+    assert not offenders
+
+
 def test_nothing_unsafe_is_deserialised() -> None:
     pattern = re.compile(r"\bimport pickle\b|\btorch\.load\(|\beval\(|\btorch\.compile\(|trust_remote_code=True")
     offenders = [

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from bench.kernels.timing import rotations
 from torch import Tensor
 
-from octavo.kernels.attention import decode, kv_quant, prefill, rope
+from octavo.kernels.attention import decode, kv_block, prefill, rope
 from octavo.kernels.pointwise import activation, norm
 
 BLOCK_SIZE = 64
@@ -54,7 +54,7 @@ def small_ops() -> Iterator[Case]:
         for tokens, peer in zip((1, 32, 256, 2048), figures, strict=True):
             goal = goals[op] if tokens == 1 else None
             yield {"norm": norm_case, "silu": silu_case, "rope": rope_case}[op](tokens, size, peer, goal)
-    for kv, tokens in itertools.product(kv_quant.EXTREMES, (1, 2048)):
+    for kv, tokens in itertools.product(kv_block.EXTREMES, (1, 2048)):
         yield rope_case(tokens, (32, 8), None, goals["rope"] if tokens == 1 else None, kv)
 
 
@@ -79,12 +79,12 @@ def pages(
     num_blocks: int, num_kv: int, block_size: int, dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None, int]:
     """A cache of random numbers or codes, its scales, and the bytes of a block."""
-    size = kv_quant.block_bytes(num_kv, block_size, dim, dtype)
+    size = kv_block.block_bytes(num_kv, block_size, dim, dtype)
     if dtype == torch.bfloat16:
         blocks = random(num_blocks, size // 2).view(torch.uint8)
     else:
         blocks = torch.randint(0, 120, (num_blocks, size), device="cuda", dtype=torch.uint8)  # no fp8 NaN
-    cache, scales = kv_quant.split_cache(blocks, num_kv, block_size, dim, dtype)
+    cache, scales = kv_block.split_cache(blocks, num_kv, block_size, dim, dtype)
     return cache, None if scales is None else scales.fill_(0.01), size
 
 
@@ -160,7 +160,7 @@ def decode_case(
 ) -> Case:
     num_q, num_kv, dim = *heads, 128
     keys = sum(min(length, window) if window else length for length in lens)
-    size = keys * kv_quant.block_bytes(num_kv, block_size, dim, kv) // block_size
+    size = keys * kv_block.block_bytes(num_kv, block_size, dim, kv) // block_size
     max_blocks = max(lens) // block_size
     blocks_a_set = sum(length // block_size for length in lens)
     sets = rotations(size)
@@ -207,7 +207,7 @@ def prefill_ops() -> Iterator[Case]:
             yield prefill_case(heads, name, lens, peer=peer)
     yield prefill_case((32, 8), "512 after 7680", [512], cached=7680)
     yield prefill_case((32, 8), "8192, window 1024", [8192], window=1024)
-    for kv in kv_quant.EXTREMES:
+    for kv in kv_block.EXTREMES:
         yield prefill_case((32, 8), "2048", [2048], kv=kv)
 
 

@@ -306,7 +306,7 @@ def _attend(
 
 
 def copy_blocks(kv_caches: list[Tensor], pairs: Tensor) -> None:
-    """Copies whole blocks inside each cache. kv_caches: [num_blocks, ...] each; pairs [N, 2] int32 = (source,
+    """Copies whole blocks inside each cache. kv_caches: [num_blocks, bytes] uint8 each; pairs [N, 2] int32 = (source,
     destination).
     """
     sources, destinations = pairs.long().unbind(1)

@@ -49,7 +49,7 @@ def test_warm_up_leaves_nothing_behind() -> None:
     llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
     options = {
         "num_blocks": llm._engine.runner.kv_caches[0].shape[0],
-        "block_size": llm._engine.runner.kv_shape.block_size,
+        "block_size": llm._engine.runner.kv_layout.block_size,
         "kv_windows": [0],
         "max_num_seqs": 8,
         "max_num_batched_tokens": 80,

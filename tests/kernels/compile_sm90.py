@@ -27,7 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.attention import copy_blocks, decode, kv_quant, prefill, prefill_gluon, rope
+from octavo.kernels.attention import copy_blocks, decode, kv_block, prefill, prefill_gluon, rope
 from octavo.kernels.pointwise import activation, norm
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -55,8 +55,8 @@ def ints(*shape: int) -> Tensor:
 
 def pages(heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     _, num_kv, dim = heads
-    blocks = meta(32, kv_quant.block_bytes(num_kv, block_size, dim, dtype), dtype=torch.uint8)
-    return kv_quant.split_cache(blocks, num_kv, block_size, dim, dtype)
+    blocks = meta(32, kv_block.block_bytes(num_kv, block_size, dim, dtype), dtype=torch.uint8)
+    return kv_block.split_cache(blocks, num_kv, block_size, dim, dtype)
 
 
 def rope_case(heads: tuple[int, int, int], rotary: int, norms: bool, kv_dtype: torch.dtype) -> None:
@@ -106,10 +106,13 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for norms in (False, True):
             name = f"rope_and_cache bf16 {heads} rotary {rotary}{' norms' * norms}"
             yield name, lambda h=heads, r=rotary, n=norms: rope_case(h, r, n, bf16)
-        for kv in kv_quant.EXTREMES if heads[2] in (80, 128) else ():
+        for kv in kv_block.EXTREMES if heads[2] in (80, 128) else ():
             name = f"rope_and_cache {TYPES[kv]} {heads} rotary {rotary} norms"
             yield name, lambda h=heads, r=rotary, k=kv: rope_case(h, r, True, k)
-    yield "copy_blocks bf16", lambda: copy_blocks.copy_blocks([meta(32, 2, 8, 64, 128)], ints(4, 2))
+    yield (
+        "copy_blocks",
+        lambda: copy_blocks.copy_blocks([meta(32, 2 * 8 * 64 * 128 * 2, dtype=torch.uint8)], ints(4, 2)),
+    )
     attention = [
         ((32, 8, 128), 64, bf16, bf16, {}),
         ((32, 8, 128), 16, bf16, bf16, {}),
@@ -122,7 +125,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         ((32, 32, 96), 64, fp16, fp16, {"window": 2047}),
         ((32, 32, 80), 64, bf16, bf16, {}),
         ((32, 8, 128), 64, fp32, fp32, {}),
-        *(((32, 8, 128), 64, bf16, kv, {}) for kv in kv_quant.EXTREMES),
+        *(((32, 8, 128), 64, bf16, kv, {}) for kv in kv_block.EXTREMES),
         ((8, 4, 256), 64, bf16, torch.float8_e4m3fn, {}),
         ((9, 3, 64), 16, fp16, torch.uint8, {}),
     ]

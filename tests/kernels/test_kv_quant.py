@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES
 
-from octavo.kernels.attention import kv_quant
+from octavo.kernels.attention import kv_block
 from octavo.kernels.reference import layers as reference
 
 
@@ -18,9 +18,9 @@ from octavo.kernels.reference import layers as reference
     ],
 )
 def test_views_tile_the_block(dtype, size) -> None:
-    assert kv_quant.block_bytes(3, 16, 64, dtype) == size
+    assert kv_block.block_bytes(3, 16, 64, dtype) == size
     blocks = torch.zeros(4, size + 32, dtype=torch.uint8)
-    cache, scales = kv_quant.split_cache(blocks[:, :size], 3, 16, 64, dtype)
+    cache, scales = kv_block.split_cache(blocks[:, :size], 3, 16, 64, dtype)
     assert cache.shape == (4, 2, 3, 16, 32 if dtype == torch.uint8 else 64)
     cache[2, 1].view(torch.uint8).fill_(1)  # V of block 2
     values = size if scales is None else size - 2 * 3 * 16 * 4
@@ -35,10 +35,10 @@ def test_views_tile_the_block(dtype, size) -> None:
 
 def test_wrong_sizes() -> None:
     with pytest.raises(ValueError, match="blocks of 100 bytes"):
-        kv_quant.split_cache(torch.zeros(4, 100, dtype=torch.uint8), 3, 16, 64, torch.int8)
-    size = kv_quant.block_bytes(1, 16, 33, torch.uint8)
+        kv_block.split_cache(torch.zeros(4, 100, dtype=torch.uint8), 3, 16, 64, torch.int8)
+    size = kv_block.block_bytes(1, 16, 33, torch.uint8)
     with pytest.raises(ValueError, match="head_dim is 33"):
-        kv_quant.split_cache(torch.zeros(4, size, dtype=torch.uint8), 1, 16, 33, torch.uint8)
+        kv_block.split_cache(torch.zeros(4, size, dtype=torch.uint8), 1, 16, 33, torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.kernels.kv_codes import KV_DTYPES
 
-from octavo.kernels.attention import kv_quant, rope
+from octavo.kernels.attention import kv_block, rope
 from octavo.kernels.reference import layers as reference
 
 # One rounding of the output; fp32 leaves the order of the norm's sum.
@@ -63,9 +63,9 @@ def test_quantised_pages(device, kernel_dtype, kv_dtype, num_q, num_kv, dim, rot
     slot_mapping = torch.tensor([3 * block_size + 5, 0, 5 * block_size - 1, 7], device=device)
     angles = torch.outer(torch.arange(512.0), 10000 ** (-torch.arange(0, rotary_dim, 2) / rotary_dim)).to(device)
     cos_sin = torch.cat((angles.cos(), angles.sin()), -1)
-    size = kv_quant.block_bytes(num_kv, block_size, dim, kv_dtype)
+    size = kv_block.block_bytes(num_kv, block_size, dim, kv_dtype)
     blocks = torch.full((num_blocks, size + 64), 37, device=device, dtype=torch.uint8)
-    cache, scales = kv_quant.split_cache(blocks[:, :size], num_kv, block_size, dim, kv_dtype)
+    cache, scales = kv_block.split_cache(blocks[:, :size], num_kv, block_size, dim, kv_dtype)
     exact = torch.zeros(num_blocks, 2, num_kv, block_size, dim, device=device)
 
     def run(op, qkv, cache, scales):

@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from octavo.engine.kv_layout import KvLayout
 from octavo.layers.context import StepContext, set_context
 from octavo.models.registry import Model
 
@@ -24,7 +25,7 @@ class Runner:
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, *, max_seqs: int = 4, max_len: int = 128, block_size: int = 4):
-        config = model.config
+        """dtype: of the numbers or codes in the pages."""
         self.model, self.block_size = model, block_size
         blocks_each = -(-max_len // block_size)
         groups = model.kv_groups
@@ -33,12 +34,11 @@ class Runner:
         order = (torch.randperm(num_blocks - 1, generator=generator) + 1).to(torch.int32)
         self.tables = list(order.view(len(groups), max_seqs, blocks_each).unbind(0))
         self.tables = [torch.cat((table, torch.zeros(1, blocks_each, dtype=torch.int32))) for table in self.tables]
-        # Not zeros: what a page held before must not matter.
-        self.pool = [
-            torch.full((num_blocks, 2, config.num_kv_heads, block_size, config.head_dim), float("nan"), dtype=dtype)
-            for _ in range(max(len(group.layers) for group in groups))
-        ]
-        model.bind_kv_caches(self.pool)
+        layout = KvLayout.of(model, block_size=block_size, dtype=dtype)
+        self.pool = layout.allocate(num_blocks, torch.device("cpu"))
+        for blocks in self.pool:
+            blocks.fill_(255)  # NaN in every float type: what a page held before must not matter
+        model.bind_kv_caches(layout.pages(self.pool))
 
     @torch.inference_mode()
     def step(self, decodes: list[tuple[Sequence, int]], prefills: list[tuple[Sequence, list[int]]]) -> list[Tensor]:

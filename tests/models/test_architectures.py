@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from octavo.config import EngineConfig
-from octavo.layers.cpu_linear import widens_half
+from octavo.layers.schemes.cpu import widens_half
 from octavo.weights.load import load_model
 from tests.models.harness import Runner, Sequence
 
@@ -152,5 +152,5 @@ def test_only_weights_are_rounded_to_bfloat16(name: str, tmp_path: Path) -> None
     parts = runner.step([], [(sequence, PROMPT[:30])])
     for token in PROMPT[30:]:
         parts += runner.step([(sequence, token)], [])
-    # Weights under 6e-5 move in float16 (`HalfMethod`); a hidden state in bfloat16 would be off by 1e-2.
+    # Weights under 6e-5 move in float16 (`HalfScheme`); a hidden state in bfloat16 would be off by 1e-2.
     torch.testing.assert_close(torch.cat(parts), expected, atol=5e-4, rtol=5e-4)

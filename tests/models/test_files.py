@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
-from octavo.layers.cpu_linear import widens_half
+from octavo.layers.schemes.cpu import widens_half
 from octavo.model_config import ModelError
 from octavo.weights import default_model, hub
 from octavo.weights.load import load_model, pick_dtype, resolve

@@ -143,6 +143,24 @@ def test_logits_from_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
         assert_close(logits, reference(torch.tensor([PROMPT])).logits[0])
 
 
+@pytest.mark.parametrize(("layers", "scaled_by"), [(34, 256), (62, 168)])
+def test_gemmas_scale_of_attention(layers: int, scaled_by: int) -> None:
+    """llama.cpp, `llama_model_gemma3`: 1 / sqrt(head size), but for the 27B 1 / sqrt(embedding size / heads)."""
+
+    class Header:
+        path, architecture = "gemma.gguf", "gemma3"
+
+        def metadata(self) -> dict[str, Any]:
+            sizes = {"embedding_length": 5376, "block_count": layers, "feed_forward_length": 21504}
+            heads = {"head_count": 32, "head_count_kv": 16, "key_length": 256}
+            return {f"gemma3.{k}": v for k, v in sizes.items()} | {f"gemma3.attention.{k}": v for k, v in heads.items()}
+
+        def tensors(self) -> list[tuple[str, str, list[int], int, int]]:
+            return [("token_embd.weight", "F32", [262208, 5376], 0, 0)]
+
+    assert config_from_gguf(Header()).attention_scale == pytest.approx(scaled_by**-0.5)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [

@@ -1,29 +1,58 @@
-"""What the architecture tests cannot see: the CPU's linear methods by themselves, and how layers are cut into KV
-groups.
+"""What the architecture tests cannot see: the plain schemes by themselves, which of them is chosen, and how layers are
+cut into KV groups.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 
 import pytest
 import torch
 
-from octavo.layers.cpu_linear import HalfMethod, PackedMethod
-from octavo.layers.linear import DenseMethod, linear_method
+from octavo.layers.schemes import choice
+from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.cpu import HalfScheme, PackedScheme
+from octavo.layers.schemes.dense import DenseScheme, PlainScheme
+from octavo.layers.schemes.scheme import Matrix
+from octavo.layers.weight import allocate
 from octavo.model_config import kv_groups
+from octavo.models.llama import LlamaForCausalLM
 from octavo.models.presets import preset_config
+from octavo.weights.dummy import fill_with_random
+
+CPU = torch.device("cpu")
+
+
+def filled(scheme: PlainScheme, weight: torch.Tensor, bias: torch.Tensor | None) -> PlainScheme:
+    """A scheme of one projection as the loader leaves it."""
+    allocate(scheme, CPU)
+    scheme.weight.copy_(weight)
+    if scheme.bias is not None and bias is not None:
+        scheme.bias.copy_(bias)
+    scheme.finish()
+    return scheme
+
+
+def chosen(dtype: torch.dtype) -> type[PlainScheme]:
+    return type(Schemes(dtype, CPU).plain(Matrix({"w": 8}, 8)))
 
 
 @pytest.mark.parametrize("rows", [1, 7, 33])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_cpu_product_equals_float64(dtype: torch.dtype, biased: bool, rows: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        (PackedScheme, torch.float32),
+        *((kind, dtype) for kind in (HalfScheme, DenseScheme) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+)
+def test_cpu_product_equals_float64(kind: type[PlainScheme], dtype: torch.dtype, biased: bool, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator).to(dtype) for size in ((73, 64), (73,), (rows, 64)))
-    given = bias if biased else None
+    scheme = filled(kind(Matrix({"w": 73}, 64, biased), dtype), weight, bias)
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
-    actual = linear_method(weight, given)(x)
+    actual = scheme(x)
     assert actual.dtype == dtype
     # float32: sums of 64 products in another order. 16 bits: one rounding of the result, to 2^-9 or 2^-12 of itself,
     # and what torch's own row loop loses where a processor takes that.
@@ -31,24 +60,60 @@ def test_cpu_product_equals_float64(dtype: torch.dtype, biased: bool, rows: int)
     torch.testing.assert_close(actual.double(), expected, **tolerance)
 
 
+def test_a_cpu_takes_the_fastest_plain_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert chosen(torch.float32) is PackedScheme
+    for widens, kind in ((True, HalfScheme), (False, DenseScheme)):
+        monkeypatch.setattr(choice, "widens_half", lambda dtype, widens=widens: widens and dtype != torch.float32)
+        assert chosen(torch.bfloat16) is kind
+        assert Schemes(torch.bfloat16, CPU).activation_dtype == (torch.float32 if widens else torch.bfloat16)
+        assert Schemes(torch.bfloat16, torch.device("cuda")).activation_dtype == torch.bfloat16
+    assert type(Schemes(torch.float32, torch.device("cuda")).plain(Matrix({"w": 8}, 8))) is DenseScheme
+
+
 @pytest.mark.parametrize(
-    ("value", "held"), [(65280.0, True), (1e5, False), (float("inf"), False), (float("nan"), False)]
+    ("value", "packed"), [(65280.0, True), (1e5, False), (float("inf"), False), (float("nan"), False)]
 )
-def test_weights_beyond_float16_are_not_packed_as_such(value: float, held: bool) -> None:
+def test_weights_beyond_float16_are_not_packed_as_such(value: float, packed: bool) -> None:
     weight = torch.ones(8, 8, dtype=torch.bfloat16)
     weight[0, 0] = value
-    method = linear_method(weight, None)
-    assert held or isinstance(method, DenseMethod)
-    out = method(torch.ones(1, 8, dtype=torch.bfloat16))
+    scheme = filled(HalfScheme(Matrix({"w": 8}, 8), torch.bfloat16), weight, None)
+    assert hasattr(scheme, "weight") is not packed
+    out = scheme(torch.ones(1, 8, dtype=torch.bfloat16))
     torch.testing.assert_close(
         out, torch.nn.functional.linear(torch.ones(1, 8), weight.float()).bfloat16(), equal_nan=True
     )
 
 
-def test_methods_report_their_bytes() -> None:
-    weight, bias = torch.ones(16, 32), torch.ones(16)
-    assert DenseMethod(weight, bias).num_bytes == PackedMethod(weight, bias).num_bytes == 4 * (16 * 32 + 16)
-    assert HalfMethod(weight.bfloat16(), None).num_bytes == 2 * 16 * 32
+def test_schemes_report_their_bytes() -> None:
+    matrix, weight, bias = Matrix({"w": 16}, 32, bias=True), torch.ones(16, 32), torch.ones(16)
+    for kind in (DenseScheme, PackedScheme):
+        assert filled(kind(matrix, torch.float32), weight, bias).own_bytes() == 4 * (16 * 32 + 16)
+    large = weight.bfloat16().fill_(1e5)
+    assert filled(HalfScheme(matrix, torch.bfloat16), weight, bias).own_bytes() == 2 * 16 * 32 + 4 * 16
+    assert filled(HalfScheme(matrix, torch.bfloat16), large, bias).own_bytes() == 2 * (16 * 32 + 16)
+
+
+def test_each_kind_of_matrix_is_rehearsed_once() -> None:
+    config = dataclasses.replace(preset_config("tiny"), num_layers=3, layer_windows=(0,) * 3)
+    model = LlamaForCausalLM(config, DenseOnly(torch.float32, CPU))
+    fill_with_random(model, CPU, seed=0)
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    assert model.weight_bytes() == 4 * (config.num_parameters() + norms)  # the tied table once
+    done: set[Hashable] = set()
+    ran = []
+    for layer in model.layers():
+        before = len(done)
+        layer.rehearse(done)
+        ran += [layer] * (len(done) - before)
+    first = model.decoder_layers[0]
+    assert ran == [first.attention.qkv, first.attention.out, first.mlp.gate_up, first.mlp.down, model.head]
+
+
+class DenseOnly(Schemes):
+    """As on a GPU, where the warm-up rehearses."""
+
+    def plain(self, matrix: Matrix) -> PlainScheme:
+        return DenseScheme(matrix, self.dtype)
 
 
 @pytest.mark.parametrize(

@@ -6,36 +6,16 @@ which names request slots and blocks in the plan (DESIGN.md, "What crosses the b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from octavo._core import Plan
-from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
 from octavo.engine.forward import hidden_states, step_context
+from octavo.engine.kv_layout import KvLayout
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
 from octavo.kernels import ops
 from octavo.weights.load import LoadedModel
-
-
-@dataclass(frozen=True)
-class KvShape:
-    """Shape of the paged KV cache: one pool of blocks that all groups of layers draw from."""
-
-    num_groups: int
-    layers_per_group: int
-    num_kv_heads: int
-    block_size: int
-    head_dim: int
-    dtype: torch.dtype
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one block over all layers of a group, keys and values."""
-        elements = self.layers_per_group * 2 * self.num_kv_heads * self.block_size * self.head_dim
-        return elements * self.dtype.itemsize
 
 
 class ModelRunner:
@@ -60,14 +40,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.graph_sizes = graph_sizes
         groups = loaded.model.kv_groups
-        self.kv_shape = KvShape(
-            num_groups=len(groups),
-            layers_per_group=max(len(group.layers) for group in groups),
-            num_kv_heads=loaded.config.num_kv_heads,
-            block_size=block_size,
-            head_dim=loaded.config.head_dim,
-            dtype=loaded.dtype,
-        )
+        self.kv_layout = KvLayout.of(loaded.model, block_size=block_size, dtype=loaded.dtype)
         max_blocks = -(-max_model_len // block_size)
         self.state = DeviceState(
             max_num_seqs=max_num_seqs,
@@ -83,22 +56,15 @@ class ModelRunner:
             num_groups=len(groups),
             device=device,
         )
-        self.kv_caches: list[Tensor] = []
+        self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
         self.graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=max_model_len)
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> None:
-        """Allocates the pool, block 0 (the null block) included, and hands each layer its pool tensor."""
-        shape = self.kv_shape
-        pool = (num_blocks, 2, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        self.kv_caches = [
-            host_memory.zeros(pool, shape.dtype)
-            if self.device.type == "cpu"
-            else torch.zeros(pool, dtype=shape.dtype, device=self.device)
-            for _ in range(shape.layers_per_group)
-        ]
-        self.model.bind_kv_caches(self.kv_caches)
+        """Allocates the pool, block 0 (the null block) included, and hands each layer its pages."""
+        self.kv_caches = self.kv_layout.allocate(num_blocks, self.device)
+        self.model.bind_kv_caches(self.kv_layout.pages(self.kv_caches))
 
     @torch.inference_mode()
     def profile_peak_bytes(self) -> int:
@@ -143,7 +109,7 @@ class ModelRunner:
         if plan.num_copies:
             pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
             ops.copy_blocks(self.kv_caches, pairs)
-        ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_shape.block_size)
+        ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
         logits = self.forward(plan)
         ops.sample(logits, plan, plan_device, self.state, self.inputs, buffers.result_device)
         buffers.download(plan.padded_rows * plan.result_width * 4)

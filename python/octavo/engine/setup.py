@@ -21,7 +21,7 @@ from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
-from octavo.engine.warm_up import run_linears, warm_up
+from octavo.engine.warm_up import rehearse_layers, warm_up
 from octavo.weights.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     core = _core.EngineCore(max_model_len=max_model_len, **core_options)
     if core.longest_request < max_model_len:
         if config.max_model_len != AUTO_LENGTH:
-            gib = num_blocks * runner.kv_shape.block_bytes / 2**30
+            gib = num_blocks * runner.kv_layout.block_bytes / 2**30
             raise ValueError(
                 f"kv cache: {gib:.2f} GiB ({num_blocks} blocks) hold at most "
                 f"{core.longest_request} tokens of one request, but max_model_len = {max_model_len}: "
@@ -149,17 +149,17 @@ def build_engine(config: EngineConfig) -> EngineParts:
     runner.allocate_kv(num_blocks)
     if device.type == "cuda":
         logger.info("preparing the kernels (the first start on a machine compiles them, about half a minute)")
-        run_linears(loaded.model)
+        rehearse_layers(loaded.model)
         runner.capture_graphs()
         warm_up(runner, buffers[0], core_options | {"max_model_len": max_model_len})
-    kv_tokens = (num_blocks - 1) * block_size // runner.kv_shape.num_groups
+    kv_tokens = (num_blocks - 1) * block_size // runner.kv_layout.num_groups
     report = StartupReport(
         device=torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         dtype=str(loaded.dtype).removeprefix("torch."),
         weight_bytes=weight_bytes,
-        kv_bytes=num_blocks * runner.kv_shape.block_bytes,
+        kv_bytes=num_blocks * runner.kv_layout.block_bytes,
         num_blocks=num_blocks,
         block_size=block_size,
         kv_tokens=kv_tokens,
@@ -239,11 +239,11 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
                 f"kv_cache_memory = {available} bytes: this machine has {total} ({total / 2**30:.2f} GiB); "
                 f"lower {MEMORY_FLAG[runner.device.type]}"
             )
-    num_blocks = available // runner.kv_shape.block_bytes
+    num_blocks = available // runner.kv_layout.block_bytes
     if num_blocks < 2:
         raise ValueError(
             f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, "
-            f"less than two blocks of {runner.kv_shape.block_bytes / 2**20:.1f} MiB: "
+            f"less than two blocks of {runner.kv_layout.block_bytes / 2**20:.1f} MiB: "
             f"raise {MEMORY_FLAG[runner.device.type]}, or lower "
             f"--max-num-batched-tokens"
         )

@@ -8,6 +8,7 @@ through a core of its own on the real device buffers.
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -15,8 +16,6 @@ import torch
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
-from octavo.kernels.linear.dense_table import dense_token_limits
-from octavo.layers.linear import DenseMethod
 from octavo.models.registry import Model
 
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
@@ -32,15 +31,13 @@ PROMPT_LENS = (3, 40)  # `prepare` has a variant for short rows and one for long
 
 
 @torch.inference_mode()
-def run_linears(model: Model) -> None:
-    """Multiplies by every kind of plain weight with every number of tokens from which another kernel takes over.
-    Before any graph is captured: the kernels' counters are made by their first launch.
+def rehearse_layers(model: Model) -> None:
+    """Launches the layers' own kernels, each kind once. Before any graph is captured: the kernels' counters are made
+    by their first launch.
     """
-    methods = [method for layer in model.layers() if isinstance(method := getattr(layer, "method", None), DenseMethod)]
-    for method in {(method.weight.shape, method.bias is None): method for method in methods}.values():
-        x = method.weight.new_zeros(max(dense_token_limits()), method.weight.shape[1])
-        for tokens in dense_token_limits():
-            method(x[:tokens])
+    done: set[Hashable] = set()
+    for layer in model.layers():
+        layer.rehearse(done)
 
 
 def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, Any]) -> None:

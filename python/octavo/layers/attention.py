@@ -1,16 +1,19 @@
 """Self-attention over paged keys and values: fused qkv, rotary and KV write in one op, decodes and prefills apart.
 
-The layer knows its page tensor and its KV group; which rows and pages a step touches is in the step's context.
+The layer knows its pages and its KV group; which rows and pages a step touches is in the step's context.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.kernels import ops
 from octavo.layers.context import get_context
-from octavo.layers.linear import Linear
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import cos_sin_table
+from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.scheme import Matrix
 from octavo.layers.weight import Layer
 from octavo.model_config import ModelConfig
 
@@ -18,45 +21,39 @@ from octavo.model_config import ModelConfig
 class Attention(Layer):
     """Multi-head attention with grouped keys and values, with a window where the config gives this layer one."""
 
-    kv_cache: Tensor  # [num_blocks, 2, num_kv_heads, block_size, head_dim], set by the engine
+    # Set by the engine: numbers, or codes and their scales (`kernels/attention/kv_block.py`).
+    kv_cache: Tensor  # [num_blocks, 2, num_kv_heads, block_size, head_dim (half of it: 4-bit codes)]
+    kv_scales: Tensor | None  # [num_blocks, 2, num_kv_heads, block_size] float32
     cos_sin: Tensor  # [max_position, head_dim] float32
 
-    def __init__(
-        self, name: str, config: ModelConfig, layer: int, *, kv_group: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, name: str, config: ModelConfig, layer: int, *, kv_group: int, schemes: Schemes) -> None:
         heads, kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.kv_group = kv_group
         self.sizes = [heads * self.head_dim, kv_heads * self.head_dim, kv_heads * self.head_dim]
         self.scale = config.attention_scale
         self.window = config.layer_windows[layer]
         self.eps = config.rms_norm_eps
-        self.qkv = Linear(
-            dict(zip(("q_proj", "k_proj", "v_proj"), self.sizes, strict=True)),
-            config.hidden_size,
-            dtype=dtype,
-            bias=config.qkv_bias,
-            name=name,
-        )
-        self.out = Linear(
-            {"o_proj": config.hidden_size}, heads * self.head_dim, dtype=dtype, bias=config.output_bias, name=name
-        )
+        projections = dict(zip((f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"), self.sizes, strict=True))
+        self.qkv = schemes.linear(Matrix(projections, config.hidden_size, config.qkv_bias))
+        out = Matrix({f"{name}.o_proj": config.hidden_size}, heads * self.head_dim, config.output_bias)
+        self.out = schemes.linear(out)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
-            add_one = config.architecture == "gemma3"
-            self.q_norm = RMSNorm(f"{name}.q_norm", self.head_dim, self.eps, dtype=dtype, add_one=add_one)
-            self.k_norm = RMSNorm(f"{name}.k_norm", self.head_dim, self.eps, dtype=dtype, add_one=add_one)
+            add_one = config.norm_add_one
+            self.q_norm = RMSNorm(f"{name}.q_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
+            self.k_norm = RMSNorm(f"{name}.k_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
         rope = config.local_rope if self.window and config.local_rope else config.rope
-        self.cos_sin = cos_sin_table(rope, self.head_dim, config.max_position_embeddings, device)
+        self.cos_sin = cos_sin_table(rope, self.head_dim, config.max_position_embeddings, schemes.device)
 
     def finish(self) -> None:
         self.q_norm_weight = self.q_norm.weight if self.q_norm else None
         self.k_norm_weight = self.k_norm.weight if self.k_norm else None
 
-    def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [num_tokens, hidden_size], positions [num_tokens] int64 -> [num_tokens, hidden_size]."""
+    def __call__(self, x: Any, positions: Tensor) -> Tensor:
+        """x [num_tokens, hidden_size] in the form of `qkv`, positions [num_tokens] int64 -> as x, plain."""
         step = get_context()
-        num_tokens = x.shape[0]
+        num_tokens = positions.shape[0]
         # Views into the fused output: a row of q is followed by its k and v.
         q, k, v = (part.view(num_tokens, -1, self.head_dim) for part in torch.split(self.qkv(x), self.sizes, dim=-1))
         ops.rope_and_cache(
@@ -70,6 +67,7 @@ class Attention(Layer):
             self.q_norm_weight,
             self.k_norm_weight,
             self.eps,
+            kv_scales=self.kv_scales,
         )
         table = step.block_tables[self.kv_group]
         outputs = []
@@ -84,6 +82,7 @@ class Attention(Layer):
                     step.decode_query_len,
                     self.scale,
                     self.window,
+                    kv_scales=self.kv_scales,
                 )
             )
         if step.num_prefills:
@@ -98,7 +97,8 @@ class Attention(Layer):
                     step.max_query_len,
                     self.scale,
                     self.window,
+                    kv_scales=self.kv_scales,
                 )
             )
         attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return self.out(attended.reshape(num_tokens, -1))
+        return self.out(self.out.input_form.from_plain(attended.reshape(num_tokens, -1)))

@@ -1,69 +1,73 @@
 """Token embedding, and the head that turns hidden states into logits (its own matrix or the embedding's)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo.layers.cpu_linear import activation_dtype
-from octavo.layers.linear import DenseMethod, LinearMethod, linear_method
-from octavo.layers.weight import Layer, Slot
+from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.dense import PlainScheme
+from octavo.layers.schemes.scheme import Scheme
+from octavo.layers.weight import Layer, WeightPart
 
 
 class Embedding(Layer):
-    """A table of one row a token id; `scale` multiplies what is looked up (Gemma). Its dtype is that of all hidden
-    states.
-    """
+    """A table of one row a token id; `scale` multiplies what is looked up (Gemma)."""
 
-    def __init__(self, name: str, vocab_size: int, size: int, *, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(self, name: str, vocab_size: int, size: int, *, schemes: Schemes, scale: float = 1.0) -> None:
         self.name = name
         # Rounded to the weights' dtype first, as the models were trained.
-        self.scale = torch.tensor(scale).to(dtype).item()
-        self.weight = torch.empty(vocab_size, size, dtype=dtype, device="meta")
+        self.scale = torch.tensor(scale).to(schemes.dtype).item()
+        self.activation_dtype = schemes.activation_dtype
+        self.weight = torch.empty(vocab_size, size, dtype=schemes.dtype, device="meta")
 
-    def own_slots(self) -> Iterable[Slot]:
-        yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
+    def own_parts(self) -> Iterable[WeightPart]:
+        yield WeightPart(f"{self.name}.weight", self, "weight", tuple(self.weight.shape))
 
-    def finish(self) -> None:
-        self.activation_dtype = activation_dtype(self.weight)
-
-    def __call__(self, input_ids: Tensor) -> Tensor:  # input_ids [num_tokens] -> [num_tokens, size]
+    def __call__(self, input_ids: Tensor) -> Tensor:
+        """input_ids [num_tokens] -> [num_tokens, size] of `activation_dtype`, which all hidden states have."""
         hidden = F.embedding(input_ids, self.weight).to(self.activation_dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
 class LogitsHead(Layer):
-    """Logits of the real vocabulary in float32. Without a table of its own it multiplies by the embedding's."""
+    """Logits of the real vocabulary in float32."""
 
-    method: LinearMethod
-
-    def __init__(self, name: str, embedding: Embedding, *, tied: bool, soft_cap: float = 0.0) -> None:
-        self.name = name
-        self.tied = tied
-        self.embedding = embedding
+    def __init__(self, scheme: Scheme, *, soft_cap: float = 0.0) -> None:
+        """scheme: of the matrix [vocab_size, size]. soft_cap: logits stay between -soft_cap and soft_cap; 0: any."""
+        self.scheme = scheme
         self.soft_cap = soft_cap
-        self.weight = None if tied else torch.empty(embedding.weight.shape, dtype=embedding.weight.dtype, device="meta")
 
-    def own_slots(self) -> Iterable[Slot]:
-        if self.weight is not None:
-            yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape))
-
-    def own_bytes(self) -> int:
-        shared = isinstance(self.method, DenseMethod) and self.method.weight is self.embedding.weight
-        return 0 if shared else self.method.num_bytes
-
-    def children(self) -> Iterator[Layer]:
-        return iter(())  # the embedding belongs to the model
-
-    def finish(self) -> None:
-        # A tied head in packed form is a second copy of the table, which a CPU's largest product repays: SmolLM2's
-        # takes 3.1 ms instead of 6.2 for one row and 4.0 instead of 23 for four (bf16, one core).
-        self.method = linear_method(self.embedding.weight if self.weight is None else self.weight, None)
-        self.weight = None
-
-    def __call__(self, hidden: Tensor) -> Tensor:  # hidden [n, size] -> [n, vocab_size] float32
-        logits = self.method(hidden).float()
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """hidden [n, size], plain because a step picks rows of it first -> [n, vocab_size] float32."""
+        logits = self.scheme(self.scheme.input_form.from_plain(hidden)).float()
         if self.soft_cap:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
         return logits
+
+
+class TiedHead(LogitsHead):
+    """Multiplies by the embedding's table."""
+
+    scheme: PlainScheme
+
+    def __init__(self, embedding: Embedding, scheme: PlainScheme, *, soft_cap: float = 0.0) -> None:
+        super().__init__(scheme, soft_cap=soft_cap)
+        self.embedding = embedding
+
+    def children(self) -> Iterator[Layer]:
+        return iter(())  # the embedding belongs to the model, and the scheme is filled with the embedding's table
+
+    def finish(self) -> None:
+        # In packed form it is a second copy of the table, which a CPU's largest product repays: SmolLM2's takes 3.1 ms
+        # instead of 6.2 for one row and 4.0 instead of 23 for four (bf16, one core).
+        self.scheme.weight = self.embedding.weight
+        self.scheme.finish()
+
+    def own_bytes(self) -> int:
+        shared = getattr(self.scheme, "weight", None) is self.embedding.weight
+        return 0 if shared else self.scheme.own_bytes()
+
+    def rehearse(self, done: set[Hashable]) -> None:
+        self.scheme.rehearse(done)

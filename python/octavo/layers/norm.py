@@ -1,40 +1,50 @@
 """RMSNorm, alone and fused with the residual addition before it."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from octavo.kernels import ops
-from octavo.layers.cpu_linear import activation_dtype
-from octavo.layers.weight import Layer, Slot
+from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.scheme import PLAIN, InputForm
+from octavo.layers.weight import Layer, WeightPart, ones
 
 
 class RMSNorm(Layer):
-    """Computed in float32, returned in the dtype of its input."""
+    """Computed in float32, returned in the form that its reader takes."""
 
-    def __init__(self, name: str, size: int, eps: float, *, dtype: torch.dtype, add_one: bool = False) -> None:
-        """add_one: the file keeps weights minus one (Gemma).
+    def __init__(
+        self,
+        name: str,
+        size: int,
+        eps: float,
+        *,
+        schemes: Schemes,
+        form: InputForm = PLAIN,
+        add_one: bool = False,
+    ) -> None:
+        """form: `input_form` of the product that reads the output. add_one: the file keeps weights minus one.
 
-        They are then held in float32: 1 + w would lose bits of w.
+        Those are held in float32: 1 + w would lose bits of w.
         """
         self.name = name
         self.eps = eps
+        self.form = form
         self.add_one = add_one
-        self.weight = torch.empty(size, dtype=torch.float32 if add_one else dtype, device="meta")
+        self.activation_dtype = schemes.activation_dtype
+        self.weight = torch.empty(size, dtype=torch.float32 if add_one else schemes.dtype, device="meta")
 
-    def own_slots(self) -> Iterable[Slot]:
-        init = "zeros" if self.add_one else "ones"
-        yield Slot(f"{self.name}.weight", self, "weight", 0, tuple(self.weight.shape), init=init, add_one=self.add_one)
+    def own_parts(self) -> Iterable[WeightPart]:
+        shape = tuple(self.weight.shape)
+        yield WeightPart(f"{self.name}.weight", self, "weight", shape, init=ones, add_one=self.add_one)
 
     def finish(self) -> None:
-        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, activation_dtype(self.weight)))
+        self.weight = self.weight.to(torch.promote_types(self.weight.dtype, self.activation_dtype))
 
-    def __call__(self, x: Tensor) -> Tensor:  # x [num_tokens, size]
-        out: Tensor = ops.rms_norm(x, self.weight, self.eps)
-        return out
+    def __call__(self, x: Tensor) -> Any:  # x [num_tokens, size]
+        return self.form.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+    def add(self, x: Tensor, residual: Tensor) -> Any:
         """residual += x, in place; returns the norm of the sum. Both [num_tokens, size]."""
-        out: Tensor = ops.add_rms_norm(x, residual, self.weight, self.eps)
-        return out
+        return self.form.add_rms_norm(x, residual, self.weight, self.eps)

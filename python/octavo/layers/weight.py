@@ -1,49 +1,77 @@
 """How a layer says which checkpoint tensors its own tensors are made of, before any memory is taken.
 
-A layer starts with tensors on the `meta` device and lists a `Slot` for every checkpoint tensor it wants. The loader
-checks all slots against the files, then calls `allocate`, fills `Slot.destination()` and lets each layer `finish`.
-Several slots may be row ranges of one tensor: that is how q, k and v become one matrix without a second copy.
+A layer starts with tensors on the `meta` device and lists a `WeightPart` for every checkpoint tensor
+it wants. The loader checks all parts against the files; then, layer by layer, it calls `allocate`,
+fills each `WeightPart.destination()` and lets the layer `finish`. So at most one layer is in memory
+both as the file has it and as the layer wants it. Several parts may be ranges of one tensor: that is
+how q, k and v become one matrix without a second copy.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def normal(tensor: Tensor, generator: torch.Generator) -> None:
+    """Variance 1 / (last dimension): a matrix of such weights keeps the scale of what it multiplies."""
+    tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+
+
+def zeros(tensor: Tensor, generator: torch.Generator) -> None:
+    """All zero."""
+    tensor.zero_()
+
+
+def ones(tensor: Tensor, generator: torch.Generator) -> None:
+    """All one."""
+    tensor.fill_(1.0)
+
+
 @dataclass(frozen=True)
-class Slot:
-    """One checkpoint tensor and its place: `rows` of tensor `attribute` of `layer`."""
+class WeightPart:
+    """One checkpoint tensor and its place: a range along `dim` of tensor `attribute` of `layer`."""
 
     name: str  # as Hugging Face names it
-    layer: Any
+    layer: "Layer"
     attribute: str
-    start: int
-    shape: tuple[int, ...]
-    init: str = "normal"  # of dummy weights: "normal" (variance 1 / last dimension), "zeros" or "ones"
-    add_one: bool = False  # Gemma's files keep norm weights minus one
+    shape: tuple[int, ...]  # in the checkpoint; () is one element
+    dim: int = 0
+    start: int = 0  # first index along `dim`
+    init: Callable[[Tensor, torch.Generator], None] = normal  # makes dummy weights in `destination()`
+    add_one: bool = False  # the checkpoint may keep it minus one (`Source.norms_include_one`)
 
     def destination(self) -> Tensor:
-        """The view to fill; its shape is `shape`."""
+        """The view to fill, of shape `shape`, with the dtype of the layer's tensor."""
         tensor: Tensor = getattr(self.layer, self.attribute)
-        return tensor[self.start : self.start + self.shape[0]]
+        return tensor.narrow(self.dim, self.start, self.shape[self.dim] if self.shape else 1).view(self.shape)
 
 
 class Layer:
-    """Base of everything that has weights: its own slots, and those of the layers it is made of."""
+    """Base of everything that has weights: its own parts, and those of the layers it is made of."""
 
-    def own_slots(self) -> Iterable[Slot]:
-        """Slots of this layer's own tensors."""
+    def own_parts(self) -> Iterable[WeightPart]:
+        """Parts of this layer's own tensors."""
         return ()
 
     def own_bytes(self) -> int:
-        """Memory of this layer's weights, as they are after `finish`."""
-        return sum(getattr(self, attribute).nbytes for attribute in {slot.attribute for slot in self.own_slots()})
+        """Memory of this layer's own weights, as they are after `finish`."""
+        return sum(getattr(self, attribute).nbytes for attribute in {part.attribute for part in self.own_parts()})
 
     def finish(self) -> None:
-        """Called once after the weights are in place, to choose or pack what the forward pass will use."""
+        """Called once, when this layer's parts are filled and before the next layer's are allocated.
+
+        Packs or quantises them into what the forward pass uses, and lets go of what that replaces. The
+        layers below this one have finished.
+        """
+
+    def rehearse(self, done: set[Hashable]) -> None:
+        """Launches this layer's own kernels in every variant that a step may ask for (GPU only).
+
+        done: the kinds of kernels that were launched already. A layer adds its own, and does nothing
+        if an equal one was here before.
+        """
 
     def children(self) -> Iterator["Layer"]:
         """The layers held in attributes, directly or in a list."""
@@ -54,20 +82,21 @@ class Layer:
                 yield from (item for item in value if isinstance(item, Layer))
 
     def layers(self) -> Iterator["Layer"]:
-        """This layer and all below it."""
-        yield self
+        """All layers below this one, each after those it is made of, then this one."""
         for child in self.children():
             yield from child.layers()
+        yield self
 
-    def slots(self) -> list[Slot]:
+    def parts(self) -> list[WeightPart]:
         """Every checkpoint tensor wanted by this layer and those below it."""
-        return [slot for layer in self.layers() for slot in layer.own_slots()]
+        return [part for layer in self.layers() for part in layer.own_parts()]
 
 
-def allocate(slots: Iterable[Slot], device: torch.device) -> None:
-    """Replaces the meta tensors behind `slots` by uninitialised ones on `device`."""
-    for slot in slots:
-        tensor: Tensor = getattr(slot.layer, slot.attribute)
-        if tensor.is_meta:
-            # Not `empty_like`: on a meta tensor it imports sympy, which takes seconds.
-            setattr(slot.layer, slot.attribute, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+def allocate(layer: Layer, device: torch.device) -> list[WeightPart]:
+    """Replaces the layer's own meta tensors by uninitialised ones on `device`; returns the parts to fill."""
+    parts = list(layer.own_parts())
+    for attribute in {part.attribute for part in parts}:
+        tensor: Tensor = getattr(layer, attribute)
+        # Not `empty_like`: on a meta tensor it imports sympy, which takes seconds.
+        setattr(layer, attribute, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+    return parts

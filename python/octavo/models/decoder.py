@@ -1,35 +1,46 @@
-"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`.
+"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`; and what reading its
+files takes.
 
-Knows no files and no steps: weights come through slots, pages and metadata through the step's context.
+Opens no files and knows no steps: weights come through parts, pages and metadata through the step's context.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from octavo.layers.attention import Attention
-from octavo.layers.embedding import Embedding, LogitsHead
+from octavo.layers.embedding import Embedding, LogitsHead, TiedHead
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.norm import RMSNorm
+from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix
 from octavo.layers.weight import Layer
 from octavo.model_config import KvGroup, ModelConfig, kv_groups
+from octavo.models.config_reader import Fields, read_decoder
+
+
+def hidden_norm(name: str, config: ModelConfig, schemes: Schemes, form: InputForm = PLAIN) -> RMSNorm:
+    """A norm over whole hidden states. form: what reads it, as `Scheme.input_form` says."""
+    return RMSNorm(
+        name, config.hidden_size, config.rms_norm_eps, schemes=schemes, form=form, add_one=config.norm_add_one
+    )
 
 
 class DecoderLayer(Layer):
     """h += attention(norm(h)); h += mlp(norm(h)). The addition is left to the norm that follows it."""
 
-    def __init__(
-        self, name: str, config: ModelConfig, layer: int, *, kv_group: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        size, eps = config.hidden_size, config.rms_norm_eps
-        self.input_norm = RMSNorm(f"{name}.input_layernorm", size, eps, dtype=dtype)
-        self.attention = Attention(f"{name}.self_attn", config, layer, kv_group=kv_group, dtype=dtype, device=device)
-        self.post_attention_norm = RMSNorm(f"{name}.post_attention_layernorm", size, eps, dtype=dtype)
-        self.mlp = GatedMLP(f"{name}.mlp", config, dtype=dtype)
+    def __init__(self, name: str, config: ModelConfig, layer: int, *, kv_group: int, schemes: Schemes) -> None:
+        attention = Attention(f"{name}.self_attn", config, layer, kv_group=kv_group, schemes=schemes)
+        mlp = GatedMLP(f"{name}.mlp", config, schemes=schemes)
+        self.input_norm = hidden_norm(f"{name}.input_layernorm", config, schemes, attention.qkv.input_form)
+        self.attention = attention
+        self.post_attention_norm = hidden_norm(
+            f"{name}.post_attention_layernorm", config, schemes, mlp.gate_up.input_form
+        )
+        self.mlp = mlp
 
-    def __call__(self, x: Tensor, residual: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, x: Any, residual: Tensor, positions: Tensor) -> Tensor:
         """x: this layer's normed input; residual: the stream, changed in place.
 
         Returns what is still to be added to it.
@@ -40,35 +51,53 @@ class DecoderLayer(Layer):
 
 
 class Model(Layer):
-    """A decoder-only language model. A family is a subclass that names its decoder layer."""
+    """A decoder-only language model. A family is a subclass that says what is its own."""
 
+    architectures: ClassVar[tuple[str, ...]]  # its names in config.json
+    defaults: ClassVar[Mapping[str, Any]]  # what transformers takes where a config.json leaves a field out
+    gguf_architecture: ClassVar[str] = ""  # its name in GGUF files, where it has one of its own
+    gguf_blocks: ClassVar[
+        Mapping[str, str]
+    ] = {}  # tensors of a block that GGUF names otherwise than `weights/names.py`
+    gguf_interleaves_heads: ClassVar[bool] = False  # GGUF files have the rotary halves of q and k interleaved
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
-    norm_add_one: ClassVar[bool] = False
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    @classmethod
+    def read_config(cls, fields: Fields) -> ModelConfig:
+        """The family's config out of a file's fields, `defaults` among them. Raises `ModelError`."""
+        return read_decoder(fields)
+
+    @classmethod
+    def complete_gguf(cls, values: dict[str, Any]) -> None:
+        """Adds to a GGUF header, under config.json's keys, what llama.cpp has in its code instead."""
+
+    def __init__(self, config: ModelConfig, schemes: Schemes) -> None:
         """Takes no memory for weights: all of them are on the `meta` device until a loader places them."""
         self.config = config
         self.kv_groups: list[KvGroup] = kv_groups(config)
         group_of = {layer: index for index, group in enumerate(self.kv_groups) for layer in group.layers}
+        vocab_size, size, soft_cap = config.vocab_size, config.hidden_size, config.logit_soft_cap
         self.embedding = Embedding(
-            "model.embed_tokens", config.vocab_size, config.hidden_size, dtype=dtype, scale=config.embedding_scale
+            "model.embed_tokens", vocab_size, size, schemes=schemes, scale=config.embedding_scale
         )
         self.decoder_layers = [
-            self.decoder_layer(f"model.layers.{i}", config, i, kv_group=group_of[i], dtype=dtype, device=device)
+            self.decoder_layer(f"model.layers.{i}", config, i, kv_group=group_of[i], schemes=schemes)
             for i in range(config.num_layers)
         ]
-        self.norm = RMSNorm(
-            "model.norm", config.hidden_size, config.rms_norm_eps, dtype=dtype, add_one=self.norm_add_one
+        head = Matrix({"lm_head": vocab_size}, size)
+        self.head = (
+            TiedHead(self.embedding, schemes.plain(head), soft_cap=soft_cap)
+            if config.tie_word_embeddings
+            else LogitsHead(schemes.linear(head), soft_cap=soft_cap)
         )
-        self.head = LogitsHead(
-            "lm_head", self.embedding, tied=config.tie_word_embeddings, soft_cap=config.logit_soft_cap
-        )
+        self.norm = hidden_norm("model.norm", config, schemes)
 
-    def bind_kv_caches(self, pool: Sequence[Tensor]) -> None:
-        """Layer j of every KV group reads and writes pool[j] [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    def bind_kv_caches(self, pages: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`, `Attention.kv_scales`)."""
         for group in self.kv_groups:
             for place, layer in enumerate(group.layers):
-                self.decoder_layers[layer].attention.kv_cache = pool[place]
+                attention = self.decoder_layers[layer].attention
+                attention.kv_cache, attention.kv_scales = pages[place]
 
     def weight_bytes(self) -> int:
         """Memory of all weights, packed forms as they are."""
@@ -81,7 +110,8 @@ class Model(Layer):
         x = self.decoder_layers[0](x, residual, positions)
         for layer in self.decoder_layers[1:]:
             x = layer(layer.input_norm.add(x, residual), residual, positions)
-        return self.norm.add(x, residual)
+        hidden: Tensor = self.norm.add(x, residual)
+        return hidden
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [n, hidden_size] -> [n, vocab_size] float32."""

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from octavo.model_config import ModelConfig, ModelError, config_from_dict
+from octavo.model_config import ModelConfig, ModelError
+from octavo.models.registry import config_from_dict
 
 _LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 _LLAMA2 = {**_LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}

@@ -11,8 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from octavo.model_config import ModelConfig, ModelError, config_from_dict
-from octavo.weights.names import GGUF_ARCHITECTURES, GGUF_KEYS, hugging_face_name
+from octavo.model_config import ModelConfig, ModelError
+from octavo.models.registry import GGUF_FAMILIES, config_from_dict
+from octavo.weights.names import GGUF_KEYS, hugging_face_name
 
 CHUNK_ELEMENTS = 1 << 18  # dequantised at once: 1 MB in float32, inside the caches; with 1 << 22 it takes 6x as long
 
@@ -31,10 +32,11 @@ class GgufHeader(Protocol):
 def config_from_gguf(header: GgufHeader) -> ModelConfig:
     """Renames the metadata to the keys of `config.json` and checks them there. Raises `ModelError`."""
     architecture = header.architecture
-    if architecture not in GGUF_ARCHITECTURES:
+    family = GGUF_FAMILIES.get(architecture)
+    if family is None:
         raise ModelError(
             f"{header.path}: general.architecture: {architecture!r} is not supported; supported are "
-            f"{', '.join(GGUF_ARCHITECTURES)}"
+            f"{', '.join(GGUF_FAMILIES)}"
         )
     metadata = header.metadata()
     tensors = {name: shape for name, _, shape, _, _ in header.tensors()}
@@ -44,10 +46,10 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
     if embedding is None or len(embedding) != 2:
         raise ModelError(f"{header.path}: token_embd.weight: missing or not a matrix")
     values |= {
-        "architectures": [GGUF_ARCHITECTURES[architecture]],
+        "architectures": [family.architectures[0]],
         "vocab_size": embedding[0],
         "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": architecture == "llama" and "blk.0.attn_q.bias" in tensors,
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
     }
     # More are found by their text (see `weights/text.py`).
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -63,12 +65,7 @@ def config_from_gguf(header: GgufHeader) -> ModelConfig:
         values["rope_scaling"] = {"rope_type": "factors", "factors": _rope_factors(header)}
     elif scaling != "none":
         values["rope_scaling"] = {"rope_type": scaling, "factor": metadata.get(f"{architecture}.rope.scaling.factor")}
-    if architecture == "gemma3":
-        # llama.cpp has the 27B's scale and the window layers' rotary base in its code, not in the file.
-        if values.get("num_hidden_layers") == 62:
-            values["query_pre_attn_scalar"] = values["hidden_size"] // values["num_attention_heads"]
-        elif isinstance(head, int):
-            values["query_pre_attn_scalar"] = head
+    family.complete_gguf(values)
     return config_from_dict(values, header.path, spelling)
 
 
@@ -92,12 +89,13 @@ class GgufSource:
         self.name = header.path
         self._tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
         self._heads = {}
-        if config is not None and config.architecture in ("llama", "mistral"):
+        family = GGUF_FAMILIES[header.architecture]
+        if config is not None and family.gguf_interleaves_heads:
             self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
         for stored, kind, shape, offset, length in header.tensors():
             if kind not in _BLOCKS:
                 raise ModelError(f"{self.name}: {stored}: type {kind} is not one of {', '.join(_BLOCKS)}")
-            self._tensors[hugging_face_name(stored, header.architecture)] = (kind, tuple(shape), offset, length)
+            self._tensors[hugging_face_name(stored, family.gguf_blocks)] = (kind, tuple(shape), offset, length)
         with open(header.path, "rb") as file:
             # A private map: torch wants writable memory, and pages are still read only when touched.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
-from octavo.model_config import ModelConfig, ModelError, config_from_folder, read_json, read_token_ids
+from octavo.layers.schemes.choice import Schemes
+from octavo.model_config import ModelConfig, ModelError, read_json
+from octavo.models.config_reader import read_token_ids
 from octavo.models.presets import PRESETS, preset_config
-from octavo.models.registry import MODELS, Model
+from octavo.models.registry import MODELS, Model, config_from_folder
 from octavo.sampling_params import SamplingParams
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path
@@ -141,7 +143,7 @@ def _load(
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
-    model = MODELS[config.architecture](config, dtype=dtype, device=device)
+    model = MODELS[config.architecture](config, Schemes(dtype, device))
     if source is None:
         fill_with_random(model, device, wanted.seed)
     else:

@@ -1,13 +1,7 @@
-"""GGUF's names for what Hugging Face names otherwise: architectures, metadata keys, tensors (llama.cpp's `gguf-py`)."""
+"""GGUF's names for what Hugging Face names otherwise: metadata keys and tensors (llama.cpp's `gguf-py`)."""
 
 import re
-
-GGUF_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gemma3": "Gemma3ForCausalLM",
-}
+from collections.abc import Mapping
 
 # Key of config.json -> metadata key.
 GGUF_KEYS = {
@@ -34,23 +28,25 @@ _BLOCK = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-    # Gemma 3 has four norms a block; elsewhere `ffn_norm` is the one after attention.
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def hugging_face_name(stored: str, architecture: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Names nobody knows stay as they are."""
+def hugging_face_name(stored: str, blocks: Mapping[str, str]) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Names nobody knows stay as they are.
+
+    blocks: `Model.gguf_blocks` of the family.
+    """
     match = _IN_BLOCK.fullmatch(stored)
     if match:
         layer, part, kind = match.groups()
-        ffn_norm = "pre_feedforward_layernorm" if architecture == "gemma3" else "post_attention_layernorm"
-        name = ffn_norm if part == "ffn_norm" else _BLOCK.get(part)
+        name = blocks.get(part, _BLOCK.get(part))
         return stored if name is None else f"model.layers.{layer}.{name}.{kind}"
     part, _, kind = stored.rpartition(".")
     return f"{_TOP[part]}.{kind}" if part in _TOP else stored

@@ -1,4 +1,4 @@
-"""Filling a model's slots from a checkpoint: everything is compared first, memory is taken afterwards.
+"""Filling a model from a checkpoint: everything is compared first, memory is taken afterwards, layer by layer.
 
 Knows no file format; `safetensors.py`, `gguf.py` and `dummy.py` do.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from octavo.layers.weight import allocate
+from octavo.layers.weight import WeightPart, allocate
 from octavo.model_config import ModelError
 from octavo.models.registry import Model
 
@@ -21,7 +21,7 @@ class Source(Protocol):
     """A checkpoint whose tensors go by Hugging Face's names."""
 
     name: str  # the file or folder, for errors
-    norms_include_one: bool  # whether Gemma's norm weights already hold 1 + w
+    norms_include_one: bool  # whether norm weights already hold 1 + w (`WeightPart.add_one`)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor that a model may want, with its shape; reads headers only."""
@@ -31,21 +31,28 @@ class Source(Protocol):
 
 
 def fill_model(model: Model, source: Source, device: torch.device) -> None:
-    """Compares names and shapes, allocates on `device`, reads every tensor.
+    """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after another.
 
     Raises `ModelError` listing all that differs.
     """
-    slots = model.slots()
     check(model, source)
-    allocate(slots, device)
-    with _one_thread():
-        for slot in tqdm(slots, desc="Loading weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False):
-            destination = slot.destination()
-            source.fill(slot.name, destination)
-            if slot.add_one and not source.norms_include_one:
-                destination.add_(1.0)
-    for layer in model.layers():
-        layer.finish()
+    with tqdm(
+        total=len(model.parts()), desc="Loading weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False
+    ) as progress:
+        for layer in model.layers():
+            parts = allocate(layer, device)
+            with _one_thread():
+                for part in parts:
+                    _fill(part, source)
+            layer.finish()
+            progress.update(len(parts))
+
+
+def _fill(part: WeightPart, source: Source) -> None:
+    destination = part.destination()
+    source.fill(part.name, destination)
+    if part.add_one and not source.norms_include_one:
+        destination.add_(1.0)
 
 
 @contextmanager
@@ -63,12 +70,12 @@ def check(model: Model, source: Source) -> None:
     """Raises one `ModelError` that lists every missing, superfluous or misshapen tensor."""
     found = dict(source.shapes())
     problems = []
-    for slot in model.slots():
-        shape = found.pop(slot.name, None)
+    for part in model.parts():
+        shape = found.pop(part.name, None)
         if shape is None:
-            problems.append(f"{slot.name}: missing")
-        elif shape != slot.shape:
-            problems.append(f"{slot.name}: shape {list(shape)}, but the config says {list(slot.shape)}")
+            problems.append(f"{part.name}: missing")
+        elif shape != part.shape:
+            problems.append(f"{part.name}: shape {list(shape)}, but the config says {list(part.shape)}")
     problems.extend(f"{name}: not part of the model" for name in found if not _harmless(name, model))
     if problems:
         raise ModelError(f"{source.name}: {len(problems)} tensors do not fit the config: {'; '.join(problems)}")

@@ -1,4 +1,4 @@
-"""How a CPU multiplies by a weight matrix, chosen by dtype and by what the processor can do.
+"""How a CPU multiplies by plain weights, by their dtype and by what the processor can do.
 
 Without AVX-512 or AMX torch's own 16-bit product is a loop over rows. FBGEMM's packs 16-bit weights as float16, widens
 them in registers and accumulates in float32. Measured on one core with AVX2 and no more (torch 2.15, weights cold, the
@@ -20,38 +20,57 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.layers.schemes.dense import PlainScheme, multiply
+
 MAX_FLOAT16 = 65504.0
 PACK_ROWS = 32  # rows that packing is told to expect: at 1 row no slower than a packing for 1, at 2 rows twice as fast
 
 
-class HalfMethod:
-    """16-bit weights in FBGEMM's float16 layout, which replaces the plain one.
+class HalfScheme(PlainScheme):
+    """16-bit weights in FBGEMM's float16 layout, which replaces the plain one; float32 sums.
 
-    bfloat16 weights are exact in float16 but for those under 6e-5, which move by 3e-8 at most. float32 sums.
+    bfloat16 weights are exact in float16 but for those under 6e-5, which move by 3e-8 at most. A
+    matrix with an element over `MAX_FLOAT16` (which only its values tell) stays as it is.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in], no element over MAX_FLOAT16."""
-        self.packed: Any = torch.ops.quantized.linear_prepack_fp16(
-            weight.float(), None if bias is None else bias.float()
-        )
-        self.num_bytes = 2 * weight.numel() + (0 if bias is None else 4 * bias.numel())
+    packed: Any = None  # FBGEMM's object; None: the plain matrix multiplies
+
+    def finish(self) -> None:
+        low, high = torch.aminmax(self.weight)  # NaN compares false
+        if not bool(low >= -MAX_FLOAT16 and high <= MAX_FLOAT16):
+            return
+        bias = None if self.bias is None else self.bias.float()
+        self.packed = torch.ops.quantized.linear_prepack_fp16(self.weight.float(), bias)
+        del self.weight, self.bias
+
+    def own_bytes(self) -> int:
+        if self.packed is None:
+            return super().own_bytes()
+        rows, columns = self.matrix.out_features, self.matrix.in_features
+        return 2 * rows * columns + (4 * rows if self.matrix.bias else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return multiply(x, self.weight, self.bias)
         out: Tensor = torch.ops.quantized.linear_dynamic_fp16(x.float(), self.packed)
         return out.to(x.dtype)
 
 
-class PackedMethod:
+class PackedScheme(PlainScheme):
     """float32 weights in oneDNN's blocked layout, which replaces the plain one."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.bias = bias
-        self.num_bytes = weight.nbytes + (0 if bias is None else bias.nbytes)
+    packed: Tensor
+
+    def finish(self) -> None:
         try:
-            self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
         except NotImplementedError:  # older torch wants a tensor of its mkldnn layout
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), PACK_ROWS)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.to_mkldnn(), PACK_ROWS)
+        del self.weight
+
+    def own_bytes(self) -> int:
+        rows, columns = self.matrix.out_features, self.matrix.in_features
+        return 4 * rows * columns + (4 * rows if self.matrix.bias else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -73,20 +92,3 @@ def widens_half(dtype: torch.dtype) -> bool:
         return True
     ops = torch.ops.mkldnn
     return not (ops._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else ops._is_mkldnn_fp16_supported())
-
-
-def activation_dtype(weight: Tensor) -> torch.dtype:
-    """Dtype of the hidden states that go through layers of weights like `weight`.
-
-    A product that is float32 inside takes and gives float32 for nothing, and rounding around each of them costs 4 ms of
-    SmolLM2's 28 ms a token (two cores); so there only weights and KV pages are 16-bit.
-    """
-    return torch.float32 if weight.device.type == "cpu" and widens_half(weight.dtype) else weight.dtype
-
-
-def prefers_half(weight: Tensor) -> bool:
-    """Whether `HalfMethod` is the better one for `weight` and able to hold it."""
-    if not widens_half(weight.dtype):
-        return False
-    low, high = torch.aminmax(weight)  # NaN compares false
-    return bool(low >= -MAX_FLOAT16 and high <= MAX_FLOAT16)
