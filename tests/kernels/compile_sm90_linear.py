@@ -1,8 +1,4 @@
-"""Compiles every variant of the linear layers for an H100 without one, as `compile_sm90.py` does the model's ops.
-
-`python -m tests.kernels.compile_sm90_linear [name part]` prints registers, spills and shared memory of each launch; the
-test of `test_compile_sm90.py` runs it with `--json`.
-"""
+"""The linears with 16-bit and int4 weights, compiled for an H100 without one (`compile_sm90.py`): all plans."""
 
 import dataclasses
 import functools
@@ -15,8 +11,6 @@ from octavo.kernels.linear import dense, int4
 from octavo.kernels.linear.dense_table import DENSE_PLANS, DensePlan
 from octavo.kernels.linear.int4_layout import Int4Weight
 from octavo.kernels.linear.int4_table import INT4_GLUON_PLANS, INT4_PLANS, Int4Plan
-
-TYPES[torch.int16] = "i16"
 
 
 def int4_weight(rows: int, depth: int, group: int, zeros: bool, dtype: torch.dtype) -> Int4Weight:

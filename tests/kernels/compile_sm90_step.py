@@ -1,8 +1,4 @@
-"""Compiles every variant of `prepare` and `sample` for an H100 without one, as `compile_sm90.py` does the model's ops.
-
-`python -m tests.kernels.compile_sm90_step [name part]` prints registers, spills and shared memory of each launch; the
-test of `test_compile_sm90.py` runs it with `--json`.
-"""
+"""`prepare` and `sample`, compiled for an H100 without one (`compile_sm90.py`)."""
 
 import itertools
 from collections.abc import Callable, Iterator

@@ -1,19 +1,13 @@
-"""Compiles every 8-bit variant for an H100 without one, as `compile_sm90.py` does the model's other ops.
-
-`python -m tests.kernels.compile_sm90_8bit [name part]` prints registers, spills and shared memory of each launch; the
-test of `test_compile_sm90.py` runs it with `--json`.
-"""
+"""The linears with 8-bit weights, compiled for an H100 without one (`compile_sm90.py`)."""
 
 import itertools
 from collections.abc import Callable, Iterator
 
 import torch
-from tests.kernels.compile_sm90 import TYPES, meta, report
+from tests.kernels.compile_sm90 import meta, report
 
 from octavo.kernels.linear import eight_bit
-from octavo.kernels.pointwise import activation, norm, quantize
 
-TYPES.update({torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"})
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SHAPES = [(12288, 4096), (4096, 11008), (576, 576)]
 TOKENS = (1, 16, 32, 128, 2048)
@@ -29,17 +23,6 @@ def linear_case(tokens: int, shape: tuple[int, int], dtype: torch.dtype, half: t
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    for (name, dtype), size in itertools.product(EIGHT_BITS.items(), (4096, 28672)):
-        x, weight = meta(32, size), meta(size)
-        yield f"quantize_rows {name} {size}", lambda x=x, t=dtype: quantize.quantize_rows(x, t)
-        if size <= 8192:
-            yield f"rms_norm_quant {name} {size}", lambda x=x, w=weight, t=dtype: norm.rms_norm_quant(x, w, 1e-5, t)
-            yield (
-                f"add_rms_norm_quant {name} {size}",
-                lambda x=x, w=weight, t=dtype: norm.add_rms_norm_quant(x, x, w, 1e-5, t),
-            )
-        gated = meta(32, 2 * size)
-        yield f"silu_and_mul_quant {name} {size}", lambda x=gated, t=dtype: activation.silu_and_mul_quant(x, t)
     for (name, dtype), w8a8, tokens, shape in itertools.product(EIGHT_BITS.items(), (False, True), TOKENS, SHAPES):
         yield (
             f"linear {name} {'w8a8' if w8a8 else 'w8a16'} {tokens} {shape}",
