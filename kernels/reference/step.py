@@ -1,8 +1,8 @@
 """Plain-PyTorch twins of `prepare.py` and `sample.py`: what runs on CPUs, and what the Triton kernels are tested
 against.
 
-`plan` has the fields of `octavo._core.Plan`; `state` and `inputs` are the `DeviceState` and `StepInputs` of
-`octavo.engine.step_buffers`. The format of the plan and of the result is in DESIGN.md and `plan_format.py`.
+`state` and `inputs` are the `DeviceState` and `StepInputs` of `octavo.engine.step_buffers`. The format of the plan and
+of the result is in docs/plan.md and `plan_format.py`.
 """
 
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor
 from octavo.kernels.reference.draw import Draw, argmax_rows, draw, process
 from octavo.kernels.reference.logprobs import write_logprobs
 from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
 
 
-def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
+def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
     """Applies the plan's `enters` and `blocks` to `state`, then fills `inputs` for the plan's rows and tokens.
 
     plan_device [>= num_bytes] uint8. Places of a decode row beyond its own drafts, and positions past the block table,
@@ -77,7 +78,13 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
 
 
 def sample(
-    logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
+    logits: Tensor,
+    plan: Plan,
+    plan_device: Tensor,
+    state: Any,
+    inputs: Any,
+    result: Tensor,
+    masks: Tensor | None = None,
 ) -> None:
     """Draws a token for each row that asks, writes the result records and advances `state`.
 
@@ -126,7 +133,7 @@ def _section(words: Tensor, byte_offset: int, records: int, width: int) -> Tenso
     return words[byte_offset // 4 : byte_offset // 4 + records * width].view(records, width)
 
 
-def _enter(plan: Any, words: Tensor, state: Any) -> None:
+def _enter(plan: Plan, words: Tensor, state: Any) -> None:
     enters = _section(words, plan.enters_offset, plan.num_enters, fmt.ENTER_WORDS)
     slots = enters[:, fmt.ENTER_SLOT].long()
     state.records[slots] = enters
@@ -134,21 +141,21 @@ def _enter(plan: Any, words: Tensor, state: Any) -> None:
         counts = state.require_penalty_counts()
         # Also where the newcomer has no penalties: whoever held the slot before may have left counts behind.
         counts[slots] = 0
-        tokens = _section(words, plan.penalty_tokens_offset, plan.num_penalty_tokens, 2)
+        tokens = _section(words, plan.penalty_tokens_offset, plan.num_penalty_tokens, fmt.PAIR_WORDS)
         for slot, start, size in enters[:, [fmt.ENTER_SLOT, fmt.ENTER_PENALTY_START, fmt.ENTER_PENALTY_LEN]].tolist():
             own = tokens[start : start + size]
-            counts[slot, own[:, 0].long()] = own[:, 1]
+            counts[slot, own[:, fmt.PENALTY_TOKEN].long()] = own[:, fmt.PENALTY_SEEN]
 
 
 def _draw_rows(
-    logits: Tensor, plan: Any, words: Tensor, rows: Tensor, drafts: Tensor, state: Any, masks: Tensor | None
+    logits: Tensor, plan: Plan, words: Tensor, rows: Tensor, drafts: Tensor, state: Any, masks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Token and status of each row of logits # [num_logits] int32 each; -1 where nothing is drawn."""
     length, num_decodes = plan.decode_query_len, plan.padded_decodes
     host_rows, host_drafts = rows.tolist(), drafts.tolist()
     records = state.records[rows[:, fmt.ROW_SLOT].long()]
     host_records, host_floats = records.tolist(), records.view(torch.float32).tolist()
-    bias = _section(words, plan.bias_offset, plan.num_bias, 2)
+    bias = _section(words, plan.bias_offset, plan.num_bias, fmt.PAIR_WORDS)
     # One pass for all rows; NaN wins every maximum.
     peaks = logits.amax(dim=1).tolist()
     drawn: list[tuple[int, int]] = []
@@ -156,7 +163,7 @@ def _draw_rows(
         for place in range(length if index < num_decodes else 1):
             peak = peaks[len(drawn)]
             if not row[fmt.ROW_FLAGS] & fmt.SAMPLE:
-                drawn.append((-1, fmt.STATUS_NO_SAMPLE))
+                drawn.append((-1, fmt.STATUS_NO_TOKEN))
             elif peak != peak or peak == float("inf"):
                 drawn.append((-1, fmt.STATUS_NAN))
             else:
@@ -166,7 +173,9 @@ def _draw_rows(
                 processed = process(
                     logits[len(drawn)],
                     params,
-                    mask=masks[row[fmt.ROW_MASK] + place] if masks is not None and row[fmt.ROW_MASK] >= 0 else None,
+                    mask=masks[row[fmt.ROW_MASK_ROW] + place]
+                    if masks is not None and row[fmt.ROW_MASK_ROW] >= 0
+                    else None,
                     bias=bias[start : start + size] if size else None,
                     counts=state.penalty_counts[row[fmt.ROW_SLOT]] if penalised else None,
                     drafts_before=host_drafts[index][:place] if place else [],
@@ -192,7 +201,7 @@ def _accept(rows: Tensor, tokens: Tensor, statuses: Tensor, drafts: Tensor) -> t
     nothing to draw from.
     """
     alive = rows[:, fmt.ROW_FLAGS] & fmt.SAMPLE != 0
-    status = torch.where(alive, fmt.STATUS_OK, fmt.STATUS_NO_SAMPLE).int()
+    status = torch.where(alive, fmt.STATUS_OK, fmt.STATUS_NO_TOKEN).int()
     num_valid, last = torch.zeros_like(status), torch.full_like(status, -1)
     for place in range(tokens.shape[1]):
         status = torch.where(alive, statuses[:, place], status)

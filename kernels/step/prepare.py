@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
@@ -31,7 +32,7 @@ COUNTS_TILE = 4096
 PENALTY_TILE = 512
 
 
-def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
+def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
     """As `reference_step.prepare`, on CUDA tensors."""
     words = plan_device.view(torch.int32)
     programs = plan.num_enters + triton.cdiv(plan.num_blocks, BLOCKS_TILE)
@@ -62,7 +63,7 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
                 TILE=PENALTY_TILE, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     groups, slots, max_blocks = state.block_table.shape
-    longest = max(plan.max_query_len, plan.decode_query_len)
+    longest = plan.max_query_len
     tile, num_warps = (32, 1) if longest <= 32 else (1024, 4)
     _rows_kernel[(plan.padded_rows, triton.cdiv(longest, tile))](
         words, state.records, state.last_token, state.block_table,

@@ -24,6 +24,7 @@ from octavo.kernels.step.filters import draw, draw_filtered, read_logits
 from octavo.kernels.step.logits import load_float, load_raw, process
 from octavo.kernels.step.logprobs import write_logprobs
 from octavo.kernels.step.noise import noise_key
+from octavo.kernels.step.plan_format import Plan
 
 SUB = GROUP  # tokens that share one kept peak and mass
 TILE = 2048  # tokens of one program of the first pass
@@ -57,7 +58,7 @@ _GREEDY_TEMPERATURE = tl.constexpr(fmt.GREEDY_TEMPERATURE)
 _STATUS_OK = tl.constexpr(fmt.STATUS_OK)
 _STATUS_NAN = tl.constexpr(fmt.STATUS_NAN)
 _STATUS_MASKED = tl.constexpr(fmt.STATUS_MASKED)
-_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_SAMPLE)
+_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_TOKEN)
 _RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
@@ -71,7 +72,13 @@ _PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
 
 
 def sample(
-    logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
+    logits: Tensor,
+    plan: Plan,
+    plan_device: Tensor,
+    state: Any,
+    inputs: Any,
+    result: Tensor,
+    masks: Tensor | None = None,
 ) -> None:
     """As `reference.step.sample`, on CUDA tensors; logits f32 or bf16, rows contiguous."""
     del inputs
@@ -80,7 +87,8 @@ def sample(
     num_logits, vocab = num_decodes * length + num_rows - num_decodes, state.vocab_size
     tiles = triton.cdiv(vocab, TILE)
     subs = tiles * (TILE // SUB)
-    device, with_logprobs, pdl = logits.device, plan.max_logprobs >= 0, has_pdl(logits.device)
+    device, pdl = logits.device, has_pdl(logits.device)
+    greedy, with_logprobs = bool(plan.all_greedy), plan.max_logprobs >= 0
     tile_floats = torch.empty((3, num_logits, tiles), dtype=torch.float32, device=device)
     tile_ints = torch.empty((2, num_logits, tiles), dtype=torch.int32, device=device)
     groups = torch.empty((3, num_logits, subs), dtype=torch.float32, device=device)
@@ -92,7 +100,7 @@ def sample(
     _scan_kernel[(tiles, num_logits)](
         logits, tile_floats, tile_ints, groups, words, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
-        GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
+        GREEDY=greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
         num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
     listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
@@ -103,9 +111,9 @@ def sample(
         counts, masks, result,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         plan.result_width, tiles, subs,
-        GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
+        GREEDY=greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
         READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL, PDL=pdl,
-        num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
+        num_warps=1 if greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
         launch_pdl=pdl,
     )  # fmt: skip
     if with_logprobs:

@@ -15,11 +15,9 @@ use pyo3::types::PyDict;
 
 use crate::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
 use crate::outbox::Outbox;
-use crate::plan::PlanInfo;
 use crate::py::delta::RequestDelta;
 use crate::py::event_fd::EventFd;
 use crate::py::params::SamplingParams;
-use crate::py::plan::Plan;
 use crate::py::text::{FrameTemplate, Prompt, Tokenizer};
 use crate::request::RequestId;
 use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
@@ -214,27 +212,30 @@ impl EngineCore {
         })
     }
 
-    fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let plan = self.plan_array(py, slot)?;
+    fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<u64>> {
+        let plan = self.lock().slot(slot)?.plan.clone_ref(py);
         let mut plan = plan.bind(py).try_readwrite()?;
-        let info = self.lock().schedule(slot, plan.as_slice_mut()?, now)?;
-        Ok(info.map(Plan))
+        let plan = plan.as_slice_mut()?;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.slot(slot)?.step_id.is_some() {
+            return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
+        }
+        let step_id = state.scheduler.schedule(plan, now)?.map(|info| info.step_id);
+        state.slot(slot)?.step_id = step_id;
+        Ok(step_id)
     }
 
     fn commit(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
-        let result = self.result_array(py, slot)?;
+        let result = self.lock().slot(slot)?.result.clone_ref(py);
         let result = result.bind(py).try_readonly()?;
         let result = result.as_slice()?;
-        let mut state = self.lock();
-        state.commit(slot, result, now)?;
-        self.publish(&state);
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let step_id = state.take_step(slot)?;
+        state.scheduler.commit(step_id, result, now, &mut state.outbox)?;
+        self.publish(state);
         Ok(())
-    }
-
-    fn advance(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let (result, plan) = (self.result_array(py, done_slot)?, self.plan_array(py, next_slot)?);
-        let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
-        self.commit_and_schedule((done_slot, result.as_slice()?), (next_slot, plan.as_slice_mut()?), now)
     }
 
     fn fileno(&self) -> RawFd {
@@ -335,27 +336,6 @@ impl EngineCore {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn plan_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
-        Ok(self.lock().slot(slot)?.plan.clone_ref(py))
-    }
-
-    fn result_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
-        Ok(self.lock().slot(slot)?.result.clone_ref(py))
-    }
-
-    fn commit_and_schedule(
-        &self,
-        (done_slot, result): (usize, &[u8]),
-        (next_slot, plan): (usize, &mut [u8]),
-        now: f64,
-    ) -> PyResult<Option<Plan>> {
-        let mut state = self.lock();
-        state.commit(done_slot, result, now)?;
-        let info = state.schedule(next_slot, plan, now)?;
-        self.publish(&state);
-        Ok(info.map(Plan))
-    }
-
     /// Wakes `wait`.
     fn ring(&self) {
         *self.awake.lock().unwrap_or_else(PoisonError::into_inner) = true;
@@ -378,21 +358,7 @@ impl State {
             .ok_or_else(|| PyValueError::new_err(format!("slot {slot} is not bound: call bind first")))
     }
 
-    fn schedule(&mut self, slot: usize, plan: &mut [u8], now: f64) -> PyResult<Option<PlanInfo>> {
-        if self.slot(slot)?.step_id.is_some() {
-            return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
-        }
-        let info = self.scheduler.schedule(plan, now)?;
-        self.slot(slot)?.step_id = info.map(|info| info.step_id);
-        Ok(info)
-    }
-
-    fn commit(&mut self, slot: usize, result: &[u8], now: f64) -> PyResult<()> {
-        let step_id = self.take_step(slot)?;
-        self.scheduler.commit(step_id, result, now, &mut self.outbox)?;
-        Ok(())
-    }
-
+    /// The step of a slot, which then holds none.
     fn take_step(&mut self, slot: usize) -> PyResult<u64> {
         let step_id = self.slot(slot)?.step_id.take();
         step_id.ok_or_else(|| PyValueError::new_err(format!("slot {slot} holds no step")))

@@ -2,7 +2,7 @@
 //!
 //! Padding rows are of the reserved slot, whose block table is all null block: what they write goes where nobody reads.
 
-use super::{Draft, Scheduler};
+use super::{PlannedStep, Scheduler};
 use crate::plan::{PlanInfo, Row, ROW_PADDING};
 
 /// What a step lacks to a captured size.
@@ -20,14 +20,14 @@ fn at_least(sizes: &[u32], least: u32) -> Option<u32> {
 }
 
 impl Scheduler {
-    /// The padding of the step in `draft`: none where no captured size holds it.
-    pub(super) fn padding(&self, draft: &Draft) -> Padding {
-        let num_decodes = draft.decodes.len() as u32;
-        let padding = if draft.prefills.is_empty() {
-            self.decode_padding(num_decodes, 1 + draft.num_draft_tokens)
-        } else if draft.num_draft_tokens == 0 {
-            let tokens = draft.prefills.iter().map(|row| row.len).sum();
-            self.prefill_padding(num_decodes, draft.prefills.len() as u32, tokens)
+    /// The padding of the step in `planned`: none where no captured size holds it.
+    pub(super) fn padding(&self, planned: &PlannedStep) -> Padding {
+        let num_decodes = planned.decodes.len() as u32;
+        let padding = if planned.prefills.is_empty() {
+            self.decode_padding(num_decodes, 1 + planned.num_draft_tokens)
+        } else if planned.num_draft_tokens == 0 {
+            let tokens = planned.prefills.iter().map(|row| row.len).sum();
+            self.prefill_padding(num_decodes, planned.prefills.len() as u32, tokens)
         } else {
             None
         };

@@ -42,17 +42,17 @@ impl Scheduler {
         }
         self.now = self.clock(now);
         self.open_batch();
-        let draft = &mut self.draft;
-        draft.decodes.clear();
-        draft.prefills.clear();
-        draft.copies.clear();
-        draft.budget = self.config.max_num_batched_tokens;
-        draft.entered_blocks = self.capacity.entered_blocks;
-        draft.penalty_tokens = self.capacity.penalty_tokens;
-        draft.preempted = false;
+        let planned = &mut self.planned;
+        planned.decodes.clear();
+        planned.prefills.clear();
+        planned.copies.clear();
+        planned.budget = self.config.max_num_batched_tokens;
+        planned.entered_blocks = self.capacity.entered_blocks;
+        planned.penalty_tokens = self.capacity.penalty_tokens;
+        planned.preempted = false;
         self.plan_running();
         self.admit();
-        if self.draft.decodes.is_empty() && self.draft.prefills.is_empty() {
+        if self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {
             return Ok(None);
         }
         Ok(Some(self.write(plan)))
@@ -71,9 +71,9 @@ impl Scheduler {
             }
         }
         // All decode rows are equally long, so that the shortest room decides.
-        self.draft.num_draft_tokens = longest.min(room);
-        let decode_len = 1 + self.draft.num_draft_tokens;
-        let mut prefill_budget = self.draft.budget - num_decodes * decode_len;
+        self.planned.num_draft_tokens = longest.min(room);
+        let decode_len = 1 + self.planned.num_draft_tokens;
+        let mut prefill_budget = self.planned.budget - num_decodes * decode_len;
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
@@ -101,7 +101,7 @@ impl Scheduler {
                     if !self.sequences[number].decoding {
                         prefill_budget -= len;
                     }
-                    self.draft.budget -= len;
+                    self.planned.budget -= len;
                     place += 1;
                 }
                 Blocks::Later => place += 1,
@@ -115,9 +115,9 @@ impl Scheduler {
         let sample = sequence.decoding || start + len == sequence.known_len();
         let row = PlannedRow { sequence: number, start, len, sample, enters: false };
         if sequence.decoding {
-            self.draft.decodes.push(row);
+            self.planned.decodes.push(row);
         } else {
-            self.draft.prefills.push(row);
+            self.planned.prefills.push(row);
         }
     }
 
@@ -179,47 +179,48 @@ impl Scheduler {
         sequence.preemptions += 1;
         (sequence.computed_len, sequence.least_len, sequence.most_len) = (0, 0, 0);
         sequence.num_registered = 0;
-        self.draft.preempted = true;
+        self.planned.preempted = true;
         self.stats.preemptions += 1;
         self.make_ready(number);
     }
 
     /// Writes the plan and notes the step as in flight.
     fn write(&mut self, plan: &mut [u8]) -> PlanInfo {
-        let draft = std::mem::take(&mut self.draft);
+        let planned = std::mem::take(&mut self.planned);
         let mut step = self.spare_steps.pop().unwrap_or_default();
         self.writer.clear();
-        let num_decodes = draft.decodes.len() as u32;
-        let padding = self.padding(&draft);
+        let num_decodes = planned.decodes.len() as u32;
+        let padding = self.padding(&planned);
         let mut info = PlanInfo {
             step_id: self.next_step,
-            num_rows: num_decodes + draft.prefills.len() as u32,
+            num_rows: num_decodes + planned.prefills.len() as u32,
             num_decodes,
             padded_decodes: num_decodes + padding.decode_rows,
-            decode_query_len: 1 + draft.num_draft_tokens,
+            decode_query_len: 1 + planned.num_draft_tokens,
             all_greedy: true,
             ..PlanInfo::default()
         };
         step.id = info.step_id;
         step.failed = false;
         step.rows.clear();
-        for (source, destination) in &draft.copies {
+        for (source, destination) in &planned.copies {
             self.writer.push_copy(*source, *destination);
         }
-        for row in &draft.decodes {
+        for row in &planned.decodes {
             self.write_row(row, false, &mut info, &mut step);
         }
         for _ in 0..padding.decode_rows {
             self.write_decode_padding(&mut info);
         }
-        for row in &draft.prefills {
+        info.num_decode_tokens = info.num_tokens;
+        for row in &planned.prefills {
             self.write_row(row, true, &mut info, &mut step);
         }
         for row in 0..padding.prefill_rows {
             // The first of them takes all tokens.
             self.write_prefill_padding(if row == 0 { padding.prefill_tokens } else { 0 }, &mut info);
         }
-        self.draft = draft;
+        self.planned = planned;
         self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
         step.layout = Some(info.result_layout());
         step.num_records = info.padded_rows as usize;

@@ -1,13 +1,12 @@
-//! What the scheduler knows of one sequence and of one request.
+//! What the scheduler knows of one sequence.
 
 use std::sync::Arc;
 
 use crate::block_table::BlockTable;
-use crate::output::Progress;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::Order;
 use crate::prefix_cache::PrefixHasher;
-use crate::request::{RequestId, SamplingParams, SeqRef};
+use crate::request::{SamplingParams, SeqRef};
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,20 +145,4 @@ impl Sequence {
             self.hashes.push(hasher.chain(parent, scratch));
         }
     }
-}
-
-#[derive(Debug)]
-pub(super) struct Request {
-    pub id: RequestId,
-    /// Numbers of its sequences, by index; some may be gone.
-    pub sequences: Vec<u32>,
-    /// Sequences that have not finished.
-    pub unfinished: u32,
-    /// Its other choices wait for the first one.
-    pub forming: bool,
-    /// It has been admitted before.
-    pub started: bool,
-    /// It belongs to the batch that runs (policies other than continuous).
-    pub in_batch: bool,
-    pub progress: Progress,
 }

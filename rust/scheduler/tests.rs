@@ -68,7 +68,7 @@ impl Bench {
     fn schedule(&mut self) -> Option<Planned> {
         let info = self.scheduler.schedule(&mut self.plan, self.now).expect("fewer than two steps are in flight")?;
         assert_eq!(self.scheduler.check_integrity(), Ok(()));
-        let rows = PlanView::new(&info, &self.plan).rows().collect();
+        let rows = PlanView::new(&self.plan).rows().collect();
         Some(Planned { info, rows, plan: self.plan.clone() })
     }
 
@@ -130,7 +130,7 @@ fn a_prompt_is_chunked_under_the_budget_and_then_decodes() {
     let id = bench.add(&counted(37), max_tokens(2));
     let step = bench.schedule().expect("a chunk");
     assert_eq!((Bench::lens(&step), step.rows[0].flags), (vec![16], ROW_PREFILL));
-    let tokens: Vec<u32> = PlanView::new(&step.info, &step.plan).prefill_tokens().collect();
+    let tokens: Vec<u32> = PlanView::new(&step.plan).prefill_tokens().collect();
     assert_eq!(tokens, counted(16));
     bench.commit(&step, 0);
     let step = bench.schedule().expect("a chunk");
@@ -207,7 +207,7 @@ fn min_tokens_bans_end_tokens_by_bias_while_the_token_before_is_unknown() {
     let options =
         SamplingOptions { min_tokens: 2, stop_token_ids: vec![3], logit_bias: vec![(9, 1.5)], ..max_tokens(5) };
     bench.add(&[1, 2], options);
-    let bias = |step: &Planned| PlanView::new(&step.info, &step.plan).bias().collect::<Vec<_>>();
+    let bias = |step: &Planned| PlanView::new(&step.plan).bias().collect::<Vec<_>>();
     let first = bench.schedule().expect("the prompt");
     let second = bench.schedule().expect("a decode");
     let banned = [(9, 1.5), (7, f32::NEG_INFINITY), (3, f32::NEG_INFINITY)];
@@ -246,7 +246,7 @@ fn a_second_request_finds_the_first_ones_blocks_but_computes_the_last_token() {
     bench.add(&counted(12), max_tokens(1));
     let step = bench.schedule().expect("the rest of the prompt");
     assert_eq!(Bench::lens(&step), [4]);
-    let enters: Vec<_> = PlanView::new(&step.info, &step.plan).enters().collect();
+    let enters: Vec<_> = PlanView::new(&step.plan).enters().collect();
     assert_eq!((enters[0].computed_len, step.info.num_blocks), (8, 3));
     bench.commit(&step, 1);
     assert_eq!(bench.told.progress.num_cached_tokens, 8);
@@ -277,7 +277,7 @@ fn choices_share_the_prompt_and_draw_their_own_first_token() {
     assert_eq!(Bench::lens(&step), [6]);
     bench.commit(&step, 1);
     let step = bench.schedule().expect("a decode and two forks");
-    let view = PlanView::new(&step.info, &step.plan);
+    let view = PlanView::new(&step.plan);
     assert_eq!(Bench::lens(&step), [1, 1, 1]);
     assert_eq!(view.prefill_tokens().collect::<Vec<_>>(), [6, 6]);
     assert_eq!(view.copies().count(), 2);
@@ -457,7 +457,7 @@ fn accepted_drafts_move_the_sequence_on_and_rejected_ones_do_not() {
     bench.scheduler.set_drafts(seq, &[21, 22]).expect("good drafts");
     let step = bench.schedule().expect("a row with drafts");
     assert_eq!((step.info.decode_query_len, step.rows[0].num_drafts, step.info.result_width), (3, 2, 5));
-    let drafts: Vec<_> = PlanView::new(&step.info, &step.plan).drafts().collect();
+    let drafts: Vec<_> = PlanView::new(&step.plan).drafts().collect();
     assert_eq!(drafts, [Some(21), Some(22)]);
     let next = bench.schedule().expect("a row behind undecided drafts");
     assert_eq!((next.info.decode_query_len, next.info.max_seq_len), (1, 5 + 3 + 1));
@@ -513,7 +513,7 @@ fn penalties_tell_the_device_what_was_seen() {
     let mut bench = Bench::new(small());
     bench.add(&[5, 6, 5], SamplingOptions { presence_penalty: 1.0, ..max_tokens(2) });
     let step = bench.schedule().expect("the prompt");
-    let view = PlanView::new(&step.info, &step.plan);
+    let view = PlanView::new(&step.plan);
     let mut seen: Vec<_> = view.penalty_tokens().collect();
     seen.sort_unstable();
     assert_eq!(seen, [(5, 0, true), (6, 0, true)]);

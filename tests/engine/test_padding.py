@@ -33,14 +33,14 @@ def test_padded_steps_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "GraphSizes", lambda: SIZES)
     llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
     shapes = []
-    launch = llm._engine.runner.launch
+    launch = llm._engine.runner.launch_forward
 
     @functools.wraps(launch)
-    def spy(plan, buffers) -> None:
-        shapes.append((plan.num_prefill_tokens, plan.padded_rows - plan.num_rows))
-        launch(plan, buffers)
+    def spy(step) -> None:
+        shapes.append((step.plan.num_prefill_tokens, step.plan.padded_rows - step.plan.num_rows))
+        launch(step)
 
-    monkeypatch.setattr(llm._engine.runner, "launch", spy)
+    monkeypatch.setattr(llm._engine.runner, "launch_forward", spy)
     assert answers(llm) == plain
     assert sum(tokens in SIZES.prefill_tokens and padding > 0 for tokens, padding in shapes) >= 3
 
@@ -57,7 +57,7 @@ def test_warm_up_leaves_nothing_behind() -> None:
         "vocab_size": llm._engine.runner.vocab_size,
     }
     plain = answers(LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80))
-    warm_up(llm._engine.runner, llm._engine._buffers[0], options)
+    warm_up(llm._engine.runner, llm._engine.parts.buffers[0], options)
     assert llm.core.stats()["kv_blocks_used"] == 0
     assert answers(llm) == plain
 

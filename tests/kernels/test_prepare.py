@@ -1,14 +1,15 @@
-"""`prepare` against DESIGN.md's rules, written out token by token in plain Python."""
+"""`prepare` against docs/plan.md's rules, written out token by token in plain Python."""
 
 import dataclasses
 
 import pytest
 import torch
-from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, FakePlan, Row, write_plan
+from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, Row, write_plan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
 from octavo.kernels.reference import step
+from octavo.kernels.step.plan_format import Plan
 
 BLOCK_SIZE, MAX_BLOCKS, SLOTS, VOCAB = 4, 8, 6, 50
 PADDING_SLOT = SLOTS - 1
@@ -68,7 +69,7 @@ def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], decode_query
     assert inputs.row_slots[len(rows)] == inputs.seq_lens[len(rows)] == inputs.sample_index[logits_row] == -77
 
 
-def run(prepare, plan_and_bytes: tuple[FakePlan, Tensor], state: DeviceState, inputs: StepInputs) -> None:
+def run(prepare, plan_and_bytes: tuple[Plan, Tensor], state: DeviceState, inputs: StepInputs) -> None:
     prepare(*plan_and_bytes, state, inputs, block_size=BLOCK_SIZE)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.kernels.plan_bytes import LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE, Enter, Row
+from tests.kernels.plan_bytes import LOGPROBS, PENALTIES, SAMPLE, Enter, Row
 from tests.kernels.sampling_oracle import Sampler, expected_token
 
 from octavo.kernels.reference import step
@@ -551,11 +551,3 @@ def test_top_logprobs_over_a_tiny_vocabulary(sampler):
     records = sampler(3).step(logits, [Row(0, flags=SAMPLE | LOGPROBS)], max_logprobs=5)
     assert records[0].top_ids[0] == [1, 2, 0, -1, -1]
     assert records[0].top_logprobs[0][3:] == [-math.inf] * 2
-
-
-def test_flags_are_the_formats():
-    from octavo.kernels.step import plan_format
-
-    assert (SAMPLE, PREFILL, LOGPROBS, PENALTIES, PADDING) == (
-        plan_format.SAMPLE, plan_format.PREFILL, plan_format.LOGPROBS, plan_format.PENALTIES, plan_format.PADDING
-    )  # fmt: skip

@@ -142,8 +142,8 @@ FAULTS = [
     Fault(
         "a token over the budget",
         "rust/scheduler/schedule.rs",
-        "self.draft.budget -= len;",
-        "self.draft.budget -= len - u32::from(len > 3);",
+        "self.planned.budget -= len;",
+        "self.planned.budget -= len - u32::from(len > 3);",
     ),
 ]
 

@@ -7,13 +7,12 @@ use crate::checks::{recount, step_blocks, Fairness};
 use crate::device::{Device, Faults};
 use crate::ledger::{Call, Ledger, PoolNeed};
 use crate::model::mix;
-use crate::packed::{Shape, View, PADDING, SAMPLE};
+use crate::packed::{Header, Shape, View, PADDING, SAMPLE};
 use crate::scenario::{NewRequest, Scenario};
 use crate::trace::{Event, Totals};
 use _core::config::Batching;
 use _core::error::Error;
 use _core::inspect::Inspection;
-use _core::plan::PlanInfo;
 use _core::request::{RequestId, SeqRef};
 use _core::scheduler::Scheduler;
 use rand::rngs::StdRng;
@@ -250,7 +249,7 @@ impl World {
         let before = self.core.inspect();
         let has_work = self.core.has_work(self.now);
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
-        let Some(plan) = plan else {
+        let Some(step_id) = plan.map(|plan| plan.step_id) else {
             self.trace.push(Event::NoPlan);
             self.fairness.preempted(&before, &self.core.stats())?;
             return self.nothing_to_do().map(|()| false);
@@ -259,11 +258,13 @@ impl World {
             return Err("has_work was false, but a step was planned".to_string());
         }
         let after = self.core.inspect();
-        let rows = self.rows_of(&plan, &after)?;
-        let faults = self.choose_faults(&plan, &rows);
+        let view = View::new(&self.plan_bytes)?;
+        let plan = &view.header;
+        let rows = self.rows_of(&view, &after)?;
+        let faults = self.choose_faults(plan, &rows);
         let seqs: Vec<SeqRef> = rows.iter().map(|row| row.seq).collect();
         self.trace.push(Event::Plan {
-            step_id: plan.step_id,
+            step_id,
             rows: rows.iter().map(|row| (row.seq.request.0, row.seq.index, row.query_len)).collect(),
             enters: plan.num_enters,
             copies: plan.num_copies,
@@ -271,9 +272,9 @@ impl World {
         });
         self.totals.steps += 1;
         self.totals.copies += u64::from(plan.num_copies);
-        let result = self.device.execute(&plan, &self.plan_bytes, &faults)?;
+        let result = self.device.execute(&self.plan_bytes, &faults)?;
         self.in_flight.push_back(InFlight {
-            step_id: plan.step_id,
+            step_id,
             result: result.iter().flat_map(|word| word.to_le_bytes()).collect(),
             is_lost: faults.lost,
             seqs: seqs.clone(),
@@ -281,7 +282,7 @@ impl World {
         let (written, read) = self.device.touched_blocks();
         step_blocks(&after, written, read)?;
         self.fairness.preempted(&before, &self.core.stats())?;
-        self.fairness.step_planned(&before, &after, &seqs, &plan)?;
+        self.fairness.step_planned(&before, &after, &seqs, plan)?;
         Ok(true)
     }
 
@@ -304,9 +305,9 @@ impl World {
     }
 
     /// The sequence of each row, padding left out, with its query length and flags.
-    fn rows_of(&self, plan: &PlanInfo, after: &Inspection) -> Result<Vec<PlannedRow>, String> {
+    fn rows_of(&self, view: &View, after: &Inspection) -> Result<Vec<PlannedRow>, String> {
         let running = |slot| after.sequences.iter().find(|sequence| sequence.slot == Some(slot));
-        let rows = View::new(plan, &self.plan_bytes)?.rows(plan, &self.shape)?;
+        let rows = view.rows(&self.shape)?;
         let real = (0..).zip(rows).filter(|(_, row)| row.flags & PADDING == 0);
         real.map(|(index, row)| {
             let owner = running(row.slot).ok_or(format!("row {index} is in slot {}, which nobody holds", row.slot))?;
@@ -316,7 +317,7 @@ impl World {
         .collect()
     }
 
-    fn choose_faults(&mut self, plan: &PlanInfo, rows: &[PlannedRow]) -> Faults {
+    fn choose_faults(&mut self, plan: &Header, rows: &[PlannedRow]) -> Faults {
         let mut faults = Faults { lost: self.rng.random_bool(self.scenario.step_failure), ..Faults::default() };
         if !faults.lost && self.rng.random_bool(self.scenario.nan) {
             if let Some(row) = rows.iter().filter(|row| row.samples).choose(&mut self.rng) {

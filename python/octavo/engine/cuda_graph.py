@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo._core import Plan
 from octavo.engine.forward import hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, StepInputs
+from octavo.kernels.step.plan_format import Plan
 from octavo.models.registry import Model
 
 PREFILL_ROWS = 8  # of each captured step with prompt tokens, one of them always padding
@@ -123,4 +123,4 @@ class StepGraphs:
 
 def shape_of(plan: Plan) -> tuple[int, int, int]:
     """Decode rows, prefill rows and prompt tokens of a plan, padding included."""
-    return plan.padded_decodes, plan.padded_rows - plan.padded_decodes, plan.num_prefill_tokens
+    return plan.padded_decodes, plan.num_prefills, plan.num_prefill_tokens

@@ -1,7 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
 Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
-which names request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
+which names request slots and blocks in the plan (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo._core import Plan
 from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
 from octavo.engine.forward import hidden_states, step_context
-from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
+from octavo.engine.step_buffers import DeviceState, Step, StepInputs
 from octavo.kernels import ops
+from octavo.kernels.step.plan_format import PAIR_WORDS, Plan
 from octavo.weights.load import LoadedModel
 
 
@@ -135,17 +135,27 @@ class ModelRunner:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, plan: Plan, buffers: StepBuffers) -> None:
-        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its
-        event.
+    def launch_forward(self, step: Step) -> None:
+        """Enqueues the step on the current stream up to its logits, which then are `step.logits`.
+
+        It reads what the sample of the step before has written on the device, so that one must have been launched.
         """
-        plan_device = buffers.upload(plan.num_bytes)
+        plan, plan_device = step.plan, step.buffers.upload(step.plan.num_bytes)
         if plan.num_copies:
-            pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
-            ops.copy_blocks(self.kv_caches, pairs)
+            words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
+            ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
         ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_shape.block_size)
-        logits = self.forward(plan)
-        ops.sample(logits, plan, plan_device, self.state, self.inputs, buffers.result_device)
+        step.logits = self.forward(plan)
+
+    @torch.inference_mode()
+    def launch_sample(self, step: Step) -> None:
+        """Enqueues what follows the logits: the draw, and the copy of the results to the host, for which
+        `step.buffers.wait` waits.
+        """
+        plan, buffers, logits = step.plan, step.buffers, step.logits
+        assert logits is not None, "launch_forward comes before launch_sample"
+        step.logits = None  # the stream keeps what the kernels still read
+        ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device)
         buffers.download(plan.padded_rows * plan.result_width * 4)
 
     def forward(self, plan: Plan) -> Tensor:
@@ -157,7 +167,7 @@ class ModelRunner:
                 self.inputs,
                 self.state,
                 num_decodes=plan.padded_decodes,
-                num_prefills=plan.padded_rows - plan.padded_decodes,
+                num_prefills=plan.num_prefills,
                 num_tokens=plan.num_tokens,
                 max_query_len=plan.max_query_len,
                 max_seq_len=plan.max_seq_len,

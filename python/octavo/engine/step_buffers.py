@@ -3,12 +3,13 @@ from the core.
 
 Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over it. The file knows
 shapes only: `kernels/step/prepare.py` and `kernels/step/sample.py` fill and advance these tensors, and the core (Rust)
-decides what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundary in a step?".
+decides what the plan says. docs/plan.md has the format of a plan and of a result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.step import plan_format
+from octavo.kernels.step.plan_format import Plan
 
 
 class DeviceState:
@@ -110,17 +112,22 @@ class StepBuffers:
         # The core's views: its own sizes exactly, C-contiguous uint8.
         self.plan_array: npt.NDArray[np.uint8] = _numpy(self._plan_host[:plan_bytes])
         self.result_array: npt.NDArray[np.uint8] = _numpy(self._result_host[:result_bytes])
-        self._plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
+        # uint8 at its full size
+        self.plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
         result_device = torch.zeros_like(self._result_host, device=device) if self._on_gpu else self._result_host
         self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
         # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would hold it.
         self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
+    def read_plan(self) -> Plan:
+        """The header of the plan that the core has written."""
+        return Plan.read(self.plan_array)
+
     def upload(self, num_bytes: int) -> Tensor:
-        """Enqueues the copy of the plan's first `num_bytes` bytes; returns the device plan, uint8 at its full size."""
+        """Enqueues the copy of the plan's first `num_bytes` bytes; returns `plan_device`."""
         if self._on_gpu:
-            self._plan_device[:num_bytes].copy_(self._plan_host[:num_bytes], non_blocking=True)
-        return self._plan_device
+            self.plan_device[:num_bytes].copy_(self._plan_host[:num_bytes], non_blocking=True)
+        return self.plan_device
 
     def download(self, num_bytes: int) -> None:
         """Enqueues the copy of the first `num_bytes` result bytes to the host and records the event that `wait` waits
@@ -135,6 +142,16 @@ class StepBuffers:
         """Returns once the downloaded result is in `result_array`; the GIL is free meanwhile."""
         if self._on_gpu:
             self._done.synchronize()
+
+
+@dataclass(slots=True)
+class Step:
+    """One planned step on its way through the device: the plan's numbers, and the host slot that has the rest."""
+
+    slot: int
+    plan: Plan
+    buffers: StepBuffers
+    logits: Tensor | None = None  # between the launches of the forward pass and of the sample
 
 
 def _whole_words(num_bytes: int) -> int:
