@@ -1,7 +1,7 @@
 """What is timed: each op at the shapes of Llama-2-7B, Llama-3-8B and 70B, with its counted bytes or operations.
 
-Peer figures and goals are those of `peers.md` and issue "Kernels at the card's limit" (vLLM 0.26 on an H100, FA3 for
-attention, microseconds; small ops with rotating inputs).
+Peer figures are vLLM 0.26's on an H100 (FA3 for attention), measured once: microseconds; small ops with rotating
+inputs.
 """
 
 import itertools

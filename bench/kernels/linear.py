@@ -2,8 +2,7 @@
 
 One layer's four fused linears on weights of their own, repeated over enough copies that the L2 forgets them, in one
 CUDA graph and scaled to the model's layers: milliseconds a step, the rate at which weights are read (or the
-arithmetic), the share of the card's limit, the same by cuBLAS in bf16, the best peer of `peers.md` and the goal of
-issue "Kernels at the card's limit".
+arithmetic), the share of the card's limit, the same by cuBLAS in bf16, the best peer (`PEERS`) and the goal.
 """
 
 import sys
@@ -15,7 +14,7 @@ import triton
 from bench.kernels.timing import ARITHMETIC, BANDWIDTH, microseconds, rotations
 from torch import Tensor
 
-from octavo.kernels.linear import dense, int4, table
+from octavo.kernels.linear import dense, dense_table, int4, int4_table
 from octavo.kernels.linear.int4_layout import DEPTH, ROWS, Int4Weight
 
 # [outputs, inputs] of qkv, o, gate_up, down; layers
@@ -106,7 +105,7 @@ def main() -> None:
                 print(f"{model:6}{kind:8}{tokens:5} {ours:8.3f} {rate:>14} {share:6.0%}", *columns, met, flush=True)
         del plain, layers
         torch.cuda.empty_cache()
-    print(*table.lines(), sep="\n")
+    print(*int4_table.lines(), *dense_table.lines(), sep="\n")
 
 
 def _is_wanted(tokens: int, wanted: list[str]) -> bool:

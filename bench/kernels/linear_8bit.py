@@ -2,8 +2,8 @@
 `... quant`: the ops that quantise as they go, in microseconds.
 
 A step is the four fused linears of a layer, one after the other in one CUDA graph, times the layers of the model.
-Peers (vLLM 0.26's CUTLASS products, activations already quantised) and goals are those of `peers.md` and issue
-"Kernels at the card's limit"; `torch` is `torch._scaled_mm` with a scale a row in the same process.
+Peers are vLLM 0.26's CUTLASS products on an H100, activations already quantised, measured once; `torch` is
+`torch._scaled_mm` with a scale a row in the same process.
 """
 
 import itertools

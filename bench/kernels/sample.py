@@ -1,6 +1,6 @@
 """Sampling of [rows, 128256] float32 logits (randn x 3): the whole step's `sample`, result records and state included.
 
-Peer figures: `peers.md`, vLLM's native sampler on an H100; goals: issue "Kernels at the card's limit" (256 rows).
+Beside it vLLM 0.26's native sampler on an H100, measured once, and the goal at 256 rows.
 """
 
 from collections.abc import Iterator

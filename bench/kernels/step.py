@@ -1,15 +1,13 @@
 """`python -m bench.kernels.step [name part ...]`: a whole decode step as one CUDA graph of the kernels alone.
 
 Embedding, all layers, final norm, head and greedy sampling with random weights, 256 tokens of context in paged KV of
-bf16: what an engine around these kernels may not lose. Three paths: `plain`, nine launches a layer and any linear; with
-the bf16 GEMVs of `fused_gemv.py` also `silu`, eight launches, and `fused`, six.
-
-Peers and goals: `peers.md` (vLLM's whole token at 256 tokens of context) and issue "Kernels at the card's limit".
+bf16: what an engine around these kernels may not lose. Beside it vLLM 0.26's whole token at that context on an H100,
+measured once, and the goal.
 """
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.kernels.attention import decode, rope
-from octavo.kernels.linear import dense, fused_gemv
+from octavo.kernels.linear import dense
 from octavo.kernels.pointwise import activation, norm
 from octavo.kernels.step import prepare, sample
 
@@ -77,11 +75,6 @@ def bf16(size: int, channels: int) -> Linear:
     return partial(dense.linear, weight=weight)
 
 
-def weight_of(linear: Linear) -> Tensor:
-    """Of a linear made by `bf16`."""
-    return linear.keywords["weight"]  # type: ignore[attr-defined]
-
-
 def int4(size: int, channels: int) -> Linear:
     """Groups of 128, no zero points."""
     layout = importlib.import_module("octavo.kernels.linear.int4_layout")
@@ -122,7 +115,7 @@ TARGETS: dict[tuple[str, str, int], tuple[float | None, float | None]] = {
 
 
 class Step:
-    """The tensors of a step and its paths."""
+    """The tensors of a step."""
 
     def __init__(self, shape: Shape, rows: int, linear: Callable[[int, int], Linear], bytes_a_weight: float) -> None:
         device, self.shape, self.rows = torch.device("cuda"), shape, rows
@@ -153,29 +146,16 @@ class Step:
         self.rotary = torch.rand((CONTEXT, DIM), device=device)
         self.result = torch.empty(rows * self.plan.result_width, dtype=torch.int32, device=device)
 
-    def plain(self) -> Tensor:
-        """Returns the logits, as the others do."""
-        return self._with_norms_apart(lambda x, gate_up: activation.silu_and_mul(gate_up(x)))
-
-    def silu(self) -> Tensor:
-        return self._with_norms_apart(lambda x, gate_up: fused_gemv.linear_silu(x, weight_of(gate_up)))
-
-    def _with_norms_apart(self, gated: Callable[[Tensor, Linear], Tensor]) -> Tensor:
+    def run(self) -> Tensor:
+        """Returns the logits."""
         residual = F.embedding(self.inputs.token_ids, self.embedding)
         x = norm.rms_norm(residual, self.norm, EPS)
         for layer, (qkv, out, gate_up, down) in enumerate(self.layers):
             x = norm.add_rms_norm(out(self._attend(qkv(x), layer)), residual, self.norm, EPS)
-            x = norm.add_rms_norm(down(gated(x, gate_up)), residual, self.norm, EPS)
-        return self._sample(self.head(x))
-
-    def fused(self) -> Tensor:
-        x = F.embedding(self.inputs.token_ids, self.embedding)
-        for layer, linears in enumerate(self.layers):
-            qkv, out, gate_up, down = map(weight_of, linears)
-            y = self._attend(fused_gemv.norm_linear(x, self.norm, qkv, EPS), layer)
-            fused_gemv.linear_add(y, out, x)
-            fused_gemv.linear_add(fused_gemv.norm_linear_silu(x, self.norm, gate_up, EPS), down, x)
-        return self._sample(fused_gemv.norm_linear(x, self.norm, weight_of(self.head), EPS))
+            x = norm.add_rms_norm(down(activation.silu_and_mul(gate_up(x))), residual, self.norm, EPS)
+        logits = self.head(x)
+        sample.sample(logits, self.plan, self.data, self.state, self.inputs, self.result)
+        return logits
 
     def _attend(self, qkv: Tensor, layer: int) -> Tensor:
         """# [rows, channels of qkv] -> [rows, heads * DIM]"""
@@ -187,10 +167,6 @@ class Step:
         )
         return y.view(self.rows, -1)
 
-    def _sample(self, logits: Tensor) -> Tensor:
-        sample.sample(logits, self.plan, self.data, self.state, self.inputs, self.result)
-        return logits
-
 
 def step_milliseconds(step: Callable[[], object]) -> float:
     """Median device time of a step in a graph."""
@@ -200,14 +176,6 @@ def step_milliseconds(step: Callable[[], object]) -> float:
     with torch.cuda.graph(graph):
         step()
     return milliseconds(graph, 15)
-
-
-def paths(step: Step, format_name: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Name and function of each path that serves this step."""
-    yield "plain", step.plain
-    if format_name == "bf16" and step.rows <= fused_gemv.MAX_ROWS:
-        yield "silu", step.silu
-        yield "fused", step.fused
 
 
 def main() -> None:
@@ -222,13 +190,12 @@ def main() -> None:
         bytes_a_weight, linear = FORMATS[format_name]
         step = Step(SHAPES[name], rows, linear, bytes_a_weight)
         floor = SHAPES[name].bytes(rows, bytes_a_weight) / BANDWIDTH * 1e3
-        for path, run in paths(step, format_name):
-            ours = step_milliseconds(run)
-            columns = [f"{figure:7.2f}" if figure is not None else f"{'-':>7}" for figure in (peer, goal)]
-            met = "" if goal is None else " met" if ours <= goal else " missed"
-            label = f"{name} {format_name} x {rows} {path}"
-            print(f"{label:22} {ours:7.3f} {floor:7.3f} {floor / ours:6.0%}", *columns, met, flush=True)
-        del step, run
+        ours = step_milliseconds(step.run)
+        columns = [f"{figure:7.2f}" if figure is not None else f"{'-':>7}" for figure in (peer, goal)]
+        met = "" if goal is None else " met" if ours <= goal else " missed"
+        label = f"{name} {format_name} x {rows}"
+        print(f"{label:22} {ours:7.3f} {floor:7.3f} {floor / ours:6.0%}", *columns, met, flush=True)
+        del step
         torch.cuda.empty_cache()
 
 

@@ -2,8 +2,8 @@
 
 One token goes through plain multiply-adds, more through the tensor cores with the weight as left operand: in
 `_slices_kernel` every warp takes its own slice of k of the same rows, in `_tiles_kernel` warps take rows and share the
-activations. Programs that split k add up as in `int4.py`. More tokens than that, and shapes whose rows do not
-start on 16 bytes, go to cuBLAS.
+activations. Programs may split k (`split_k.py`). More tokens than that, and shapes whose rows do not start on 16
+bytes, go to cuBLAS.
 """
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.launch import has_pdl
-from octavo.kernels.linear import table
-from octavo.kernels.linear.int4 import finish
+from octavo.kernels.linear.dense_table import DensePlan, dense_plan
+from octavo.kernels.linear.split_k import finish
 
 
 @triton.jit
@@ -159,7 +159,7 @@ def _tiles_kernel(
     finish(accumulator, out_ptr, bias_ptr, partial_ptr, arrivals_ptr, row, token, N, M, tile_n, split, SPLITS, BIAS)
 
 
-def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: table.Bf16Plan) -> None:
+def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: DensePlan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`, which has room for M tokens."""
     tokens, rows = out.shape
     depth = weight.shape[1]
@@ -215,7 +215,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Launches of one device must be on one stream: they share counters. Call it once before capturing it in a graph, so
     that the counters exist.
     """
-    plan = table.bf16_plan(x.shape[0], *weight.shape)
+    plan = dense_plan(x.shape[0], *weight.shape)
     in_16_bytes = x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0 and x.stride(1) == weight.stride(1) == 1
     if plan is None or x.dtype not in (torch.bfloat16, torch.float16) or not in_16_bytes or x.shape[0] == 0:
         return F.linear(x, weight, bias)

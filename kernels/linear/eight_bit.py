@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals, arrives_last
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.linear.eight_bit_table import Config, Gemv, Library, Matmul, Tile, Warps, choose
 from octavo.kernels.pointwise.quantize import dequantize_rows
@@ -248,10 +248,8 @@ def _tile_kernel(
         inner = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tile_ptr = partial_ptr + tile.to(tl.int64) * parts * (BLOCK_N * BLOCK_M) + inner
         tl.store(tile_ptr + part * (BLOCK_N * BLOCK_M), total)
-        tl.debug_barrier()  # the counter tells of the whole program's stores
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu") == parts - 1
+        last = arrives_last(arrivals_ptr, tile, parts)
         if last:
-            tl.store(arrivals_ptr + tile, 0)
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for index in tl.range(parts):
                 total += tl.load(tile_ptr + index * (BLOCK_N * BLOCK_M), cache_modifier=".cg")

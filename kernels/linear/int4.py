@@ -8,9 +8,8 @@ weights are never rounded.
 
 `_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows, activations too go from memory
 straight into the registers of the tensor cores' right operand, and slices are added at the end. `_tiles_kernel` is for
-more: warps take rows and share the activations. Either can be split along k over programs; the program that arrives
-last adds the parts up in their order, so results do not depend on timing. `int4_gluon.py` has the kernel of many
-tokens on Hopper.
+more: warps take rows and share the activations. Either can be split along k over programs (`split_k.py`).
+`int4_gluon.py` has the kernel of many tokens on Hopper.
 """
 
 import torch
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.launch import has_gluon, has_pdl
-from octavo.kernels.linear import table
 from octavo.kernels.linear.int4_layout import Int4Weight
+from octavo.kernels.linear.int4_table import Int4Plan, int4_plan
+from octavo.kernels.linear.split_k import finish
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
@@ -94,44 +94,6 @@ def _pair_scales(scales, dtype: tl.constexpr):
     low = (scales & 0xFFFF).to(tl.int16).to(dtype, bitcast=True)
     high = (scales >> 16).to(tl.int16).to(dtype, bitcast=True)
     return tl.join(low.to(tl.float32), high.to(tl.float32))
-
-
-@triton.jit
-def finish(
-    total,  # [ROWS, TOKENS] fp32
-    out_ptr,
-    bias_ptr,
-    partial_ptr,  # [splits, M, N] fp32
-    arrivals_ptr,  # [tiles] int32, all zero before and after
-    row,  # [ROWS]
-    token,  # [TOKENS]
-    N,
-    M,
-    tile,
-    split,
-    SPLITS: tl.constexpr,
-    BIAS: tl.constexpr,
-):
-    """Writes a tile of the product, or its part; the last part of a tile to arrive adds them up in order."""
-    inside = (row < N)[:, None] & (token < M)[None, :]
-    offset = token[None, :].to(tl.int64) * N + row[:, None]
-    last = True
-    if SPLITS > 1:
-        size = N.to(tl.int64) * M
-        tl.store(partial_ptr + split * size + offset, total, mask=inside)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        last = arrived == SPLITS - 1
-        if last:
-            tl.store(arrivals_ptr + tile, 0)
-            total = tl.load(partial_ptr + offset, mask=inside, other=0.0, cache_modifier=".cg")
-            for part in tl.static_range(1, SPLITS):
-                total += tl.load(partial_ptr + part * size + offset, mask=inside, other=0.0, cache_modifier=".cg")
-    if last:
-        if BIAS:
-            total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -385,7 +347,7 @@ def _dequantise_kernel(
     tl.store(out_ptrs, (numbers.to(tl.float32) * scale).to(dtype), mask=(row < N)[:, None])
 
 
-def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: table.Int4Plan) -> None:
+def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: Int4Plan) -> None:
     """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
     if plan.kernel == "gluon":
         from octavo.kernels.linear import int4_gluon
@@ -466,7 +428,7 @@ def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Te
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens = x.shape[0]
-    plan = table.int4_plan(tokens, weight.rows, weight.depth, takes_gluon(x))
+    plan = int4_plan(tokens, weight.rows, weight.depth, takes_gluon(x))
     if plan is None:
         return F.linear(x, dequantise(weight), bias)
     out = torch.empty((tokens, weight.rows), dtype=x.dtype, device=x.device)

@@ -31,7 +31,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
 from octavo.kernels.gluon_names import barrier, load_async, store_async, view_as
 from octavo.kernels.linear.int4_layout import Int4Weight
-from octavo.kernels.linear.table import Int4Plan
+from octavo.kernels.linear.int4_table import Int4Plan
 
 ROWS = gl.constexpr(64)  # a consumer
 UNIT = gl.constexpr(64)  # k a round

@@ -1,5 +1,5 @@
 """Quantisation of rows to 8 bits, each with its own scale: a weight's output channels once at load, and activations
-whose producer could not do it in its epilogue (`norm_quant.py`, `activation_quant.py` are the ones that can).
+whose producer could not do it in its epilogue (those of `norm.py` and `activation.py` can).
 """
 
 import torch
@@ -13,7 +13,7 @@ from octavo.kernels.reference.eight_bit import LARGEST
 @triton.jit
 def scale_to_8_bits(x, LARGEST: tl.constexpr, dtype: tl.constexpr):
     """x [BLOCK] fp32 (zero outside the row) as (values of `dtype`, scale): the twin is
-    `reference_8bit.quantize_rows`.
+    `reference/eight_bit.py`'s `quantize_rows`.
     """
     # Magnitudes order like their bits, with NaN above infinity: so a NaN reaches the scale; int8 could not carry it.
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)

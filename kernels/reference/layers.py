@@ -155,13 +155,46 @@ def decode_attention(
     window: int = 0,
     soft_cap: float = 0.0,
     kv_scales: Tensor | None = None,
+    query_start_loc: Tensor | None = None,
 ) -> Tensor:
-    """Attention of rows that bring `query_len` new tokens each, over the pages of their slot.
+    """Attention of rows that bring a few new tokens each, over the pages of their slot.
 
-    q [R * query_len, Hq, D], row by row; row_slots, seq_lens [R] int32. Token j of a row sits at position `seq_len -
-    query_len + j` and sees keys `max(0, position - window + 1) .. position` (window 0: from 0). logits = scale * q @
-    k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. With kv_scales the cache holds codes (`kv_quant.py`).
-    Returns [R * query_len, Hq, D]; a token that sees nothing gets zeros.
+    q [tokens, Hq, D], row by row; row_slots, seq_lens [R] int32. Every row has `query_len` tokens; or with
+    query_start_loc [R + 1] int32 row r has `q[query_start_loc[r] : query_start_loc[r + 1]]`, 1 to `query_len` of them.
+    They are the last of its `seq_lens[r]` positions; the one at `position` sees keys `max(0, position - window + 1) ..
+    position` (window 0: from 0). logits = scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. With
+    kv_scales the cache holds codes (`kv_quant.py`). Returns [tokens, Hq, D]; a token that sees nothing gets zeros: so
+    does every token of a row with a `seq_len` of 0, which may have any number of them, more than `query_len` too.
+    """
+    cache = (kv_cache, block_table, row_slots, seq_lens)
+    settings = (scale, window, soft_cap, kv_scales)
+    if query_start_loc is None:
+        return _attend_rows(q, *cache, query_len, query_len, *settings)
+    counts = query_start_loc.diff().view(-1, 1)
+    tokens = query_start_loc[:-1, None].long() + torch.arange(query_len, device=q.device)  # [R, query_len]
+    padded = q[tokens.view(-1).clamp(max=q.shape[0] - 1)]
+    answers = _attend_rows(padded, *cache, query_len, counts, *settings)
+    answered = tokens < query_start_loc[1:, None]
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    out[tokens[answered]] = answers[answered.view(-1)]
+    return out
+
+
+def _attend_rows(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    row_slots: Tensor,
+    seq_lens: Tensor,
+    query_len: int,
+    counts: Tensor | int,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    kv_scales: Tensor | None,
+) -> Tensor:
+    """`decode_attention` of q [R * query_len, Hq, D], where the first `counts` ([R, 1], or one number for all) of a
+    row's places are its tokens: what the others hold, and their answers, mean nothing.
     """
     num_rows, num_q, dim = row_slots.shape[0], q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -186,9 +219,10 @@ def decode_attention(
         out = _attend(queries, keys, values, None, scale, soft_cap)
     else:
         position = torch.arange(first_block * block_size, first_block * block_size + num_keys, device=q.device)
-        last = seq_lens.view(-1, 1) + torch.arange(
-            1 - query_len, 1, device=q.device
-        )  # [R, L] one past the last visible key
+        ends = seq_lens.view(-1, 1)
+        last = ends - counts + torch.arange(1, query_len + 1, device=q.device)  # [R, L] one past the last visible key
+        if isinstance(counts, Tensor):
+            last = torch.minimum(last, ends)  # behind a row's last token nothing may be read
         visible = position < last.unsqueeze(-1)  # [R, L, num_keys]
         if window:
             visible &= position >= last.unsqueeze(-1) - window

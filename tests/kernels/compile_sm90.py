@@ -73,7 +73,8 @@ def decode_case(
 ) -> None:
     cache, scales = pages(heads, block_size, kv)
     q = meta(32 * query_len, heads[0], heads[2], dtype=dtype)
-    decode.decode_attention(q, cache, ints(64, 64), ints(32), ints(32), query_len, 0.1, kv_scales=scales, **options)
+    rows = (ints(64, 64), ints(32), ints(32))
+    decode.decode_attention(q, cache, *rows, query_len, 0.1, kv_scales=scales, **options)
 
 
 def prefill_case(
@@ -137,6 +138,12 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
                 f"decode_attention {name} x{query_len}",
                 lambda h=heads, b=block_size, n=query_len, a=arguments, o=options: decode_case(h, b, n, *a, **o),
             )
+    for query_len, window in ((1, 0), (4, 0), (8, 4096)):
+        options = {"query_start_loc": ints(33), "window": window}
+        yield (
+            f"decode_attention bf16 bf16 (32, 8, 128) page 64 x{query_len} ragged{' window' * (window > 0)}",
+            lambda n=query_len, o=options: decode_case((32, 8, 128), 64, n, bf16, bf16, **o),
+        )
     for dtype, dim, block_size, window in (
         (bf16, 128, 64, 0),
         (bf16, 128, 64, 4096),

@@ -19,7 +19,6 @@ CHOOSE_SPILL_LIMIT = 256  # `_choose_kernel` keeps a row's pointers and paramete
     [
         ("compile_sm90", 50),
         ("compile_sm90_8bit", 60),
-        ("compile_sm90_fused", 40),
         ("compile_sm90_linear", 15),
         ("compile_sm90_step", 60),
     ],

@@ -1,7 +1,10 @@
-"""Decode attention against its twin in fp32, over pages whose unused part is NaN."""
+"""Decode attention against its twin in fp32, over pages whose unused part is NaN; ragged rows against the definition
+in float64 too.
+"""
 
 import pytest
 import torch
+from tests.kernels.attention_oracle import forget_before_window, paged_attention
 from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
 from octavo.kernels.attention import decode as kernels
@@ -108,6 +111,75 @@ def test_quantised_pages(
     rows, scales = quantise_rows(make_rows(seq_lens, num_kv, dim, block_size, torch.float32), kv_dtype)
     q = torch.randn(len(seq_lens) * query_len, num_q, dim, device=device).to(kernel_dtype)
     check(rows, q, query_len, window, soft_cap, TOLERANCE[kernel_dtype], scales)
+
+
+# (seq_lens, tokens of each row, most tokens of a row, Hq, Hkv, D, block_size); rows of length 0 are padding
+RAGGED = [
+    ([40, 0, 17, 3], [1, 6, 3, 2], 4, 4, 2, 64, 16),
+    ([15, 0, 130], [1, 3, 1], 1, 4, 4, 64, 16),
+    ([0, 0, 70], [0, 9, 5], 8, 3, 1, 64, 16),  # one row in pieces
+    ([150, 8], [5, 8], 8, 16, 1, 64, 32),  # 128 query rows: two chunks a unit, one of them cut
+    *(
+        pytest.param(lens, counts, query_len, num_q, num_kv, dim, block_size, marks=gpu)
+        for lens, counts in (
+            ([513] * 31 + [8192, 0, 0], [*([1] * 15), *([4] * 16), 3, 200, 0]),
+            (list(range(4, 134)), [1 + row % 4 for row in range(130)]),
+        )
+        for query_len, num_q, num_kv, dim, block_size in [
+            (4, 32, 32, 128, 64),
+            (8, 32, 8, 128, 16),
+            (8, 16, 1, 256, 32),
+        ]
+    ),
+]
+
+
+def starts_of(counts: list[int], device: str) -> torch.Tensor:
+    return torch.tensor([0, *counts], device=device).cumsum(0, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (20, 3.0)])
+@pytest.mark.parametrize(("seq_lens", "counts", "query_len", "num_q", "num_kv", "dim", "block_size"), RAGGED)
+def test_ragged_rows(
+    device, make_rows, kernel_dtype, seq_lens, counts, query_len, num_q, num_kv, dim, block_size, window, soft_cap
+) -> None:
+    rows = make_rows(seq_lens, num_kv, dim, block_size, kernel_dtype)
+    forget_before_window(rows, counts, window)
+    q = torch.randn(sum(counts), num_q, dim, device=device).to(kernel_dtype)
+    settings = (query_len, dim**-0.5, window, soft_cap)
+    arguments = (rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens)
+    for _ in range(2):  # the counters are zero again
+        out = kernels.decode_attention(q, *arguments, *settings, query_start_loc=starts_of(counts, device))
+        assert out.dtype == q.dtype and out.shape == q.shape
+        cache, *tables = (x.cpu() for x in arguments)
+        twin = reference.decode_attention(
+            q.cpu().float(), cache.float(), *tables, *settings, query_start_loc=starts_of(counts, "cpu")
+        )
+        tolerance = TOLERANCE[kernel_dtype]
+        torch.testing.assert_close(out.float().cpu(), twin, atol=tolerance, rtol=tolerance)
+    if sum(seq_lens) < 1000:
+        exact = paged_attention(q, rows, counts, *settings[1:])
+        torch.testing.assert_close(out.double().cpu(), exact, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_ragged_rows_over_quantised_pages(device, make_rows, kv_dtype) -> None:
+    counts = [2, 1, 4, 3]
+    rows, scales = quantise_rows(make_rows([9, 40, 0, 33], 1, 64, 16, torch.float32), kv_dtype)
+    q = torch.randn(sum(counts), 2, 64, device=device)
+    arguments = (q, rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, 3, 0.1, 0, 0.0, scales)
+    out = kernels.decode_attention(*arguments, starts_of(counts, device))
+    arguments = tuple(x.cpu() if isinstance(x, torch.Tensor) else x for x in arguments)
+    twin = reference.decode_attention(*arguments, starts_of(counts, "cpu"))
+    torch.testing.assert_close(out.cpu(), twin, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_equal_tokens_are_the_same_with_and_without_their_starts(device, make_rows, kernel_dtype) -> None:
+    rows = make_rows([40, 9, 77], 2, 64, 16, kernel_dtype)
+    q = torch.randn(9, 4, 64, device=device).to(kernel_dtype)
+    arguments = (q, rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, 3, 0.1, 20)
+    ragged = kernels.decode_attention(*arguments, query_start_loc=starts_of([3, 3, 3], device))
+    assert torch.equal(ragged, kernels.decode_attention(*arguments))
 
 
 def test_counters_reset_themselves(device, make_rows) -> None:

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.launch import has_gluon
-from octavo.kernels.linear import int4, table
+from octavo.kernels.linear import int4
 from octavo.kernels.linear.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
-from octavo.kernels.linear.table import Int4Plan
+from octavo.kernels.linear.int4_table import Int4Plan, int4_plan
 from octavo.kernels.reference import int4 as twin
 
 ON_GPU = torch.cuda.is_available()
@@ -206,7 +206,7 @@ def test_int4_linear(device, tokens) -> None:
         x = torch.randn(tokens, depth, device=device).to(dtype)
         out = int4.int4_linear(x, weight)
         assert out.shape == (tokens, rows)
-        plan = table.int4_plan(tokens, rows, depth, int4.takes_gluon(x))
+        plan = int4_plan(tokens, rows, depth, int4.takes_gluon(x))
         check(out, x, weight, None, rounded=plan is None or plan.kernel == "gluon")
 
 

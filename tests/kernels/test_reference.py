@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.kernels.attention_oracle import forget_before_window, paged_attention
 from torch import Tensor
 
 from octavo.kernels import ops
@@ -30,34 +31,6 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.double()
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-
-
-def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float) -> Tensor:
-    """One query [D] over keys [N, D], values [N, D]."""
-    logits = keys.double() @ q.double() * scale
-    if soft_cap:
-        logits = soft_cap * torch.tanh(logits / soft_cap)
-    return torch.softmax(logits, 0) @ values.double()
-
-
-def paged_attention(q, rows, query_lens, scale, window, soft_cap):
-    """q [T, Hq, D], row by row; each key looked up through its row's block table."""
-    cache, block_size = rows.kv_cache, rows.kv_cache.shape[3]
-    group = q.shape[1] // cache.shape[2]
-    out, token = torch.zeros(q.shape, dtype=torch.float64), 0
-    for slot, seq_len, query_len in zip(rows.row_slots.tolist(), rows.seq_lens.tolist(), query_lens, strict=True):
-        for position in range(seq_len - query_len, seq_len):
-            first = max(0, position - window + 1) if window else 0
-            for head in range(q.shape[1]):
-                seen = [
-                    (int(rows.block_table[slot, p // block_size]), p % block_size) for p in range(first, position + 1)
-                ]
-                if seen:
-                    keys = torch.stack([cache[block, 0, head // group, offset] for block, offset in seen])
-                    values = torch.stack([cache[block, 1, head // group, offset] for block, offset in seen])
-                    out[token, head] = attend(q[token, head], keys, values, scale, soft_cap)
-            token += 1
-    return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,6 +112,31 @@ def test_decode_attention(make_rows: Callable, dtype: torch.dtype, seq_lens, que
         q, rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, query_len, 0.3, window, soft_cap
     )
     assert_close(out, paged_attention(q, rows, [query_len] * len(seq_lens), 0.3, window, soft_cap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "soft_cap"), [(0, 0.0), (3, 0.0), (9, 5.0)])
+@pytest.mark.parametrize(
+    ("seq_lens", "counts", "query_len"),
+    [
+        ([9], [1], 1),
+        ([13, 0], [1, 3], 1),  # padding with more tokens than a row may have
+        ([13], [2], 4),
+        ([21, 4, 0, 5, 17], [1, 4, 7, 3, 2], 4),
+        ([0, 3, 0], [0, 3, 2], 8),
+        ([0], [3], 1),
+    ],
+)
+def test_decode_attention_of_ragged_rows(
+    make_rows: Callable, dtype: torch.dtype, seq_lens, counts, query_len, window, soft_cap
+) -> None:
+    rows = make_rows(seq_lens, num_kv_heads=2, head_dim=16, block_size=4, dtype=dtype)
+    forget_before_window(rows, counts, window)
+    q = torch.randn(sum(counts), 6, 16).to(dtype)
+    starts = torch.tensor([0, *counts], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    arguments = (rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens, query_len, 0.3, window, soft_cap)
+    out = reference.decode_attention(q, *arguments, query_start_loc=starts)
+    assert_close(out, paged_attention(q, rows, counts, 0.3, window, soft_cap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

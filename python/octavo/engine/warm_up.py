@@ -15,7 +15,7 @@ import torch
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import Step, StepBuffers
-from octavo.kernels.linear.table import bf16_token_limits
+from octavo.kernels.linear.dense_table import dense_token_limits
 from octavo.layers.linear import DenseMethod
 from octavo.models.registry import Model
 
@@ -38,8 +38,8 @@ def run_linears(model: Model) -> None:
     """
     methods = [method for layer in model.layers() if isinstance(method := getattr(layer, "method", None), DenseMethod)]
     for method in {(method.weight.shape, method.bias is None): method for method in methods}.values():
-        x = method.weight.new_zeros(max(bf16_token_limits()), method.weight.shape[1])
-        for tokens in bf16_token_limits():
+        x = method.weight.new_zeros(max(dense_token_limits()), method.weight.shape[1])
+        for tokens in dense_token_limits():
             method(x[:tokens])
 
 

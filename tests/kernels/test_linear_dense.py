@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from octavo.kernels.linear import dense
-from octavo.kernels.linear.table import BF16_PLANS, Bf16Plan
+from octavo.kernels.linear.dense_table import DENSE_PLANS, DensePlan
 
 ON_GPU = torch.cuda.is_available()
 # Sums are kept in fp32: one rounding of the output remains, and what fp32 loses where large terms cancel.
@@ -12,11 +12,11 @@ TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 2e-3)}
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the interpreter's bf16 products are garbage
 
 PLANS = [
-    Bf16Plan("row", rows=4, tokens=1, splits=1, warps=4, depth=128),
-    Bf16Plan("slices", rows=16, tokens=8, splits=1, warps=2, depth=32, ahead=2),
-    Bf16Plan("slices", rows=32, tokens=16, splits=2, warps=4, depth=64, ahead=2, launch="late"),
-    Bf16Plan("tiles", rows=64, tokens=16, splits=1, warps=4, depth=64, ahead=3),
-    Bf16Plan("tiles", rows=64, tokens=32, splits=3, warps=4, depth=128, ahead=2, launch="late"),
+    DensePlan("row", rows=4, tokens=1, splits=1, warps=4, depth=128),
+    DensePlan("slices", rows=16, tokens=8, splits=1, warps=2, depth=32, ahead=2),
+    DensePlan("slices", rows=32, tokens=16, splits=2, warps=4, depth=64, ahead=2, launch="late"),
+    DensePlan("tiles", rows=64, tokens=16, splits=1, warps=4, depth=64, ahead=3),
+    DensePlan("tiles", rows=64, tokens=32, splits=3, warps=4, depth=128, ahead=2, launch="late"),
 ]
 
 
@@ -30,7 +30,7 @@ def check(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.
 
 
 CASES = [(plan, *shape, dtype) for plan in PLANS for shape in ((80, 136), (33, 512)) for dtype in DTYPES]
-CASES += [(plan, 1000, 11008, torch.bfloat16) for plan in BF16_PLANS if ON_GPU]
+CASES += [(plan, 1000, 11008, torch.bfloat16) for plan in DENSE_PLANS if ON_GPU]
 
 
 @pytest.mark.parametrize(("plan", "rows", "depth", "dtype"), CASES, ids=str)
@@ -45,7 +45,7 @@ def test_every_kernel_on_odd_and_even_shapes(device, plan, rows, depth, dtype) -
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20] + [2, 8, 16, 17, 32, 64, 65, 300] * ON_GPU)
-def test_bf16_linear(device, tokens) -> None:
+def test_linear(device, tokens) -> None:
     rows, depth = (4096, 1024) if ON_GPU else (40, 72)
     for dtype in DTYPES:
         weight = (torch.randn(rows, depth, device=device) / depth**0.5).to(dtype)
