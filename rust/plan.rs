@@ -200,10 +200,9 @@ impl PlanWriter {
         self.bias.len() as u32
     }
 
-    /// Appends the drafts of a decode row, filled up to `num_draft_tokens`.
-    pub fn push_drafts(&mut self, drafts: &[u32], num_draft_tokens: u32) {
+    /// Appends the drafts of the decode row that is being written.
+    pub fn push_drafts(&mut self, drafts: &[u32]) {
         self.drafts.extend_from_slice(drafts);
-        self.drafts.extend((drafts.len()..num_draft_tokens as usize).map(|_| NONE));
     }
 
     /// Appends a token the penalties must know: how often it was output, and whether the prompt holds it.
@@ -230,6 +229,7 @@ impl PlanWriter {
         info.num_enters = self.enters.len() as u32;
         info.num_copies = self.copies.len() as u32;
         info.num_bias = self.bias.len() as u32;
+        info.num_drafts = self.drafts.len() as u32;
         info.num_penalty_tokens = self.penalty_tokens.len() as u32;
         info.result_width = info.result_layout().width() as u32;
 
@@ -348,10 +348,9 @@ impl<'a> PlanView<'a> {
             .map(|w| (w[bias::TOKEN], f32::from_bits(w[bias::VALUE])))
     }
 
-    /// Draft tokens: `decode_query_len - 1` words for each decode row, None where a row has fewer.
-    pub fn drafts(&self) -> impl Iterator<Item = Option<u32>> + 'a {
-        let count = self.info.padded_decodes * self.info.decode_query_len.saturating_sub(1);
-        records::<1>(self.bytes, self.info.drafts_offset, count).map(|[token]| (token != NONE).then_some(token))
+    /// Draft tokens of the decode rows, in row order.
+    pub fn drafts(&self) -> impl Iterator<Item = u32> + 'a {
+        records::<1>(self.bytes, self.info.drafts_offset, self.info.num_drafts).map(|[token]| token)
     }
 
     /// Tokens for the penalties: (token, times output, in the prompt). `enters` records point at their ranges.
@@ -405,6 +404,7 @@ mod tests {
         writer.push_enter(&enter());
         writer.push_copy(BlockId(4), BlockId(9));
         writer.push_bias(8, f32::NEG_INFINITY);
+        writer.push_drafts(&[30, 31]);
         writer.push_penalty_token(10, 0, true);
         writer.push_penalty_token(5, 2, false);
         let mut info = PlanInfo { step_id: 1 << 40 | 7, decode_query_len: 1, all_greedy: true, ..PlanInfo::default() };
@@ -415,7 +415,7 @@ mod tests {
         let words = |offset, count| (0..count).map(|i| at(offset, i)).collect::<Vec<_>>();
         assert_eq!(words(0, 8), [7, 1 << 8, 0, 1, 0, 0, 1, 0]);
         assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
-        assert_eq!((info.rows_offset, info.num_bytes), (128, at(0, 17)));
+        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (128, at(0, 17), at(0, 22)));
         assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, u32::MAX, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
         assert_eq!(words(info.blocks_offset, 4), [1, 3, 7, 9]);
@@ -433,6 +433,7 @@ mod tests {
         assert_eq!(view.enters().collect::<Vec<_>>(), [enter()]);
         assert_eq!(view.penalty_tokens().collect::<Vec<_>>(), [(10, 0, true), (5, 2, false)]);
         assert_eq!(view.bias().collect::<Vec<_>>(), [(8, f32::NEG_INFINITY)]);
+        assert_eq!(view.drafts().collect::<Vec<_>>(), [30, 31]);
     }
 
     #[test]

@@ -127,8 +127,9 @@ struct PlannedStep {
     decodes: Vec<schedule::PlannedRow>,
     prefills: Vec<schedule::PlannedRow>,
     copies: Vec<(BlockId, BlockId)>,
-    /// Draft tokens of each decode row, filled up.
-    num_draft_tokens: u32,
+    /// Tokens of all decode rows, and of the longest: more than one where it has drafts.
+    num_decode_tokens: u32,
+    longest_decode: u32,
     /// Tokens left of the budget.
     budget: u32,
     /// Left of the plan's room for blocks and penalty tokens of sequences that enter.

@@ -24,7 +24,7 @@ class Plan(NamedTuple):
     padded_rows: int  # records of `rows` and of the result
     num_decodes: int  # decode rows without padding
     padded_decodes: int
-    decode_query_len: int  # tokens of the longest decode row, at least 1: the places of a result record
+    decode_query_len: int  # of the longest decode row that is no padding, at least 1: the places of a result record
     num_decode_tokens: int  # of all decode rows
     num_prefill_tokens: int
     num_tokens: int
@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     num_enters: int
     num_copies: int
     num_bias: int
+    num_drafts: int
     num_penalty_tokens: int
     rows_offset: int
     prefill_tokens_offset: int

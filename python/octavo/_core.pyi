@@ -245,6 +245,8 @@ class EngineCore:
         prefill_graph_tokens: Sequence[int] = ...,
         prefill_graph_decodes: Sequence[int] = ...,
         prefill_graph_rows: int = 0,
+        draft_graphs: Sequence[tuple[int, int]] = ...,
+        prefill_draft_graphs: Sequence[tuple[int, int]] = ...,
         num_draft_tokens: int = 0,
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
@@ -257,6 +259,8 @@ class EngineCore:
 
         graph_sizes: rows of the captured steps of decodes only. A step with prompt tokens is padded to the smallest
         pair of prefill_graph_tokens and prefill_graph_decodes that holds it, with prefill_graph_rows prefill rows.
+        Where some row has drafts, draft_graphs and prefill_draft_graphs, (decode rows, their tokens), stand in for
+        graph_sizes and prefill_graph_decodes; one of the rows is always padding.
 
         hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no seed.
         """

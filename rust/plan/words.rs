@@ -4,7 +4,7 @@
 
 /// Bytes at whose multiples sections begin.
 pub const SECTION_ALIGNMENT: usize = 16;
-/// Stands for "none" in `mask_row`, `num_logprobs`, `max_logprobs` and `drafts`: -1 as a signed word.
+/// Stands for "none" in `mask_row`, `num_logprobs` and `max_logprobs`: -1 as a signed word.
 pub const NONE: u32 = u32::MAX;
 
 /// What a word of the header can hold.
@@ -85,7 +85,7 @@ header! {
     /// Decode rows without padding.
     num_decodes: u32,
     padded_decodes: u32,
-    /// Tokens of the longest decode row, at least 1: the places of a result record.
+    /// Tokens of the longest decode row that is no padding, at least 1: the places of a result record.
     decode_query_len: u32,
     /// Tokens of all decode rows.
     num_decode_tokens: u32,
@@ -112,6 +112,7 @@ header! {
     num_enters: u32,
     num_copies: u32,
     num_bias: u32,
+    num_drafts: u32,
     num_penalty_tokens: u32,
     rows_offset: u32,
     prefill_tokens_offset: u32,

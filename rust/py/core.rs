@@ -13,7 +13,7 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
+use crate::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
 use crate::outbox::Outbox;
 use crate::py::delta::RequestDelta;
 use crate::py::event_fd::EventFd;
@@ -57,7 +57,8 @@ impl EngineCore {
     #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
         vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
-        prefill_graph_decodes=vec![], prefill_graph_rows=0, num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
+        prefill_graph_decodes=vec![], prefill_graph_rows=0, draft_graphs=vec![], prefill_draft_graphs=vec![],
+        num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -77,6 +78,8 @@ impl EngineCore {
         prefill_graph_tokens: Vec<u32>,
         prefill_graph_decodes: Vec<u32>,
         prefill_graph_rows: u32,
+        draft_graphs: Vec<(u32, u32)>,
+        prefill_draft_graphs: Vec<(u32, u32)>,
         num_draft_tokens: u32,
         max_preemptions: u32,
         priority_aging: f64,
@@ -117,9 +120,11 @@ impl EngineCore {
             enable_prefix_caching,
             enable_chunked_prefill,
             graph_sizes,
+            draft_graphs: decode_shapes(draft_graphs),
             prefill_graphs: PrefillGraphs {
                 tokens: prefill_graph_tokens,
                 decodes: prefill_graph_decodes,
+                draft_decodes: decode_shapes(prefill_draft_graphs),
                 rows: prefill_graph_rows,
             },
             num_draft_tokens,
@@ -328,6 +333,11 @@ impl EngineCore {
         self.fail_all("server_shutting_down: the server is shutting down");
         self.ring();
     }
+}
+
+/// From pairs (rows, tokens).
+fn decode_shapes(pairs: Vec<(u32, u32)>) -> Vec<DecodeShape> {
+    pairs.into_iter().map(|(rows, tokens)| DecodeShape { tokens, rows }).collect()
 }
 
 impl EngineCore {

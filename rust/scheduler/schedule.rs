@@ -46,6 +46,8 @@ impl Scheduler {
         planned.decodes.clear();
         planned.prefills.clear();
         planned.copies.clear();
+        planned.num_decode_tokens = 0;
+        planned.longest_decode = 1;
         planned.budget = self.config.max_num_batched_tokens;
         planned.entered_blocks = self.capacity.entered_blocks;
         planned.penalty_tokens = self.capacity.penalty_tokens;
@@ -62,25 +64,17 @@ impl Scheduler {
     /// the rest, so a long prompt does not hold up the others' next tokens.
     fn plan_running(&mut self) {
         let max_model_len = self.config.max_model_len;
-        let (mut num_decodes, mut longest, mut room) = (0, 0, u32::MAX);
-        for sequence in self.running.iter().map(|number| &self.sequences[*number]) {
-            if sequence.wants_decode(max_model_len) {
-                num_decodes += 1;
-                longest = longest.max(sequence.drafts.len() as u32);
-                room = room.min(max_model_len - sequence.most_len - 1);
-            }
-        }
-        // All decode rows are equally long, so that the shortest room decides.
-        self.planned.num_draft_tokens = longest.min(room);
-        let decode_len = 1 + self.planned.num_draft_tokens;
-        let mut prefill_budget = self.planned.budget - num_decodes * decode_len;
+        let running = self.running.iter().map(|number| &self.sequences[*number]);
+        let decodes = running.filter(|sequence| sequence.wants_decode(max_model_len));
+        let decode_tokens: u32 = decodes.map(|sequence| sequence.decode_len(max_model_len)).sum();
+        let mut prefill_budget = self.planned.budget - decode_tokens;
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
             let sequence = &mut self.sequences[number];
             let len = if sequence.decoding {
                 if sequence.wants_decode(max_model_len) {
-                    decode_len
+                    sequence.decode_len(max_model_len)
                 } else {
                     0
                 }
@@ -116,6 +110,8 @@ impl Scheduler {
         let row = PlannedRow { sequence: number, start, len, sample, enters: false };
         if sequence.decoding {
             self.planned.decodes.push(row);
+            self.planned.num_decode_tokens += len;
+            self.planned.longest_decode = self.planned.longest_decode.max(len);
         } else {
             self.planned.prefills.push(row);
         }
@@ -196,7 +192,7 @@ impl Scheduler {
             num_rows: num_decodes + planned.prefills.len() as u32,
             num_decodes,
             padded_decodes: num_decodes + padding.decode_rows,
-            decode_query_len: 1 + planned.num_draft_tokens,
+            decode_query_len: planned.longest_decode,
             all_greedy: true,
             ..PlanInfo::default()
         };
@@ -209,16 +205,15 @@ impl Scheduler {
         for row in &planned.decodes {
             self.write_row(row, false, &mut info, &mut step);
         }
-        for _ in 0..padding.decode_rows {
-            self.write_decode_padding(&mut info);
+        for row in 0..padding.decode_rows {
+            self.write_decode_padding(padding.decode_row_len(row), &mut info);
         }
         info.num_decode_tokens = info.num_tokens;
         for row in &planned.prefills {
             self.write_row(row, true, &mut info, &mut step);
         }
         for row in 0..padding.prefill_rows {
-            // The first of them takes all tokens.
-            self.write_prefill_padding(if row == 0 { padding.prefill_tokens } else { 0 }, &mut info);
+            self.write_prefill_padding(padding.prefill_row_len(row), &mut info);
         }
         self.planned = planned;
         self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
@@ -243,12 +238,9 @@ impl Scheduler {
             sequence.with_tokens(row.start as usize, (row.start + row.len) as usize, |tokens| {
                 writer.push_prefill_tokens(tokens);
             });
-        } else if info.decode_query_len > 1 {
-            // Which tokens are banned depends on their index, which accepted drafts would blur.
-            let room = if sequence.below_min_tokens() { 0 } else { info.decode_query_len as usize - 1 };
-            let drafts = &sequence.drafts[..sequence.drafts.len().min(room)];
-            num_drafts = drafts.len() as u32;
-            self.writer.push_drafts(drafts, info.decode_query_len - 1);
+        } else {
+            num_drafts = row.len - 1;
+            self.writer.push_drafts(&sequence.drafts[..num_drafts as usize]);
         }
         let bias_start = self.writer.num_bias();
         if row.sample {

@@ -119,6 +119,13 @@ impl Sequence {
         self.decoding && self.outputs.len() as u32 + self.pending < self.max_tokens && self.most_len < max_model_len
     }
 
+    /// Tokens of its next decode row: its last one, and the drafts that there is room for.
+    pub fn decode_len(&self, max_model_len: u32) -> u32 {
+        // Which tokens are banned depends on their index, which accepted drafts would blur.
+        let room = if self.below_min_tokens() { 0 } else { max_model_len - self.most_len - 1 };
+        1 + room.min(self.drafts.len() as u32)
+    }
+
     /// Whether its next token is too early to stop.
     pub fn below_min_tokens(&self) -> bool {
         (self.outputs.len() as u32 + self.pending) < self.traits.min_tokens

@@ -45,8 +45,8 @@ HEADER = (
     "step_id_low", "step_id_high", "num_rows", "padded_rows", "num_decodes", "padded_decodes", "decode_query_len",
     "num_decode_tokens", "num_prefill_tokens", "num_tokens", "max_query_len", "max_seq_len", "max_logprobs",
     "has_masks", "has_penalties", "all_greedy", "result_width", "num_bytes", "num_blocks", "num_enters", "num_copies",
-    "num_bias", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset", "blocks_offset", "enters_offset",
-    "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
+    "num_bias", "num_drafts", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset", "blocks_offset",
+    "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
 )  # fmt: skip
 
 
@@ -58,26 +58,29 @@ def write_plan(
     blocks: list[tuple[int, int, int, int]] | None = None,
     padding: int = 0,
     padding_slot: int = -1,
-    decode_query_len: int = 1,
+    padding_tokens: int | None = None,
     all_greedy: bool = False,
     max_logprobs: int = -1,
     device: str = "cpu",
 ) -> tuple[Plan, Tensor]:
     """A plan's header as the engine reads it, and its bytes on `device`. `padding` rows of `padding_slot` follow the
-    decode rows (then there may be no prefill row).
+    decode rows, one token each, or the first of them with all `padding_tokens`.
     """
     decodes, prefills, enters, blocks = decodes or [], prefills or [], enters or [], blocks or []
     pads = [Row(padding_slot, flags=PADDING) for _ in range(padding)]
     rows, bias, row_words, start = [*decodes, *pads, *prefills], [], [], 0
     for index, row in enumerate(rows):
         decode = index < len(decodes) + padding
-        length = decode_query_len if decode else len(row.tokens)
+        length = 1 + len(row.drafts) if decode else len(row.tokens)
+        if row.flags & PADDING and padding_tokens is not None:
+            length = padding_tokens if index == len(decodes) else 0
         flags = row.flags if decode else row.flags | PREFILL
         row_words += [row.slot, start, length, flags, len(row.drafts), row.mask_row, len(bias), len(row.bias)]
         bias += row.bias
         start += length
     tokens = [token for row in prefills for token in row.tokens]
-    drafts = [(row.drafts + [-1] * decode_query_len)[: decode_query_len - 1] for row in [*decodes, *pads]]
+    drafts = [token for row in decodes for token in row.drafts]
+    decode_query_len = max([1, *(1 + len(row.drafts) for row in decodes)])
     enter_bytes, penalty_tokens = b"", []
     for enter in enters:
         enter_bytes += struct.pack(
@@ -119,7 +122,7 @@ def write_plan(
         num_decode_tokens=start - len(tokens),
         num_prefill_tokens=len(tokens),
         num_tokens=start,
-        max_query_len=max([decode_query_len, *(len(row.tokens) for row in prefills)]),
+        max_query_len=max(row_words[2::8]),
         max_logprobs=max_logprobs,
         has_masks=any(row.mask_row >= 0 for row in rows),
         has_penalties=any(row.flags & PENALTIES for row in rows),
@@ -128,6 +131,7 @@ def write_plan(
         num_blocks=len(blocks),
         num_enters=len(enters),
         num_bias=len(bias),
+        num_drafts=len(drafts),
         num_penalty_tokens=len(penalty_tokens),
     )
     data = bytearray(4 * len(HEADER))

@@ -320,24 +320,12 @@ impl Device {
 
     /// Token ids of a row: from the plan for a prefill, from the slot and the drafts for a decode.
     fn row_tokens(&self, view: &View, index: usize, row: &Row) -> Result<Vec<u32>, Violation> {
-        let plan = &view.header;
         if row.flags & PREFILL != 0 {
-            let decode_tokens = plan.padded_decodes * plan.decode_query_len;
-            let start = (row.query_start - decode_tokens) as usize;
+            let start = (row.query_start - view.header.num_decode_tokens) as usize;
             return Ok(view.prefill_tokens[start..start + row.query_len as usize].to_vec());
         }
-        let max_drafts = plan.decode_query_len as usize - 1;
-        let drafts = &view.drafts[index * max_drafts..(index + 1) * max_drafts];
         let mut tokens = vec![self.slots[row.slot as usize].last_token];
-        for (place, &draft) in drafts.iter().enumerate() {
-            let is_used = place < row.num_drafts as usize;
-            ensure!(
-                is_used != (draft == u32::MAX),
-                "row {index}: draft {place} is {draft}, num_drafts {}",
-                row.num_drafts
-            );
-            tokens.push(if is_used { draft } else { 0 });
-        }
+        tokens.extend_from_slice(view.drafts_of(index, row)?);
         Ok(tokens)
     }
 

@@ -78,13 +78,14 @@ pub struct Header {
     pub num_enters: u32,
     pub num_copies: u32,
     pub num_bias: u32,
+    pub num_drafts: u32,
     pub num_penalty_tokens: u32,
     /// In the order of the page's table of sections.
     pub offsets: [u32; 8],
 }
 
 impl Header {
-    const WORDS: usize = 31;
+    const WORDS: usize = 32;
 
     fn read(bytes: &[u8]) -> Result<Self, Violation> {
         ensure!(bytes.len() >= 4 * Self::WORDS, "{} bytes are too few for a header", bytes.len());
@@ -115,8 +116,9 @@ impl Header {
             num_enters: word(19),
             num_copies: word(20),
             num_bias: word(21),
-            num_penalty_tokens: word(22),
-            offsets: std::array::from_fn(|section| word(23 + section)),
+            num_drafts: word(22),
+            num_penalty_tokens: word(23),
+            offsets: std::array::from_fn(|section| word(24 + section)),
         })
     }
 }
@@ -130,7 +132,7 @@ pub struct View {
     pub enters: Vec<u32>,
     pub copies: Vec<u32>,
     pub bias: Vec<u32>,
-    pub drafts: Vec<u32>,
+    drafts: Vec<u32>,
     pub penalty_tokens: Vec<u32>,
 }
 
@@ -138,7 +140,6 @@ impl View {
     /// Cuts the sections out of the plan's bytes.
     pub fn new(bytes: &[u8]) -> Result<Self, Violation> {
         let plan = Header::read(bytes)?;
-        let num_drafts = plan.padded_decodes * (plan.decode_query_len.max(1) - 1);
         ensure!(plan.num_bytes as usize <= bytes.len(), "the plan says {} bytes of {}", plan.num_bytes, bytes.len());
         let section = |name: &str, offset: u32, num_words: u32| -> Result<Vec<u32>, Violation> {
             if num_words == 0 {
@@ -158,10 +159,17 @@ impl View {
             enters: section("enters", enters, plan.num_enters * 16)?,
             copies: section("copies", copies, plan.num_copies * 2)?,
             bias: section("bias", bias, plan.num_bias * 2)?,
-            drafts: section("drafts", drafts, num_drafts)?,
+            drafts: section("drafts", drafts, plan.num_drafts)?,
             penalty_tokens: section("penalty_tokens", penalty_tokens, plan.num_penalty_tokens * 2)?,
             header: plan,
         })
+    }
+
+    /// The drafts of the decode row at `index`: each row before it has one token that is no draft.
+    pub fn drafts_of(&self, index: usize, row: &Row) -> Result<&[u32], Violation> {
+        let first = row.query_start as usize - index;
+        let drafts = self.drafts.get(first..first + row.num_drafts as usize);
+        drafts.ok_or(format!("row {index}: {} drafts from {first}, of {}", row.num_drafts, self.drafts.len()))
     }
 
     /// The rows, with everything checked that the plan says about them.
@@ -182,6 +190,7 @@ impl View {
         );
         let mut rows = Vec::with_capacity(plan.padded_rows as usize);
         let mut any_penalties = false;
+        let (mut decode_tokens, mut num_drafts, mut longest_decode) = (0, 0, 1);
         let mut slot_seen = vec![false; shape.max_num_seqs as usize];
         let (mut num_tokens, mut real_tokens, mut prefill_tokens, mut longest) = (0, 0u64, 0, 0);
         for (index, words) in self.rows.chunks_exact(8).enumerate() {
@@ -201,7 +210,10 @@ impl View {
                 "row {index}: query_start {} after {num_tokens} tokens",
                 row.query_start
             );
-            ensure!(row.query_len > 0 || index >= prefills_end, "row {index}: no tokens");
+            let is_padding = row.flags & PADDING != 0;
+            let pads = (index >= plan.num_decodes && index < plan.padded_decodes) || index >= prefills_end;
+            ensure!(is_padding == pads, "row {index}: PADDING flag {is_padding}, in padding {pads}");
+            ensure!(row.query_len > 0 || is_padding, "row {index}: no tokens");
             num_tokens += row.query_len;
             longest = longest.max(row.query_len);
             let is_prefill = index >= plan.padded_decodes;
@@ -212,14 +224,24 @@ impl View {
                 prefill_tokens += row.query_len;
                 ensure!(row.num_drafts == 0, "row {index}: a prefill row with drafts");
             } else {
-                ensure!(row.query_len == plan.decode_query_len, "row {index}: decode rows are uniform");
-                ensure!(row.num_drafts < plan.decode_query_len, "row {index}: {} drafts", row.num_drafts);
+                decode_tokens += row.query_len;
+                num_drafts += row.num_drafts;
+                if is_padding {
+                    let uniform = plan.decode_query_len > 1 || row.query_len == 1;
+                    ensure!(uniform, "row {index}: {} tokens of padding in a step without drafts", row.query_len);
+                    ensure!(row.num_drafts == 0, "row {index}: padding with drafts");
+                } else {
+                    let len = 1 + row.num_drafts;
+                    ensure!(row.query_len == len, "row {index}: {} tokens, {len} with drafts", row.query_len);
+                    longest_decode = longest_decode.max(len);
+                }
             }
-            let is_padding = row.flags & PADDING != 0;
-            let pads = (index >= plan.num_decodes && index < plan.padded_decodes) || index >= prefills_end;
-            ensure!(is_padding == pads, "row {index}: PADDING flag {is_padding}, in padding {pads}");
             if is_padding {
-                ensure!(row.query_len <= shape.max_positions(), "row {index}: {} padding tokens", row.query_len);
+                ensure!(
+                    row.query_len <= shape.max_positions() || !is_prefill,
+                    "row {index}: {} padding tokens",
+                    row.query_len
+                );
                 ensure!(row.slot == shape.max_num_seqs, "row {index}: padding in slot {}", row.slot);
                 ensure!(row.flags & SAMPLE == 0, "row {index}: padding must not sample");
             } else {
@@ -234,7 +256,12 @@ impl View {
             rows.push(row);
         }
         ensure!(any_penalties == plan.has_penalties, "has_penalties {} but {any_penalties}", plan.has_penalties);
-        let decode_tokens = num_tokens - prefill_tokens;
+        ensure!(
+            longest_decode == plan.decode_query_len,
+            "decode_query_len {}: {longest_decode}",
+            plan.decode_query_len
+        );
+        ensure!(num_drafts == plan.num_drafts, "num_drafts {} but rows have {num_drafts}", plan.num_drafts);
         ensure!(decode_tokens == plan.num_decode_tokens, "num_decode_tokens but rows hold {decode_tokens}");
         ensure!(num_tokens == plan.num_tokens, "num_tokens {} but rows hold {num_tokens}", plan.num_tokens);
         ensure!(prefill_tokens == plan.num_prefill_tokens, "num_prefill_tokens but rows hold {prefill_tokens}");

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
-from octavo.engine.forward import hidden_states, step_context
+from octavo.engine.forward import StepShape, hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, Step, StepInputs
 from octavo.kernels import ops
 from octavo.kernels.step.plan_format import PAIR_WORDS, Plan
@@ -50,6 +50,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        num_draft_tokens: int,
         graph_sizes: GraphSizes,
     ) -> None:
         self.model = loaded.model
@@ -58,6 +59,7 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_decode_len = 1 + num_draft_tokens
         self.graph_sizes = graph_sizes
         groups = loaded.model.kv_groups
         self.kv_shape = KvShape(
@@ -68,7 +70,8 @@ class ModelRunner:
             head_dim=loaded.config.head_dim,
             dtype=loaded.dtype,
         )
-        max_blocks = -(-max_model_len // block_size)
+        # Room for rejected drafts, which may lie past the longest sequence.
+        max_blocks = -(-(max_model_len + num_draft_tokens) // block_size)
         self.state = DeviceState(
             max_num_seqs=max_num_seqs,
             num_groups=len(groups),
@@ -79,12 +82,14 @@ class ModelRunner:
         # A step of decodes only may be padded beyond the token budget's last row, never beyond one row a sequence.
         self.inputs = StepInputs(
             max_tokens=max(max_num_batched_tokens, max_num_seqs),
-            max_rows=max_num_seqs + graph_sizes.prefill_rows,
+            max_rows=max(max_num_seqs, graph_sizes.most_decodes) + graph_sizes.prefill_rows,
             num_groups=len(groups),
             device=device,
         )
         self.kv_caches: list[Tensor] = []
-        self.graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=max_model_len)
+        self.graphs = StepGraphs(
+            self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
+        )
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -114,17 +119,19 @@ class ModelRunner:
         tokens = self.max_num_batched_tokens
         lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
         lengths = [min(length, self.max_model_len) for length in lengths]
-        self.inputs.rehearse(0, lengths, slot=self.state.padding_slot)
+        self.inputs.rehearse([], lengths, slot=self.state.padding_slot)
         context = step_context(
             self.inputs,
             self.state,
-            num_decodes=0,
-            num_prefills=rows,
-            num_tokens=sum(lengths),
+            StepShape(0, 0, rows, sum(lengths)),
+            max_decode_len=self.max_decode_len,
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
         )
-        logits = self.model.compute_logits(hidden_states(self.model, self.inputs, context))
+        hidden = hidden_states(self.model, self.inputs, context)
+        if self.max_decode_len > 1:  # every place of a decode row has logits
+            hidden = hidden.repeat_interleave(self.max_decode_len, dim=0)[:tokens]
+        logits = self.model.compute_logits(hidden)
         ops.sample_peak_rehearsal(logits)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -166,12 +173,10 @@ class ModelRunner:
             context = step_context(
                 self.inputs,
                 self.state,
-                num_decodes=plan.padded_decodes,
-                num_prefills=plan.num_prefills,
-                num_tokens=plan.num_tokens,
+                StepShape.of(plan),
+                max_decode_len=self.max_decode_len,
                 max_query_len=plan.max_query_len,
                 max_seq_len=plan.max_seq_len,
-                decode_query_len=plan.decode_query_len,
             )
             hidden = hidden_states(self.model, self.inputs, context)
         return self.model.compute_logits(hidden)
@@ -180,4 +185,4 @@ class ModelRunner:
     def capture_graphs(self) -> None:
         """Captures one CUDA graph for each of `graph_sizes`' shapes."""
         for shape in self.graph_sizes.shapes():
-            self.graphs.capture(*shape)
+            self.graphs.capture(shape)

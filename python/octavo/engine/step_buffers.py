@@ -85,12 +85,13 @@ class StepInputs:
         # Token whose hidden state each row of logits comes from: all tokens of decode rows, the last one of each
         # prefill row.
         self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.sample_rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)  # the row of each row of logits
 
-    def rehearse(self, num_decodes: int, prefill_lens: Sequence[int], *, slot: int) -> None:
-        """Makes the inputs those of a step that does no harm: one-token decode rows, then prefill rows of the given
-        lengths, all of `slot`, whose block table must be all null block.
+    def rehearse(self, decode_lens: Sequence[int], prefill_lens: Sequence[int], *, slot: int) -> None:
+        """Makes the inputs those of a step that does no harm: decode rows, then prefill rows of the given lengths, all
+        of `slot`, whose block table must be all null block.
         """
-        lens = torch.tensor([1] * num_decodes + list(prefill_lens), dtype=torch.int32)
+        lens = torch.tensor([*decode_lens, *prefill_lens], dtype=torch.int32)
         rows, tokens = len(lens), int(lens.sum())
         starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
         self.token_ids[:tokens].zero_()
@@ -99,7 +100,10 @@ class StepInputs:
         self.row_slots[:rows].fill_(slot)
         self.seq_lens[:rows].copy_(lens)
         self.query_start_loc[: rows + 1].copy_(starts)
-        self.sample_index[:rows].copy_(starts[1:] - 1)
+        decode_tokens = sum(decode_lens)
+        num_logits = decode_tokens + len(prefill_lens)
+        self.sample_index[:decode_tokens].copy_(torch.arange(decode_tokens))
+        self.sample_index[decode_tokens:num_logits].copy_(starts[len(decode_lens) + 1 :] - 1)
 
 
 class StepBuffers:

@@ -84,6 +84,7 @@ class Attention(Layer):
                     step.decode_query_len,
                     self.scale,
                     self.window,
+                    query_start_loc=step.decode_start_loc,
                 )
             )
         if step.num_prefills:
