@@ -53,8 +53,10 @@ pub struct CoreConfig {
     pub enable_prefix_caching: bool,
     /// Whether a prompt may be computed over several steps.
     pub enable_chunked_prefill: bool,
-    /// Captured sizes, in rows, to which a step of decodes only is padded.
+    /// Captured sizes, in rows of one token, to which a step of decodes only is padded.
     pub graph_sizes: Vec<u32>,
+    /// Captured sizes to which a step of decodes only is padded where some row has drafts.
+    pub draft_graphs: Vec<DecodeShape>,
     /// Captured sizes to which a step with prompt tokens is padded.
     pub prefill_graphs: PrefillGraphs,
     /// Most draft tokens a decode row may carry.
@@ -71,13 +73,25 @@ pub struct CoreConfig {
     pub seed: u64,
 }
 
-/// Captured steps with prompt tokens: one for each pair of `decodes` and `tokens`, each with `rows` prefill rows.
+/// The decode rows of a captured step whose rows differ in their numbers of tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DecodeShape {
+    /// Tokens of all its rows.
+    pub tokens: u32,
+    /// Its rows.
+    pub rows: u32,
+}
+
+/// Captured steps with prompt tokens: one for each pair of `tokens` with one of `decodes` or `draft_decodes`, each with
+/// `rows` prefill rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PrefillGraphs {
     /// Numbers of prompt tokens; none: no step with prompt tokens is padded.
     pub tokens: Vec<u32>,
-    /// Numbers of decode rows; 0 for prompts alone.
+    /// Numbers of decode rows of one token; 0 for prompts alone.
     pub decodes: Vec<u32>,
+    /// Decode rows of which some have drafts.
+    pub draft_decodes: Vec<DecodeShape>,
     /// Prefill rows of each, the last of which is always padding.
     pub rows: u32,
 }
@@ -100,6 +114,7 @@ impl Default for CoreConfig {
             enable_prefix_caching: true,
             enable_chunked_prefill: true,
             graph_sizes: Vec::new(),
+            draft_graphs: Vec::new(),
             prefill_graphs: PrefillGraphs::default(),
             num_draft_tokens: 0,
             max_preemptions: 3,
@@ -163,6 +178,11 @@ impl CoreConfig {
         if self.graph_sizes.contains(&0) {
             return Err(Error::invalid("graph_sizes", 0, "at least 1"));
         }
+        for shape in self.draft_graphs.iter().chain(&self.prefill_graphs.draft_decodes) {
+            if shape.rows == 0 || shape.tokens == 0 {
+                return Err(Error::invalid("draft_graphs", format!("{shape:?}"), "at least 1 row and 1 token"));
+            }
+        }
         if self.prefill_graphs.tokens.contains(&0) {
             return Err(Error::invalid("prefill_graph_tokens", 0, "at least 1"));
         }
@@ -183,6 +203,9 @@ impl CoreConfig {
             sizes.sort_unstable();
             sizes.dedup();
         }
+        for shapes in [&mut self.draft_graphs, &mut self.prefill_graphs.draft_decodes] {
+            shapes.sort_unstable();
+        }
         Ok(self)
     }
 
@@ -198,7 +221,8 @@ impl CoreConfig {
 
     /// Most rows of one step, padding included: a captured step may have more than there are sequences.
     pub fn max_rows(&self) -> u32 {
-        self.max_num_seqs + self.prefill_graphs.rows
+        let with_drafts = self.draft_graphs.iter().chain(&self.prefill_graphs.draft_decodes).map(|shape| shape.rows);
+        with_drafts.fold(self.max_num_seqs, u32::max) + self.prefill_graphs.rows
     }
 
     /// Entries of a slot's block table in each group: the longest sequence, with room for rejected drafts.
@@ -234,6 +258,7 @@ mod tests {
                 "prefill_graph_tokens",
                 CoreConfig { prefill_graphs: PrefillGraphs { tokens: vec![0], ..PrefillGraphs::default() }, ..good() },
             ),
+            ("draft_graphs", CoreConfig { draft_graphs: vec![DecodeShape { rows: 2, tokens: 0 }], ..good() }),
             ("priority_aging", CoreConfig { priority_aging: 0.0, ..good() }),
             ("static_batch_wait", CoreConfig { static_batch_wait: f64::NAN, ..good() }),
         ] {

@@ -1,43 +1,26 @@
-//! The packed plan of a step and the result that comes back: the boundary's format, as the table in `DESIGN.md` has it.
+//! The packed plan of a step and the result that comes back: the format that `docs/plan.md` has.
 //!
-//! [`PlanWriter`] gathers the sections of one step and lays them out; [`PlanView`] reads them again, for the simulation
-//! and the tests. [`PlanCapacity`] bounds a configuration's plans; [`ResultLayout`] knows where a row's tokens lie. All of
-//! this knows words and offsets, nothing of requests.
+//! [`words`] names every word. [`PlanWriter`] gathers the sections of one step and lays them out behind the header;
+//! [`PlanView`] reads them again, for the tests. [`PlanCapacity`] bounds a configuration's plans; [`ResultLayout`]
+//! knows where a row's tokens lie. All of this knows words and offsets, nothing of requests.
 //!
-//! All words are 32-bit little-endian; every section begins at a multiple of 16 bytes.
+//! All words are 32-bit little-endian; every section begins at a multiple of 16 bytes, the header at 0.
 
 use crate::error::Error;
 use crate::request::BlockId;
 
 mod capacity;
 mod result;
+pub mod words;
+
+use words::{bias, block, copy, enter, penalty, row, HEADER, NONE, SECTION_ALIGNMENT};
 
 pub use capacity::PlanCapacity;
-pub use result::{
-    ResultLayout, ResultWriter, RowResult, TokenLogprobs, STATUS_MASKED, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
+pub use result::{ResultLayout, ResultWriter, RowResult, TokenLogprobs};
+pub use words::{
+    PlanInfo, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL, ROW_SAMPLE, STATUS_MASKED, STATUS_NAN,
+    STATUS_NO_TOKEN, STATUS_OK,
 };
-
-/// A token is drawn at the row's last position.
-pub const ROW_SAMPLE: u32 = 1;
-/// The row's tokens are in `prefill_tokens`.
-pub const ROW_PREFILL: u32 = 2;
-/// Log probabilities are wanted.
-pub const ROW_LOGPROBS: u32 = 4;
-/// The slot's penalties apply.
-pub const ROW_PENALTIES: u32 = 8;
-/// A padding row of the reserved slot.
-pub const ROW_PADDING: u32 = 16;
-
-/// Words of one record of `rows`.
-const ROW_WORDS: usize = 8;
-/// Words of one record of `blocks`.
-const BLOCK_WORDS: usize = 4;
-/// Words of one record of `enters`.
-const ENTER_WORDS: usize = 16;
-/// Words of one record of `copies`, `bias` and `penalty_tokens`.
-const PAIR_WORDS: usize = 2;
-/// Stands for "none" in `mask_row`, `num_logprobs` and `drafts`.
-const NONE: u32 = u32::MAX;
 
 /// One row of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,57 +83,12 @@ pub struct Enter {
     pub penalty: (u32, u32),
 }
 
-/// The scalars of one planned step, and where its sections lie. Offsets are bytes from the plan's start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[allow(missing_docs)] // Counts of the sections below are named after them.
-pub struct PlanInfo {
-    /// Number of the step, from 1.
-    pub step_id: u64,
-    /// Rows without padding.
-    pub num_rows: u32,
-    /// Rows with padding: records of `rows` and of the result.
-    pub padded_rows: u32,
-    /// Decode rows without padding.
-    pub num_decodes: u32,
-    /// Decode rows with padding.
-    pub padded_decodes: u32,
-    /// Tokens of each decode row: 1 + draft tokens in use.
-    pub decode_query_len: u32,
-    /// Tokens of the step, those of padding rows included.
-    pub num_tokens: u32,
-    pub num_prefill_tokens: u32,
-    /// Over all rows.
-    pub max_query_len: u32,
-    /// Upper bound of computed length + query length over all rows.
-    pub max_seq_len: u32,
-    /// Bytes of the plan.
-    pub num_bytes: u32,
-    pub num_blocks: u32,
-    pub num_enters: u32,
-    pub num_copies: u32,
-    pub num_bias: u32,
-    pub num_penalty_tokens: u32,
-    pub rows_offset: u32,
-    pub prefill_tokens_offset: u32,
-    pub blocks_offset: u32,
-    pub enters_offset: u32,
-    pub copies_offset: u32,
-    pub bias_offset: u32,
-    pub drafts_offset: u32,
-    pub penalty_tokens_offset: u32,
-    /// Some row has a grammar mask.
-    pub has_masks: bool,
-    /// Some sampling row has penalties.
-    pub has_penalties: bool,
-    /// Every sampling row has temperature 0 and asks for nothing else.
-    pub all_greedy: bool,
-    /// Most top log probabilities a row asks for; None where no row asks for any.
-    pub max_logprobs: Option<u32>,
-    /// Words of one row's result record.
-    pub result_width: u32,
-}
-
 impl PlanInfo {
+    /// The header of a plan. Panics where `plan` is shorter than it.
+    pub fn read(plan: &[u8]) -> Self {
+        Self::from_words(std::array::from_fn(|index| word(plan, index)))
+    }
+
     /// Where the parts of a result record lie.
     pub fn result_layout(&self) -> ResultLayout {
         ResultLayout {
@@ -161,20 +99,20 @@ impl PlanInfo {
 }
 
 fn align(bytes: usize) -> usize {
-    bytes.next_multiple_of(16)
+    bytes.next_multiple_of(SECTION_ALIGNMENT)
 }
 
 /// Gathers the sections of one step. Kept between steps, so that its vectors stay allocated.
 #[derive(Debug, Default)]
 pub struct PlanWriter {
-    rows: Vec<[u32; ROW_WORDS]>,
+    rows: Vec<[u32; row::WORDS]>,
     prefill_tokens: Vec<u32>,
-    blocks: Vec<[u32; BLOCK_WORDS]>,
-    enters: Vec<[u32; ENTER_WORDS]>,
-    copies: Vec<[u32; PAIR_WORDS]>,
-    bias: Vec<[u32; PAIR_WORDS]>,
+    blocks: Vec<[u32; block::WORDS]>,
+    enters: Vec<[u32; enter::WORDS]>,
+    copies: Vec<[u32; copy::WORDS]>,
+    bias: Vec<[u32; bias::WORDS]>,
     drafts: Vec<u32>,
-    penalty_tokens: Vec<[u32; PAIR_WORDS]>,
+    penalty_tokens: Vec<[u32; penalty::WORDS]>,
 }
 
 impl PlanWriter {
@@ -192,8 +130,15 @@ impl PlanWriter {
 
     /// Appends a row; decodes come first.
     pub fn push_row(&mut self, row: &Row) {
-        let Row { slot, query_start, query_len, flags, num_drafts, bias } = *row;
-        self.rows.push([slot, query_start, query_len, flags, num_drafts, NONE, bias.0, bias.1]);
+        let mut words = [0; row::WORDS];
+        words[row::SLOT] = row.slot;
+        words[row::QUERY_START] = row.query_start;
+        words[row::QUERY_LEN] = row.query_len;
+        words[row::FLAGS] = row.flags;
+        words[row::NUM_DRAFTS] = row.num_drafts;
+        words[row::MASK_ROW] = NONE;
+        (words[row::BIAS_START], words[row::BIAS_LEN]) = row.bias;
+        self.rows.push(words);
     }
 
     /// Appends tokens of the prefill row that is being written.
@@ -208,39 +153,46 @@ impl PlanWriter {
 
     /// Appends one block of a slot's table.
     pub fn push_block(&mut self, entry: &BlockEntry) {
-        self.blocks.push([entry.group, entry.slot, entry.index, entry.block.0]);
+        let mut words = [0; block::WORDS];
+        words[block::GROUP] = entry.group;
+        words[block::SLOT] = entry.slot;
+        words[block::INDEX] = entry.index;
+        words[block::ID] = entry.block.0;
+        self.blocks.push(words);
     }
 
     /// Appends a sequence that takes a slot.
     pub fn push_enter(&mut self, enter: &Enter) {
-        self.enters.push([
-            enter.slot,
-            enter.computed_len,
-            enter.output_index,
-            enter.temperature.to_bits(),
-            enter.top_k,
-            enter.top_p.to_bits(),
-            enter.min_p.to_bits(),
-            enter.repetition_penalty.to_bits(),
-            enter.presence_penalty.to_bits(),
-            enter.frequency_penalty.to_bits(),
-            enter.seed as u32,
-            (enter.seed >> 32) as u32,
-            enter.num_logprobs.unwrap_or(NONE),
-            enter.penalty.0,
-            enter.penalty.1,
-            0,
-        ]);
+        let mut words = [0; enter::WORDS];
+        words[enter::SLOT] = enter.slot;
+        words[enter::COMPUTED_LEN] = enter.computed_len;
+        words[enter::OUTPUT_INDEX] = enter.output_index;
+        words[enter::TEMPERATURE] = enter.temperature.to_bits();
+        words[enter::TOP_K] = enter.top_k;
+        words[enter::TOP_P] = enter.top_p.to_bits();
+        words[enter::MIN_P] = enter.min_p.to_bits();
+        words[enter::REPETITION_PENALTY] = enter.repetition_penalty.to_bits();
+        words[enter::PRESENCE_PENALTY] = enter.presence_penalty.to_bits();
+        words[enter::FREQUENCY_PENALTY] = enter.frequency_penalty.to_bits();
+        words[enter::SEED_LOW] = enter.seed as u32;
+        words[enter::SEED_HIGH] = (enter.seed >> 32) as u32;
+        words[enter::NUM_LOGPROBS] = enter.num_logprobs.unwrap_or(NONE);
+        (words[enter::PENALTY_START], words[enter::PENALTY_LEN]) = enter.penalty;
+        self.enters.push(words);
     }
 
     /// Appends a block copy, done before anything else of the step.
     pub fn push_copy(&mut self, source: BlockId, destination: BlockId) {
-        self.copies.push([source.0, destination.0]);
+        let mut words = [0; copy::WORDS];
+        (words[copy::SOURCE], words[copy::DESTINATION]) = (source.0, destination.0);
+        self.copies.push(words);
     }
 
     /// Appends one biased token of the row that is being written.
     pub fn push_bias(&mut self, token: u32, value: f32) {
-        self.bias.push([token, value.to_bits()]);
+        let mut words = [0; bias::WORDS];
+        (words[bias::TOKEN], words[bias::VALUE]) = (token, value.to_bits());
+        self.bias.push(words);
     }
 
     /// Records of `bias` so far.
@@ -248,15 +200,17 @@ impl PlanWriter {
         self.bias.len() as u32
     }
 
-    /// Appends the drafts of a decode row, filled up to `num_draft_tokens`.
-    pub fn push_drafts(&mut self, drafts: &[u32], num_draft_tokens: u32) {
+    /// Appends the drafts of the decode row that is being written.
+    pub fn push_drafts(&mut self, drafts: &[u32]) {
         self.drafts.extend_from_slice(drafts);
-        self.drafts.extend((drafts.len()..num_draft_tokens as usize).map(|_| NONE));
     }
 
     /// Appends a token the penalties must know: how often it was output, and whether the prompt holds it.
     pub fn push_penalty_token(&mut self, token: u32, times_output: u32, in_prompt: bool) {
-        self.penalty_tokens.push([token, 2 * times_output + u32::from(in_prompt)]);
+        let mut words = [0; penalty::WORDS];
+        words[penalty::TOKEN] = token;
+        words[penalty::SEEN] = 2 * times_output + u32::from(in_prompt);
+        self.penalty_tokens.push(words);
     }
 
     /// Records of `penalty_tokens` so far.
@@ -264,7 +218,7 @@ impl PlanWriter {
         self.penalty_tokens.len() as u32
     }
 
-    /// Lays the sections out in `buffer` and completes `info` (counts of sections, offsets, bytes, result width).
+    /// Lays header and sections out in `buffer` and completes `info` (counts of sections, offsets, bytes, result width).
     ///
     /// # Errors
     /// [`Error::BufferTooSmall`]; nothing is written then.
@@ -275,27 +229,29 @@ impl PlanWriter {
         info.num_enters = self.enters.len() as u32;
         info.num_copies = self.copies.len() as u32;
         info.num_bias = self.bias.len() as u32;
+        info.num_drafts = self.drafts.len() as u32;
         info.num_penalty_tokens = self.penalty_tokens.len() as u32;
         info.result_width = info.result_layout().width() as u32;
 
-        let mut end = 0;
+        let mut end = align(HEADER.len() * 4);
         let mut place = |words: usize| {
             let start = end;
             end = align(start + words * 4);
             start as u32
         };
-        info.rows_offset = place(self.rows.len() * ROW_WORDS);
+        info.rows_offset = place(self.rows.len() * row::WORDS);
         info.prefill_tokens_offset = place(self.prefill_tokens.len());
-        info.blocks_offset = place(self.blocks.len() * BLOCK_WORDS);
-        info.enters_offset = place(self.enters.len() * ENTER_WORDS);
-        info.copies_offset = place(self.copies.len() * PAIR_WORDS);
-        info.bias_offset = place(self.bias.len() * PAIR_WORDS);
+        info.blocks_offset = place(self.blocks.len() * block::WORDS);
+        info.enters_offset = place(self.enters.len() * enter::WORDS);
+        info.copies_offset = place(self.copies.len() * copy::WORDS);
+        info.bias_offset = place(self.bias.len() * bias::WORDS);
         info.drafts_offset = place(self.drafts.len());
-        info.penalty_tokens_offset = place(self.penalty_tokens.len() * PAIR_WORDS);
+        info.penalty_tokens_offset = place(self.penalty_tokens.len() * penalty::WORDS);
         info.num_bytes = end as u32;
         if buffer.len() < end {
             return Err(Error::BufferTooSmall { what: "plan", len: buffer.len(), needed: end });
         }
+        put(buffer, 0, &info.to_words());
         put(buffer, info.rows_offset, self.rows.as_flattened());
         put(buffer, info.prefill_tokens_offset, &self.prefill_tokens);
         put(buffer, info.blocks_offset, self.blocks.as_flattened());
@@ -315,28 +271,34 @@ fn put(buffer: &mut [u8], offset: u32, words: &[u32]) {
     }
 }
 
-/// Reads a plan back. Panics where the buffer is shorter than `info` says.
+/// Reads a plan back. Panics where the buffer is shorter than its header says.
 #[derive(Debug, Clone, Copy)]
 pub struct PlanView<'a> {
-    info: &'a PlanInfo,
+    info: PlanInfo,
     bytes: &'a [u8],
 }
 
 impl<'a> PlanView<'a> {
-    /// A view of the plan that `info` describes, at the start of `bytes`.
-    pub fn new(info: &'a PlanInfo, bytes: &'a [u8]) -> Self {
+    /// A view of the plan at the start of `bytes`.
+    pub fn new(bytes: &'a [u8]) -> Self {
+        let info = PlanInfo::read(bytes);
         Self { info, bytes: &bytes[..info.num_bytes as usize] }
+    }
+
+    /// The header.
+    pub fn info(&self) -> PlanInfo {
+        self.info
     }
 
     /// All rows, padding included.
     pub fn rows(&self) -> impl Iterator<Item = Row> + 'a {
-        records::<ROW_WORDS>(self.bytes, self.info.rows_offset, self.info.padded_rows).map(|w| Row {
-            slot: w[0],
-            query_start: w[1],
-            query_len: w[2],
-            flags: w[3],
-            num_drafts: w[4],
-            bias: (w[6], w[7]),
+        records::<{ row::WORDS }>(self.bytes, self.info.rows_offset, self.info.padded_rows).map(|w| Row {
+            slot: w[row::SLOT],
+            query_start: w[row::QUERY_START],
+            query_len: w[row::QUERY_LEN],
+            flags: w[row::FLAGS],
+            num_drafts: w[row::NUM_DRAFTS],
+            bias: (w[row::BIAS_START], w[row::BIAS_LEN]),
         })
     }
 
@@ -347,51 +309,54 @@ impl<'a> PlanView<'a> {
 
     /// Blocks that tables gain.
     pub fn blocks(&self) -> impl Iterator<Item = BlockEntry> + 'a {
-        records::<BLOCK_WORDS>(self.bytes, self.info.blocks_offset, self.info.num_blocks)
-            .map(|[group, slot, index, block]| BlockEntry { group, slot, index, block: BlockId(block) })
+        records::<{ block::WORDS }>(self.bytes, self.info.blocks_offset, self.info.num_blocks).map(|w| BlockEntry {
+            group: w[block::GROUP],
+            slot: w[block::SLOT],
+            index: w[block::INDEX],
+            block: BlockId(w[block::ID]),
+        })
     }
 
     /// Sequences that take a slot.
     pub fn enters(&self) -> impl Iterator<Item = Enter> + 'a {
-        records::<ENTER_WORDS>(self.bytes, self.info.enters_offset, self.info.num_enters).map(|w| Enter {
-            slot: w[0],
-            computed_len: w[1],
-            output_index: w[2],
-            temperature: f32::from_bits(w[3]),
-            top_k: w[4],
-            top_p: f32::from_bits(w[5]),
-            min_p: f32::from_bits(w[6]),
-            repetition_penalty: f32::from_bits(w[7]),
-            presence_penalty: f32::from_bits(w[8]),
-            frequency_penalty: f32::from_bits(w[9]),
-            seed: u64::from(w[10]) | u64::from(w[11]) << 32,
-            num_logprobs: (w[12] != NONE).then_some(w[12]),
-            penalty: (w[13], w[14]),
+        records::<{ enter::WORDS }>(self.bytes, self.info.enters_offset, self.info.num_enters).map(|w| Enter {
+            slot: w[enter::SLOT],
+            computed_len: w[enter::COMPUTED_LEN],
+            output_index: w[enter::OUTPUT_INDEX],
+            temperature: f32::from_bits(w[enter::TEMPERATURE]),
+            top_k: w[enter::TOP_K],
+            top_p: f32::from_bits(w[enter::TOP_P]),
+            min_p: f32::from_bits(w[enter::MIN_P]),
+            repetition_penalty: f32::from_bits(w[enter::REPETITION_PENALTY]),
+            presence_penalty: f32::from_bits(w[enter::PRESENCE_PENALTY]),
+            frequency_penalty: f32::from_bits(w[enter::FREQUENCY_PENALTY]),
+            seed: u64::from(w[enter::SEED_LOW]) | u64::from(w[enter::SEED_HIGH]) << 32,
+            num_logprobs: (w[enter::NUM_LOGPROBS] != NONE).then_some(w[enter::NUM_LOGPROBS]),
+            penalty: (w[enter::PENALTY_START], w[enter::PENALTY_LEN]),
         })
     }
 
     /// Block copies: (source, destination).
     pub fn copies(&self) -> impl Iterator<Item = (BlockId, BlockId)> + 'a {
-        records::<PAIR_WORDS>(self.bytes, self.info.copies_offset, self.info.num_copies)
-            .map(|[source, destination]| (BlockId(source), BlockId(destination)))
+        records::<{ copy::WORDS }>(self.bytes, self.info.copies_offset, self.info.num_copies)
+            .map(|w| (BlockId(w[copy::SOURCE]), BlockId(w[copy::DESTINATION])))
     }
 
     /// Biased tokens: (token, value). Rows point at their ranges.
     pub fn bias(&self) -> impl Iterator<Item = (u32, f32)> + 'a {
-        records::<PAIR_WORDS>(self.bytes, self.info.bias_offset, self.info.num_bias)
-            .map(|[token, value]| (token, f32::from_bits(value)))
+        records::<{ bias::WORDS }>(self.bytes, self.info.bias_offset, self.info.num_bias)
+            .map(|w| (w[bias::TOKEN], f32::from_bits(w[bias::VALUE])))
     }
 
-    /// Draft tokens: `decode_query_len - 1` words for each decode row, None where a row has fewer.
-    pub fn drafts(&self) -> impl Iterator<Item = Option<u32>> + 'a {
-        let count = self.info.padded_decodes * self.info.decode_query_len.saturating_sub(1);
-        records::<1>(self.bytes, self.info.drafts_offset, count).map(|[token]| (token != NONE).then_some(token))
+    /// Draft tokens of the decode rows, in row order.
+    pub fn drafts(&self) -> impl Iterator<Item = u32> + 'a {
+        records::<1>(self.bytes, self.info.drafts_offset, self.info.num_drafts).map(|[token]| token)
     }
 
     /// Tokens for the penalties: (token, times output, in the prompt). `enters` records point at their ranges.
     pub fn penalty_tokens(&self) -> impl Iterator<Item = (u32, u32, bool)> + 'a {
-        records::<PAIR_WORDS>(self.bytes, self.info.penalty_tokens_offset, self.info.num_penalty_tokens)
-            .map(|[token, seen]| (token, seen / 2, seen % 2 == 1))
+        records::<{ penalty::WORDS }>(self.bytes, self.info.penalty_tokens_offset, self.info.num_penalty_tokens)
+            .map(|w| (w[penalty::TOKEN], w[penalty::SEEN] / 2, w[penalty::SEEN] % 2 == 1))
     }
 }
 
@@ -439,14 +404,18 @@ mod tests {
         writer.push_enter(&enter());
         writer.push_copy(BlockId(4), BlockId(9));
         writer.push_bias(8, f32::NEG_INFINITY);
+        writer.push_drafts(&[30, 31]);
         writer.push_penalty_token(10, 0, true);
         writer.push_penalty_token(5, 2, false);
-        let mut info = PlanInfo { decode_query_len: 1, ..PlanInfo::default() };
+        let mut info = PlanInfo { step_id: 1 << 40 | 7, decode_query_len: 1, all_greedy: true, ..PlanInfo::default() };
         let mut buffer = vec![0xee; 1024];
         writer.finish(&mut buffer, &mut info).expect("it fits");
 
         let at = |offset: u32, index| word(&buffer[offset as usize..], index);
         let words = |offset, count| (0..count).map(|i| at(offset, i)).collect::<Vec<_>>();
+        assert_eq!(words(0, 8), [7, 1 << 8, 0, 1, 0, 0, 1, 0]);
+        assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
+        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (128, at(0, 17), at(0, 22)));
         assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, u32::MAX, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
         assert_eq!(words(info.blocks_offset, 4), [1, 3, 7, 9]);
@@ -458,11 +427,13 @@ mod tests {
         let offsets = [info.rows_offset, info.blocks_offset, info.enters_offset, info.bias_offset, info.num_bytes];
         assert!(offsets.iter().all(|offset| offset % 16 == 0));
 
-        let view = PlanView::new(&info, &buffer);
+        let view = PlanView::new(&buffer);
+        assert_eq!(view.info(), info);
         assert_eq!(view.rows().collect::<Vec<_>>(), [row]);
         assert_eq!(view.enters().collect::<Vec<_>>(), [enter()]);
         assert_eq!(view.penalty_tokens().collect::<Vec<_>>(), [(10, 0, true), (5, 2, false)]);
         assert_eq!(view.bias().collect::<Vec<_>>(), [(8, f32::NEG_INFINITY)]);
+        assert_eq!(view.drafts().collect::<Vec<_>>(), [30, 31]);
     }
 
     #[test]
@@ -470,7 +441,8 @@ mod tests {
         let mut writer = PlanWriter::default();
         writer.push_prefill_tokens(&[1; 100]);
         let mut info = PlanInfo::default();
-        let refused = Error::BufferTooSmall { what: "plan", len: 16, needed: 400 };
+        let needed = align(HEADER.len() * 4) + 400;
+        let refused = Error::BufferTooSmall { what: "plan", len: 16, needed };
         assert_eq!(writer.finish(&mut [0; 16], &mut info), Err(refused));
     }
 }

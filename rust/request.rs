@@ -1,6 +1,7 @@
-//! Names of requests and blocks, and the checked sampling parameters.
+//! Requests: their names and their blocks' names, what the scheduler knows of one, the checked sampling parameters.
 
 use crate::error::Error;
+use crate::output::Progress;
 use crate::text::StopPatterns;
 
 /// Names one request for as long as the process lives; numbers are never used twice.
@@ -14,6 +15,23 @@ pub struct SeqRef {
     pub request: RequestId,
     /// Which of its choices, from 0.
     pub index: u32,
+}
+
+/// What the scheduler knows of one request, beside its sequences.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub id: RequestId,
+    /// Numbers of its sequences, by index; some may be gone.
+    pub sequences: Vec<u32>,
+    /// Sequences that have not finished.
+    pub unfinished: u32,
+    /// Its other choices wait for the first one.
+    pub forming: bool,
+    /// It has been admitted before.
+    pub started: bool,
+    /// It belongs to the batch that runs (policies other than continuous).
+    pub in_batch: bool,
+    pub progress: Progress,
 }
 
 /// Index of a block in every pool tensor.

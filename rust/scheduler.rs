@@ -20,7 +20,7 @@ use crate::kv_cache::KvCache;
 use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
 use crate::policy::WaitingQueue;
 use crate::prefix_cache::PrefixHasher;
-use crate::request::{check_tokens, BlockId, RequestId, SeqRef};
+use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
 
 mod admit;
@@ -31,7 +31,7 @@ mod padding;
 mod schedule;
 mod sequence;
 
-use sequence::{Request, Sequence, State, Traits};
+use sequence::{Sequence, State, Traits};
 
 /// Most steps in flight.
 pub const MAX_STEPS_IN_FLIGHT: usize = 2;
@@ -123,12 +123,13 @@ impl Step {
 
 /// What is decided of the step being planned, before it is written. Kept between steps for its memory.
 #[derive(Debug, Default)]
-struct Draft {
+struct PlannedStep {
     decodes: Vec<schedule::PlannedRow>,
     prefills: Vec<schedule::PlannedRow>,
     copies: Vec<(BlockId, BlockId)>,
-    /// Draft tokens of each decode row, filled up.
-    num_draft_tokens: u32,
+    /// Tokens of all decode rows, and of the longest: more than one where it has drafts.
+    num_decode_tokens: u32,
+    longest_decode: u32,
     /// Tokens left of the budget.
     budget: u32,
     /// Left of the plan's room for blocks and penalty tokens of sequences that enter.
@@ -175,7 +176,7 @@ pub struct Scheduler {
     in_flight: VecDeque<Step>,
     /// Emptied steps, for their memory.
     spare_steps: Vec<Step>,
-    draft: Draft,
+    planned: PlannedStep,
     writer: PlanWriter,
     /// For one block's tokens, and for the counts of one sequence's penalty tokens.
     token_scratch: Vec<u32>,
@@ -213,7 +214,7 @@ impl Scheduler {
             committed_step: 0,
             in_flight: VecDeque::with_capacity(MAX_STEPS_IN_FLIGHT),
             spare_steps: Vec::with_capacity(MAX_STEPS_IN_FLIGHT),
-            draft: Draft::default(),
+            planned: PlannedStep::default(),
             writer: PlanWriter::default(),
             token_scratch: Vec::with_capacity(config.block_size as usize),
             penalty_scratch: FxHashMap::default(),

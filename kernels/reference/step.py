@@ -1,8 +1,8 @@
 """Plain-PyTorch twins of `prepare.py` and `sample.py`: what runs on CPUs, and what the Triton kernels are tested
 against.
 
-`plan` has the fields of `octavo._core.Plan`; `state` and `inputs` are the `DeviceState` and `StepInputs` of
-`octavo.engine.step_buffers`. The format of the plan and of the result is in DESIGN.md and `plan_format.py`.
+`state` and `inputs` are the `DeviceState` and `StepInputs` of `octavo.engine.step_buffers`. The format of the plan and
+of the result is in docs/plan.md and `plan_format.py`.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ from torch import Tensor
 from octavo.kernels.reference.draw import Draw, argmax_rows, draw, process
 from octavo.kernels.reference.logprobs import write_logprobs
 from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
 
 
-def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
+def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
     """Applies the plan's `enters` and `blocks` to `state`, then fills `inputs` for the plan's rows and tokens.
 
-    plan_device [>= num_bytes] uint8. Places of a decode row beyond its own drafts, and positions past the block table,
-    get token 0, position 0 and the null block, so that they can harm nobody. Decode rows of padding have no keys, so
-    that attention reads none. Block copies are `copy_blocks`' part and
-    come before.
+    plan_device [>= num_bytes] uint8. Places of a padding row beyond its first, and positions past the block table, get
+    token 0, position 0 and the null block, so that they can harm nobody. Decode rows of padding have no keys, so that
+    attention reads none. Block copies are `copy_blocks`' part and come before.
     """
     words = plan_device.view(torch.int32)
     if plan.num_enters:
@@ -33,9 +33,8 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
     if plan.has_penalties:
         state.require_penalty_counts()
 
-    num_rows, num_tokens, length = plan.padded_rows, plan.num_tokens, plan.decode_query_len
-    num_decodes = plan.padded_decodes
-    decode_tokens = num_decodes * length
+    num_rows, num_tokens = plan.padded_rows, plan.num_tokens
+    num_decodes, decode_tokens = plan.padded_decodes, plan.num_decode_tokens
     rows = _section(words, plan.rows_offset, num_rows, fmt.ROW_WORDS)
     slots, query_start, query_len = rows[:, fmt.ROW_SLOT], rows[:, fmt.ROW_QUERY_START], rows[:, fmt.ROW_QUERY_LEN]
     computed = state.computed_len[slots.long()]
@@ -48,22 +47,27 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
 
     device = words.device
     # A decode step, the common case, has one row a token in order.
-    if num_tokens == num_rows:
+    if num_tokens == num_rows and plan.max_query_len == 1:
         row_of_token = torch.arange(num_rows, device=device)
         positions = computed.long()
     else:
         row_of_token = torch.repeat_interleave(torch.arange(num_rows, device=device), query_len, output_size=num_tokens)
         positions = torch.arange(num_tokens, device=device) + (computed - query_start)[row_of_token]
     token_ids = inputs.token_ids[:num_tokens]
-    decode_ids = token_ids[:decode_tokens].view(num_decodes, length)
-    decode_ids[:, 0] = state.last_token[slots[:num_decodes].long()]
+    last_tokens = state.last_token[slots.long()]
     token_ids[decode_tokens:] = words[plan.prefill_tokens_offset // 4 :][: plan.num_prefill_tokens]
     used = positions < state.block_table.shape[2] * block_size
-    if length > 1:
-        drafts = _section(words, plan.drafts_offset, num_decodes, length - 1)
-        decode_ids[:, 1:] = drafts.clamp(min=0)
-        in_use = torch.arange(length, device=device) <= rows[:num_decodes, fmt.ROW_NUM_DRAFTS, None]
-        used[:decode_tokens] &= in_use.flatten()
+    if plan.decode_query_len == 1:
+        token_ids[:decode_tokens] = last_tokens[:num_decodes]
+    else:
+        row = row_of_token[:decode_tokens]
+        token = torch.arange(decode_tokens, device=device)
+        place = token - query_start[row]
+        # Each row before a draft's, and its own, has one token that is no draft.
+        drafts = words[plan.drafts_offset // 4 :][: plan.num_drafts]
+        ids = drafts[(token - row - 1).clamp(0, plan.num_drafts - 1)]
+        token_ids[:decode_tokens] = torch.where(place == 0, last_tokens[row], ids)
+        used[:decode_tokens] &= place <= rows[row, fmt.ROW_NUM_DRAFTS]
     token_ids *= used
     positions = positions * used
     inputs.positions[:num_tokens] = positions
@@ -74,15 +78,23 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
     num_logits = decode_tokens + num_rows - num_decodes
     inputs.sample_index[:decode_tokens] = torch.arange(decode_tokens, device=device)
     inputs.sample_index[decode_tokens:num_logits] = (query_start + query_len - 1)[num_decodes:]
+    inputs.sample_rows[:decode_tokens] = row_of_token[:decode_tokens]
+    inputs.sample_rows[decode_tokens:num_logits] = torch.arange(num_decodes, num_rows, device=device)
 
 
 def sample(
-    logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
+    logits: Tensor,
+    plan: Plan,
+    plan_device: Tensor,
+    state: Any,
+    inputs: Any,
+    result: Tensor,
+    masks: Tensor | None = None,
 ) -> None:
     """Draws a token for each row that asks, writes the result records and advances `state`.
 
-    logits [padded_decodes * L + prefill rows, >= vocab_size], L = `decode_query_len`: the L places of each decode row,
-    then the last place of each prefill row. result int32 [>= padded_rows * result_width], flat. masks int32 [mask rows,
+    logits [num_decode_tokens + prefill rows, >= vocab_size]: all places of each decode row, then the last place of each
+    prefill row. result int32 [>= padded_rows * result_width], flat. masks int32 [mask rows,
     ceil(vocab / 32)]: bit `t % 32` of word `t // 32` allows token t; place j of a row reads mask row `mask_row + j`.
     `inputs` is not read: the rows are in the plan. How a token is chosen is told in `reference/draw.py`, how drafts are
     accepted in `_accept`.
@@ -91,15 +103,16 @@ def sample(
     words = plan_device.view(torch.int32)
     length, num_decodes, num_rows = plan.decode_query_len, plan.padded_decodes, plan.padded_rows
     rows = _section(words, plan.rows_offset, num_rows, fmt.ROW_WORDS)
-    drafts = _section(words, plan.drafts_offset, num_decodes, length - 1)
-    logits = logits[: num_decodes * length + num_rows - num_decodes, : state.vocab_size]
+    drafts = _drafts_by_row(plan, words, rows)
+    logits = logits[: plan.num_decode_tokens + plan.num_prefills, : state.vocab_size]
     if plan.all_greedy:
         found, statuses = argmax_rows(logits)
     else:
         found, statuses = _draw_rows(logits, plan, words, rows, drafts, state, masks)
-    # By row and place; a prefill row has one place, the others never count.
-    tokens = _by_row(found, num_decodes, num_rows, length)
-    statuses = _by_row(statuses, num_decodes, num_rows, length)
+    # The first row of logits of each row.
+    first = torch.arange(num_rows, device=words.device) + plan.num_decode_tokens - num_decodes
+    first[:num_decodes] = rows[:num_decodes, fmt.ROW_QUERY_START]
+    tokens, statuses = _by_row(found, first, length), _by_row(statuses, first, length)
 
     record = result[: num_rows * plan.result_width].view(num_rows, plan.result_width)
     status, num_valid, last = _accept(rows, tokens, statuses, drafts)
@@ -109,7 +122,7 @@ def sample(
     record[:, fmt.RESULT_TOKENS : fmt.RESULT_TOKENS + length] = tokens.where(valid, -1)
     _advance(rows, tokens, valid, num_valid, last, state)
     if plan.max_logprobs >= 0:
-        write_logprobs(logits, rows, tokens, num_valid, num_decodes, plan.max_logprobs, record)
+        write_logprobs(logits, rows, tokens, num_valid, first, plan.max_logprobs, record)
 
 
 def sample_peak_rehearsal(logits: Tensor) -> None:
@@ -126,7 +139,7 @@ def _section(words: Tensor, byte_offset: int, records: int, width: int) -> Tenso
     return words[byte_offset // 4 : byte_offset // 4 + records * width].view(records, width)
 
 
-def _enter(plan: Any, words: Tensor, state: Any) -> None:
+def _enter(plan: Plan, words: Tensor, state: Any) -> None:
     enters = _section(words, plan.enters_offset, plan.num_enters, fmt.ENTER_WORDS)
     slots = enters[:, fmt.ENTER_SLOT].long()
     state.records[slots] = enters
@@ -134,29 +147,42 @@ def _enter(plan: Any, words: Tensor, state: Any) -> None:
         counts = state.require_penalty_counts()
         # Also where the newcomer has no penalties: whoever held the slot before may have left counts behind.
         counts[slots] = 0
-        tokens = _section(words, plan.penalty_tokens_offset, plan.num_penalty_tokens, 2)
+        tokens = _section(words, plan.penalty_tokens_offset, plan.num_penalty_tokens, fmt.PAIR_WORDS)
         for slot, start, size in enters[:, [fmt.ENTER_SLOT, fmt.ENTER_PENALTY_START, fmt.ENTER_PENALTY_LEN]].tolist():
             own = tokens[start : start + size]
-            counts[slot, own[:, 0].long()] = own[:, 1]
+            counts[slot, own[:, fmt.PENALTY_TOKEN].long()] = own[:, fmt.PENALTY_SEEN]
+
+
+def _drafts_by_row(plan: Plan, words: Tensor, rows: Tensor) -> Tensor:
+    """# [padded_decodes, decode_query_len - 1] int32; -1 where a row has fewer drafts."""
+    num_decodes, most = plan.padded_decodes, plan.decode_query_len - 1
+    drafts = words.new_full((num_decodes, most), -1)
+    if most:
+        row = torch.arange(num_decodes, device=words.device)[:, None]
+        place = torch.arange(most, device=words.device)
+        section = words[plan.drafts_offset // 4 :][: plan.num_drafts]
+        # Each row before has one token that is no draft.
+        ids = section[(rows[:num_decodes, fmt.ROW_QUERY_START, None] - row + place).clamp(max=plan.num_drafts - 1)]
+        drafts = torch.where(place < rows[:num_decodes, fmt.ROW_NUM_DRAFTS, None], ids, drafts)
+    return drafts
 
 
 def _draw_rows(
-    logits: Tensor, plan: Any, words: Tensor, rows: Tensor, drafts: Tensor, state: Any, masks: Tensor | None
+    logits: Tensor, plan: Plan, words: Tensor, rows: Tensor, drafts: Tensor, state: Any, masks: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Token and status of each row of logits # [num_logits] int32 each; -1 where nothing is drawn."""
-    length, num_decodes = plan.decode_query_len, plan.padded_decodes
     host_rows, host_drafts = rows.tolist(), drafts.tolist()
     records = state.records[rows[:, fmt.ROW_SLOT].long()]
     host_records, host_floats = records.tolist(), records.view(torch.float32).tolist()
-    bias = _section(words, plan.bias_offset, plan.num_bias, 2)
+    bias = _section(words, plan.bias_offset, plan.num_bias, fmt.PAIR_WORDS)
     # One pass for all rows; NaN wins every maximum.
     peaks = logits.amax(dim=1).tolist()
     drawn: list[tuple[int, int]] = []
     for index, row in enumerate(host_rows):
-        for place in range(length if index < num_decodes else 1):
+        for place in range(row[fmt.ROW_QUERY_LEN] if index < plan.padded_decodes else 1):
             peak = peaks[len(drawn)]
             if not row[fmt.ROW_FLAGS] & fmt.SAMPLE:
-                drawn.append((-1, fmt.STATUS_NO_SAMPLE))
+                drawn.append((-1, fmt.STATUS_NO_TOKEN))
             elif peak != peak or peak == float("inf"):
                 drawn.append((-1, fmt.STATUS_NAN))
             else:
@@ -166,7 +192,9 @@ def _draw_rows(
                 processed = process(
                     logits[len(drawn)],
                     params,
-                    mask=masks[row[fmt.ROW_MASK] + place] if masks is not None and row[fmt.ROW_MASK] >= 0 else None,
+                    mask=masks[row[fmt.ROW_MASK_ROW] + place]
+                    if masks is not None and row[fmt.ROW_MASK_ROW] >= 0
+                    else None,
                     bias=bias[start : start + size] if size else None,
                     counts=state.penalty_counts[row[fmt.ROW_SLOT]] if penalised else None,
                     drafts_before=host_drafts[index][:place] if place else [],
@@ -176,12 +204,12 @@ def _draw_rows(
     return tokens, statuses
 
 
-def _by_row(values: Tensor, num_decodes: int, num_rows: int, length: int) -> Tensor:
-    """# [num_logits] -> [num_rows, length]; the places that a prefill row lacks repeat its only one."""
+def _by_row(values: Tensor, first: Tensor, length: int) -> Tensor:
+    """# [num_logits] -> [num_rows, length]; what stands in places that a row lacks does not count."""
     if length == 1:
         return values[:, None]
-    decodes = values[: num_decodes * length].view(num_decodes, length)
-    return torch.cat([decodes, values[num_decodes * length :, None].expand(num_rows - num_decodes, length)])
+    index = first[:, None] + torch.arange(length, device=values.device)
+    return values[index.clamp(max=len(values) - 1)]
 
 
 def _accept(rows: Tensor, tokens: Tensor, statuses: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,7 +220,7 @@ def _accept(rows: Tensor, tokens: Tensor, statuses: Tensor, drafts: Tensor) -> t
     nothing to draw from.
     """
     alive = rows[:, fmt.ROW_FLAGS] & fmt.SAMPLE != 0
-    status = torch.where(alive, fmt.STATUS_OK, fmt.STATUS_NO_SAMPLE).int()
+    status = torch.where(alive, fmt.STATUS_OK, fmt.STATUS_NO_TOKEN).int()
     num_valid, last = torch.zeros_like(status), torch.full_like(status, -1)
     for place in range(tokens.shape[1]):
         status = torch.where(alive, statuses[:, place], status)

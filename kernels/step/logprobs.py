@@ -12,9 +12,11 @@ from torch import Tensor
 
 from octavo.kernels.step import plan_format as fmt
 from octavo.kernels.step.logits import load_raw
+from octavo.kernels.step.plan_format import Plan
 from octavo.kernels.step.sub_tiles import float_of, key_of
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
+_ROW_QUERY_START = tl.constexpr(fmt.ROW_QUERY_START)
 _ROW_FLAGS = tl.constexpr(fmt.ROW_FLAGS)
 _LOGPROBS = tl.constexpr(fmt.LOGPROBS)
 _RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
@@ -28,14 +30,9 @@ def write_logprobs(
     raw_peaks: Tensor,
     raw_tiles: Tensor,
     words: Tensor,
-    rows_at: int,
-    num_rows: int,
-    num_decodes: int,
-    length: int,
+    plan: Plan,
     vocab: int,
-    top: int,
     result: Tensor,
-    result_width: int,
     *,
     tile: int,
     sub: int,
@@ -44,16 +41,16 @@ def write_logprobs(
     are.
 
     raw_peaks [num_logits, subs] f32: highest raw logit of each sub-tile; raw_tiles [2, num_logits, tiles] f32: highest
-    raw logit of each tile, and its sum of exponentials relative to that; words: the plan as int32, its rows from
-    `rows_at` on.
+    raw logit of each tile, and its sum of exponentials relative to that; words: the plan as int32.
     """
+    length, top = plan.decode_query_len, plan.max_logprobs
     num_logits, subs = raw_peaks.shape
     tiles = raw_tiles.shape[2]
     _, logprob_at, rank_at, ids_at, tops_at = fmt.result_columns(length, top)
-    _logprobs_kernel[(num_rows, length)](
+    _logprobs_kernel[(plan.padded_rows, length)](
         logits, raw_peaks, raw_tiles, words, result,
-        rows_at, num_decodes, length, num_logits, vocab, logits.stride(0), tiles, subs,
-        result_width, logprob_at, rank_at, ids_at, tops_at, top,
+        plan.rows_offset // 4, plan.padded_decodes, plan.num_decode_tokens, num_logits, vocab, logits.stride(0), tiles,
+        subs, plan.result_width, logprob_at, rank_at, ids_at, tops_at, top,
         TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs), TILE=tile, SUB=sub,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
@@ -61,23 +58,25 @@ def write_logprobs(
 
 @triton.jit(
     do_not_specialize=[
-        "rows_at", "num_decodes", "length", "num_logits", "result_width", "logprob_at", "rank_at", "ids_at", "tops_at",
-        "top",
+        "rows_at", "num_decodes", "decode_tokens", "num_logits", "result_width", "logprob_at", "rank_at", "ids_at",
+        "tops_at", "top",
     ]
 )  # fmt: skip
 def _logprobs_kernel(
     logits_ptr, peaks_ptr, tiles_ptr, words_ptr, result_ptr,
-    rows_at, num_decodes, length, num_logits, vocab, logits_stride, tiles, subs,
+    rows_at, num_decodes, decode_tokens, num_logits, vocab, logits_stride, tiles, subs,
     result_width, logprob_at, rank_at, ids_at, tops_at, top,
     TILES: tl.constexpr, SUBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
     """Program (row, place)."""
     row = tl.program_id(0)
     place = tl.program_id(1)
-    flags = tl.load(words_ptr + rows_at + row * _ROW_WORDS + _ROW_FLAGS)
+    row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+    flags = tl.load(row_ptr + _ROW_FLAGS)
     result_ptr += row.to(tl.int64) * result_width
     if ((flags & _LOGPROBS) != 0) & (place < tl.load(result_ptr + _RESULT_NUM_VALID)):
-        index = tl.where(row < num_decodes, row * length + place, row + num_decodes * (length - 1))
+        first_index = tl.load(row_ptr + _ROW_QUERY_START)
+        index = tl.where(row < num_decodes, first_index + place, decode_tokens + row - num_decodes)
         logits_row_ptr = logits_ptr + index.to(tl.int64) * logits_stride
         tile_lane = tl.arange(0, TILES)
         in_tiles = tile_lane < tiles

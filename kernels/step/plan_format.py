@@ -1,11 +1,78 @@
-"""Word offsets and flags of the plan's and the result's records: DESIGN.md, "What crosses the boundary in a step?".
+"""Places of the words in a plan and in a result, and the values of flags and statuses: docs/plan.md.
 
-A plan is a buffer of little-endian 32-bit words; `Plan` has the byte offset of each section. Shared by the kernels and
-their twins.
+A plan is a buffer of little-endian 32-bit words that begins with its header, `Plan`. Shared by the kernels and their
+twins; a test compares everything here with the core's own names (`octavo._core.PLAN_FORMAT`).
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Plan(NamedTuple):
+    """The header of a plan: the numbers of one step, a 32-bit word a field, in order.
+
+    Counts of rows and tokens include padding where they do not say otherwise. Offsets are bytes from the plan's start.
+    """
+
+    step_id_low: int
+    step_id_high: int
+    num_rows: int  # without padding
+    padded_rows: int  # records of `rows` and of the result
+    num_decodes: int  # decode rows without padding
+    padded_decodes: int
+    decode_query_len: int  # of the longest decode row that is no padding, at least 1: the places of a result record
+    num_decode_tokens: int  # of all decode rows
+    num_prefill_tokens: int
+    num_tokens: int
+    max_query_len: int  # over all rows
+    max_seq_len: int  # upper bound of computed length + query length over all rows
+    max_logprobs: int  # most top tokens that a row asks for; -1 where no row asks for logprobs
+    has_masks: int  # 0 or 1, as the next two
+    has_penalties: int
+    all_greedy: int  # every sampling row has temperature 0 and asks for nothing else: argmax suffices
+    result_width: int  # words of one row's result record
+    num_bytes: int  # of the plan
+    num_blocks: int
+    num_enters: int
+    num_copies: int
+    num_bias: int
+    num_drafts: int
+    num_penalty_tokens: int
+    rows_offset: int
+    prefill_tokens_offset: int
+    blocks_offset: int
+    enters_offset: int
+    copies_offset: int
+    bias_offset: int
+    drafts_offset: int
+    penalty_tokens_offset: int
+
+    @classmethod
+    def read(cls, plan: npt.NDArray[np.uint8]) -> Plan:
+        """The header of a plan, uint8 [at least its bytes]. A microsecond or two."""
+        return cls._make(plan[:HEADER_BYTES].view(np.int32).tolist())
+
+    @property
+    def step_id(self) -> int:
+        """Number of the step, from 1."""
+        return (self.step_id_low & 0xFFFFFFFF) | self.step_id_high << 32
+
+    @property
+    def num_prefills(self) -> int:
+        """Prefill rows, padding included."""
+        return self.padded_rows - self.padded_decodes
+
+
+HEADER_BYTES = 4 * len(Plan._fields)
+
 ROW_WORDS = 8
-ROW_SLOT, ROW_QUERY_START, ROW_QUERY_LEN, ROW_FLAGS, ROW_NUM_DRAFTS, ROW_MASK, ROW_BIAS_START, ROW_BIAS_LEN = range(8)
+ROW_SLOT, ROW_QUERY_START, ROW_QUERY_LEN, ROW_FLAGS, ROW_NUM_DRAFTS, ROW_MASK_ROW, ROW_BIAS_START, ROW_BIAS_LEN = range(
+    ROW_WORDS
+)
 
 SAMPLE = 1  # a token is drawn at the row's last position
 PREFILL = 2  # the row's tokens are in `prefill_tokens`
@@ -14,7 +81,7 @@ PENALTIES = 8
 PADDING = 16
 
 BLOCK_WORDS = 4
-BLOCK_GROUP, BLOCK_SLOT, BLOCK_INDEX, BLOCK_ID = range(4)
+BLOCK_GROUP, BLOCK_SLOT, BLOCK_INDEX, BLOCK_ID = range(BLOCK_WORDS)
 
 ENTER_WORDS = 16
 (
@@ -33,12 +100,18 @@ ENTER_WORDS = 16
     ENTER_NUM_LOGPROBS,
     ENTER_PENALTY_START,
     ENTER_PENALTY_LEN,
-) = range(15)
+    ENTER_UNUSED,
+) = range(ENTER_WORDS)
+
+PAIR_WORDS = 2  # of one record of `copies`, `bias` or `penalty_tokens`
+COPY_SOURCE, COPY_DESTINATION = range(PAIR_WORDS)
+BIAS_TOKEN, BIAS_VALUE = range(PAIR_WORDS)
+PENALTY_TOKEN, PENALTY_SEEN = range(PAIR_WORDS)
 
 STATUS_OK = 0
 STATUS_NAN = 1  # NaN or +inf in the row's logits: nothing is drawn
 STATUS_MASKED = 2  # every token is at -inf: nothing is drawn
-STATUS_NO_SAMPLE = 3  # the row asked for no token
+STATUS_NO_TOKEN = 3  # the row asked for no token
 
 RESULT_STATUS, RESULT_NUM_VALID, RESULT_TOKENS = range(3)
 

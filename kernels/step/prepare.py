@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
@@ -31,7 +32,7 @@ COUNTS_TILE = 4096
 PENALTY_TILE = 512
 
 
-def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
+def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
     """As `reference_step.prepare`, on CUDA tensors."""
     words = plan_device.view(torch.int32)
     programs = plan.num_enters + triton.cdiv(plan.num_blocks, BLOCKS_TILE)
@@ -62,14 +63,14 @@ def prepare(plan: Any, plan_device: Tensor, state: Any, inputs: Any, *, block_si
                 TILE=PENALTY_TILE, num_warps=4, enable_fp_fusion=False,
             )  # fmt: skip
     groups, slots, max_blocks = state.block_table.shape
-    longest = max(plan.max_query_len, plan.decode_query_len)
+    longest = plan.max_query_len
     tile, num_warps = (32, 1) if longest <= 32 else (1024, 4)
     _rows_kernel[(plan.padded_rows, triton.cdiv(longest, tile))](
         words, state.records, state.last_token, state.block_table,
         inputs.token_ids, inputs.positions, inputs.slots_of_groups,
-        inputs.row_slots, inputs.seq_lens, inputs.query_start_loc, inputs.sample_index,
+        inputs.row_slots, inputs.seq_lens, inputs.query_start_loc, inputs.sample_index, inputs.sample_rows,
         plan.rows_offset // 4, plan.prefill_tokens_offset // 4, plan.drafts_offset // 4,
-        plan.padded_rows, plan.padded_decodes, plan.decode_query_len, plan.num_tokens,
+        plan.padded_rows, plan.padded_decodes, plan.num_decode_tokens, plan.num_tokens,
         groups, slots, max_blocks, inputs.slots_of_groups.stride(0),
         BLOCK_SIZE=block_size, TILE=tile, num_warps=num_warps, enable_fp_fusion=False,
     )  # fmt: skip
@@ -124,13 +125,14 @@ def _enter_counts_kernel(words_ptr, counts_ptr, enters_at, penalty_tokens_at, vo
 
 @triton.jit(
     do_not_specialize=[
-        "rows_at", "prefill_tokens_at", "drafts_at", "num_rows", "num_decodes", "decode_query_len", "num_tokens",
+        "rows_at", "prefill_tokens_at", "drafts_at", "num_rows", "num_decodes", "decode_tokens", "num_tokens",
     ]
 )  # fmt: skip
 def _rows_kernel(
     words_ptr, records_ptr, last_token_ptr, table_ptr,
     token_ids_ptr, positions_ptr, slot_mapping_ptr, row_slots_ptr, seq_lens_ptr, query_start_ptr, sample_index_ptr,
-    rows_at, prefill_tokens_at, drafts_at, num_rows, num_decodes, decode_query_len, num_tokens,
+    sample_rows_ptr,
+    rows_at, prefill_tokens_at, drafts_at, num_rows, num_decodes, decode_tokens, num_tokens,
     groups, slots, max_blocks, slot_mapping_stride,
     BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -143,7 +145,6 @@ def _rows_kernel(
     num_drafts = tl.load(row_ptr + _ROW_NUM_DRAFTS)
     computed = tl.load(records_ptr + slot * _ENTER_WORDS + _ENTER_COMPUTED_LEN)
     decode = row < num_decodes
-    decode_tokens = num_decodes * decode_query_len
 
     if tl.program_id(1) == 0:
         tl.store(row_slots_ptr + row, slot)
@@ -153,7 +154,9 @@ def _rows_kernel(
         if row == num_rows - 1:
             tl.store(query_start_ptr + num_rows, num_tokens)
         if not decode:
-            tl.store(sample_index_ptr + decode_tokens + row - num_decodes, query_start + query_len - 1)
+            sample_at = decode_tokens + row - num_decodes
+            tl.store(sample_index_ptr + sample_at, query_start + query_len - 1)
+            tl.store(sample_rows_ptr + sample_at, row)
 
     place = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = place < query_len
@@ -162,11 +165,13 @@ def _rows_kernel(
     used = inside & (position < max_blocks * BLOCK_SIZE)
     if decode:
         tl.store(sample_index_ptr + token, token.to(tl.int64), mask=inside)
-        # A place beyond the row's own drafts must not write into blocks that the row may not hold.
+        tl.store(sample_rows_ptr + token, tl.zeros([TILE], tl.int32) + row, mask=inside)
+        # Only a padding row has more tokens; they must not write into blocks that the row does not hold.
         used = used & (place <= num_drafts)
-        draft_ptr = words_ptr + drafts_at + row * (decode_query_len - 1) + place - 1
+        # Each row before this one has one token that is no draft.
+        draft_ptr = words_ptr + drafts_at + query_start - row + place - 1
         token_id = tl.load(draft_ptr, mask=used & (place > 0), other=0)
-        token_id = tl.where(place == 0, tl.load(last_token_ptr + slot), tl.maximum(token_id, 0))
+        token_id = tl.where(place == 0, tl.load(last_token_ptr + slot), token_id)
     else:
         token_id = tl.load(words_ptr + prefill_tokens_at + token - decode_tokens, mask=inside, other=0)
     position = tl.where(used, position, 0)

@@ -24,6 +24,7 @@ from octavo.kernels.step.filters import draw, draw_filtered, read_logits
 from octavo.kernels.step.logits import load_float, load_raw, process
 from octavo.kernels.step.logprobs import write_logprobs
 from octavo.kernels.step.noise import noise_key
+from octavo.kernels.step.plan_format import Plan
 
 SUB = GROUP  # tokens that share one kept peak and mass
 TILE = 2048  # tokens of one program of the first pass
@@ -38,6 +39,7 @@ CHOOSE_REGISTERS = 128  # two programs a multiprocessor, so that 256 rows are on
 
 _ROW_WORDS = tl.constexpr(fmt.ROW_WORDS)
 _ROW_SLOT = tl.constexpr(fmt.ROW_SLOT)
+_ROW_QUERY_START = tl.constexpr(fmt.ROW_QUERY_START)
 _ROW_QUERY_LEN = tl.constexpr(fmt.ROW_QUERY_LEN)
 _ROW_FLAGS = tl.constexpr(fmt.ROW_FLAGS)
 _ROW_NUM_DRAFTS = tl.constexpr(fmt.ROW_NUM_DRAFTS)
@@ -57,7 +59,7 @@ _GREEDY_TEMPERATURE = tl.constexpr(fmt.GREEDY_TEMPERATURE)
 _STATUS_OK = tl.constexpr(fmt.STATUS_OK)
 _STATUS_NAN = tl.constexpr(fmt.STATUS_NAN)
 _STATUS_MASKED = tl.constexpr(fmt.STATUS_MASKED)
-_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_SAMPLE)
+_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_TOKEN)
 _RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
@@ -71,16 +73,23 @@ _PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
 
 
 def sample(
-    logits: Tensor, plan: Any, plan_device: Tensor, state: Any, inputs: Any, result: Tensor, masks: Tensor | None = None
+    logits: Tensor,
+    plan: Plan,
+    plan_device: Tensor,
+    state: Any,
+    inputs: Any,
+    result: Tensor,
+    masks: Tensor | None = None,
 ) -> None:
     """As `reference.step.sample`, on CUDA tensors; logits f32 or bf16, rows contiguous."""
-    del inputs
     words = plan_device.view(torch.int32)
     length, num_decodes, num_rows = plan.decode_query_len, plan.padded_decodes, plan.padded_rows
-    num_logits, vocab = num_decodes * length + num_rows - num_decodes, state.vocab_size
+    decode_tokens, vocab = plan.num_decode_tokens, state.vocab_size
+    num_logits = decode_tokens + plan.num_prefills
     tiles = triton.cdiv(vocab, TILE)
     subs = tiles * (TILE // SUB)
-    device, with_logprobs, pdl = logits.device, plan.max_logprobs >= 0, has_pdl(logits.device)
+    device, pdl = logits.device, has_pdl(logits.device)
+    greedy, with_logprobs = bool(plan.all_greedy), plan.max_logprobs >= 0
     tile_floats = torch.empty((3, num_logits, tiles), dtype=torch.float32, device=device)
     tile_ints = torch.empty((2, num_logits, tiles), dtype=torch.int32, device=device)
     groups = torch.empty((3, num_logits, subs), dtype=torch.float32, device=device)
@@ -90,9 +99,9 @@ def sample(
     mask_width = 0 if masks is None else masks.stride(0)
     masks = words if masks is None else masks
     _scan_kernel[(tiles, num_logits)](
-        logits, tile_floats, tile_ints, groups, words, state.records, counts, masks,
+        logits, tile_floats, tile_ints, groups, words, inputs.sample_rows, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
-        GREEDY=plan.all_greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
+        GREEDY=greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
         num_warps=SCAN_WARPS, maxnreg=SCAN_REGISTERS, enable_fp_fusion=False, launch_pdl=pdl,
     )  # fmt: skip
     listed = torch.empty((num_rows, subs), dtype=torch.int32, device=device)
@@ -101,18 +110,17 @@ def sample(
     _choose_kernel[(num_rows,)](
         logits, tile_floats, tile_ints, groups, listed, left, kept, words, state.records, state.last_token,
         counts, masks, result,
-        rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
-        plan.result_width, tiles, subs,
-        GREEDY=plan.all_greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
+        rows_at, drafts_at, bias_at, num_decodes, decode_tokens, length, num_logits, vocab, logits.stride(0),
+        mask_width, plan.result_width, tiles, subs,
+        GREEDY=greedy, TILES=triton.next_power_of_2(tiles), SUBS=triton.next_power_of_2(subs),
         READ=READ, TILE=POOL_TILE, SUB=SUB, POOL=POOL, PDL=pdl,
-        num_warps=1 if plan.all_greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
+        num_warps=1 if greedy else CHOOSE_WARPS, maxnreg=CHOOSE_REGISTERS, enable_fp_fusion=False,
         launch_pdl=pdl,
     )  # fmt: skip
     if with_logprobs:
         raw_peaks, raw_tiles = groups[_RAW_SUB_PEAK.value], tile_floats[_RAW_PEAK.value :]
         write_logprobs(
-            logits, raw_peaks, raw_tiles, words, rows_at, num_rows, num_decodes, length, vocab, plan.max_logprobs,
-            result, plan.result_width, tile=TILE, sub=SUB,
+            logits, raw_peaks, raw_tiles, words, plan, vocab, result, tile=TILE, sub=SUB,
         )  # fmt: skip
 
 
@@ -129,7 +137,8 @@ def sample_peak_rehearsal(logits: Tensor) -> None:
 
 @triton.jit(do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits"])
 def _scan_kernel(
-    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, words_ptr, records_ptr, counts_ptr, masks_ptr,
+    logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, words_ptr, sample_rows_ptr, records_ptr, counts_ptr,
+    masks_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -164,14 +173,16 @@ def _scan_kernel(
         tl.store(tile_floats_ptr + _BEST * plane + at, best)
         tl.store(tile_ints_ptr + _BEST_ID * plane + at, token)
     else:
-        in_decodes = index < num_decodes * length
-        row = tl.where(in_decodes, index // length, index - num_decodes * (length - 1))
-        place = tl.where(in_decodes, index % length, 0)
+        row = index
+        if length > 1:
+            row = tl.load(sample_rows_ptr + index)
         row_ptr = words_ptr + rows_at + row * _ROW_WORDS
+        query_start = tl.load(row_ptr + _ROW_QUERY_START)
+        place = tl.where(row < num_decodes, index - query_start, 0)
         record_ptr = records_ptr + tl.load(row_ptr + _ROW_SLOT) * _ENTER_WORDS
         if (tl.load(row_ptr + _ROW_FLAGS) & _SAMPLE) != 0:
             logits = process(
-                raw, ids, row_ptr, record_ptr, words_ptr + bias_at, words_ptr + drafts_at + row * (length - 1),
+                raw, ids, row_ptr, record_ptr, words_ptr + bias_at, words_ptr + drafts_at + query_start - row,
                 counts_ptr, masks_ptr, mask_width, vocab, place,
             )  # fmt: skip
             # Within a group all is done inside of one warp: nothing waits.
@@ -184,12 +195,14 @@ def _scan_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits", "result_width"]
-)
+    do_not_specialize=[
+        "rows_at", "drafts_at", "bias_at", "num_decodes", "decode_tokens", "length", "num_logits", "result_width",
+    ]
+)  # fmt: skip
 def _choose_kernel(
     logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, listed_ptr, left_ptr, kept_ptr, words_ptr, records_ptr,
     last_token_ptr, counts_ptr, masks_ptr, result_ptr,
-    rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
+    rows_at, drafts_at, bias_at, num_decodes, decode_tokens, length, num_logits, vocab, logits_stride, mask_width,
     result_width, tiles, subs,
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, PDL: tl.constexpr,
@@ -201,14 +214,13 @@ def _choose_kernel(
     row_ptr = words_ptr + rows_at + row * _ROW_WORDS
     slot = tl.load(row_ptr + _ROW_SLOT)
     flags = tl.load(row_ptr + _ROW_FLAGS)
+    query_start = tl.load(row_ptr + _ROW_QUERY_START)
     query_len = tl.load(row_ptr + _ROW_QUERY_LEN)
     num_drafts = tl.load(row_ptr + _ROW_NUM_DRAFTS)
     record_ptr = records_ptr + slot * _ENTER_WORDS
     result_ptr += row.to(tl.int64) * result_width
-    drafts_ptr = words_ptr + drafts_at + row * (length - 1)
-    decode = row < num_decodes
-    first_index = tl.where(decode, row * length, row + num_decodes * (length - 1))
-    places = tl.where(decode, tl.minimum(length, num_drafts + 1), 1)
+    drafts_ptr = words_ptr + drafts_at + query_start - row
+    first_index = tl.where(row < num_decodes, query_start, decode_tokens + row - num_decodes)
 
     alive = (flags & _SAMPLE) != 0
     status = tl.where(alive, _STATUS_OK, _STATUS_NO_SAMPLE)
@@ -270,7 +282,7 @@ def _choose_kernel(
             tl.store(result_ptr + _RESULT_TOKENS + num_valid, token)
             last = token
             num_valid += 1
-            if num_valid < places:
+            if num_valid <= num_drafts:
                 alive = tl.load(drafts_ptr + num_valid - 1) == token
 
     tl.store(result_ptr, status)

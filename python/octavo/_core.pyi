@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "PLAN_FORMAT",
     "ChatTemplate",
     "ChoiceDelta",
     "EngineCore",
@@ -15,7 +16,6 @@ __all__ = [
     "GgufFile",
     "KvCapacityError",
     "OverloadedError",
-    "Plan",
     "Prompt",
     "PromptTooLongError",
     "RequestDelta",
@@ -26,6 +26,11 @@ __all__ = [
 ]
 
 __version__: str
+
+PLAN_FORMAT: dict[str, dict[str, int]]
+"""The words of a plan and of a result (docs/plan.md), named in Rust: for each kind of record ("header", "row", ...) the
+place of each of its words, and the values by name of "row_flag" and "status".
+"""
 
 class OverloadedError(RuntimeError):
     """The waiting queue is full. Retry later."""
@@ -217,76 +222,8 @@ class RequestDelta:
         """
 
 @final
-class Plan:
-    """The scalars of one planned step; the arrays are in the slot's buffer at the offsets given (bytes)."""
-
-    @property
-    def step_id(self) -> int: ...
-    @property
-    def num_rows(self) -> int: ...
-    @property
-    def padded_rows(self) -> int: ...
-    @property
-    def num_decodes(self) -> int: ...
-    @property
-    def padded_decodes(self) -> int: ...
-    @property
-    def decode_query_len(self) -> int: ...
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step, those of padding rows included."""
-    @property
-    def num_prefill_tokens(self) -> int: ...
-    @property
-    def max_query_len(self) -> int: ...
-    @property
-    def max_seq_len(self) -> int: ...
-    @property
-    def num_bytes(self) -> int: ...
-    @property
-    def num_blocks(self) -> int:
-        """Entries of the `blocks` section."""
-    @property
-    def num_enters(self) -> int: ...
-    @property
-    def num_copies(self) -> int: ...
-    @property
-    def num_bias(self) -> int: ...
-    @property
-    def num_penalty_tokens(self) -> int: ...
-    @property
-    def rows_offset(self) -> int: ...
-    @property
-    def prefill_tokens_offset(self) -> int: ...
-    @property
-    def blocks_offset(self) -> int: ...
-    @property
-    def enters_offset(self) -> int: ...
-    @property
-    def copies_offset(self) -> int: ...
-    @property
-    def bias_offset(self) -> int: ...
-    @property
-    def drafts_offset(self) -> int: ...
-    @property
-    def penalty_tokens_offset(self) -> int: ...
-    @property
-    def has_masks(self) -> bool: ...
-    @property
-    def has_penalties(self) -> bool: ...
-    @property
-    def all_greedy(self) -> bool:
-        """Every sampling row has temperature 0 and asks for nothing else: argmax suffices."""
-    @property
-    def max_logprobs(self) -> int:
-        """-1 where no row asks for logprobs, else the largest number of top tokens asked for."""
-    @property
-    def result_width(self) -> int:
-        """32-bit words of one row's result record."""
-
-@final
 class EngineCore:
-    """Queue, scheduler, block pool, prefix cache and text work behind one lock. DESIGN.md has the plan's words."""
+    """Queue, scheduler, block pool, prefix cache and text work behind one lock. See DESIGN.md."""
 
     def __new__(
         cls,
@@ -308,6 +245,8 @@ class EngineCore:
         prefill_graph_tokens: Sequence[int] = ...,
         prefill_graph_decodes: Sequence[int] = ...,
         prefill_graph_rows: int = 0,
+        draft_graphs: Sequence[tuple[int, int]] = ...,
+        prefill_draft_graphs: Sequence[tuple[int, int]] = ...,
         num_draft_tokens: int = 0,
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
@@ -320,6 +259,8 @@ class EngineCore:
 
         graph_sizes: rows of the captured steps of decodes only. A step with prompt tokens is padded to the smallest
         pair of prefill_graph_tokens and prefill_graph_decodes that holds it, with prefill_graph_rows prefill rows.
+        Where some row has drafts, draft_graphs and prefill_draft_graphs, (decode rows, their tokens), stand in for
+        graph_sizes and prefill_graph_decodes; one of the rows is always padding.
 
         hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no seed.
         """
@@ -347,9 +288,12 @@ class EngineCore:
         """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a static batch's time).
         False on timeout.
         """
-    def schedule(self, slot: int, now: float) -> Plan | None: ...
-    def commit(self, slot: int, now: float) -> None: ...
-    def advance(self, done_slot: int, next_slot: int, now: float) -> Plan | None: ...
+    def schedule(self, slot: int, now: float) -> int | None:
+        """Plans a step into the slot's plan buffer, which then begins with the step's numbers. Returns the step's id,
+        or None where nothing can run before a commit, an arrival or a later `now`.
+        """
+    def commit(self, slot: int, now: float) -> None:
+        """Takes the result of the step planned in `slot`: the oldest that is not committed."""
     def fileno(self) -> int:
         """An eventfd that is readable while there is something to drain."""
     def drain(self) -> list[int]:

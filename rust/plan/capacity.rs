@@ -1,6 +1,7 @@
 //! How large the plans and results of one configuration can become: the size of the buffers that cross the boundary.
 
-use super::{align, ResultLayout, BLOCK_WORDS, ENTER_WORDS, PAIR_WORDS, ROW_WORDS};
+use super::words::{bias, block, copy, enter, penalty, row, HEADER};
+use super::{align, ResultLayout};
 use crate::config::CoreConfig;
 use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
 
@@ -52,14 +53,15 @@ impl PlanCapacity {
     /// Bytes of the largest plan.
     pub fn plan_bytes(&self) -> usize {
         let sections = [
-            self.rows * ROW_WORDS,
+            HEADER.len(),
+            self.rows * row::WORDS,
             self.prefill_tokens,
-            self.blocks * BLOCK_WORDS,
-            self.rows * ENTER_WORDS,
-            self.copies * PAIR_WORDS,
-            self.bias * PAIR_WORDS,
+            self.blocks * block::WORDS,
+            self.rows * enter::WORDS,
+            self.copies * copy::WORDS,
+            self.bias * bias::WORDS,
             self.drafts,
-            self.penalty_tokens * PAIR_WORDS,
+            self.penalty_tokens * penalty::WORDS,
         ];
         sections.iter().map(|words| align(words * 4)).sum()
     }

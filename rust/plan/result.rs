@@ -1,15 +1,7 @@
-//! The result of a step: one record a row, in row order. The table in `DESIGN.md` has its words.
+//! The result of a step: one record a row, in row order. `docs/plan.md` has its words.
 
 use super::word;
-
-/// A token was drawn.
-pub const STATUS_OK: u32 = 0;
-/// The logits held a NaN.
-pub const STATUS_NAN: u32 = 1;
-/// Every token was masked out.
-pub const STATUS_MASKED: u32 = 2;
-/// The row draws no token.
-pub const STATUS_NO_TOKEN: u32 = 3;
+use super::words::result::{NUM_VALID, STATUS, TOKENS};
 
 /// Where the parts of one result record lie, in words: status, number valid, tokens, then log probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,7 +16,7 @@ impl ResultLayout {
     /// Words of one record.
     pub fn width(&self) -> usize {
         let logprobs = self.top.map_or(0, |top| 2 * self.query_len + 2 * self.query_len * top);
-        2 + self.query_len + logprobs
+        TOKENS + self.query_len + logprobs
     }
 
     /// Bytes of a result of `rows` rows.
@@ -49,17 +41,17 @@ pub struct RowResult<'a> {
 impl<'a> RowResult<'a> {
     /// A `STATUS_*` value.
     pub fn status(&self) -> u32 {
-        word(self.record, 0)
+        word(self.record, STATUS)
     }
 
     /// Tokens drawn: 1 + accepted drafts for a decode row.
     pub fn num_valid(&self) -> u32 {
-        word(self.record, 1)
+        word(self.record, NUM_VALID)
     }
 
     /// The token at `index` below [`Self::num_valid`].
     pub fn token(&self, index: usize) -> u32 {
-        word(self.record, 2 + index)
+        word(self.record, TOKENS + index)
     }
 
     /// Log probabilities of the token at `index`, where the step has any.
@@ -86,18 +78,18 @@ impl<'a> TokenLogprobs<'a> {
 
     /// Log probability of the token itself.
     pub fn logprob(&self) -> f32 {
-        f32::from_bits(word(self.record, 2 + self.layout.query_len + self.index))
+        f32::from_bits(word(self.record, TOKENS + self.layout.query_len + self.index))
     }
 
     /// Its rank in the whole vocabulary, from 1.
     pub fn rank(&self) -> u32 {
-        word(self.record, 2 + 2 * self.layout.query_len + self.index)
+        word(self.record, TOKENS + 2 * self.layout.query_len + self.index)
     }
 
     /// The likeliest tokens and their log probabilities, best first.
     pub fn top(&self) -> impl ExactSizeIterator<Item = (u32, f32)> + 'a {
         let top = self.layout.top.unwrap_or(0);
-        let ids = 2 + 3 * self.layout.query_len + self.index * top;
+        let ids = TOKENS + 3 * self.layout.query_len + self.index * top;
         let values = ids + self.layout.query_len * top;
         let record = self.record;
         (0..top.min(self.wanted)).map(move |i| (word(record, ids + i), f32::from_bits(word(record, values + i))))
@@ -122,20 +114,20 @@ impl<'a> ResultWriter<'a> {
 
     /// Sets the status and the tokens.
     pub fn tokens(&mut self, status: u32, tokens: &[u32]) {
-        self.set(0, status);
-        self.set(1, tokens.len() as u32);
+        self.set(STATUS, status);
+        self.set(NUM_VALID, tokens.len() as u32);
         for (index, token) in tokens.iter().enumerate() {
-            self.set(2 + index, *token);
+            self.set(TOKENS + index, *token);
         }
     }
 
     /// Sets the log probabilities of the token at `index`; `top` is cut to what the record holds.
     pub fn logprobs(&mut self, index: usize, logprob: f32, rank: u32, top: &[(u32, f32)]) {
         let ResultLayout { query_len, top: Some(width) } = self.layout else { return };
-        self.set(2 + query_len + index, logprob.to_bits());
-        self.set(2 + 2 * query_len + index, rank);
+        self.set(TOKENS + query_len + index, logprob.to_bits());
+        self.set(TOKENS + 2 * query_len + index, rank);
         for (i, (id, value)) in top.iter().take(width).enumerate() {
-            let ids = 2 + 3 * query_len + index * width;
+            let ids = TOKENS + 3 * query_len + index * width;
             self.set(ids + i, *id);
             self.set(ids + query_len * width + i, value.to_bits());
         }
@@ -148,6 +140,7 @@ impl<'a> ResultWriter<'a> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::STATUS_OK;
     use super::*;
 
     #[test]

@@ -13,13 +13,11 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
+use crate::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
 use crate::outbox::Outbox;
-use crate::plan::PlanInfo;
 use crate::py::delta::RequestDelta;
 use crate::py::event_fd::EventFd;
 use crate::py::params::SamplingParams;
-use crate::py::plan::Plan;
 use crate::py::text::{FrameTemplate, Prompt, Tokenizer};
 use crate::request::RequestId;
 use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
@@ -59,7 +57,8 @@ impl EngineCore {
     #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
         vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
-        prefill_graph_decodes=vec![], prefill_graph_rows=0, num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
+        prefill_graph_decodes=vec![], prefill_graph_rows=0, draft_graphs=vec![], prefill_draft_graphs=vec![],
+        num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -79,6 +78,8 @@ impl EngineCore {
         prefill_graph_tokens: Vec<u32>,
         prefill_graph_decodes: Vec<u32>,
         prefill_graph_rows: u32,
+        draft_graphs: Vec<(u32, u32)>,
+        prefill_draft_graphs: Vec<(u32, u32)>,
         num_draft_tokens: u32,
         max_preemptions: u32,
         priority_aging: f64,
@@ -119,9 +120,11 @@ impl EngineCore {
             enable_prefix_caching,
             enable_chunked_prefill,
             graph_sizes,
+            draft_graphs: decode_shapes(draft_graphs),
             prefill_graphs: PrefillGraphs {
                 tokens: prefill_graph_tokens,
                 decodes: prefill_graph_decodes,
+                draft_decodes: decode_shapes(prefill_draft_graphs),
                 rows: prefill_graph_rows,
             },
             num_draft_tokens,
@@ -214,27 +217,30 @@ impl EngineCore {
         })
     }
 
-    fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let plan = self.plan_array(py, slot)?;
+    fn schedule(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<Option<u64>> {
+        let plan = self.lock().slot(slot)?.plan.clone_ref(py);
         let mut plan = plan.bind(py).try_readwrite()?;
-        let info = self.lock().schedule(slot, plan.as_slice_mut()?, now)?;
-        Ok(info.map(Plan))
+        let plan = plan.as_slice_mut()?;
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.slot(slot)?.step_id.is_some() {
+            return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
+        }
+        let step_id = state.scheduler.schedule(plan, now)?.map(|info| info.step_id);
+        state.slot(slot)?.step_id = step_id;
+        Ok(step_id)
     }
 
     fn commit(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
-        let result = self.result_array(py, slot)?;
+        let result = self.lock().slot(slot)?.result.clone_ref(py);
         let result = result.bind(py).try_readonly()?;
         let result = result.as_slice()?;
-        let mut state = self.lock();
-        state.commit(slot, result, now)?;
-        self.publish(&state);
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let step_id = state.take_step(slot)?;
+        state.scheduler.commit(step_id, result, now, &mut state.outbox)?;
+        self.publish(state);
         Ok(())
-    }
-
-    fn advance(&self, py: Python<'_>, done_slot: usize, next_slot: usize, now: f64) -> PyResult<Option<Plan>> {
-        let (result, plan) = (self.result_array(py, done_slot)?, self.plan_array(py, next_slot)?);
-        let (result, mut plan) = (result.bind(py).try_readonly()?, plan.bind(py).try_readwrite()?);
-        self.commit_and_schedule((done_slot, result.as_slice()?), (next_slot, plan.as_slice_mut()?), now)
     }
 
     fn fileno(&self) -> RawFd {
@@ -329,31 +335,15 @@ impl EngineCore {
     }
 }
 
+/// From pairs (rows, tokens).
+fn decode_shapes(pairs: Vec<(u32, u32)>) -> Vec<DecodeShape> {
+    pairs.into_iter().map(|(rows, tokens)| DecodeShape { tokens, rows }).collect()
+}
+
 impl EngineCore {
     /// A panic in another thread leaves the state as it was at that moment; `fail_all` must still be able to tell everybody.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn plan_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
-        Ok(self.lock().slot(slot)?.plan.clone_ref(py))
-    }
-
-    fn result_array(&self, py: Python<'_>, slot: usize) -> PyResult<Py<PyArray1<u8>>> {
-        Ok(self.lock().slot(slot)?.result.clone_ref(py))
-    }
-
-    fn commit_and_schedule(
-        &self,
-        (done_slot, result): (usize, &[u8]),
-        (next_slot, plan): (usize, &mut [u8]),
-        now: f64,
-    ) -> PyResult<Option<Plan>> {
-        let mut state = self.lock();
-        state.commit(done_slot, result, now)?;
-        let info = state.schedule(next_slot, plan, now)?;
-        self.publish(&state);
-        Ok(info.map(Plan))
     }
 
     /// Wakes `wait`.
@@ -378,21 +368,7 @@ impl State {
             .ok_or_else(|| PyValueError::new_err(format!("slot {slot} is not bound: call bind first")))
     }
 
-    fn schedule(&mut self, slot: usize, plan: &mut [u8], now: f64) -> PyResult<Option<PlanInfo>> {
-        if self.slot(slot)?.step_id.is_some() {
-            return Err(PyValueError::new_err(format!("slot {slot} holds a step that is not committed")));
-        }
-        let info = self.scheduler.schedule(plan, now)?;
-        self.slot(slot)?.step_id = info.map(|info| info.step_id);
-        Ok(info)
-    }
-
-    fn commit(&mut self, slot: usize, result: &[u8], now: f64) -> PyResult<()> {
-        let step_id = self.take_step(slot)?;
-        self.scheduler.commit(step_id, result, now, &mut self.outbox)?;
-        Ok(())
-    }
-
+    /// The step of a slot, which then holds none.
     fn take_step(&mut self, slot: usize) -> PyResult<u64> {
         let step_id = self.slot(slot)?.step_id.take();
         step_id.ok_or_else(|| PyValueError::new_err(format!("slot {slot} holds no step")))

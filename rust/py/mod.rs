@@ -23,11 +23,15 @@ mod _core {
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
-    use super::plan::Plan;
-    #[pymodule_export]
     use super::text::{ChatTemplate, FrameTemplate, Prompt, Tokenizer};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        use pyo3::types::PyModuleMethods;
+        module.add("PLAN_FORMAT", super::plan::plan_format(module.py())?)
+    }
 }

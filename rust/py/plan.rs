@@ -1,42 +1,36 @@
-//! `Plan`: the numbers of a planned step.
+//! `PLAN_FORMAT`: the words of plans and results by name, for those who read and write them outside of Rust.
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
-use crate::plan::PlanInfo;
+use crate::plan::words;
 
-/// The scalars of one planned step.
-#[pyclass(frozen, module = "octavo._core")]
-pub struct Plan(pub(super) PlanInfo);
-
-/// Getters that hand on a field of the same name.
-macro_rules! plan_getters {
-    ($($field:ident: $kind:ty),* $(,)?) => {
-        #[pymethods]
-        impl Plan {
-            $(#[getter]
-            fn $field(&self) -> $kind {
-                self.0.$field
-            })*
-
-            /// -1 where no row asks for logprobs.
-            #[getter]
-            fn max_logprobs(&self) -> i64 {
-                self.0.max_logprobs.map_or(-1, i64::from)
-            }
-
-            fn __repr__(&self) -> String {
-                let PlanInfo { step_id, num_rows, num_decodes, num_tokens, .. } = self.0;
-                format!("Plan(step_id={step_id}, num_rows={num_rows}, num_decodes={num_decodes}, num_tokens={num_tokens})")
-            }
+/// By kind of record, then by name in lower case: the place of each word, or the value of each flag and status.
+pub fn plan_format(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let format = PyDict::new(py);
+    for (record, names) in [
+        ("header", words::HEADER),
+        ("row", words::row::NAMES),
+        ("block", words::block::NAMES),
+        ("enter", words::enter::NAMES),
+        ("copy", words::copy::NAMES),
+        ("bias", words::bias::NAMES),
+        ("penalty", words::penalty::NAMES),
+        ("result", words::result::NAMES),
+    ] {
+        let places = PyDict::new(py);
+        for (place, name) in names.iter().enumerate() {
+            places.set_item(name.to_lowercase(), place)?;
         }
-    };
-}
-
-plan_getters! {
-    step_id: u64, num_rows: u32, padded_rows: u32, num_decodes: u32, padded_decodes: u32, decode_query_len: u32,
-    num_tokens: u32, num_prefill_tokens: u32, max_query_len: u32, max_seq_len: u32, num_bytes: u32, num_blocks: u32,
-    num_enters: u32, num_copies: u32, num_bias: u32, num_penalty_tokens: u32, rows_offset: u32,
-    prefill_tokens_offset: u32, blocks_offset: u32, enters_offset: u32, copies_offset: u32, bias_offset: u32,
-    drafts_offset: u32, penalty_tokens_offset: u32, has_masks: bool, has_penalties: bool, all_greedy: bool,
-    result_width: u32,
+        format.set_item(record, places)?;
+    }
+    for (kind, constants) in [("row_flag", words::ROW_FLAGS), ("status", words::STATUSES)] {
+        let values = PyDict::new(py);
+        for (name, value) in constants {
+            let (_, short) = name.split_once('_').expect("constants are named after their kind");
+            values.set_item(short.to_lowercase(), value)?;
+        }
+        format.set_item(kind, values)?;
+    }
+    Ok(format)
 }

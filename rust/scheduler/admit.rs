@@ -40,7 +40,7 @@ impl Scheduler {
     /// One that does not fit lets others pass, but only [`HEAD_BYPASS_LIMIT`] of them; then everything waits for it.
     pub(super) fn admit(&mut self) {
         // A step that took blocks away from someone does not give them to another.
-        if self.draft.preempted || self.ready.is_empty() {
+        if self.planned.preempted || self.ready.is_empty() {
             return;
         }
         let free = self.kv.pool().num_free();
@@ -51,7 +51,7 @@ impl Scheduler {
         let mut cursor = None;
         let mut first_too_big = None;
         let mut num_too_big = 0;
-        while self.draft.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
+        while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
             let Some((order, number)) = self.ready.next_after(cursor) else { break };
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
@@ -72,7 +72,7 @@ impl Scheduler {
                 break;
             }
         }
-        if first_too_big.is_some() && self.draft.budget > 0 {
+        if first_too_big.is_some() && self.planned.budget > 0 {
             self.nothing_fits_in = Some(self.kv.pool().num_free());
         }
     }
@@ -100,13 +100,13 @@ impl Scheduler {
         let brought = self.brought(number, start);
         let sequence = &self.sequences[number];
         let known_len = sequence.known_len();
-        let len = (known_len - brought.len).min(self.draft.budget);
+        let len = (known_len - brought.len).min(self.planned.budget);
         if len < known_len - brought.len && !self.config.enable_chunked_prefill {
-            let alone = self.draft.prefills.is_empty();
+            let alone = self.planned.prefills.is_empty();
             return if alone { Admission::TooBig } else { Admission::NextStep };
         }
         let penalty_tokens = if sequence.params.has_penalties() { known_len.min(self.config.vocab_size) } else { 0 };
-        if brought.shared > self.draft.entered_blocks || penalty_tokens as usize > self.draft.penalty_tokens {
+        if brought.shared > self.planned.entered_blocks || penalty_tokens as usize > self.planned.penalty_tokens {
             return Admission::NextStep;
         }
 
@@ -130,9 +130,9 @@ impl Scheduler {
             return if soon { Admission::NextStep } else { Admission::TooBig };
         }
 
-        self.draft.entered_blocks -= brought.shared;
-        self.draft.penalty_tokens -= penalty_tokens as usize;
-        self.draft.budget -= len;
+        self.planned.entered_blocks -= brought.shared;
+        self.planned.penalty_tokens -= penalty_tokens as usize;
+        self.planned.budget -= len;
         self.enter(number, start, brought.len);
         if let Some(others) = reserving {
             self.reserve(number);
@@ -143,7 +143,7 @@ impl Scheduler {
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
         let row = PlannedRow { sequence: number, start: brought.len, len, sample, enters: true };
-        self.draft.prefills.push(row);
+        self.planned.prefills.push(row);
         Admission::Admitted
     }
 
@@ -235,7 +235,7 @@ impl Scheduler {
             }
             Start::Fork(source) => {
                 let source = &mut self.sequences[source];
-                self.kv.fork(&source.tables, &mut tables, len, &mut self.draft.copies);
+                self.kv.fork(&source.tables, &mut tables, len, &mut self.planned.copies);
                 // Its blocks are read by this step's copies.
                 source.last_step = step;
                 let shared = (len / self.config.block_size) as usize;

@@ -42,17 +42,19 @@ impl Scheduler {
         }
         self.now = self.clock(now);
         self.open_batch();
-        let draft = &mut self.draft;
-        draft.decodes.clear();
-        draft.prefills.clear();
-        draft.copies.clear();
-        draft.budget = self.config.max_num_batched_tokens;
-        draft.entered_blocks = self.capacity.entered_blocks;
-        draft.penalty_tokens = self.capacity.penalty_tokens;
-        draft.preempted = false;
+        let planned = &mut self.planned;
+        planned.decodes.clear();
+        planned.prefills.clear();
+        planned.copies.clear();
+        planned.num_decode_tokens = 0;
+        planned.longest_decode = 1;
+        planned.budget = self.config.max_num_batched_tokens;
+        planned.entered_blocks = self.capacity.entered_blocks;
+        planned.penalty_tokens = self.capacity.penalty_tokens;
+        planned.preempted = false;
         self.plan_running();
         self.admit();
-        if self.draft.decodes.is_empty() && self.draft.prefills.is_empty() {
+        if self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {
             return Ok(None);
         }
         Ok(Some(self.write(plan)))
@@ -62,25 +64,17 @@ impl Scheduler {
     /// the rest, so a long prompt does not hold up the others' next tokens.
     fn plan_running(&mut self) {
         let max_model_len = self.config.max_model_len;
-        let (mut num_decodes, mut longest, mut room) = (0, 0, u32::MAX);
-        for sequence in self.running.iter().map(|number| &self.sequences[*number]) {
-            if sequence.wants_decode(max_model_len) {
-                num_decodes += 1;
-                longest = longest.max(sequence.drafts.len() as u32);
-                room = room.min(max_model_len - sequence.most_len - 1);
-            }
-        }
-        // All decode rows are equally long, so that the shortest room decides.
-        self.draft.num_draft_tokens = longest.min(room);
-        let decode_len = 1 + self.draft.num_draft_tokens;
-        let mut prefill_budget = self.draft.budget - num_decodes * decode_len;
+        let running = self.running.iter().map(|number| &self.sequences[*number]);
+        let decodes = running.filter(|sequence| sequence.wants_decode(max_model_len));
+        let decode_tokens: u32 = decodes.map(|sequence| sequence.decode_len(max_model_len)).sum();
+        let mut prefill_budget = self.planned.budget - decode_tokens;
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
             let sequence = &mut self.sequences[number];
             let len = if sequence.decoding {
                 if sequence.wants_decode(max_model_len) {
-                    decode_len
+                    sequence.decode_len(max_model_len)
                 } else {
                     0
                 }
@@ -101,7 +95,7 @@ impl Scheduler {
                     if !self.sequences[number].decoding {
                         prefill_budget -= len;
                     }
-                    self.draft.budget -= len;
+                    self.planned.budget -= len;
                     place += 1;
                 }
                 Blocks::Later => place += 1,
@@ -115,9 +109,11 @@ impl Scheduler {
         let sample = sequence.decoding || start + len == sequence.known_len();
         let row = PlannedRow { sequence: number, start, len, sample, enters: false };
         if sequence.decoding {
-            self.draft.decodes.push(row);
+            self.planned.decodes.push(row);
+            self.planned.num_decode_tokens += len;
+            self.planned.longest_decode = self.planned.longest_decode.max(len);
         } else {
-            self.draft.prefills.push(row);
+            self.planned.prefills.push(row);
         }
     }
 
@@ -179,47 +175,47 @@ impl Scheduler {
         sequence.preemptions += 1;
         (sequence.computed_len, sequence.least_len, sequence.most_len) = (0, 0, 0);
         sequence.num_registered = 0;
-        self.draft.preempted = true;
+        self.planned.preempted = true;
         self.stats.preemptions += 1;
         self.make_ready(number);
     }
 
     /// Writes the plan and notes the step as in flight.
     fn write(&mut self, plan: &mut [u8]) -> PlanInfo {
-        let draft = std::mem::take(&mut self.draft);
+        let planned = std::mem::take(&mut self.planned);
         let mut step = self.spare_steps.pop().unwrap_or_default();
         self.writer.clear();
-        let num_decodes = draft.decodes.len() as u32;
-        let padding = self.padding(&draft);
+        let num_decodes = planned.decodes.len() as u32;
+        let padding = self.padding(&planned);
         let mut info = PlanInfo {
             step_id: self.next_step,
-            num_rows: num_decodes + draft.prefills.len() as u32,
+            num_rows: num_decodes + planned.prefills.len() as u32,
             num_decodes,
             padded_decodes: num_decodes + padding.decode_rows,
-            decode_query_len: 1 + draft.num_draft_tokens,
+            decode_query_len: planned.longest_decode,
             all_greedy: true,
             ..PlanInfo::default()
         };
         step.id = info.step_id;
         step.failed = false;
         step.rows.clear();
-        for (source, destination) in &draft.copies {
+        for (source, destination) in &planned.copies {
             self.writer.push_copy(*source, *destination);
         }
-        for row in &draft.decodes {
+        for row in &planned.decodes {
             self.write_row(row, false, &mut info, &mut step);
         }
-        for _ in 0..padding.decode_rows {
-            self.write_decode_padding(&mut info);
+        for row in 0..padding.decode_rows {
+            self.write_decode_padding(padding.decode_row_len(row), &mut info);
         }
-        for row in &draft.prefills {
+        info.num_decode_tokens = info.num_tokens;
+        for row in &planned.prefills {
             self.write_row(row, true, &mut info, &mut step);
         }
         for row in 0..padding.prefill_rows {
-            // The first of them takes all tokens.
-            self.write_prefill_padding(if row == 0 { padding.prefill_tokens } else { 0 }, &mut info);
+            self.write_prefill_padding(padding.prefill_row_len(row), &mut info);
         }
-        self.draft = draft;
+        self.planned = planned;
         self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
         step.layout = Some(info.result_layout());
         step.num_records = info.padded_rows as usize;
@@ -242,12 +238,9 @@ impl Scheduler {
             sequence.with_tokens(row.start as usize, (row.start + row.len) as usize, |tokens| {
                 writer.push_prefill_tokens(tokens);
             });
-        } else if info.decode_query_len > 1 {
-            // Which tokens are banned depends on their index, which accepted drafts would blur.
-            let room = if sequence.below_min_tokens() { 0 } else { info.decode_query_len as usize - 1 };
-            let drafts = &sequence.drafts[..sequence.drafts.len().min(room)];
-            num_drafts = drafts.len() as u32;
-            self.writer.push_drafts(drafts, info.decode_query_len - 1);
+        } else {
+            num_drafts = row.len - 1;
+            self.writer.push_drafts(&sequence.drafts[..num_drafts as usize]);
         }
         let bias_start = self.writer.num_bias();
         if row.sample {

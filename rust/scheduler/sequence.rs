@@ -1,13 +1,12 @@
-//! What the scheduler knows of one sequence and of one request.
+//! What the scheduler knows of one sequence.
 
 use std::sync::Arc;
 
 use crate::block_table::BlockTable;
-use crate::output::Progress;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::Order;
 use crate::prefix_cache::PrefixHasher;
-use crate::request::{RequestId, SamplingParams, SeqRef};
+use crate::request::{SamplingParams, SeqRef};
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,6 +119,13 @@ impl Sequence {
         self.decoding && self.outputs.len() as u32 + self.pending < self.max_tokens && self.most_len < max_model_len
     }
 
+    /// Tokens of its next decode row: its last one, and the drafts that there is room for.
+    pub fn decode_len(&self, max_model_len: u32) -> u32 {
+        // Which tokens are banned depends on their index, which accepted drafts would blur.
+        let room = if self.below_min_tokens() { 0 } else { max_model_len - self.most_len - 1 };
+        1 + room.min(self.drafts.len() as u32)
+    }
+
     /// Whether its next token is too early to stop.
     pub fn below_min_tokens(&self) -> bool {
         (self.outputs.len() as u32 + self.pending) < self.traits.min_tokens
@@ -146,20 +152,4 @@ impl Sequence {
             self.hashes.push(hasher.chain(parent, scratch));
         }
     }
-}
-
-#[derive(Debug)]
-pub(super) struct Request {
-    pub id: RequestId,
-    /// Numbers of its sequences, by index; some may be gone.
-    pub sequences: Vec<u32>,
-    /// Sequences that have not finished.
-    pub unfinished: u32,
-    /// Its other choices wait for the first one.
-    pub forming: bool,
-    /// It has been admitted before.
-    pub started: bool,
-    /// It belongs to the batch that runs (policies other than continuous).
-    pub in_batch: bool,
-    pub progress: Progress,
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{PrefillGraphs, SchedulingPolicy};
+use crate::config::{DecodeShape, PrefillGraphs, SchedulingPolicy};
 use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
 use crate::plan::{
     PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
@@ -68,7 +68,7 @@ impl Bench {
     fn schedule(&mut self) -> Option<Planned> {
         let info = self.scheduler.schedule(&mut self.plan, self.now).expect("fewer than two steps are in flight")?;
         assert_eq!(self.scheduler.check_integrity(), Ok(()));
-        let rows = PlanView::new(&info, &self.plan).rows().collect();
+        let rows = PlanView::new(&self.plan).rows().collect();
         Some(Planned { info, rows, plan: self.plan.clone() })
     }
 
@@ -130,7 +130,7 @@ fn a_prompt_is_chunked_under_the_budget_and_then_decodes() {
     let id = bench.add(&counted(37), max_tokens(2));
     let step = bench.schedule().expect("a chunk");
     assert_eq!((Bench::lens(&step), step.rows[0].flags), (vec![16], ROW_PREFILL));
-    let tokens: Vec<u32> = PlanView::new(&step.info, &step.plan).prefill_tokens().collect();
+    let tokens: Vec<u32> = PlanView::new(&step.plan).prefill_tokens().collect();
     assert_eq!(tokens, counted(16));
     bench.commit(&step, 0);
     let step = bench.schedule().expect("a chunk");
@@ -207,7 +207,7 @@ fn min_tokens_bans_end_tokens_by_bias_while_the_token_before_is_unknown() {
     let options =
         SamplingOptions { min_tokens: 2, stop_token_ids: vec![3], logit_bias: vec![(9, 1.5)], ..max_tokens(5) };
     bench.add(&[1, 2], options);
-    let bias = |step: &Planned| PlanView::new(&step.info, &step.plan).bias().collect::<Vec<_>>();
+    let bias = |step: &Planned| PlanView::new(&step.plan).bias().collect::<Vec<_>>();
     let first = bench.schedule().expect("the prompt");
     let second = bench.schedule().expect("a decode");
     let banned = [(9, 1.5), (7, f32::NEG_INFINITY), (3, f32::NEG_INFINITY)];
@@ -246,7 +246,7 @@ fn a_second_request_finds_the_first_ones_blocks_but_computes_the_last_token() {
     bench.add(&counted(12), max_tokens(1));
     let step = bench.schedule().expect("the rest of the prompt");
     assert_eq!(Bench::lens(&step), [4]);
-    let enters: Vec<_> = PlanView::new(&step.info, &step.plan).enters().collect();
+    let enters: Vec<_> = PlanView::new(&step.plan).enters().collect();
     assert_eq!((enters[0].computed_len, step.info.num_blocks), (8, 3));
     bench.commit(&step, 1);
     assert_eq!(bench.told.progress.num_cached_tokens, 8);
@@ -277,7 +277,7 @@ fn choices_share_the_prompt_and_draw_their_own_first_token() {
     assert_eq!(Bench::lens(&step), [6]);
     bench.commit(&step, 1);
     let step = bench.schedule().expect("a decode and two forks");
-    let view = PlanView::new(&step.info, &step.plan);
+    let view = PlanView::new(&step.plan);
     assert_eq!(Bench::lens(&step), [1, 1, 1]);
     assert_eq!(view.prefill_tokens().collect::<Vec<_>>(), [6, 6]);
     assert_eq!(view.copies().count(), 2);
@@ -421,7 +421,8 @@ fn decode_steps_are_padded_to_a_captured_size() {
 
 #[test]
 fn steps_with_prompts_are_padded_to_a_captured_size() {
-    let prefill_graphs = PrefillGraphs { tokens: vec![14, 4], decodes: vec![2, 0], rows: 3 };
+    let prefill_graphs =
+        PrefillGraphs { tokens: vec![14, 4], decodes: vec![2, 0], rows: 3, ..PrefillGraphs::default() };
     let mut bench = Bench::new(CoreConfig { prefill_graphs, ..small() });
     bench.add(&counted(3), max_tokens(3));
     let step = bench.schedule().expect("a prompt");
@@ -457,8 +458,8 @@ fn accepted_drafts_move_the_sequence_on_and_rejected_ones_do_not() {
     bench.scheduler.set_drafts(seq, &[21, 22]).expect("good drafts");
     let step = bench.schedule().expect("a row with drafts");
     assert_eq!((step.info.decode_query_len, step.rows[0].num_drafts, step.info.result_width), (3, 2, 5));
-    let drafts: Vec<_> = PlanView::new(&step.info, &step.plan).drafts().collect();
-    assert_eq!(drafts, [Some(21), Some(22)]);
+    let drafts: Vec<_> = PlanView::new(&step.plan).drafts().collect();
+    assert_eq!(drafts, [21, 22]);
     let next = bench.schedule().expect("a row behind undecided drafts");
     assert_eq!((next.info.decode_query_len, next.info.max_seq_len), (1, 5 + 3 + 1));
     bench.commit_with(&step, |_| (STATUS_OK, vec![21, 30]));
@@ -467,6 +468,81 @@ fn accepted_drafts_move_the_sequence_on_and_rejected_ones_do_not() {
     assert_eq!((sequence.computed_len, sequence.least_len, sequence.most_len), (8, 8, 8));
     assert_eq!(sequence.outputs, [20, 21, 30, 31]);
     assert!(bench.scheduler.set_drafts(seq, &[1, 2, 3, 4]).is_err());
+    bench.run(1);
+    bench.assert_empty();
+}
+
+/// Sequences that decode, by (length of the prompt, `max_tokens`); the first has number 0.
+fn decoding(bench: &mut Bench, requests: &[(u32, i64)]) -> Vec<SeqRef> {
+    let add = |(len, most): &(u32, i64)| SeqRef { request: bench.add(&counted(*len), max_tokens(*most)), index: 0 };
+    let seqs = requests.iter().map(add).collect();
+    let step = bench.schedule().expect("all prompts");
+    assert_eq!(step.info.num_rows as usize, requests.len());
+    bench.commit(&step, 20);
+    seqs
+}
+
+#[test]
+fn each_row_has_its_own_drafts_and_no_more() {
+    let config = CoreConfig { num_draft_tokens: 3, num_blocks: 65, max_num_batched_tokens: 128, ..small() };
+    let mut bench = Bench::new(config);
+    // The third has room for two drafts before max_model_len: that is its own affair.
+    let seqs = decoding(&mut bench, &[(5, 12), (6, 12), (61, 3)]);
+    bench.scheduler.set_drafts(seqs[1], &[31, 32, 33]).expect("good drafts");
+    bench.scheduler.set_drafts(seqs[2], &[41, 42, 43]).expect("good drafts");
+    let step = bench.schedule().expect("three rows");
+    let rows: Vec<_> = step.rows.iter().map(|row| (row.query_start, row.query_len, row.num_drafts)).collect();
+    assert_eq!(rows, [(0, 1, 0), (1, 4, 3), (5, 3, 2)]);
+    let PlanInfo { decode_query_len, num_decode_tokens, num_tokens, num_drafts, max_seq_len, .. } = step.info;
+    assert_eq!((decode_query_len, num_decode_tokens, num_tokens, num_drafts, max_seq_len), (4, 8, 8, 5, 64));
+    let drafts: Vec<_> = PlanView::new(&step.plan).drafts().collect();
+    assert_eq!(drafts, [31, 32, 33, 41, 42]);
+    bench.commit_with(&step, |row| (STATUS_OK, if row.num_drafts == 3 { vec![31, 32, 7] } else { vec![9] }));
+    let lens: Vec<_> = (0..3).map(|number| bench.scheduler.sequences[number].most_len).collect();
+    assert_eq!(lens, [6, 9, 62]);
+    bench.run(1);
+    bench.assert_empty();
+}
+
+#[test]
+fn steps_with_drafts_are_padded_to_a_captured_size() {
+    let shape = |rows, tokens| DecodeShape { tokens, rows };
+    let prefill_graphs =
+        PrefillGraphs { tokens: vec![8], decodes: vec![0, 4], draft_decodes: vec![shape(5, 6), shape(9, 16)], rows: 2 };
+    let mut bench = Bench::new(CoreConfig {
+        num_draft_tokens: 3,
+        num_blocks: 65,
+        max_num_batched_tokens: 64,
+        graph_sizes: vec![1, 2, 4],
+        draft_graphs: vec![shape(9, 16), shape(3, 2), shape(5, 6)],
+        prefill_graphs,
+        ..small()
+    });
+    let seqs = decoding(&mut bench, &[(5, 40), (6, 40)]);
+    let shape_of = |info: &PlanInfo| {
+        (info.num_decodes, info.padded_decodes, info.num_decode_tokens, info.padded_rows, info.num_tokens)
+    };
+    bench.scheduler.set_drafts(seqs[0], &[31, 32]).expect("good drafts");
+    let step = bench.schedule().expect("four tokens");
+    assert_eq!(shape_of(&step.info), (2, 5, 6, 5, 6));
+    let padding: Vec<_> = step.rows[2..].iter().map(|row| (row.slot, row.flags, row.query_len)).collect();
+    assert_eq!(padding, [(8, ROW_PADDING, 2), (8, ROW_PADDING, 0), (8, ROW_PADDING, 0)]);
+    assert_eq!(step.info.decode_query_len, 3);
+    bench.commit(&step, 20);
+
+    // Nobody has drafts: a token a row, as ever.
+    let step = bench.schedule().expect("two tokens");
+    assert_eq!(shape_of(&step.info), (2, 2, 2, 2, 2));
+    bench.commit(&step, 20);
+
+    // All tokens are there, rows are not; and beside a prompt.
+    bench.scheduler.set_drafts(seqs[0], &[31, 32, 33]).expect("good drafts");
+    bench.scheduler.set_drafts(seqs[1], &[31]).expect("good drafts");
+    bench.add(&counted(5), max_tokens(1));
+    let step = bench.schedule().expect("six tokens beside a prompt");
+    assert_eq!(shape_of(&step.info), (2, 5, 6, 7, 14));
+    assert_eq!((step.info.num_prefill_tokens, step.rows[5].query_start), (8, 6));
+    bench.commit(&step, 20);
     bench.run(1);
     bench.assert_empty();
 }
@@ -513,7 +589,7 @@ fn penalties_tell_the_device_what_was_seen() {
     let mut bench = Bench::new(small());
     bench.add(&[5, 6, 5], SamplingOptions { presence_penalty: 1.0, ..max_tokens(2) });
     let step = bench.schedule().expect("the prompt");
-    let view = PlanView::new(&step.info, &step.plan);
+    let view = PlanView::new(&step.plan);
     let mut seen: Vec<_> = view.penalty_tokens().collect();
     seen.sort_unstable();
     assert_eq!(seen, [(5, 0, true), (6, 0, true)]);
@@ -570,6 +646,7 @@ fn config() -> impl Strategy<Value = CoreConfig> {
                 max_preemptions,
                 eos_token_ids: vec![0],
                 graph_sizes: vec![2, 4],
+                draft_graphs: [2, 8].map(|tokens| DecodeShape { tokens, rows: max_num_seqs + 1 }).to_vec(),
                 ..CoreConfig::default()
             }
         },

@@ -69,20 +69,33 @@ class Core:
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("number", [1, 2, 5])
-@pytest.mark.parametrize("place", ["before launch", "after launch", "wait", "schedule", "advance"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "before launch_forward",
+        "after launch_forward",
+        "before launch_sample",
+        "after launch_sample",
+        "wait",
+        "schedule",
+        "commit",
+    ],
+)
 def test_an_interrupted_step_leaves_a_working_engine(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, place: str, number: int, overlap: bool
 ) -> None:
     engine = llm._engine
     expected = tokens(llm, PROMPTS)
-    engine._overlap = overlap  # on a CPU a step has run when `launch` returns, which is allowed in both modes
+    engine._overlap = overlap  # on a CPU a step has run when it is launched, which is allowed in both modes
     interrupt = KeyboardInterrupt()
     with monkeypatch.context() as patched:
-        if place.endswith("launch"):
-            launch = Interrupted(engine.runner.launch, number, interrupt, after=place == "after launch")
-            patched.setattr(engine.runner, "launch", launch)
+        when, _, half = place.partition(" ")
+        if half:
+            launch = Interrupted(getattr(engine.runner, half), number, interrupt, after=when == "after")
+            patched.setattr(engine.runner, half, launch)
         elif place == "wait":
-            patched.setattr(engine._buffers[0], "wait", Interrupted(engine._buffers[0].wait, number, interrupt))
+            buffers = engine.parts.buffers[0]
+            patched.setattr(buffers, "wait", Interrupted(buffers.wait, number, interrupt))
         else:
             call = Interrupted(getattr(engine.core, place), 1 if place == "schedule" else number, interrupt, after=True)
             patched.setattr(engine, "core", Core(engine.core, **{place: call}))
@@ -96,7 +109,8 @@ def test_an_interrupted_step_leaves_a_working_engine(
 def test_a_second_interrupt_while_the_first_is_settled(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(llm, PROMPTS)
     with monkeypatch.context() as patched:
-        patched.setattr(llm._engine.runner, "launch", Interrupted(llm._engine.runner.launch, 3, KeyboardInterrupt()))
+        launch = Interrupted(llm._engine.runner.launch_forward, 3, KeyboardInterrupt())
+        patched.setattr(llm._engine.runner, "launch_forward", launch)
         patched.setattr(llm._engine, "_drop_interrupted", Interrupted(lambda: None, 1, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -108,7 +122,7 @@ def test_an_error_of_the_runner_is_the_one_that_is_raised(llm: LLM, monkeypatch:
         raise ArithmeticError("a kernel is wrong")
 
     with monkeypatch.context() as patched:
-        patched.setattr(llm._engine.runner, "launch", broken)
+        patched.setattr(llm._engine.runner, "launch_forward", broken)
         for _ in range(2):
             with pytest.raises(ArithmeticError, match="a kernel is wrong"):
                 llm.generate(PROMPTS, GREEDY, use_tqdm=False)
@@ -149,14 +163,15 @@ def test_nan_in_one_prompt_costs_that_prompt_only(
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("number", [1, 4])
+@pytest.mark.parametrize("half", ["launch_forward", "launch_sample"])
 def test_a_step_out_of_memory_costs_its_requests_only(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, number: int, overlap: bool
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, half: str, number: int, overlap: bool
 ) -> None:
     expected = tokens(llm, PROMPTS)
     llm._engine._overlap = overlap
     error = torch.OutOfMemoryError("CUDA out of memory")
     with monkeypatch.context() as patched:
-        patched.setattr(llm._engine.runner, "launch", Interrupted(llm._engine.runner.launch, number, error))
+        patched.setattr(llm._engine.runner, half, Interrupted(getattr(llm._engine.runner, half), number, error))
         outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     failed = [output for output in outputs if output.error is not None]
     assert 1 <= len(failed) <= 4  # what fits into one step; the queue behind it goes on
@@ -175,7 +190,7 @@ async def test_a_failed_request_raises_from_its_own_stream(monkeypatch: pytest.M
     try:
         error = torch.OutOfMemoryError("CUDA out of memory")
         runner = engine._engine.runner
-        monkeypatch.setattr(runner, "launch", Interrupted(runner.launch, 2, error))
+        monkeypatch.setattr(runner, "launch_sample", Interrupted(runner.launch_sample, 2, error))
         with pytest.raises(RuntimeError, match="out_of_memory: "):
             async for _ in engine.generate(PROMPTS[0], GREEDY):
                 pass

@@ -126,7 +126,7 @@ def test_memory_that_holds_no_request_is_said_at_the_start() -> None:
     with pytest.raises(ValueError, match=rf"kv_cache_memory = {2**50} bytes: this machine has \d+ .*--kv-cache-memory"):
         LLM(**TINY, kv_cache_memory=2**50)
     fitted = LLM(**(TINY | {"max_model_len": -1}), kv_cache_memory=400_000)
-    longest = fitted._engine.max_model_len
+    longest = fitted._engine.parts.max_model_len
     assert 16 < longest < 4096
     with pytest.raises((PromptTooLongError, KvCapacityError)):
         fitted.generate({"prompt_token_ids": [1] * longest}, SamplingParams(max_tokens=1), use_tqdm=False)
@@ -167,7 +167,7 @@ def test_the_models_defaults_are_used_without_params(tmp_path: Path) -> None:
     llm = LLM(**TINY, generation_config=str(tmp_path))
     assert llm.get_default_sampling_params() == SamplingParams(max_tokens=100, temperature=0.0)
     prompts = [{"prompt_token_ids": [5, 6]}, {"prompt_token_ids": [7] * 120}]
-    assert "temperature 0.0" in "\n".join(llm._engine.report.lines())
+    assert "temperature 0.0" in "\n".join(llm._engine.parts.report.lines())
     greedy = SamplingParams(max_tokens=100, temperature=0.0), SamplingParams(max_tokens=8, temperature=0.0)
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, use_tqdm=False)] == expected

@@ -10,6 +10,7 @@ import pytest
 from octavo import LLM, SamplingParams
 from octavo.engine import setup
 from octavo.engine.cuda_graph import GraphSizes, decode_ladder
+from octavo.engine.forward import StepShape
 from octavo.engine.warm_up import warm_up
 
 TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
@@ -33,14 +34,14 @@ def test_padded_steps_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "GraphSizes", lambda: SIZES)
     llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
     shapes = []
-    launch = llm._engine.runner.launch
+    launch = llm._engine.runner.launch_forward
 
     @functools.wraps(launch)
-    def spy(plan, buffers) -> None:
-        shapes.append((plan.num_prefill_tokens, plan.padded_rows - plan.num_rows))
-        launch(plan, buffers)
+    def spy(step) -> None:
+        shapes.append((step.plan.num_prefill_tokens, step.plan.padded_rows - step.plan.num_rows))
+        launch(step)
 
-    monkeypatch.setattr(llm._engine.runner, "launch", spy)
+    monkeypatch.setattr(llm._engine.runner, "launch_forward", spy)
     assert answers(llm) == plain
     assert sum(tokens in SIZES.prefill_tokens and padding > 0 for tokens, padding in shapes) >= 3
 
@@ -57,7 +58,7 @@ def test_warm_up_leaves_nothing_behind() -> None:
         "vocab_size": llm._engine.runner.vocab_size,
     }
     plain = answers(LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80))
-    warm_up(llm._engine.runner, llm._engine._buffers[0], options)
+    warm_up(llm._engine.runner, llm._engine.parts.buffers[0], options)
     assert llm.core.stats()["kv_blocks_used"] == 0
     assert answers(llm) == plain
 
@@ -69,5 +70,22 @@ def test_the_ladder_ends_at_the_bounds() -> None:
     assert decode_ladder(5) == [1, 2, 4, 5]
     tight = GraphSizes.ladder(8, 256, 1024, [2])
     assert tight.prefill_tokens == [64, 128, 192, 256] and tight.prefill_decodes == [0, 4, 8]
-    assert all(rows + tokens <= 256 for rows, _, tokens in tight.shapes())
-    assert GraphSizes.ladder(3, 20, 128, [2]).shapes() == [(2, 0, 0)]
+    assert all(shape.num_tokens <= 256 for shape in tight.shapes())
+    assert GraphSizes.ladder(3, 20, 128, [2]).shapes() == [StepShape(2, 2)]
+
+
+def test_drafts_add_a_bounded_number_of_graphs() -> None:
+    plain = GraphSizes.ladder(256, 8192, 4096)
+    assert not plain.drafts and not plain.prefill_drafts
+    assert len(plain.shapes()) == 35 + 4 * 8  # each costs a tenth of a second and 16 MiB
+    for max_num_seqs, num_draft_tokens in ((1, 1), (1, 7), (31, 7), (256, 1), (256, 7), (1024, 15)):
+        with_drafts = GraphSizes.ladder(max_num_seqs, 8192, 4096, num_draft_tokens=num_draft_tokens)
+        without = GraphSizes.ladder(max_num_seqs, 8192, 4096)
+        assert set(without.shapes()) <= set(with_drafts.shapes())
+        added = [shape for shape in with_drafts.shapes() if shape.has_drafts]
+        assert len(with_drafts.shapes()) == len(without.shapes()) + len(added)
+        assert 1 <= len(added) <= 21 + 2 * 8
+        for shape in added:
+            # Any rows that have so many tokens fit, and one row is left for padding.
+            assert shape.num_decodes == min(shape.num_decode_tokens, max_num_seqs) + 1
+            assert shape.num_decode_tokens <= max_num_seqs * (1 + num_draft_tokens)

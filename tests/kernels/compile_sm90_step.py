@@ -28,7 +28,8 @@ def sample_case(vocab: int, dtype: torch.dtype, **plan_options: Any) -> None:
     plan, data = write_plan([Row(slot, flags=SAMPLE | PENALTIES) for slot in range(32)], **plan_options)
     state.require_penalty_counts()
     logits, masks = meta(32, vocab, dtype=dtype), ints(8, -(-vocab // 32))
-    sample.sample(logits, plan, data.to(META), state, None, ints(32 * plan.result_width), masks)
+    inputs = StepInputs(max_tokens=32, max_rows=32, num_groups=1, device=META)
+    sample.sample(logits, plan, data.to(META), state, inputs, ints(32 * plan.result_width), masks)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

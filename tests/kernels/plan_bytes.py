@@ -1,5 +1,5 @@
-"""Writes plans as DESIGN.md has them, with struct and numpy alone: an independent stand-in for the core in the kernels'
-tests."""
+"""Writes plans as docs/plan.md has them, with struct and numpy alone: an independent stand-in for the core in the
+kernels' tests."""
 
 import struct
 from dataclasses import dataclass, field
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+
+from octavo.kernels.step.plan_format import Plan
 
 SAMPLE, PREFILL, LOGPROBS, PENALTIES, PADDING = 1, 2, 4, 8, 16
 
@@ -39,35 +41,13 @@ class Enter:
     penalty_tokens: list[tuple[int, int]] = field(default_factory=list)
 
 
-@dataclass
-class FakePlan:
-    """The scalars of `octavo._core.Plan` that the step's kernels read."""
-
-    num_rows: int
-    padded_rows: int
-    num_decodes: int
-    padded_decodes: int
-    decode_query_len: int
-    num_tokens: int
-    num_prefill_tokens: int
-    max_query_len: int
-    num_blocks: int
-    num_enters: int
-    num_bias: int
-    num_penalty_tokens: int
-    has_masks: bool
-    has_penalties: bool
-    all_greedy: bool
-    max_logprobs: int
-    result_width: int
-    num_bytes: int = 0
-    rows_offset: int = 0
-    prefill_tokens_offset: int = 0
-    blocks_offset: int = 0
-    enters_offset: int = 0
-    bias_offset: int = 0
-    drafts_offset: int = 0
-    penalty_tokens_offset: int = 0
+HEADER = (
+    "step_id_low", "step_id_high", "num_rows", "padded_rows", "num_decodes", "padded_decodes", "decode_query_len",
+    "num_decode_tokens", "num_prefill_tokens", "num_tokens", "max_query_len", "max_seq_len", "max_logprobs",
+    "has_masks", "has_penalties", "all_greedy", "result_width", "num_bytes", "num_blocks", "num_enters", "num_copies",
+    "num_bias", "num_drafts", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset", "blocks_offset",
+    "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
+)  # fmt: skip
 
 
 def write_plan(
@@ -78,25 +58,29 @@ def write_plan(
     blocks: list[tuple[int, int, int, int]] | None = None,
     padding: int = 0,
     padding_slot: int = -1,
-    decode_query_len: int = 1,
+    padding_tokens: int | None = None,
     all_greedy: bool = False,
     max_logprobs: int = -1,
     device: str = "cpu",
-) -> tuple[FakePlan, Tensor]:
-    """A plan and its bytes on `device`. `padding` rows of `padding_slot` follow the decode rows (then there may be no
-    prefill row)."""
+) -> tuple[Plan, Tensor]:
+    """A plan's header as the engine reads it, and its bytes on `device`. `padding` rows of `padding_slot` follow the
+    decode rows, one token each, or the first of them with all `padding_tokens`.
+    """
     decodes, prefills, enters, blocks = decodes or [], prefills or [], enters or [], blocks or []
     pads = [Row(padding_slot, flags=PADDING) for _ in range(padding)]
     rows, bias, row_words, start = [*decodes, *pads, *prefills], [], [], 0
     for index, row in enumerate(rows):
         decode = index < len(decodes) + padding
-        length = decode_query_len if decode else len(row.tokens)
+        length = 1 + len(row.drafts) if decode else len(row.tokens)
+        if row.flags & PADDING and padding_tokens is not None:
+            length = padding_tokens if index == len(decodes) else 0
         flags = row.flags if decode else row.flags | PREFILL
         row_words += [row.slot, start, length, flags, len(row.drafts), row.mask_row, len(bias), len(row.bias)]
         bias += row.bias
         start += length
     tokens = [token for row in prefills for token in row.tokens]
-    drafts = [(row.drafts + [-1] * decode_query_len)[: decode_query_len - 1] for row in [*decodes, *pads]]
+    drafts = [token for row in decodes for token in row.drafts]
+    decode_query_len = max([1, *(1 + len(row.drafts) for row in decodes)])
     enter_bytes, penalty_tokens = b"", []
     for enter in enters:
         enter_bytes += struct.pack(
@@ -128,30 +112,34 @@ def write_plan(
         "penalty_tokens": np.array(penalty_tokens, "<i4").tobytes(),
     }
     positions, top = decode_query_len, max_logprobs
-    plan = FakePlan(
+    numbers = dict.fromkeys(HEADER, 0) | dict(
+        step_id_low=1,
         num_rows=len(rows) - padding,
         padded_rows=len(rows),
         num_decodes=len(decodes),
         padded_decodes=len(decodes) + padding,
         decode_query_len=decode_query_len,
-        num_tokens=start,
+        num_decode_tokens=start - len(tokens),
         num_prefill_tokens=len(tokens),
-        max_query_len=max([decode_query_len, *(len(row.tokens) for row in prefills)]),
-        num_blocks=len(blocks),
-        num_enters=len(enters),
-        num_bias=len(bias),
-        num_penalty_tokens=len(penalty_tokens),
+        num_tokens=start,
+        max_query_len=max(row_words[2::8]),
+        max_logprobs=max_logprobs,
         has_masks=any(row.mask_row >= 0 for row in rows),
         has_penalties=any(row.flags & PENALTIES for row in rows),
         all_greedy=all_greedy,
-        max_logprobs=max_logprobs,
         result_width=2 + positions + (positions * (2 + 2 * top) if top >= 0 else 0),
+        num_blocks=len(blocks),
+        num_enters=len(enters),
+        num_bias=len(bias),
+        num_drafts=len(drafts),
+        num_penalty_tokens=len(penalty_tokens),
     )
-    data = bytearray()
+    data = bytearray(4 * len(HEADER))
     for name, section in sections.items():
         data += b"\xee" * (-len(data) % 16)  # garbage between the sections
-        setattr(plan, f"{name}_offset", len(data))
+        numbers[f"{name}_offset"] = len(data)
         data += section
-    plan.num_bytes = len(data)
+    numbers["num_bytes"] = len(data)
+    data[: 4 * len(HEADER)] = struct.pack(f"<{len(HEADER)}i", *(int(numbers[name]) for name in HEADER))
     data += b"\xee" * (16 + -len(data) % 16)  # what an earlier, longer plan left behind
-    return plan, torch.frombuffer(data, dtype=torch.uint8).clone().to(device)
+    return Plan.read(np.frombuffer(data, np.uint8)), torch.frombuffer(data, dtype=torch.uint8).clone().to(device)

@@ -140,7 +140,7 @@ class Sampler:
 
 
 def read_records(words: np.ndarray, plan) -> list[Record]:
-    """The result's records, as DESIGN.md gives their words."""
+    """docs/plan.md, "The result"."""
     places, top, records = plan.decode_query_len, plan.max_logprobs, []
     for line in words.reshape(plan.padded_rows, plan.result_width):
         valid, floats = int(line[1]), line.view(np.float32)

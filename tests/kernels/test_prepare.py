@@ -1,14 +1,15 @@
-"""`prepare` against DESIGN.md's rules, written out token by token in plain Python."""
+"""`prepare` against docs/plan.md's rules, written out token by token in plain Python."""
 
 import dataclasses
 
 import pytest
 import torch
-from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, FakePlan, Row, write_plan
+from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, Row, write_plan
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
 from octavo.kernels.reference import step
+from octavo.kernels.step.plan_format import Plan
 
 BLOCK_SIZE, MAX_BLOCKS, SLOTS, VOCAB = 4, 8, 6, 50
 PADDING_SLOT = SLOTS - 1
@@ -37,16 +38,17 @@ def inputs(device) -> StepInputs:
     return inputs
 
 
-def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], decode_query_len: int) -> None:
-    """`rows` in order, decodes first; compares every derived tensor with the rules applied one token at a time."""
+def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], padding_tokens: int = 1) -> None:
+    """`rows` in order, decodes first (padding has `padding_tokens` each); compares every derived tensor with the rules
+    applied one token at a time."""
     token = logits_row = 0
     computed, last, tables = state.computed_len.tolist(), state.last_token.tolist(), state.block_table.tolist()
     for index, row in enumerate(rows):
         prefill = bool(row.flags & PREFILL) or bool(row.tokens)
-        length = len(row.tokens) if prefill else decode_query_len
+        padding = not prefill and row.slot == PADDING_SLOT
+        length = len(row.tokens) if prefill else padding_tokens if padding else 1 + len(row.drafts)
         assert inputs.row_slots[index] == row.slot
         assert inputs.query_start_loc[index] == token
-        padding = not prefill and row.slot == PADDING_SLOT
         assert inputs.seq_lens[index] == (0 if padding else computed[row.slot] + length)
         for place in range(length):
             ids = row.tokens if prefill else [last[row.slot], *row.drafts]
@@ -61,6 +63,7 @@ def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], decode_query
                 assert inputs.slot_mapping[group][token] == block * BLOCK_SIZE + position % BLOCK_SIZE, (index, place)
             if not prefill or place == length - 1:
                 assert inputs.sample_index[logits_row] == token
+                assert inputs.sample_rows[logits_row] == index
                 logits_row += 1
             token += 1
     assert inputs.query_start_loc[len(rows)] == token
@@ -68,7 +71,7 @@ def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], decode_query
     assert inputs.row_slots[len(rows)] == inputs.seq_lens[len(rows)] == inputs.sample_index[logits_row] == -77
 
 
-def run(prepare, plan_and_bytes: tuple[FakePlan, Tensor], state: DeviceState, inputs: StepInputs) -> None:
+def run(prepare, plan_and_bytes: tuple[Plan, Tensor], state: DeviceState, inputs: StepInputs) -> None:
     prepare(*plan_and_bytes, state, inputs, block_size=BLOCK_SIZE)
 
 
@@ -93,7 +96,7 @@ def test_mixed_step(prepare, state, inputs, device):
     assert state.block_table[1, 1, 1] == 33
     assert state.block_table[1, 2, 2] == 34
     assert state.block_table[0, 4, 2] == 35
-    expect(inputs, state, decodes + prefills, decode_query_len=1)
+    expect(inputs, state, decodes + prefills)
 
 
 def test_padding_rows_write_the_null_block(prepare, state, inputs, device):
@@ -101,21 +104,44 @@ def test_padding_rows_write_the_null_block(prepare, state, inputs, device):
     state.block_table[:, 2] = 9
     plan = write_plan([Row(2)], padding=3, padding_slot=PADDING_SLOT, device=device)
     run(prepare, plan, state, inputs)
-    expect(inputs, state, [Row(2)] + [Row(PADDING_SLOT)] * 3, decode_query_len=1)
+    expect(inputs, state, [Row(2)] + [Row(PADDING_SLOT)] * 3)
     assert inputs.slot_mapping[0][1:4].tolist() == [0, 0, 0]
     assert inputs.seq_lens[:4].tolist() == [6, 0, 0, 0]
 
 
-def test_drafts_and_their_missing_places(prepare, state, inputs, device):
+def test_rows_of_different_numbers_of_drafts(prepare, state, inputs, device):
     state.last_token.copy_(torch.tensor([11, 12, 13, 14, 15, 0]))
     # Slot 3 stands one token before the end of its block table.
     state.computed_len.copy_(torch.tensor([7, 0, 3, MAX_BLOCKS * BLOCK_SIZE - 2, 0, 0]))
     state.block_table.copy_(torch.randint(1, 90, state.block_table.shape))
     state.block_table[:, PADDING_SLOT] = 0
-    decodes = [Row(0, drafts=[21, 22, 23]), Row(2, drafts=[31]), Row(3, drafts=[41, 42, 43])]
-    plan = write_plan(decodes, padding=1, padding_slot=PADDING_SLOT, decode_query_len=4, device=device)
+    decodes = [Row(0, drafts=[21, 22, 23]), Row(1), Row(2, drafts=[31]), Row(3, drafts=[41, 42, 43])]
+    plan = write_plan(decodes, device=device)
     run(prepare, plan, state, inputs)
-    expect(inputs, state, [*decodes, Row(PADDING_SLOT)], decode_query_len=4)
+    expect(inputs, state, decodes)
+
+
+def test_a_padding_row_has_all_missing_tokens(prepare, state, inputs, device):
+    """Beside rows with drafts: more tokens than the longest row, than a tile, and than the block table has places."""
+    state.last_token.fill_(9)
+    state.computed_len[:2] = torch.tensor([7, 3])
+    state.block_table.copy_(torch.randint(1, 90, state.block_table.shape))
+    state.block_table[:, PADDING_SLOT] = 0
+    state.last_token[PADDING_SLOT] = 0
+    decodes, missing = [Row(0), Row(1, drafts=[21, 22])], MAX_BLOCKS * BLOCK_SIZE + 5
+    prefills = [Row(2, tokens=[5, 6])]
+    plan = write_plan(decodes, prefills, padding=3, padding_slot=PADDING_SLOT, padding_tokens=missing, device=device)
+    run(prepare, plan, state, inputs)
+    assert inputs.query_start_loc[:7].tolist() == [0, 1, 4, 4 + missing, 4 + missing, 4 + missing, 6 + missing]
+    assert inputs.seq_lens[:6].tolist() == [8, 6, 0, 0, 0, 2]
+    assert inputs.token_ids[:4].tolist() == [9, 9, 21, 22]
+    assert inputs.positions[:4].tolist() == [7, 3, 4, 5]
+    padding = slice(4, 4 + missing)
+    for tensor in (inputs.token_ids, inputs.positions, *inputs.slot_mapping):
+        assert not tensor[padding].any()
+    assert inputs.sample_rows[: 5 + missing].tolist() == [0, 1, 1, 1, *[2] * missing, 5]
+    assert inputs.sample_index[: 5 + missing].tolist() == [*range(4 + missing), 5 + missing]
+    assert inputs.token_ids[4 + missing : 6 + missing].tolist() == [5, 6]
 
 
 def test_long_prefill_beside_decodes_with_drafts(prepare, device):
@@ -126,7 +152,7 @@ def test_long_prefill_beside_decodes_with_drafts(prepare, device):
     state.computed_len.copy_(torch.tensor([5, 6, 0, 0]))
     long = torch.randint(0, VOCAB, (3000,)).tolist()
     decodes, prefills = [Row(0, drafts=[1, 2])], [Row(2, tokens=[3, 4]), Row(1, tokens=long)]
-    run(prepare, write_plan(decodes, prefills, decode_query_len=3, device=device), state, inputs)
+    run(prepare, write_plan(decodes, prefills, device=device), state, inputs)
     assert inputs.token_ids[:3].tolist() == [0, 1, 2]
     assert inputs.token_ids[3:3005].tolist() == [3, 4, *long]
     positions = torch.tensor([5, 6, 7, 0, 1, *range(6, 3006)])

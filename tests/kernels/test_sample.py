@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.kernels.plan_bytes import LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE, Enter, Row
+from tests.kernels.plan_bytes import LOGPROBS, PENALTIES, SAMPLE, Enter, Row
 from tests.kernels.sampling_oracle import Sampler, expected_token
 
 from octavo.kernels.reference import step
@@ -409,11 +409,11 @@ def test_padding_rows_change_nothing(sampler, all_greedy):
 def test_drafts_are_accepted_while_they_equal_the_draw(sampler, temperature):
     """Whatever is drafted, the tokens are those that steps of one token would have drawn from the same logits."""
     places, rows = 4, 5
-    logits = random_logits(rows * places + 1)
+    all_logits = random_logits(rows * places + 1)
     options = {"temperature": temperature, "top_k": 20, "top_p": 0.9}
     enters = [Enter(slot, computed_len=7, output_index=3, seed=(slot, 5), **options) for slot in range(rows)]
     drawn = [
-        [expected_token(logits[row * places + place].numpy(), enters[row], place) for place in range(places)]
+        [expected_token(all_logits[row * places + place].numpy(), enters[row], place) for place in range(places)]
         for row in range(rows)
     ]
     assert all(token is not None for row in drawn for token in row)
@@ -424,6 +424,8 @@ def test_drafts_are_accepted_while_they_equal_the_draw(sampler, temperature):
         drawn[3][:1],  # one draft only
         [],
     ]
+    # A row has logits for its first token and for each of its drafts, and no more.
+    logits = torch.cat([all_logits[row * places :][: 1 + len(drafts[row])] for row in range(rows)] + [all_logits[-1:]])
     prefill = Row(rows, tokens=[1, 2])
     one = sampler(slots=8)
     records = one.step(
@@ -431,7 +433,6 @@ def test_drafts_are_accepted_while_they_equal_the_draw(sampler, temperature):
         [Row(slot, drafts=drafts[slot]) for slot in range(rows)],
         [prefill],
         enters=[*enters, Enter(rows, computed_len=4)],
-        decode_query_len=places,
         all_greedy=temperature == 0,
     )
     valid = [4, 3, 1, 2, 1]
@@ -450,7 +451,7 @@ def test_penalties_count_accepted_drafts(sampler):
     one = sampler()
     row = Row(0, flags=SAMPLE | PENALTIES, drafts=best[:2])
     enter = Enter(0, frequency_penalty=50.0, penalty_tokens=[(1, 1)])
-    records = one.step(logits, [row], enters=[enter], decode_query_len=3)
+    records = one.step(logits, [row], enters=[enter])
     assert records[0].tokens == best
     assert one.state.penalty_counts[0, best].tolist() == [2 + (token == 1) for token in best]
 
@@ -461,7 +462,7 @@ def test_a_sick_place_ends_the_row_where_it_counts(sampler):
     logits[4] = -math.inf  # row 1, place 1
     best = logits.argmax(1).tolist()
     rows = [Row(0, drafts=[best[0], 5]), Row(1, drafts=[(best[3] + 1) % VOCAB, 5])]
-    records = sampler().step(logits, rows, decode_query_len=3)
+    records = sampler().step(logits, rows)
     assert [(record.status, record.tokens) for record in records] == [(NAN, [best[0]]), (OK, [best[3]])]
 
 
@@ -512,15 +513,44 @@ def test_logprobs_are_those_of_the_raw_logits(sampler, top):
 
 
 def test_logprobs_of_accepted_drafts(sampler):
-    logits = random_logits(7)
+    logits = random_logits(8)
     best = logits.argmax(1).tolist()
-    rows = [Row(0, flags=SAMPLE | LOGPROBS, drafts=best[:2]), Row(1, drafts=[1, 2])]
-    records = sampler().step(
-        logits, rows, [Row(2, flags=SAMPLE | LOGPROBS, tokens=[3])], decode_query_len=3, max_logprobs=4
-    )
-    assert records[0].tokens == best[:3]
+    flags = SAMPLE | LOGPROBS
+    rows = [Row(0, flags=flags, drafts=best[:2]), Row(1, drafts=[1]), Row(2, flags=flags, drafts=best[5:6])]
+    records = sampler().step(logits, rows, [Row(3, flags=flags, tokens=[3])], max_logprobs=4)
+    assert [record.tokens for record in records[::2]] == [best[:3], best[5:7]]
     check_logprobs(records[0], logits[:3], 4)
-    check_logprobs(records[2], logits[6:], 4)
+    check_logprobs(records[2], logits[5:7], 4)
+    check_logprobs(records[3], logits[7:], 4)
+
+
+@pytest.mark.parametrize("all_greedy", [True, False])
+def test_padding_beside_drafts_changes_nothing(sampler, all_greedy):
+    """Rows of padding with many tokens and with none, between rows with drafts and a prompt."""
+    one = sampler(slots=6)
+    logits = random_logits(3 + 5 + 1)
+    best = logits.argmax(1).tolist()
+    logits[4] = math.nan
+    enters = [Enter(slot, computed_len=10) for slot in range(3)]
+    rows = [Row(0), Row(1, drafts=[best[1]])]
+    records = one.step(
+        logits, rows, [Row(2, tokens=[7])], padding=3, padding_tokens=5, enters=enters, all_greedy=all_greedy
+    )
+    assert [record.status for record in records] == [OK, OK, NO_SAMPLE, NO_SAMPLE, NO_SAMPLE, OK]
+    assert [record.tokens for record in records] == [[best[0]], best[1:3], [], [], [], [best[8]]]
+    assert one.state.computed_len.tolist() == [11, 12, 11, 0, 0, 0]
+    assert one.state.last_token.tolist() == [best[0], best[2], best[8], 0, 0, 0]
+
+
+def test_penalties_see_the_rows_own_drafts(sampler):
+    """Of two rows with drafts, each place's penalties count the drafts of its own row."""
+    logits = random_logits(1).expand(5, -1).contiguous()
+    best = logits[0].argsort(descending=True)[:3].tolist()
+    flags = SAMPLE | PENALTIES
+    rows = [Row(0, flags=flags, drafts=best[:1]), Row(1, flags=flags, drafts=best[:2])]
+    enters = [Enter(slot, frequency_penalty=50.0, penalty_tokens=[(1, 1)]) for slot in range(2)]
+    records = sampler().step(logits, rows, enters=enters)
+    assert [record.tokens for record in records] == [best[:2], best]
 
 
 def test_top_logprobs_with_ties_and_minus_infinity(sampler):
@@ -551,11 +581,3 @@ def test_top_logprobs_over_a_tiny_vocabulary(sampler):
     records = sampler(3).step(logits, [Row(0, flags=SAMPLE | LOGPROBS)], max_logprobs=5)
     assert records[0].top_ids[0] == [1, 2, 0, -1, -1]
     assert records[0].top_logprobs[0][3:] == [-math.inf] * 2
-
-
-def test_flags_are_the_formats():
-    from octavo.kernels.step import plan_format
-
-    assert (SAMPLE, PREFILL, LOGPROBS, PENALTIES, PADDING) == (
-        plan_format.SAMPLE, plan_format.PREFILL, plan_format.LOGPROBS, plan_format.PENALTIES, plan_format.PADDING
-    )  # fmt: skip

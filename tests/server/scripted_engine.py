@@ -12,6 +12,7 @@ import numpy as np
 from octavo import _core
 from octavo.config import EngineConfig
 from octavo.engine.async_engine import AsyncEngine
+from octavo.kernels.step.plan_format import Plan
 
 VOCAB_SIZE = 300
 END = 256  # the first id that is no byte
@@ -26,9 +27,10 @@ TEMPLATE = (
 
 
 class Script:
-    """Stands where `Engine` stands: plans with the core, and answers each plan from the script."""
+    """Stands where `Engine` and its parts stand: plans with the core, and answers each plan from the script."""
 
     def __init__(self, config: EngineConfig, max_model_len: int) -> None:
+        self.parts = self
         self.config = config.for_device("cpu")
         self.model_name = config.model_name
         self.max_model_len = max_model_len
@@ -69,10 +71,10 @@ class Script:
                 self.go.wait()
                 if self.death is not None:
                     raise RuntimeError(self.death)
-                plan = self.core.schedule(0, time.monotonic())
-                if plan is None:
+                if self.core.schedule(0, time.monotonic()) is None:
                     self.core.wait(0.05, time.monotonic())
                     continue
+                plan = Plan.read(self._plan)
                 time.sleep(self.step_delay + (self.first_delay if plan.num_prefill_tokens else 0.0))
                 self._write(plan)
                 self.core.commit(0, time.monotonic())
@@ -87,7 +89,7 @@ class Script:
         self.go.set()
         self.core.shutdown()
 
-    def _write(self, plan: _core.Plan) -> None:
+    def _write(self, plan: Plan) -> None:
         words = self._plan.view(np.int32)
         enters = words[plan.enters_offset // 4 :][: plan.num_enters * 16].reshape(-1, 16)
         for slot, _, output_index in enters[:, :3].tolist():

@@ -4,10 +4,9 @@
 //! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with another count, and with
 //! what the device saw.
 
-use crate::packed::ensure;
+use crate::packed::{ensure, Header};
 use _core::config::CoreConfig;
 use _core::inspect::{BlockPlace, Inspection, Phase, SequenceView};
-use _core::plan::PlanInfo;
 use _core::policy::HEAD_BYPASS_LIMIT;
 use _core::request::SeqRef;
 use _core::scheduler::Stats;
@@ -129,7 +128,7 @@ impl Fairness {
         before: &Inspection,
         after: &Inspection,
         seqs: &[SeqRef],
-        plan: &PlanInfo,
+        plan: &Header,
     ) -> Result<(), String> {
         ensure!(plan.num_rows > 0, "L1: an empty step");
         self.oldest_advances(after, seqs)?;

@@ -1,6 +1,7 @@
-//! A device that executes packed plans on the hash model: block tables, KV pool and per-slot state as DESIGN.md gives them.
+//! A device that executes packed plans on the hash model: block tables, KV pool and per-slot state as docs/plan.md gives
+//! them.
 //!
-//! It reads nothing but the plan's bytes and scalars, so it is a second reading of the format, and it trusts nothing: every
+//! It reads nothing but the plan's bytes, so it is a second reading of the format, and it trusts nothing: every
 //! index is checked (S12), and each block remembers which request wrote and read it in which step, which shows
 //!
 //! * S5: a block written by one row and touched by another in the same step, or by another request in a step in flight;
@@ -11,8 +12,7 @@
 //! What these checks miss, the hashes catch: see `model.rs`.
 
 use crate::model::{attend, bias_term, first_visible, hidden, kv_value, mix2, penalty_term, Logits, Sampling};
-use crate::packed::{ensure, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
-use _core::plan::PlanInfo;
+use crate::packed::{ensure, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
 use std::collections::BTreeMap;
 
 const STATUS_OK: u32 = 0;
@@ -151,13 +151,14 @@ impl Device {
     }
 
     /// Runs one step and returns its packed result: `padded_rows` records of `result_width` words.
-    pub fn execute(&mut self, plan: &PlanInfo, bytes: &[u8], faults: &Faults) -> Result<Vec<u32>, Violation> {
+    pub fn execute(&mut self, bytes: &[u8], faults: &Faults) -> Result<Vec<u32>, Violation> {
         self.step += 1;
+        let view = View::new(bytes)?;
+        let plan = &view.header;
         ensure!(plan.step_id == self.step, "step {} is planned after step {}", plan.step_id, self.step - 1);
         self.touched.0.clear();
         self.touched.1.clear();
-        let view = View::new(plan, bytes)?;
-        let rows = view.rows(plan, &self.shape)?;
+        let rows = view.rows(&self.shape)?;
         self.poison_new_blocks(&view)?;
         self.apply_copies(&view)?;
         self.apply_enters(&view)?;
@@ -166,7 +167,7 @@ impl Device {
         let width = plan.result_width as usize;
         let mut result = vec![0xdead_beef; plan.padded_rows as usize * width];
         for (index, row) in rows.iter().enumerate() {
-            let drawn = self.run_row(plan, &view, index, row, faults)?;
+            let drawn = self.run_row(&view, index, row, faults)?;
             pack(plan, row, &drawn, self.shape.vocab_size, &mut result[index * width..(index + 1) * width]);
         }
         Ok(result)
@@ -264,14 +265,7 @@ impl Device {
     }
 
     /// Runs the tokens of one row in order, and draws.
-    fn run_row(
-        &mut self,
-        plan: &PlanInfo,
-        view: &View,
-        index: usize,
-        row: &Row,
-        faults: &Faults,
-    ) -> Result<Drawn, Violation> {
+    fn run_row(&mut self, view: &View, index: usize, row: &Row, faults: &Faults) -> Result<Drawn, Violation> {
         if row.flags & PADDING != 0 {
             self.poison(0);
             return Ok(Drawn { status: STATUS_NOT_SAMPLED, tokens: Vec::new() });
@@ -282,6 +276,12 @@ impl Device {
             row.flags & LOGPROBS == 0 || self.slots[slot].num_logprobs >= 0,
             "slot {slot}: LOGPROBS, though it entered without"
         );
+        let asks_more = row.flags & (LOGPROBS | PENALTIES) != 0 || row.bias_len > 0;
+        let is_greedy = self.slots[slot].sampling.temperature == 0.0 && !asks_more;
+        ensure!(
+            !view.header.all_greedy || row.flags & SAMPLE == 0 || is_greedy,
+            "row {index}: the plan says all_greedy, but slot {slot} is not"
+        );
         let start = self.slots[slot].computed_len;
         let end = start + row.query_len;
         ensure!(
@@ -290,9 +290,10 @@ impl Device {
             end - 1,
             self.shape.max_positions()
         );
-        ensure!(end <= plan.max_seq_len, "slot {slot}: {end} tokens over the plan's max_seq_len {}", plan.max_seq_len);
+        let bound = view.header.max_seq_len;
+        ensure!(end <= bound, "slot {slot}: {end} tokens over the plan's max_seq_len {bound}");
 
-        let tokens = self.row_tokens(plan, view, index, row)?;
+        let tokens = self.row_tokens(view, index, row)?;
         let mut states = Vec::with_capacity(tokens.len());
         for (position, &token) in (start..).zip(&tokens) {
             ensure!(token < self.shape.vocab_size, "S12: slot {slot}: token {token} at position {position}");
@@ -318,24 +319,13 @@ impl Device {
     }
 
     /// Token ids of a row: from the plan for a prefill, from the slot and the drafts for a decode.
-    fn row_tokens(&self, plan: &PlanInfo, view: &View, index: usize, row: &Row) -> Result<Vec<u32>, Violation> {
+    fn row_tokens(&self, view: &View, index: usize, row: &Row) -> Result<Vec<u32>, Violation> {
         if row.flags & PREFILL != 0 {
-            let decode_tokens = plan.padded_decodes * plan.decode_query_len;
-            let start = (row.query_start - decode_tokens) as usize;
+            let start = (row.query_start - view.header.num_decode_tokens) as usize;
             return Ok(view.prefill_tokens[start..start + row.query_len as usize].to_vec());
         }
-        let max_drafts = plan.decode_query_len as usize - 1;
-        let drafts = &view.drafts[index * max_drafts..(index + 1) * max_drafts];
         let mut tokens = vec![self.slots[row.slot as usize].last_token];
-        for (place, &draft) in drafts.iter().enumerate() {
-            let is_used = place < row.num_drafts as usize;
-            ensure!(
-                is_used != (draft == u32::MAX),
-                "row {index}: draft {place} is {draft}, num_drafts {}",
-                row.num_drafts
-            );
-            tokens.push(if is_used { draft } else { 0 });
-        }
+        tokens.extend_from_slice(view.drafts_of(index, row)?);
         Ok(tokens)
     }
 
@@ -469,7 +459,7 @@ impl Device {
 }
 
 /// Writes a row's record of the result.
-fn pack(plan: &PlanInfo, row: &Row, drawn: &Drawn, vocab_size: u32, record: &mut [u32]) {
+fn pack(plan: &Header, row: &Row, drawn: &Drawn, vocab_size: u32, record: &mut [u32]) {
     let query = plan.decode_query_len.max(1) as usize;
     record[0] = drawn.status;
     record[1] = drawn.tokens.len() as u32;

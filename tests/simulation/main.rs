@@ -3,7 +3,7 @@
 //! | file | one idea |
 //! | --- | --- |
 //! | `model.rs` | the hash model: what takes the place of a neural network |
-//! | `packed.rs` | reads the packed plan from DESIGN.md's table alone |
+//! | `packed.rs` | reads the packed plan from docs/plan.md's tables alone |
 //! | `device.rs` | executes plans on paged memory, and distrusts them |
 //! | `oracle.rs` | the stream a request must output, computed alone |
 //! | `scenario.rs` | what a seed picks |

@@ -1,8 +1,7 @@
-//! The packed plan read a second time, straight from the table in DESIGN.md: sections as words, rows checked one by one.
+//! The packed plan read a second time, straight from the tables of docs/plan.md: header and sections as words,
+//! rows checked one by one.
 //!
 //! It uses none of the core's readers and writers, so a slip in them shows.
-
-use _core::plan::PlanInfo;
 
 pub const SAMPLE: u32 = 1;
 pub const PREFILL: u32 = 2;
@@ -55,22 +54,92 @@ macro_rules! ensure {
 }
 pub(crate) use ensure;
 
-/// The plan's sections as words.
+/// The header: the fields that the device needs, and those that can be checked against the rows.
+#[derive(Clone, Copy)]
+pub struct Header {
+    pub step_id: u64,
+    pub num_rows: u32,
+    pub padded_rows: u32,
+    pub num_decodes: u32,
+    pub padded_decodes: u32,
+    pub decode_query_len: u32,
+    pub num_decode_tokens: u32,
+    pub num_prefill_tokens: u32,
+    pub num_tokens: u32,
+    pub max_query_len: u32,
+    pub max_seq_len: u32,
+    /// None: no row asks for log probabilities.
+    pub max_logprobs: Option<u32>,
+    pub has_penalties: bool,
+    pub all_greedy: bool,
+    pub result_width: u32,
+    pub num_bytes: u32,
+    pub num_blocks: u32,
+    pub num_enters: u32,
+    pub num_copies: u32,
+    pub num_bias: u32,
+    pub num_drafts: u32,
+    pub num_penalty_tokens: u32,
+    /// In the order of the page's table of sections.
+    pub offsets: [u32; 8],
+}
+
+impl Header {
+    const WORDS: usize = 32;
+
+    fn read(bytes: &[u8]) -> Result<Self, Violation> {
+        ensure!(bytes.len() >= 4 * Self::WORDS, "{} bytes are too few for a header", bytes.len());
+        let word = |index: usize| u32::from_le_bytes(std::array::from_fn(|byte| bytes[4 * index + byte]));
+        let flag = |index: usize| match word(index) {
+            0 | 1 => Ok(word(index) == 1),
+            other => Err(format!("header word {index} is {other}, but must be 0 or 1")),
+        };
+        ensure!(!flag(13)?, "has_masks, though no request has a grammar");
+        Ok(Header {
+            step_id: u64::from(word(0)) + (u64::from(word(1)) << 32),
+            num_rows: word(2),
+            padded_rows: word(3),
+            num_decodes: word(4),
+            padded_decodes: word(5),
+            decode_query_len: word(6),
+            num_decode_tokens: word(7),
+            num_prefill_tokens: word(8),
+            num_tokens: word(9),
+            max_query_len: word(10),
+            max_seq_len: word(11),
+            max_logprobs: u32::try_from(word(12) as i32).ok(),
+            has_penalties: flag(14)?,
+            all_greedy: flag(15)?,
+            result_width: word(16),
+            num_bytes: word(17),
+            num_blocks: word(18),
+            num_enters: word(19),
+            num_copies: word(20),
+            num_bias: word(21),
+            num_drafts: word(22),
+            num_penalty_tokens: word(23),
+            offsets: std::array::from_fn(|section| word(24 + section)),
+        })
+    }
+}
+
+/// A plan's header, and its sections as words.
 pub struct View {
+    pub header: Header,
     rows: Vec<u32>,
     pub prefill_tokens: Vec<u32>,
     pub blocks: Vec<u32>,
     pub enters: Vec<u32>,
     pub copies: Vec<u32>,
     pub bias: Vec<u32>,
-    pub drafts: Vec<u32>,
+    drafts: Vec<u32>,
     pub penalty_tokens: Vec<u32>,
 }
 
 impl View {
     /// Cuts the sections out of the plan's bytes.
-    pub fn new(plan: &PlanInfo, bytes: &[u8]) -> Result<Self, Violation> {
-        let num_drafts = plan.padded_decodes * (plan.decode_query_len.max(1) - 1);
+    pub fn new(bytes: &[u8]) -> Result<Self, Violation> {
+        let plan = Header::read(bytes)?;
         ensure!(plan.num_bytes as usize <= bytes.len(), "the plan says {} bytes of {}", plan.num_bytes, bytes.len());
         let section = |name: &str, offset: u32, num_words: u32| -> Result<Vec<u32>, Violation> {
             if num_words == 0 {
@@ -82,20 +151,30 @@ impl View {
             let words = bytes[offset as usize..end as usize].chunks_exact(4);
             Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
         };
+        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens] = plan.offsets;
         Ok(View {
-            rows: section("rows", plan.rows_offset, plan.padded_rows * 8)?,
-            prefill_tokens: section("prefill_tokens", plan.prefill_tokens_offset, plan.num_prefill_tokens)?,
-            blocks: section("blocks", plan.blocks_offset, plan.num_blocks * 4)?,
-            enters: section("enters", plan.enters_offset, plan.num_enters * 16)?,
-            copies: section("copies", plan.copies_offset, plan.num_copies * 2)?,
-            bias: section("bias", plan.bias_offset, plan.num_bias * 2)?,
-            drafts: section("drafts", plan.drafts_offset, num_drafts)?,
-            penalty_tokens: section("penalty_tokens", plan.penalty_tokens_offset, plan.num_penalty_tokens * 2)?,
+            rows: section("rows", rows, plan.padded_rows * 8)?,
+            prefill_tokens: section("prefill_tokens", prefill_tokens, plan.num_prefill_tokens)?,
+            blocks: section("blocks", blocks, plan.num_blocks * 4)?,
+            enters: section("enters", enters, plan.num_enters * 16)?,
+            copies: section("copies", copies, plan.num_copies * 2)?,
+            bias: section("bias", bias, plan.num_bias * 2)?,
+            drafts: section("drafts", drafts, plan.num_drafts)?,
+            penalty_tokens: section("penalty_tokens", penalty_tokens, plan.num_penalty_tokens * 2)?,
+            header: plan,
         })
     }
 
+    /// The drafts of the decode row at `index`: each row before it has one token that is no draft.
+    pub fn drafts_of(&self, index: usize, row: &Row) -> Result<&[u32], Violation> {
+        let first = row.query_start as usize - index;
+        let drafts = self.drafts.get(first..first + row.num_drafts as usize);
+        drafts.ok_or(format!("row {index}: {} drafts from {first}, of {}", row.num_drafts, self.drafts.len()))
+    }
+
     /// The rows, with everything checked that the plan says about them.
-    pub fn rows(&self, plan: &PlanInfo, shape: &Shape) -> Result<Vec<Row>, Violation> {
+    pub fn rows(&self, shape: &Shape) -> Result<Vec<Row>, Violation> {
+        let plan = &self.header;
         ensure!(
             plan.num_rows <= shape.max_num_seqs,
             "S10: {} rows, max_num_seqs {}",
@@ -110,6 +189,8 @@ impl View {
             "padding behind the prefill rows of a step without any"
         );
         let mut rows = Vec::with_capacity(plan.padded_rows as usize);
+        let mut any_penalties = false;
+        let (mut decode_tokens, mut num_drafts, mut longest_decode) = (0, 0, 1);
         let mut slot_seen = vec![false; shape.max_num_seqs as usize];
         let (mut num_tokens, mut real_tokens, mut prefill_tokens, mut longest) = (0, 0u64, 0, 0);
         for (index, words) in self.rows.chunks_exact(8).enumerate() {
@@ -129,24 +210,38 @@ impl View {
                 "row {index}: query_start {} after {num_tokens} tokens",
                 row.query_start
             );
-            ensure!(row.query_len > 0 || index >= prefills_end, "row {index}: no tokens");
+            let is_padding = row.flags & PADDING != 0;
+            let pads = (index >= plan.num_decodes && index < plan.padded_decodes) || index >= prefills_end;
+            ensure!(is_padding == pads, "row {index}: PADDING flag {is_padding}, in padding {pads}");
+            ensure!(row.query_len > 0 || is_padding, "row {index}: no tokens");
             num_tokens += row.query_len;
             longest = longest.max(row.query_len);
             let is_prefill = index >= plan.padded_decodes;
             let moves_on = is_prefill && index < prefills_end;
             ensure!((row.flags & PREFILL != 0) == moves_on, "row {index}: decodes come first, then prefills");
+            any_penalties |= row.flags & PENALTIES != 0;
             if is_prefill {
                 prefill_tokens += row.query_len;
                 ensure!(row.num_drafts == 0, "row {index}: a prefill row with drafts");
             } else {
-                ensure!(row.query_len == plan.decode_query_len, "row {index}: decode rows are uniform");
-                ensure!(row.num_drafts < plan.decode_query_len, "row {index}: {} drafts", row.num_drafts);
+                decode_tokens += row.query_len;
+                num_drafts += row.num_drafts;
+                if is_padding {
+                    let uniform = plan.decode_query_len > 1 || row.query_len == 1;
+                    ensure!(uniform, "row {index}: {} tokens of padding in a step without drafts", row.query_len);
+                    ensure!(row.num_drafts == 0, "row {index}: padding with drafts");
+                } else {
+                    let len = 1 + row.num_drafts;
+                    ensure!(row.query_len == len, "row {index}: {} tokens, {len} with drafts", row.query_len);
+                    longest_decode = longest_decode.max(len);
+                }
             }
-            let is_padding = row.flags & PADDING != 0;
-            let pads = (index >= plan.num_decodes && index < plan.padded_decodes) || index >= prefills_end;
-            ensure!(is_padding == pads, "row {index}: PADDING flag {is_padding}, in padding {pads}");
             if is_padding {
-                ensure!(row.query_len <= shape.max_positions(), "row {index}: {} padding tokens", row.query_len);
+                ensure!(
+                    row.query_len <= shape.max_positions() || !is_prefill,
+                    "row {index}: {} padding tokens",
+                    row.query_len
+                );
                 ensure!(row.slot == shape.max_num_seqs, "row {index}: padding in slot {}", row.slot);
                 ensure!(row.flags & SAMPLE == 0, "row {index}: padding must not sample");
             } else {
@@ -160,6 +255,14 @@ impl View {
             ensure!(row.bias_len == 0 || bias_end <= Some(plan.num_bias), "S12: row {index}: bias range");
             rows.push(row);
         }
+        ensure!(any_penalties == plan.has_penalties, "has_penalties {} but {any_penalties}", plan.has_penalties);
+        ensure!(
+            longest_decode == plan.decode_query_len,
+            "decode_query_len {}: {longest_decode}",
+            plan.decode_query_len
+        );
+        ensure!(num_drafts == plan.num_drafts, "num_drafts {} but rows have {num_drafts}", plan.num_drafts);
+        ensure!(decode_tokens == plan.num_decode_tokens, "num_decode_tokens but rows hold {decode_tokens}");
         ensure!(num_tokens == plan.num_tokens, "num_tokens {} but rows hold {num_tokens}", plan.num_tokens);
         ensure!(prefill_tokens == plan.num_prefill_tokens, "num_prefill_tokens but rows hold {prefill_tokens}");
         ensure!(longest == plan.max_query_len, "max_query_len {} but {longest}", plan.max_query_len);

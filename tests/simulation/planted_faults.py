@@ -140,10 +140,34 @@ FAULTS = [
         "self.batch_left -= usize::from(entry.in_batch && reason != FinishReason::Abort);",
     ),
     Fault(
+        "drafts that come to a neighbour",
+        "rust/plan.rs",
+        "self.drafts.extend_from_slice(drafts);",
+        "drop(self.drafts.splice(0..0, drafts.iter().copied()));",
+    ),
+    Fault(
+        "drafts cut to what a neighbour has",
+        "rust/scheduler/sequence.rs",
+        "1 + room.min(self.drafts.len() as u32)",
+        "1 + room.min(self.drafts.len() as u32).min(2)",
+    ),
+    Fault(
+        "a draft that is not counted among a step's tokens",
+        "rust/scheduler/schedule.rs",
+        "self.planned.num_decode_tokens += len;",
+        "self.planned.num_decode_tokens += len - u32::from(len > 2);",
+    ),
+    Fault(
+        "prompts that begin before the padding of the decode rows",
+        "rust/scheduler/schedule.rs",
+        "info.num_decode_tokens = info.num_tokens;",
+        "info.num_decode_tokens = planned.num_decode_tokens;",
+    ),
+    Fault(
         "a token over the budget",
         "rust/scheduler/schedule.rs",
-        "self.draft.budget -= len;",
-        "self.draft.budget -= len - u32::from(len > 3);",
+        "self.planned.budget -= len;",
+        "self.planned.budget -= len - u32::from(len > 3);",
     ),
 ]
 

@@ -3,7 +3,7 @@
 //! Each seed switches on another subset of the features, so that rare mixes are met: with everything on at once, the loud
 //! troubles (failures, aborts) would end most requests before the quiet ones could show.
 
-use _core::config::{Batching, CoreConfig, PrefillGraphs, SchedulingPolicy};
+use _core::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
 use _core::request::{SamplingOptions, SamplingParams};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -259,12 +259,15 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         ..config
     };
     // Without a draw of its own: the kept seeds stay the scenarios that they were.
-    let prefill_graphs = if config.graph_sizes.is_empty() {
-        PrefillGraphs::default()
-    } else {
-        PrefillGraphs { tokens: vec![1, 4, 16, 48, 200], decodes: vec![0, 1, 4, 16], rows: 4 }
-    };
-    CoreConfig { prefill_graphs, ..config }
+    if config.graph_sizes.is_empty() {
+        return config;
+    }
+    let shape = |tokens: u32| DecodeShape { tokens, rows: tokens.min(config.max_num_seqs) + 1 };
+    let draft_graphs = vec![shape(2), shape(5), shape(12), shape(40), shape(100)];
+    let draft_decodes = vec![shape(6), shape(30)];
+    let prefill_graphs =
+        PrefillGraphs { tokens: vec![1, 4, 16, 48, 200], decodes: vec![0, 1, 4, 16], draft_decodes, rows: 4 };
+    CoreConfig { draft_graphs, prefill_graphs, ..config }
 }
 
 /// Blocks of one sequence of the model's full length.

@@ -7,18 +7,18 @@ use crate::checks::{recount, step_blocks, Fairness};
 use crate::device::{Device, Faults};
 use crate::ledger::{Call, Ledger, PoolNeed};
 use crate::model::mix;
-use crate::packed::{Shape, View, PADDING, SAMPLE};
+use crate::packed::{ensure, Header, Shape, View, PADDING, PREFILL, SAMPLE};
 use crate::scenario::{NewRequest, Scenario};
 use crate::trace::{Event, Totals};
-use _core::config::Batching;
+use _core::config::{Batching, DecodeShape};
 use _core::error::Error;
 use _core::inspect::Inspection;
-use _core::plan::PlanInfo;
 use _core::request::{RequestId, SeqRef};
 use _core::scheduler::Scheduler;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
+use rustc_hash::FxHashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -37,6 +37,8 @@ struct PlannedRow {
     index: u32,
     query_len: u32,
     samples: bool,
+    /// Of a decode row.
+    drafts: Option<Vec<u32>>,
 }
 
 pub struct World {
@@ -246,11 +248,11 @@ impl World {
 
     /// Plans a step and lets the device run it. False where the core plans none.
     fn plan_step(&mut self) -> Result<bool, String> {
-        self.offer_drafts()?;
+        let offered = self.offer_drafts()?;
         let before = self.core.inspect();
         let has_work = self.core.has_work(self.now);
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
-        let Some(plan) = plan else {
+        let Some(step_id) = plan.map(|plan| plan.step_id) else {
             self.trace.push(Event::NoPlan);
             self.fairness.preempted(&before, &self.core.stats())?;
             return self.nothing_to_do().map(|()| false);
@@ -259,11 +261,15 @@ impl World {
             return Err("has_work was false, but a step was planned".to_string());
         }
         let after = self.core.inspect();
-        let rows = self.rows_of(&plan, &after)?;
-        let faults = self.choose_faults(&plan, &rows);
+        let view = View::new(&self.plan_bytes)?;
+        let plan = &view.header;
+        let rows = self.rows_of(&view, &after)?;
+        self.drafts_are_the_rows_own(&rows, &offered, &after)?;
+        self.padding_is_to_a_captured_size(plan)?;
+        let faults = self.choose_faults(plan, &rows);
         let seqs: Vec<SeqRef> = rows.iter().map(|row| row.seq).collect();
         self.trace.push(Event::Plan {
-            step_id: plan.step_id,
+            step_id,
             rows: rows.iter().map(|row| (row.seq.request.0, row.seq.index, row.query_len)).collect(),
             enters: plan.num_enters,
             copies: plan.num_copies,
@@ -271,9 +277,9 @@ impl World {
         });
         self.totals.steps += 1;
         self.totals.copies += u64::from(plan.num_copies);
-        let result = self.device.execute(&plan, &self.plan_bytes, &faults)?;
+        let result = self.device.execute(&self.plan_bytes, &faults)?;
         self.in_flight.push_back(InFlight {
-            step_id: plan.step_id,
+            step_id,
             result: result.iter().flat_map(|word| word.to_le_bytes()).collect(),
             is_lost: faults.lost,
             seqs: seqs.clone(),
@@ -281,7 +287,7 @@ impl World {
         let (written, read) = self.device.touched_blocks();
         step_blocks(&after, written, read)?;
         self.fairness.preempted(&before, &self.core.stats())?;
-        self.fairness.step_planned(&before, &after, &seqs, &plan)?;
+        self.fairness.step_planned(&before, &after, &seqs, plan)?;
         Ok(true)
     }
 
@@ -304,19 +310,71 @@ impl World {
     }
 
     /// The sequence of each row, padding left out, with its query length and flags.
-    fn rows_of(&self, plan: &PlanInfo, after: &Inspection) -> Result<Vec<PlannedRow>, String> {
+    fn rows_of(&self, view: &View, after: &Inspection) -> Result<Vec<PlannedRow>, String> {
         let running = |slot| after.sequences.iter().find(|sequence| sequence.slot == Some(slot));
-        let rows = View::new(plan, &self.plan_bytes)?.rows(plan, &self.shape)?;
+        let rows = view.rows(&self.shape)?;
         let real = (0..).zip(rows).filter(|(_, row)| row.flags & PADDING == 0);
         real.map(|(index, row)| {
             let owner = running(row.slot).ok_or(format!("row {index} is in slot {}, which nobody holds", row.slot))?;
             let samples = row.flags & SAMPLE != 0;
-            Ok(PlannedRow { seq: owner.seq, index, query_len: row.query_len, samples })
+            let is_decode = row.flags & PREFILL == 0;
+            let drafts = if is_decode { Some(view.drafts_of(index as usize, &row)?.to_vec()) } else { None };
+            Ok(PlannedRow { seq: owner.seq, index, query_len: row.query_len, samples, drafts })
         })
         .collect()
     }
 
-    fn choose_faults(&mut self, plan: &PlanInfo, rows: &[PlannedRow]) -> Faults {
+    /// A row carries what was offered for it, however many the others have: all of it, unless its sequence ends before,
+    /// or must not stop yet. A wrong draft would cost nothing but its place, so the streams would not show it.
+    fn drafts_are_the_rows_own(
+        &self,
+        rows: &[PlannedRow],
+        offered: &FxHashMap<SeqRef, Vec<u32>>,
+        after: &Inspection,
+    ) -> Result<(), String> {
+        let is_full = |seq| {
+            let planned = after.sequences.iter().find(|sequence| sequence.seq == seq).map(|view| view.num_planned);
+            planned == Some(self.core.config().max_model_len)
+        };
+        for row in rows {
+            let Some(drafts) = &row.drafts else { continue };
+            let offered = offered.get(&row.seq).map_or(&[][..], Vec::as_slice);
+            let may_stop = self.ledger.requests[&row.seq.request].asked.params.min_tokens == 0;
+            let is_whole = drafts.len() == offered.len() || !may_stop || is_full(row.seq);
+            if !offered.starts_with(drafts) || !is_whole {
+                return Err(format!("{:?} was offered {offered:?}, its row has {drafts:?}", row.seq));
+            }
+        }
+        Ok(())
+    }
+
+    fn padding_is_to_a_captured_size(&self, plan: &Header) -> Result<(), String> {
+        let config = self.core.config();
+        let has_prompts = plan.num_rows > plan.num_decodes;
+        let (rows, tokens) = (plan.padded_decodes, plan.num_decode_tokens);
+        let (sizes, shapes) = if has_prompts {
+            (&config.prefill_graphs.decodes, &config.prefill_graphs.draft_decodes)
+        } else {
+            (&config.graph_sizes, &config.draft_graphs)
+        };
+        let decodes_fit = if plan.decode_query_len > 1 {
+            shapes.contains(&DecodeShape { tokens, rows })
+        } else {
+            rows == tokens && sizes.contains(&rows)
+        };
+        let prompts_fit = !has_prompts
+            || plan.padded_rows - rows == config.prefill_graphs.rows
+                && config.prefill_graphs.tokens.contains(&plan.num_prefill_tokens);
+        let is_padded = plan.padded_rows > plan.num_rows;
+        ensure!(
+            !is_padded || decodes_fit && prompts_fit,
+            "padded to {rows} decode rows of {tokens} tokens and {} prompt tokens, which nobody captured",
+            plan.num_prefill_tokens
+        );
+        Ok(())
+    }
+
+    fn choose_faults(&mut self, plan: &Header, rows: &[PlannedRow]) -> Faults {
         let mut faults = Faults { lost: self.rng.random_bool(self.scenario.step_failure), ..Faults::default() };
         if !faults.lost && self.rng.random_bool(self.scenario.nan) {
             if let Some(row) = rows.iter().filter(|row| row.samples).choose(&mut self.rng) {
@@ -330,10 +388,11 @@ impl World {
     }
 
     /// Speculation: drafts that are right, wrong from some place on, or stale.
-    fn offer_drafts(&mut self) -> Result<(), String> {
+    fn offer_drafts(&mut self) -> Result<FxHashMap<SeqRef, Vec<u32>>, String> {
         let most = self.core.config().num_draft_tokens as usize;
+        let mut offered = FxHashMap::default();
         if most == 0 {
-            return Ok(());
+            return Ok(offered);
         }
         for sequence in self.core.inspect().sequences {
             let mut drafts: Vec<u32> = self.ledger.upcoming(sequence.seq).iter().take(most).copied().collect();
@@ -344,8 +403,9 @@ impl World {
                 *draft = (*draft + 1) % self.core.config().vocab_size;
             }
             self.core.set_drafts(sequence.seq, &drafts).map_err(|error| error.to_string())?;
+            offered.insert(sequence.seq, drafts);
         }
-        Ok(())
+        Ok(offered)
     }
 
     /// Delivers the result of the oldest step, or its failure; a failure may also come before older results.

@@ -182,9 +182,9 @@ def described(engine: Any, name: str) -> dict[str, Any]:
 
     return {
         "workload": name,
-        "model": engine.model_name,
-        "device": engine.report.device,
-        "dtype": engine.report.dtype,
+        "model": engine.parts.model_name,
+        "device": engine.parts.report.device,
+        "dtype": engine.parts.report.dtype,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -12,6 +12,7 @@ import numpy as np
 
 from octavo import _core
 from octavo.bench.workloads import Item
+from octavo.kernels.step.plan_format import Plan
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def paged_requests(
         core.add_request(_core.Prompt(prompt), params, now=0.0)
     running = []
     now = 0.0
-    while (plan := core.schedule(0, now)) is not None:
+    while core.schedule(0, now) is not None:
+        plan = Plan.read(plan_buffer)
         running.append(int(core.stats()["num_requests_running"]))
         records = (
             result_buffer[: plan.padded_rows * plan.result_width * 4].view(np.int32).reshape(-1, plan.result_width)

@@ -73,14 +73,15 @@ class AsyncEngine:
     """Submit prompts, await their tokens. Build it with `from_config`, then `attach_loop` with the running loop."""
 
     def __init__(self, engine: Engine) -> None:
-        self.core = engine.core
-        self.config: EngineConfig = engine.config
-        self.max_model_len = engine.max_model_len
-        self.model_name = engine.model_name
-        self.tokenizer: _core.Tokenizer | None = engine.tokenizer
-        self.chat_template: _core.ChatTemplate | None = engine.chat_template
-        self.generation_defaults = engine.generation_defaults
-        self.report = engine.report
+        parts = engine.parts
+        self.core = parts.core
+        self.config: EngineConfig = parts.config
+        self.max_model_len = parts.max_model_len
+        self.model_name = parts.model_name
+        self.tokenizer: _core.Tokenizer | None = parts.tokenizer
+        self.chat_template: _core.ChatTemplate | None = parts.chat_template
+        self.generation_defaults = parts.generation_defaults
+        self.report = parts.report
         self.streams: dict[int, RequestStream] = {}
         self.draining = False
         self._engine = engine

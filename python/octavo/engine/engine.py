@@ -1,8 +1,8 @@
 """The engine: one Rust core, one model runner, and the loop that keeps the device fed.
 
-Steady state: while step N+1 runs on the device, the loop waits for step N's results, commits them and plans step N+2 in
-one crossing into Rust (`advance`), and launches it behind N+1. On a CPU a step has run when `launch` returns, so there
-one step flies at a time.
+A step is planned by the core, launched in two halves (the forward pass, the sample), and committed once its results are
+there. The device is never without work: the forward pass of step N+1 is in its queue before the loop waits for step N.
+What step N+1 needs of step N's tokens it finds on the device, since the sample of N is launched before.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
 
 import torch
 
-from octavo._core import EngineCore, Plan
+from octavo._core import EngineCore
 from octavo.config import EngineConfig
-from octavo.engine.model_runner import ModelRunner
 from octavo.engine.setup import EngineParts, build_engine
-from octavo.engine.step_buffers import StepBuffers
+from octavo.engine.step_buffers import Step
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +29,14 @@ class Engine:
     """Steps the core and the runner. Not thread-safe but for the core itself: one thread calls `step` (or `run`)."""
 
     def __init__(self, parts: EngineParts) -> None:
-        self.config: EngineConfig = parts.config
+        self.parts = parts
         self.core: EngineCore = parts.core
-        self.runner: ModelRunner = parts.runner
-        self.tokenizer = parts.tokenizer
-        self.chat_template = parts.chat_template
-        self.max_model_len = parts.max_model_len
-        self.generation_defaults = parts.generation_defaults
-        self.report = parts.report
-        self.model_name = parts.model_name
-        self._buffers: tuple[StepBuffers, StepBuffers] = parts.buffers
-        for slot, buffers in enumerate(self._buffers):
+        self.runner = parts.runner
+        for slot, buffers in enumerate(parts.buffers):
             self.core.bind(slot, buffers.plan_array, buffers.result_array)
-        self._in_flight: deque[int] = deque()
+        # On a CPU a step has run when it is launched: there it is finished in the turn that began it.
         self._overlap = parts.runner.device.type == "cuda"
+        self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
         self.failure: str | None = None
@@ -56,7 +48,7 @@ class Engine:
         return cls(build_engine(config))
 
     def step(self) -> bool:
-        """One turn: launches what can be launched, commits the oldest step. False: there was nothing to do.
+        """One turn: launches the next step, commits the one before. False: there was nothing to do.
 
         An exception, also one from outside such as `KeyboardInterrupt`, leaves the turn half done; the next call drops
         what was under way, ends its requests with an error, and goes on with the others.
@@ -73,44 +65,52 @@ class Engine:
             self.step_started_at = None
 
     def _turn(self) -> bool:
-        core, in_flight = self.core, self._in_flight
-        if not in_flight and not self._launch(core.schedule(0, time.monotonic()), 0):
-            return False
-        if self._overlap and len(in_flight) == 1:
-            slot = 1 - in_flight[0]
-            self._launch(core.schedule(slot, time.monotonic()), slot)
-        if in_flight:
-            done = in_flight.popleft()
-            self._buffers[done].wait()
-            self._launch(core.advance(done, done, time.monotonic()), done)
-        return True
-
-    def _launch(self, plan: Plan | None, slot: int) -> bool:
-        """Launches a planned step; one that does not fit into memory is dropped. False if nothing was planned."""
-        if plan is None:
+        step = self._plan()
+        if step is None and self._current is None:
             return False
         try:
-            self.runner.launch(plan, self._buffers[slot])
+            if step is not None:
+                self.runner.launch_forward(step)
+            self._finish_current()
+            # Here grammar masks of `step` will be filled: they need the tokens just committed, and the device is busy.
+            if step is not None:
+                self.runner.launch_sample(step)
+            self._current = step
         except torch.OutOfMemoryError as error:
-            # The step did not run; its requests end with an error and the others go on.
-            torch.cuda.empty_cache()
-            logger.error("step %d ran out of memory: %s", plan.step_id, error)
-            self._drop_step(slot, f"out_of_memory: step {plan.step_id} did not fit into device memory")
-            return True
-        self._in_flight.append(slot)
+            if step is None:
+                raise
+            self._drop(step, error)
+        if not self._overlap:
+            self._finish_current()
         return True
 
-    def _drop_step(self, slot: int, message: str) -> None:
+    def _plan(self) -> Step | None:
+        slot = 0 if self._current is None else 1 - self._current.slot
+        if self.core.schedule(slot, time.monotonic()) is None:
+            return None
+        buffers = self.parts.buffers[slot]
+        return Step(slot, buffers.read_plan(), buffers)
+
+    def _finish_current(self) -> None:
+        """Waits for the results of the step that was launched last, and commits them."""
+        step, self._current = self._current, None
+        if step is not None:
+            step.buffers.wait()
+            self.core.commit(step.slot, time.monotonic())
+
+    def _drop(self, step: Step, error: torch.OutOfMemoryError) -> None:
+        """Fails a step that does not fit into memory: its requests end with an error, and the others go on."""
+        torch.cuda.empty_cache()
+        logger.error("step %d ran out of memory: %s", step.plan.step_id, error)
         self._wait_for_device()
-        while self._in_flight:
-            self.core.commit(self._in_flight.popleft(), time.monotonic())
-        self.core.fail_step(slot, message)
+        self._finish_current()  # unless it was before
+        self.core.fail_step(step.slot, f"out_of_memory: step {step.plan.step_id} did not fit into device memory")
 
     def _drop_interrupted(self) -> None:
         """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
         self._wait_for_device()
-        self._in_flight.clear()
-        for slot in range(len(self._buffers)):
+        self._current = None
+        for slot in range(len(self.parts.buffers)):
             with contextlib.suppress(ValueError):  # the slot holds no step
                 self.core.fail_step(slot, "step_interrupted: the step was interrupted before it was done")
         self._interrupted = False

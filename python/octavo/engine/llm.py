@@ -43,7 +43,7 @@ class LLM:
     @property
     def config(self) -> EngineConfig:
         """The configuration the engine runs with."""
-        return self._engine.config
+        return self._engine.parts.config
 
     @property
     def core(self) -> _core.EngineCore:
@@ -52,11 +52,11 @@ class LLM:
 
     def get_tokenizer(self) -> _core.Tokenizer | None:
         """The model's tokenizer, or None for a model without one."""
-        return self._engine.tokenizer
+        return self._engine.parts.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What is used where none are given: the model's own defaults, see `EngineConfig.generation_config`."""
-        return SamplingParams(**self._engine.generation_defaults)
+        return SamplingParams(**self._engine.parts.generation_defaults)
 
     def generate(
         self,
@@ -85,7 +85,7 @@ class LLM:
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or a list of them, through the model's chat template."""
-        tokenizer, template = self._engine.tokenizer, self._engine.chat_template
+        tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
         if tokenizer is None or template is None:
             raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
         conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
@@ -104,7 +104,7 @@ class LLM:
 
     def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:
         try:
-            return encode_prompt(prompt, self._engine.tokenizer)
+            return encode_prompt(prompt, self._engine.parts.tokenizer)
         except ValueError as error:
             raise ValueError(f"prompts[{number}]: {error}") from error
 
@@ -116,7 +116,7 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         if sampling_params is None:
-            defaults, longest = self.get_default_sampling_params(), self._engine.max_model_len
+            defaults, longest = self.get_default_sampling_params(), self._engine.parts.max_model_len
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
         elif isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(prompts)
@@ -167,7 +167,7 @@ class LLM:
                 request_id = self._engine.core.add_request(tokens, wanted.to_core(), now=time.monotonic())
             except ValueError as error:
                 raise type(error)(f"prompts[{number}]: {error}") from error
-            builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.tokenizer)
+            builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.parts.tokenizer)
 
     def _abandon(self, builders: dict[int, OutputBuilder], reason: BaseException) -> None:
         """Ends the call's requests. Nothing that fails here may hide the reason."""

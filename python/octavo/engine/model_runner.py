@@ -1,7 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
 Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
-which names request slots and blocks in the plan (DESIGN.md, "What crosses the boundary in a step?").
+which names request slots and blocks in the plan (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from octavo._core import Plan
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
-from octavo.engine.forward import hidden_states, step_context
+from octavo.engine.forward import StepShape, hidden_states, step_context
 from octavo.engine.kv_layout import KvLayout
-from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
+from octavo.engine.step_buffers import DeviceState, Step, StepInputs
 from octavo.kernels import ops
+from octavo.kernels.step.plan_format import PAIR_WORDS, Plan
 from octavo.weights.load import LoadedModel
 
 
@@ -30,6 +30,7 @@ class ModelRunner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        num_draft_tokens: int,
         graph_sizes: GraphSizes,
     ) -> None:
         self.model = loaded.model
@@ -38,10 +39,12 @@ class ModelRunner:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.max_decode_len = 1 + num_draft_tokens
         self.graph_sizes = graph_sizes
         groups = loaded.model.kv_groups
         self.kv_layout = KvLayout.of(loaded.model, block_size=block_size, dtype=loaded.dtype)
-        max_blocks = -(-max_model_len // block_size)
+        # Room for rejected drafts, which may lie past the longest sequence.
+        max_blocks = -(-(max_model_len + num_draft_tokens) // block_size)
         self.state = DeviceState(
             max_num_seqs=max_num_seqs,
             num_groups=len(groups),
@@ -52,12 +55,14 @@ class ModelRunner:
         # A step of decodes only may be padded beyond the token budget's last row, never beyond one row a sequence.
         self.inputs = StepInputs(
             max_tokens=max(max_num_batched_tokens, max_num_seqs),
-            max_rows=max_num_seqs + graph_sizes.prefill_rows,
+            max_rows=max(max_num_seqs, graph_sizes.most_decodes) + graph_sizes.prefill_rows,
             num_groups=len(groups),
             device=device,
         )
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
-        self.graphs = StepGraphs(self.model, self.inputs, self.state, max_seq_len=max_model_len)
+        self.graphs = StepGraphs(
+            self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
+        )
 
     # ---- memory ------------------------------------------------------------------------------------------------------
 
@@ -80,17 +85,19 @@ class ModelRunner:
         tokens = self.max_num_batched_tokens
         lengths = [tokens // rows + (row < tokens % rows) for row in range(rows)]
         lengths = [min(length, self.max_model_len) for length in lengths]
-        self.inputs.rehearse(0, lengths, slot=self.state.padding_slot)
+        self.inputs.rehearse([], lengths, slot=self.state.padding_slot)
         context = step_context(
             self.inputs,
             self.state,
-            num_decodes=0,
-            num_prefills=rows,
-            num_tokens=sum(lengths),
+            StepShape(0, 0, rows, sum(lengths)),
+            max_decode_len=self.max_decode_len,
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
         )
-        logits = self.model.compute_logits(hidden_states(self.model, self.inputs, context))
+        hidden = hidden_states(self.model, self.inputs, context)
+        if self.max_decode_len > 1:  # every place of a decode row has logits
+            hidden = hidden.repeat_interleave(self.max_decode_len, dim=0)[:tokens]
+        logits = self.model.compute_logits(hidden)
         ops.sample_peak_rehearsal(logits)
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
@@ -101,17 +108,27 @@ class ModelRunner:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, plan: Plan, buffers: StepBuffers) -> None:
-        """Enqueues the whole step on the current stream and the copy of its results to `buffers.result`; records its
-        event.
+    def launch_forward(self, step: Step) -> None:
+        """Enqueues the step on the current stream up to its logits, which then are `step.logits`.
+
+        It reads what the sample of the step before has written on the device, so that one must have been launched.
         """
-        plan_device = buffers.upload(plan.num_bytes)
+        plan, plan_device = step.plan, step.buffers.upload(step.plan.num_bytes)
         if plan.num_copies:
-            pairs = plan_device[plan.copies_offset :][: plan.num_copies * 8].view(torch.int32).view(-1, 2)
-            ops.copy_blocks(self.kv_caches, pairs)
+            words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
+            ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
         ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
-        logits = self.forward(plan)
-        ops.sample(logits, plan, plan_device, self.state, self.inputs, buffers.result_device)
+        step.logits = self.forward(plan)
+
+    @torch.inference_mode()
+    def launch_sample(self, step: Step) -> None:
+        """Enqueues what follows the logits: the draw, and the copy of the results to the host, for which
+        `step.buffers.wait` waits.
+        """
+        plan, buffers, logits = step.plan, step.buffers, step.logits
+        assert logits is not None, "launch_forward comes before launch_sample"
+        step.logits = None  # the stream keeps what the kernels still read
+        ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device)
         buffers.download(plan.padded_rows * plan.result_width * 4)
 
     def forward(self, plan: Plan) -> Tensor:
@@ -122,12 +139,10 @@ class ModelRunner:
             context = step_context(
                 self.inputs,
                 self.state,
-                num_decodes=plan.padded_decodes,
-                num_prefills=plan.padded_rows - plan.padded_decodes,
-                num_tokens=plan.num_tokens,
+                StepShape.of(plan),
+                max_decode_len=self.max_decode_len,
                 max_query_len=plan.max_query_len,
                 max_seq_len=plan.max_seq_len,
-                decode_query_len=plan.decode_query_len,
             )
             hidden = hidden_states(self.model, self.inputs, context)
         return self.model.compute_logits(hidden)
@@ -136,4 +151,4 @@ class ModelRunner:
     def capture_graphs(self) -> None:
         """Captures one CUDA graph for each of `graph_sizes`' shapes."""
         for shape in self.graph_sizes.shapes():
-            self.graphs.capture(*shape)
+            self.graphs.capture(shape)

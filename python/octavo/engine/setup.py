@@ -30,6 +30,9 @@ GRAPH_BYTES = 16 << 20
 """Memory set aside for one captured graph's own bookkeeping; its activations are shared with the rehearsed step's."""
 
 
+NUM_DRAFT_TOKENS = 0
+"""Most draft tokens of a decode row, for which core, block tables, graphs and memory are sized. Nothing drafts yet."""
+
 MEMORY_FLAG = {"cuda": "--gpu-memory-utilization", "cpu": "--kv-cache-memory"}
 
 
@@ -95,7 +98,11 @@ def build_engine(config: EngineConfig) -> EngineParts:
     graph_sizes = GraphSizes()
     if device.type == "cuda" and not config.enforce_eager:
         graph_sizes = GraphSizes.ladder(
-            max_num_seqs, max_num_batched_tokens, max_model_len, list(config.cudagraph_capture_sizes)
+            max_num_seqs,
+            max_num_batched_tokens,
+            max_model_len,
+            list(config.cudagraph_capture_sizes),
+            num_draft_tokens=NUM_DRAFT_TOKENS,
         )
     runner = ModelRunner(
         loaded,
@@ -104,6 +111,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
+        num_draft_tokens=NUM_DRAFT_TOKENS,
         graph_sizes=graph_sizes,
     )
     weight_bytes = loaded.model.weight_bytes()
@@ -126,6 +134,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
         prefill_graph_tokens=graph_sizes.prefill_tokens,
         prefill_graph_decodes=graph_sizes.prefill_decodes,
         prefill_graph_rows=graph_sizes.prefill_rows,
+        draft_graphs=graph_sizes.drafts,
+        prefill_draft_graphs=graph_sizes.prefill_drafts,
+        num_draft_tokens=NUM_DRAFT_TOKENS,
         # A secret of this process, so that nobody can make two prompts share cached blocks by crafting a collision.
         hash_secret=os.urandom(32),
         seed=config.seed,

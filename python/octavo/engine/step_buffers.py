@@ -3,12 +3,13 @@ from the core.
 
 Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over it. The file knows
 shapes only: `kernels/step/prepare.py` and `kernels/step/sample.py` fill and advance these tensors, and the core (Rust)
-decides what the plan says. The layout of a plan is DESIGN.md, "What crosses the boundary in a step?".
+decides what the plan says. docs/plan.md has the format of a plan and of a result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.step import plan_format
+from octavo.kernels.step.plan_format import Plan
 
 
 class DeviceState:
@@ -83,12 +85,13 @@ class StepInputs:
         # Token whose hidden state each row of logits comes from: all tokens of decode rows, the last one of each
         # prefill row.
         self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        self.sample_rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)  # the row of each row of logits
 
-    def rehearse(self, num_decodes: int, prefill_lens: Sequence[int], *, slot: int) -> None:
-        """Makes the inputs those of a step that does no harm: one-token decode rows, then prefill rows of the given
-        lengths, all of `slot`, whose block table must be all null block.
+    def rehearse(self, decode_lens: Sequence[int], prefill_lens: Sequence[int], *, slot: int) -> None:
+        """Makes the inputs those of a step that does no harm: decode rows, then prefill rows of the given lengths, all
+        of `slot`, whose block table must be all null block.
         """
-        lens = torch.tensor([1] * num_decodes + list(prefill_lens), dtype=torch.int32)
+        lens = torch.tensor([*decode_lens, *prefill_lens], dtype=torch.int32)
         rows, tokens = len(lens), int(lens.sum())
         starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
         self.token_ids[:tokens].zero_()
@@ -97,7 +100,10 @@ class StepInputs:
         self.row_slots[:rows].fill_(slot)
         self.seq_lens[:rows].copy_(lens)
         self.query_start_loc[: rows + 1].copy_(starts)
-        self.sample_index[:rows].copy_(starts[1:] - 1)
+        decode_tokens = sum(decode_lens)
+        num_logits = decode_tokens + len(prefill_lens)
+        self.sample_index[:decode_tokens].copy_(torch.arange(decode_tokens))
+        self.sample_index[decode_tokens:num_logits].copy_(starts[len(decode_lens) + 1 :] - 1)
 
 
 class StepBuffers:
@@ -110,17 +116,22 @@ class StepBuffers:
         # The core's views: its own sizes exactly, C-contiguous uint8.
         self.plan_array: npt.NDArray[np.uint8] = _numpy(self._plan_host[:plan_bytes])
         self.result_array: npt.NDArray[np.uint8] = _numpy(self._result_host[:result_bytes])
-        self._plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
+        # uint8 at its full size
+        self.plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
         result_device = torch.zeros_like(self._result_host, device=device) if self._on_gpu else self._result_host
         self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
         # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would hold it.
         self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
+    def read_plan(self) -> Plan:
+        """The header of the plan that the core has written."""
+        return Plan.read(self.plan_array)
+
     def upload(self, num_bytes: int) -> Tensor:
-        """Enqueues the copy of the plan's first `num_bytes` bytes; returns the device plan, uint8 at its full size."""
+        """Enqueues the copy of the plan's first `num_bytes` bytes; returns `plan_device`."""
         if self._on_gpu:
-            self._plan_device[:num_bytes].copy_(self._plan_host[:num_bytes], non_blocking=True)
-        return self._plan_device
+            self.plan_device[:num_bytes].copy_(self._plan_host[:num_bytes], non_blocking=True)
+        return self.plan_device
 
     def download(self, num_bytes: int) -> None:
         """Enqueues the copy of the first `num_bytes` result bytes to the host and records the event that `wait` waits
@@ -135,6 +146,16 @@ class StepBuffers:
         """Returns once the downloaded result is in `result_array`; the GIL is free meanwhile."""
         if self._on_gpu:
             self._done.synchronize()
+
+
+@dataclass(slots=True)
+class Step:
+    """One planned step on its way through the device: the plan's numbers, and the host slot that has the rest."""
+
+    slot: int
+    plan: Plan
+    buffers: StepBuffers
+    logits: Tensor | None = None  # between the launches of the forward pass and of the sample
 
 
 def _whole_words(num_bytes: int) -> int:

@@ -15,7 +15,7 @@ import torch
 
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
-from octavo.engine.step_buffers import StepBuffers
+from octavo.engine.step_buffers import Step, StepBuffers
 from octavo.models.registry import Model
 
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
@@ -52,8 +52,10 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
                 continue
             params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, **options)
             core.add_request(Prompt([0] * length), params, now=time.monotonic())
-            while (plan := core.schedule(0, time.monotonic())) is not None:
-                runner.launch(plan, buffers)
+            while core.schedule(0, time.monotonic()) is not None:
+                step = Step(0, buffers.read_plan(), buffers)
+                runner.launch_forward(step)
+                runner.launch_sample(step)
                 buffers.wait()
                 core.commit(0, time.monotonic())
     runner.state.penalty_counts = None  # taken again by the first request that needs them

@@ -83,6 +83,7 @@ class Attention(Layer):
                     self.scale,
                     self.window,
                     kv_scales=self.kv_scales,
+                    query_start_loc=step.decode_start_loc,
                 )
             )
         if step.num_prefills:

@@ -13,17 +13,22 @@ from torch import Tensor
 class StepContext:
     """What the attention layers need to know of a step. Rows are decodes first, then prefills."""
 
-    num_decode_tokens: int  # tokens of decode rows, `decode_query_len` each; the rest belong to prefill rows
+    num_decode_tokens: int  # tokens of decode rows; the rest belong to prefill rows
     num_decodes: int  # decode rows, padding included
-    decode_query_len: int
+    decode_query_len: int  # 1: each decode row has one token; else the most that one may have
     num_prefills: int
-    max_query_len: int  # over prefill rows
+    max_query_len: int  # upper bound over prefill rows
     max_seq_len: int  # upper bound over all rows
     row_slots: Tensor  # [rows] int32: request slot of each row
     query_start_loc: Tensor  # [rows + 1] int32
     seq_lens: Tensor  # [rows] int32: computed + query length
     slot_mapping: list[Tensor]  # per KV group [num_tokens] int64: block * block_size + offset
     block_tables: list[Tensor]  # per KV group [max_num_seqs + 1, max_blocks] int32, by request slot
+
+    @cached_property
+    def decode_start_loc(self) -> Tensor | None:
+        """[num_decodes + 1] int32: `query_start_loc` of the decode rows; None where each has one token."""
+        return self.query_start_loc[: self.num_decodes + 1] if self.decode_query_len > 1 else None
 
     @cached_property
     def prefill_start_loc(self) -> Tensor:
