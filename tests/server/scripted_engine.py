@@ -87,6 +87,9 @@ class Script:
         self.go.set()
         self.core.shutdown()
 
+    def close(self) -> None:
+        """It has no memory to give back."""
+
     def _write(self, plan: _core.Plan) -> None:
         words = self._plan.view(np.int32)
         enters = words[plan.enters_offset // 4 :][: plan.num_enters * 16].reshape(-1, 16)
