@@ -1,7 +1,7 @@
 """An engine that ends gives everything back: its threads, and the memory of model, KV cache and buffers. So several may
 live in a process one after another.
 
-What is watched: weak references to the objects that hold the memory, the threads by name, and the resident memory of the
+What is watched: weak references to the objects that hold the memory, the threads, and the resident memory of the
 process as the kernel counts it.
 """
 
@@ -41,6 +41,7 @@ def holders(engine: Engine) -> dict[str, weakref.ref[Any]]:
         "rotary table": attention.cos_sin,
         "device state": runner.state,
         "inputs": runner.inputs,
+        "block table": runner.state.block_tables[0],
         "graphs": runner.graphs,
         "plan buffer": engine._buffers[0],
         "plan as the core sees it": engine._buffers[1].plan_array,
@@ -99,7 +100,7 @@ def run_engine_with_a_request_in_flight() -> tuple[object, dict[str, weakref.ref
 def test_threads_and_memory_are_given_back(run: Callable[[], tuple[object, dict[str, weakref.ref[Any]]]]) -> None:
     before = set(threading.enumerate())
     closed, references = run()
-    assert len(references) == 11
+    assert len(references) == 12
     assert still_held(references) == []
     for thread in set(threading.enumerate()) - before:
         if thread.name != "tqdm_monitor":  # one of a process, for all progress bars
@@ -131,7 +132,7 @@ def test_a_closed_llm_says_so() -> None:
     llm = LLM(**TINY)
     llm.close()
     llm.close()
-    with pytest.raises(RuntimeError, match="this LLM has been closed, .*make a new LLM"):
+    with pytest.raises(RuntimeError, match=r"this LLM has been closed, .*make a new LLM"):
         llm.generate(PROMPT, SHORT, use_tqdm=False)
     assert llm.core.stats()["num_requests_waiting"] == 0
     assert llm.get_default_sampling_params() == SamplingParams()  # what needs no model still answers

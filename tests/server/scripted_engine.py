@@ -82,6 +82,10 @@ class Script:
             self.failure = str(error)
             self.core.fail_all(f"engine_dead: {error}")
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
+
     def stop(self) -> None:
         self._stop.set()
         self.go.set()
