@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults lint fmt bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults fuzz lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,6 +51,20 @@ simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for long
 
 planted-faults: ## plant faults in a copy of the core, one by one: the simulation must find each (minutes)
 	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)
+
+# libFuzzer over the stable compiler's own coverage counters. What it finds goes to target/fuzz/findings; inputs that
+# reach new code stay in target/fuzz/corpus, those worth keeping in fuzz/corpus, which `cargo test` replays.
+FUZZ_HOST = $(shell rustc -vV | sed -n 's/host: //p')
+FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+FUZZ_LIMITS = -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=1024 -max_len=16384
+
+fuzz: ## fuzz the GGUF reader and the chat templates for 60 s each (SECONDS_=... for longer); the first build takes minutes
+	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --manifest-path fuzz/Cargo.toml --target-dir target/fuzz --target $(FUZZ_HOST)
+	@mkdir -p target/fuzz/findings target/fuzz/corpus/{gguf,template}
+	@for target in gguf template; do \
+		target/fuzz/$(FUZZ_HOST)/release/$$target target/fuzz/corpus/$$target fuzz/corpus/$$target -dict=fuzz/$$target.dict \
+			-artifact_prefix=target/fuzz/findings/$$target- -max_total_time=$(or $(SECONDS_),60) $(FUZZ_LIMITS) || exit 1; \
+	done
 
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves
