@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults lint fmt bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults fuzz lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,17 +38,33 @@ $(VENV)/.dev: $(VENV)/.uv pyproject.toml
 
 test: test-rust test-python ## all tests
 
+# `fast` has no LTO, which would cost more than it saves, once for each test program; lints share its build scripts and
+# macros. The extension stays `release` in every target: tests run what is served, and no benchmark meets another build.
 test-rust: ## the core without Python
-	cargo test --release --quiet
+	cargo test --profile fast --quiet
 
 test-python: dev ## everything else, on the CPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
-	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
+	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --profile fast --test simulation -- --nocapture
 
 planted-faults: ## plant faults in a copy of the core, one by one: the simulation must find each (minutes)
 	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)
+
+# libFuzzer over the stable compiler's own coverage counters. What it finds goes to target/fuzz/findings; inputs that
+# reach new code stay in target/fuzz/corpus, those worth keeping in fuzz/corpus, which `cargo test` replays.
+FUZZ_HOST = $(shell rustc -vV | sed -n 's/host: //p')
+FUZZ_FLAGS = --cfg fuzzing -Cpasses=sancov-module $(addprefix -Cllvm-args=-sanitizer-coverage-,level=4 inline-8bit-counters pc-table trace-compares)
+FUZZ_LIMITS = -timeout=20 -rss_limit_mb=2048 -malloc_limit_mb=1024 -max_len=16384
+
+fuzz: ## fuzz the GGUF reader and the chat templates for 60 s each (SECONDS_=... for longer); the first build takes minutes
+	RUSTFLAGS="$(FUZZ_FLAGS)" cargo build --release --manifest-path fuzz/Cargo.toml --target-dir target/fuzz --target $(FUZZ_HOST)
+	@mkdir -p target/fuzz/findings target/fuzz/corpus/{gguf,template}
+	@for target in gguf template; do \
+		target/fuzz/$(FUZZ_HOST)/release/$$target target/fuzz/corpus/$$target fuzz/corpus/$$target -dict=fuzz/$$target.dict \
+			-artifact_prefix=target/fuzz/findings/$$target- -max_total_time=$(or $(SECONDS_),60) $(FUZZ_LIMITS) || exit 1; \
+	done
 
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves
@@ -60,7 +76,7 @@ lint: dev ## ruff, mypy, stubtest, cargo fmt, clippy
 	$(BIN)/mypy
 	PYTHONPATH=python $(BIN)/python -m mypy.stubtest octavo._core --concise
 	cargo fmt --check
-	cargo clippy --release --all-targets --features python -- -D warnings
+	cargo clippy --profile fast --all-targets --features python -- -D warnings
 
 fmt: dev ## format Python and Rust
 	$(BIN)/ruff format .

@@ -12,6 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+LONGEST = ("test_equivalence", "test_compile_sm90", "test_differential", "test_sample", "test_decode_attention")
+"""Beginnings of the names of the files that take longest. They go first, so that all workers of a run end together."""
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
@@ -39,9 +42,13 @@ def find_shared() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` skip where there is no CUDA device."""
+    """Long files first; tests marked `gpu` skip where there is no CUDA device."""
     import torch
 
+    def rank(item: pytest.Item) -> int:
+        return next((rank for rank, name in enumerate(LONGEST) if item.path.stem.startswith(name)), len(LONGEST))
+
+    items.sort(key=rank)
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -306,4 +306,5 @@ class EngineCore:
     def fail_step(self, slot: int, message: str) -> None:
         """The step planned in `slot` did not run: its requests end with an error."""
     def fail_all(self, message: str) -> None: ...
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        """Ends every request with an error and lets go of the bound buffers: no step can be planned any more."""

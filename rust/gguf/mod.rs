@@ -11,7 +11,7 @@ mod types;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 pub use parse::{Array, Kind, Tensor, Value};
 pub use types::{TensorType, SUPPORTED};
@@ -33,14 +33,26 @@ impl GgufFile {
     /// # Errors
     /// [`Error::Gguf`] names the file, the field, its value and its limit.
     pub fn open(path: &Path) -> Result<Self> {
-        let in_file = |message: String| Error::Gguf(format!("{}: {message}", path.display()));
-        let file = File::open(path).map_err(|error| in_file(error.to_string()))?;
-        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a
-        // model file that is in use ends this process with SIGBUS, as with every engine that maps
-        // its weights.
+        let file = File::open(path).map_err(|error| in_file(path, error))?;
+        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a model file that is in
+        // use ends this process with SIGBUS, as with every engine that maps its weights.
         #[allow(unsafe_code)]
-        let bytes = unsafe { Mmap::map(&file) }.map_err(|error| in_file(error.to_string()))?;
-        let header = Header::parse(&bytes).map_err(in_file)?;
+        let bytes = unsafe { Mmap::map(&file) }.map_err(|error| in_file(path, error))?;
+        Self::checked(path, bytes)
+    }
+
+    /// Copies a file's bytes and checks its header whole; errors call it by `path`. For fuzzing, which has no files.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn parse(path: &Path, file: &[u8]) -> Result<Self> {
+        let mut bytes = MmapMut::map_anon(file.len()).map_err(|error| in_file(path, error))?;
+        bytes.copy_from_slice(file);
+        Self::checked(path, bytes.make_read_only().map_err(|error| in_file(path, error))?)
+    }
+
+    fn checked(path: &Path, bytes: Mmap) -> Result<Self> {
+        let header = Header::parse(&bytes).map_err(|message| in_file(path, message))?;
         Ok(Self { path: path.to_owned(), bytes, header })
     }
 
@@ -167,8 +179,12 @@ impl GgufFile {
 
     /// An error about this file.
     pub(crate) fn error(&self, message: impl std::fmt::Display) -> Error {
-        Error::Gguf(format!("{}: {message}", self.path.display()))
+        in_file(&self.path, message)
     }
+}
+
+fn in_file(path: &Path, message: impl std::fmt::Display) -> Error {
+    Error::Gguf(format!("{}: {message}", path.display()))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,21 +20,29 @@ class Reference:
     """transformers' SmolLM2 in float32."""
 
     model: torch.nn.Module
+    judged: dict[tuple[int, ...], tuple[list[int], torch.return_types.topk]] = field(default_factory=dict)
 
-    @torch.inference_mode()
     def disagreement(self, prompt: list[int], output: list[int]) -> str | None:
-        """Where a greedy output leaves the reference at a position whose two best logits differ by more than GAP.
-
-        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn
-        in.
-        """
-        logits = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        best = logits.topk(2)
+        """Where a greedy output leaves the reference at a position whose two best logits differ by more than GAP."""
+        best = self.best_two(prompt, output)
         for position, token in enumerate(output):
             gap = float(best.values[position, 0] - best.values[position, 1])
             if gap > GAP and token != int(best.indices[position, 0]):
                 return f"output[{position}] = {token}, reference {int(best.indices[position, 0])} by {gap:.4f}"
         return None
+
+    @torch.inference_mode()
+    def best_two(self, prompt: list[int], output: list[int]) -> torch.return_types.topk:
+        """The two best logits at each place of `output` and beyond, and their tokens.
+
+        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn
+        in. What it said of a prompt serves every output that begins as the one it has read, and most do.
+        """
+        read, best = self.judged.get(tuple(prompt), ([], None))
+        if best is None or read[: len(output)] != output:
+            best = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].topk(2)
+            self.judged[tuple(prompt)] = (output, best)
+        return best
 
 
 @pytest.fixture(scope="session")
@@ -85,5 +93,5 @@ def prompts() -> list[str]:
         "The function of the heart is to",
         "Breaking news: scientists have discovered",
     ]
-    texts.append(" ".join(texts) * 2)
+    texts.append(" ".join(texts))
     return texts

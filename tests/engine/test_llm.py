@@ -150,7 +150,7 @@ async def test_a_dropped_iterator_frees_its_blocks() -> None:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
         assert seen >= 3
-        for _ in range(100):
+        for _ in range(6_000):  # two minutes; a busy machine may need some of them
             stats = engine.stats()
             if not stats["num_requests_running"] and not stats["kv_blocks_used"] and not stats["kv_blocks_held"]:
                 break

@@ -84,10 +84,17 @@ class Script:
             self.failure = str(error)
             self.core.fail_all(f"engine_dead: {error}")
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._stop.is_set()
+
     def stop(self) -> None:
         self._stop.set()
         self.go.set()
         self.core.shutdown()
+
+    def close(self) -> None:
+        """It has no memory to give back."""
 
     def _write(self, plan: Plan) -> None:
         words = self._plan.view(np.int32)

@@ -22,7 +22,7 @@ async def exchange(served: Served, *pieces: bytes, pause: float = 0.0) -> tuple[
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(pause)
-        answer = await asyncio.wait_for(reader.read(), 10)
+        answer = await asyncio.wait_for(reader.read(), 120)
     finally:
         writer.close()
         await writer.wait_closed()
@@ -83,7 +83,7 @@ async def test_slow_headers_of_a_later_request_are_cut_off(served: Served, monke
     assert b"200 OK" in await reader.readuntil(b"}")
     await asyncio.sleep(0.5)  # an idle connection is not a slow one
     writer.write(b"GET /health HT")
-    assert b"408 Request Timeout" in await asyncio.wait_for(reader.read(), 10)
+    assert b"408 Request Timeout" in await asyncio.wait_for(reader.read(), 120)
     writer.close()
 
 

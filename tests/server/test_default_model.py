@@ -83,7 +83,7 @@ async def test_blocks_come_back_when_half_of_the_clients_leave(client: openai.As
         *(ask(client, question, leave_after=3 if i % 2 else None) for i, question in enumerate(QUESTIONS))
     )
     assert all(answers)
-    for _ in range(200):
+    for _ in range(6_000):  # two minutes; a busy machine may need some of them
         stats = engine.stats()
         if stats["num_requests_running"] == stats["kv_blocks_used"] == stats["kv_blocks_held"] == 0:
             break

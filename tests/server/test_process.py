@@ -35,15 +35,15 @@ def test_the_process_serves_and_drains(command: str) -> None:
     line = [sys.executable, "-m", *command.split(), *FLAGS]
     with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as process:
         try:
-            url = url_of(process, limit=120.0)
-            with urllib.request.urlopen(url + "/ready", timeout=10) as ready:
+            url = url_of(process, limit=600.0)
+            with urllib.request.urlopen(url + "/ready", timeout=120) as ready:
                 assert ready.status == 200
             body = json.dumps({"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 5, "ignore_eos": True}).encode()
             call = urllib.request.Request(url + "/v1/completions", body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(call, timeout=30) as response:
+            with urllib.request.urlopen(call, timeout=120) as response:
                 assert json.load(response)["usage"]["completion_tokens"] == 5
             process.send_signal(signal.SIGTERM)
-            _, rest = process.communicate(timeout=30)
+            _, rest = process.communicate(timeout=120)
             assert process.returncode == 0, rest.decode()
         finally:
             process.kill()

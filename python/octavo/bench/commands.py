@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import json
 import platform
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from octavo.bench.memory import CacheShape, paged_requests, reserved_requests
@@ -88,14 +89,14 @@ def latency_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     """The median of some runs of each small workload, after a warm-up."""
     from octavo.bench.replay import replay
 
-    engine = engine_of(config)
     rows: Rows = []
-    for name in options.workload:
-        items = workload(name, engine.runner.vocab_size, options.workload_seed)
-        replay(engine, items)
-        runs = sorted((replay(engine, items) for _ in range(options.repeat)), key=lambda run: run.seconds)
-        spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
-        rows.append(described(engine, name) | runs[len(runs) // 2].as_dict() | spread)
+    with engine_of(config) as engine:
+        for name in options.workload:
+            items = workload(name, engine.runner.vocab_size, options.workload_seed)
+            replay(engine, items)
+            runs = sorted((replay(engine, items) for _ in range(options.repeat)), key=lambda run: run.seconds)
+            spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
+            rows.append(described(engine, name) | runs[len(runs) // 2].as_dict() | spread)
     return rows
 
 
@@ -103,13 +104,13 @@ def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     """One run of each workload, after a warm-up with its first request."""
     from octavo.bench.replay import poisson_arrivals, replay
 
-    engine = engine_of(config)
     rows: Rows = []
-    for name in options.workload:
-        items = workload(name, engine.runner.vocab_size, options.workload_seed)[: options.num]
-        replay(engine, items[:1])
-        arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
-        rows.append(described(engine, name) | replay(engine, items, arrivals).as_dict())
+    with engine_of(config) as engine:
+        for name in options.workload:
+            items = workload(name, engine.runner.vocab_size, options.workload_seed)[: options.num]
+            replay(engine, items[:1])
+            arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
+            rows.append(described(engine, name) | replay(engine, items, arrivals).as_dict())
     return rows
 
 
@@ -120,10 +121,10 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     rows: Rows = []
     config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or BATCHING_SEQS)
     for policy in ("none", "static", "continuous"):
-        engine = engine_of(dataclasses.replace(config, batching=policy))
-        items = batching_items(options, engine.runner.vocab_size)
-        replay(engine, items[:2])
-        summary = replay(engine, items, poisson_arrivals(len(items), options.rate, options.workload_seed))
+        with engine_of(dataclasses.replace(config, batching=policy)) as engine:
+            items = batching_items(options, engine.runner.vocab_size)
+            replay(engine, items[:2])
+            summary = replay(engine, items, poisson_arrivals(len(items), options.rate, options.workload_seed))
         rows.append({"batching": policy} | summary.as_dict())
     for row in rows:
         row["throughput_ratio"] = row["output_tokens_per_second"] / rows[0]["output_tokens_per_second"]
@@ -169,11 +170,16 @@ def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
     return rows
 
 
-def engine_of(config: EngineConfig) -> Any:
-    """An engine whose queue holds any workload."""
+@contextlib.contextmanager
+def engine_of(config: EngineConfig) -> Iterator[Any]:
+    """An engine whose queue holds any workload. Closed at the end: the next one needs its memory."""
     from octavo.engine.engine import Engine
 
-    return Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+    engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def described(engine: Any, name: str) -> dict[str, Any]:

@@ -264,13 +264,16 @@ class AsyncEngine:
         return True
 
     def shutdown(self) -> None:
-        """Ends the engine thread; requests still running end with an error, which wakes their streams.
+        """Ends the engine thread and gives its memory back; requests still running end with an error, which wakes their
+        streams.
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
+        if not self._thread.is_alive():  # else a step still uses the memory
+            self._engine.close()
         if self._loop is not None and not self._loop.is_closed():
             self._drain()
             self._loop.remove_reader(self.core.fileno())

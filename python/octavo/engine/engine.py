@@ -8,6 +8,7 @@ What step N+1 needs of step N's tokens it finds on the device, since the sample 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import threading
 import time
@@ -18,6 +19,8 @@ from octavo._core import EngineCore
 from octavo.config import EngineConfig
 from octavo.engine.setup import EngineParts, build_engine
 from octavo.engine.step_buffers import Step
+from octavo.layers.context import set_context
+from octavo.layers.rotary import cos_sin_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Engine:
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
+        self.is_closed = False
         self.failure: str | None = None
         self.step_started_at: float | None = None
 
@@ -144,3 +148,25 @@ class Engine:
         """Asks `run` to return after the current step."""
         self._stop.set()
         self.core.shutdown()
+
+    def close(self) -> None:
+        """Gives back the memory of model, KV pool, graphs and buffers; requests still running end with an error.
+
+        Idempotent. Call it on the thread that steps, or after `run` has returned. What a caller still refers to (the
+        runner, its tensors) stays; the core stays for its statistics and for deltas that nobody has taken yet.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.stop()
+        self._wait_for_device()
+        device = self.runner.device
+        # Whoever keeps the closed engine keeps what it is made of in words (config, tokenizer, report).
+        self._current = None
+        del self.runner, self.parts.runner, self.parts.buffers
+        # What the process keeps of a step and of a model besides its engine.
+        set_context(None)
+        cos_sin_table.cache_clear()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

@@ -27,6 +27,8 @@ Message = dict[str, Any]
 class LLM:
     """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
 
+    `close` gives its memory back, as does leaving `with LLM(...) as llm:`.
+
     Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`: `LLM("a/model", dtype="bfloat16")`.
     """
 
@@ -39,6 +41,18 @@ class LLM:
         config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+
+    def close(self) -> None:
+        """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing can be generated
+        afterwards.
+        """
+        self._engine.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def config(self) -> EngineConfig:
@@ -115,6 +129,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if self._engine.is_closed:
+            raise RuntimeError("this LLM has been closed, and its model is gone: make a new LLM")
         if sampling_params is None:
             defaults, longest = self.get_default_sampling_params(), self._engine.parts.max_model_len
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
