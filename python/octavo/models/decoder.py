@@ -56,9 +56,7 @@ class Model(Layer):
     architectures: ClassVar[tuple[str, ...]]  # its names in config.json
     defaults: ClassVar[Mapping[str, Any]]  # what transformers takes where a config.json leaves a field out
     gguf_architecture: ClassVar[str] = ""  # its name in GGUF files, where it has one of its own
-    gguf_blocks: ClassVar[
-        Mapping[str, str]
-    ] = {}  # tensors of a block that GGUF names otherwise than `weights/names.py`
+    gguf_blocks: ClassVar[Mapping[str, str]] = {}  # GGUF's tensors of a block -> ours, where it differs from others
     gguf_interleaves_heads: ClassVar[bool] = False  # GGUF files have the rotary halves of q and k interleaved
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
 
