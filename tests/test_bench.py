@@ -5,19 +5,43 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 from typing import Any
 
 import pytest
 
 from octavo import cli
+from octavo.bench import commands
 from octavo.bench.workloads import NAMES, workload
 from tests.conftest import find_shared
 
 SHORT_SEED = "48"  # its first chats are short
 ENGINE = ["--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]
 ENGINE += ["--max-model-len", "1024", "--kv-cache-memory", "8MiB"]
+
+
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The progress bars that are made."""
+    import tqdm
+
+    made: list[Any] = []
+
+    class Recorded(tqdm.tqdm):  # type: ignore[misc,type-arg]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": False})
+            made.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Recorded)
+    return made
 
 
 def bench(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any]]:
@@ -28,7 +52,7 @@ def bench(capsys: pytest.CaptureFixture[str], *words: str) -> list[dict[str, Any
     return rows
 
 
-def test_latency(capsys: pytest.CaptureFixture[str]) -> None:
+def test_latency(capsys: pytest.CaptureFixture[str], bars: list[Any]) -> None:
     rows = bench(capsys, "latency", "--workload", "prefill40", "prefill300", "--repeat", "3", *ENGINE)
     assert [row["workload"] for row in rows] == ["prefill40", "prefill300"]
     for row, length in zip(rows, (40, 300), strict=True):
@@ -36,10 +60,12 @@ def test_latency(capsys: pytest.CaptureFixture[str]) -> None:
         assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
         assert row["ttft_mean"] == row["latency_mean"] == row["latency_p99"] <= row["seconds"]
         assert row["total_tokens_per_second"] == pytest.approx((length + 1) / row["seconds"])
+        assert row["tpot_mean"] is None  # of one token there is no time between two
         assert (row["model"], row["dtype"]) == ("tiny", "float32") and row["device"].startswith("cpu") and row["torch"]
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("prefill40", 4, 4), ("prefill300", 4, 4)]
 
 
-def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
+def test_throughput(capsys: pytest.CaptureFixture[str], bars: list[Any]) -> None:
     words = ["--workload", "chat", "--num", "3", "--workload-seed", SHORT_SEED, "--rate", "20"]
     (row,) = bench(capsys, "throughput", *words, *ENGINE)
     items = workload("chat", 512, int(SHORT_SEED))[:3]
@@ -48,9 +74,10 @@ def test_throughput(capsys: pytest.CaptureFixture[str]) -> None:
     assert row["total_tokens_per_second"] == pytest.approx(tokens / row["seconds"])
     assert row["ttft_mean"] < row["latency_mean"] <= row["latency_p99"] < row["seconds"]  # they do not arrive at once
     assert row["steps"] >= max(length for _, length in items) and 0 < row["tpot_mean"] < row["latency_p99"]
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [("chat", 3, 3)]
 
 
-def test_batching(capsys: pytest.CaptureFixture[str]) -> None:
+def test_batching(capsys: pytest.CaptureFixture[str], bars: list[Any]) -> None:
     words = ["--num", "6", "--input-len", "4", "--output-len", "24", "--max-num-seqs", "3"]
     rows = bench(capsys, "batching", *words, *ENGINE)
     assert [row["batching"] for row in rows] == ["none", "static", "continuous"]
@@ -58,6 +85,7 @@ def test_batching(capsys: pytest.CaptureFixture[str]) -> None:
     none, static, continuous = (row["steps"] for row in rows)
     assert none > static > continuous  # of the same tokens
     assert rows[0]["throughput_ratio"] == 1.0
+    assert [(bar.desc, bar.n, bar.total) for bar in bars] == [(name, 6, 6) for name in ("none", "static", "continuous")]
 
 
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +100,12 @@ def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["paged_mean"] <= row["paged_peak"] for row in (mha, gqa, windowed))
 
 
+def test_memory_that_holds_no_request(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "memory", "--kv-gib", "0.5"]) == 2
+    said = "--kv-gib 0.5: one request of --max-model-len 2048 tokens needs 1.01 GiB of the 7B"
+    assert said in capsys.readouterr().err
+
+
 def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "memory", "--kv-gib", "2"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
@@ -79,8 +113,64 @@ def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_workload_is_named() -> None:
-    with pytest.raises(ValueError, match="workload: 'decode' is not one of"):
+    with pytest.raises(ValueError, match="'decode' is not one of"):
         workload("decode")
+
+
+def test_what_is_not_known_is_a_dash() -> None:
+    assert commands.table([{"failed": 3, "seconds": None}]).splitlines() == ["failed   3", "seconds  -"]
+    assert commands.table([{"a": 1, "b": None}, {"a": None, "b": 0.0}]).splitlines()[1:] == ["1  -", "-  0"]
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_nothing_is_left_of_it() -> None:
+    screen, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-m", "octavo", "bench", "memory", "--kv-gib", "1.01", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=side,
+        check=True,
+        timeout=120,
+    )
+    os.set_blocking(screen, False)
+    drawn = os.read(screen, 65536).decode()
+    os.close(screen)
+    os.close(side)
+    assert "memory:" in drawn and "0/3" in drawn and "\n" not in drawn and drawn.endswith("\r")
+    assert len(json.loads(done.stdout)["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("throughput --workload nonsense", "argument --workload: 'nonsense' is not one of decode1"),
+        ("throughput --workload chat unifrom", "'unifrom' is not one of"),
+        ("latency --workload decode0", "'decode0' is not one of"),
+        ("latency --workload prefill-3", "'prefill-3' is not one of"),
+        ("latency --workload decode٣", "is not one of"),
+        ("latency --repeat 0", "argument --repeat: 0 must be at least 1"),
+        ("throughput --num 0", "argument --num: 0 must be at least 1"),
+        ("throughput --num -5", "argument --num: -5 must be at least 1"),
+        ("throughput --rate nan", "argument --rate: nan must be at least 0"),
+        ("throughput --rate=-1", "argument --rate: -1 must be at least 0"),
+        ("batching --input-len 0", "argument --input-len: 0 must be at least 1"),
+        ("batching --output-len many", "argument --output-len: 'many' is not a whole number"),
+        ("memory --kv-gib inf", "argument --kv-gib: inf must be"),
+        ("memory --max-model-len 0", "argument --max-model-len: 0 must be at least 1"),
+        ("serve --concurrency 0", "argument --concurrency: 0 must be at least 1"),
+        ("serve --vocab-size 20", "argument --vocab-size: 20 must be at least 21"),
+        ("serve --url 127.0.0.1:8000", "must begin with http:// or https://"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    line: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "engine_of", lambda _: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["bench", *line.split()])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert f"octavo bench {line.split()[0]}: error: " in error and said in error
 
 
 @pytest.mark.parametrize("name", [*NAMES, "decode3", "prefill17"])

@@ -9,7 +9,8 @@ import argparse
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -61,6 +62,18 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * factor) if "." in number else int(number) * factor
 
 
+def parse_with(parse: Callable[[str], T]) -> Callable[[str], T]:
+    """`parse` as the `type` of an argparse argument, which would swallow the text of its `ValueError`."""
+
+    def read(text: str) -> T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return read
+
+
 def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str, skip: Sequence[str] = ()) -> None:
     """Adds one flag for each field of the dataclass `config`, except those named in `skip`."""
     group = parser.add_argument_group(title)
@@ -71,15 +84,16 @@ def add_flags(parser: argparse.ArgumentParser, config: type, *, title: str, skip
         names = [*meta["flags"], "--" + field.name.replace("_", "-"), *meta["aliases"]]
         help_text = meta["help"].replace("%", "%%")
         default = "" if field.default in (None, (), "") else f" [default: {_shown(field.default)}]"
+        parse = parse_with(meta["parse"])
         common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": help_text + default}
         if isinstance(field.default, bool):
             group.add_argument(*names, action=argparse.BooleanOptionalAction, **common)
         elif isinstance(field.default, tuple):
-            group.add_argument(*names, nargs="+", action=_ListAction, type=_word(meta["parse"]), metavar="V", **common)
+            group.add_argument(*names, nargs="+", action=_ListAction, type=parse, metavar="V", **common)
         elif meta["choices"]:
             group.add_argument(*names, choices=meta["choices"], **common)
         else:
-            group.add_argument(*names, type=_word(meta["parse"]), metavar=field.name.upper().split("_")[-1], **common)
+            group.add_argument(*names, type=parse, metavar=field.name.upper().split("_")[-1], **common)
 
 
 def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T:
@@ -87,6 +101,37 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(config) if hasattr(args, f.name)}  # type: ignore[arg-type]
     given.update(overrides)
     return config(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def check_types(config: Any) -> None:
+    """Raises `ValueError` for the first field of the dataclass whose value is not of its type.
+
+    Numbers of other libraries count. A tuple field takes any list, and one of texts also a single text.
+    """
+    types = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        wanted = [part for part in get_args(types[field.name]) if part is not Ellipsis] or [types[field.name]]
+        if get_origin(types[field.name]) is tuple:
+            kind = wanted[0]
+            listed = isinstance(value, (list, tuple, set, frozenset, range)) and all(_is(part, kind) for part in value)
+            if listed or (kind is str and isinstance(value, str)):
+                continue
+            words = f"a list, each of it {_KINDS[kind]}"
+        else:
+            if any(_is(value, kind) for kind in wanted):
+                continue
+            words = " or ".join(_KINDS[kind] for kind in wanted)
+        raise ValueError(f"{field.name} = {repr(value)[:100]}: must be {words}, not of type {type(value).__name__}")
+
+
+_KINDS = {str: "text", int: "an integer", float: "a number", bool: "True or False", type(None): "None"}
+
+
+def _is(value: object, kind: type) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 class _ListAction(argparse.Action):
@@ -101,18 +146,6 @@ class _ListAction(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, [*getattr(namespace, self.dest, ()), *values])
         namespace.list_flags = [*getattr(namespace, "list_flags", ()), (option_string, list(values))]
-
-
-def _word(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Keeps the text of a `ValueError`, which argparse swallows."""
-
-    def read(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return read
 
 
 def _shown(value: Any) -> str:

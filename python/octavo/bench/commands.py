@@ -9,12 +9,13 @@ import dataclasses
 import json
 import platform
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from octavo.bench.memory import CacheShape, paged_requests, reserved_requests
-from octavo.bench.workloads import Item, workload
+from octavo.bench.progress import progress
+from octavo.bench.workloads import NAMES, Item, known_workload, workload
 from octavo.config import EngineConfig
+from octavo.options import parse_with
 
 Rows = list[dict[str, Any]]
 
@@ -22,50 +23,113 @@ BATCHING_SEQS = 32
 LENGTH_SPREAD = 24
 
 
-def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Any) -> None:
-    """Adds the sub-commands; `add_engine_flags(parser)` gives those that load a model the flags of `EngineConfig`."""
+def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Adds the sub-commands; `add_engine_flags` gives those that load a model the flags of `EngineConfig`."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="COMMAND")
+    count = parse_with(at_least(1))
+    workloads = ", ".join(NAMES) + "; decodeN and prefillN take any N"
 
-    def command(name: str, text: str, *, engine: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--json", action="store_true", help="print one JSON object")
-        sub.add_argument("--workload-seed", type=int, default=0, help="seed of prompts and arrivals")
+    def command(name: str, text: str, *, engine: bool = True) -> argparse._ArgumentGroup:
+        sub = commands.add_parser(name, help=text, description=f"{text}.", allow_abbrev=False)
+        sub.set_defaults(parser=sub)
+        group = sub.add_argument_group("benchmark")
+        group.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
+        group.add_argument("--workload-seed", type=int, default=0, help="seed of prompts and arrivals [default: 0]")
         if engine:
             add_engine_flags(sub)
-        return sub
+        return group
 
-    latency = command("latency", "One batch from start to end: decode1, decode32, prefill512 and the like")
-    latency.add_argument("--workload", nargs="+", default=["decode1"], help="decodeN or prefillN")
-    latency.add_argument("--repeat", type=int, default=3, help="runs; the median is reported")
+    def add_workloads(group: argparse._ArgumentGroup, default: str) -> None:
+        group.add_argument(
+            "--workload",
+            nargs="+",
+            default=[default],
+            type=parse_with(known_workload),
+            metavar="NAME",
+            help=f"one or more of {workloads} [default: {default}]",
+        )
+
+    def add_rate(group: argparse._ArgumentGroup) -> None:
+        group.add_argument(
+            "--rate",
+            type=parse_with(at_least(0.0)),
+            default=0.0,
+            help="requests a second (Poisson) [default: 0, all at once]",
+        )
+
+    latency = command("latency", "One batch from start to end, some times over")
+    add_workloads(latency, "decode1")
+    latency.add_argument("--repeat", type=count, default=3, help="runs; the median is reported [default: 3]")
 
     throughput = command("throughput", "A whole workload, all requests at once or at a rate")
-    throughput.add_argument("--workload", nargs="+", default=["chat"], help="chat, uniform, long, mixed or prefix")
-    throughput.add_argument("--num", type=int, help="only this many requests of the workload")
-    throughput.add_argument("--rate", type=float, default=0.0, help="requests a second (Poisson); 0: all at once")
+    add_workloads(throughput, "chat")
+    throughput.add_argument("--num", type=count, help="only this many requests of the workload [default: all]")
+    add_rate(throughput)
 
     batching = command(
         "batching",
         "The same arrivals under no, static and continuous batching: twice as many requests as run at once, whose "
         f"output lengths differ by a factor of {LENGTH_SPREAD}, so that static batches wait for their longest request. "
-        f"Without --max-num-seqs {BATCHING_SEQS} run at once.",
+        f"Without --max-num-seqs {BATCHING_SEQS} run at once",
     )
-    batching.add_argument("--num", type=int, default=2 * BATCHING_SEQS, help="requests")
-    batching.add_argument("--rate", type=float, default=0.0, help="requests a second (Poisson); 0: all at once")
-    batching.add_argument("--input-len", type=int, default=32, help="longest prompt; lengths are spread below it")
-    batching.add_argument("--output-len", type=int, default=96, help="longest output; short ones are commoner")
+    batching.add_argument(
+        "--num", type=count, default=2 * BATCHING_SEQS, help=f"requests [default: {2 * BATCHING_SEQS}]"
+    )
+    add_rate(batching)
+    batching.add_argument(
+        "--input-len", type=count, default=32, help="longest prompt; lengths are spread below it [default: 32]"
+    )
+    batching.add_argument(
+        "--output-len", type=count, default=96, help="longest output; short ones are commoner [default: 96]"
+    )
 
     memory = command("memory", "Requests in the same KV memory: pages, GQA, sliding window", engine=False)
-    memory.add_argument("--kv-gib", type=float, default=8.0, help="KV memory in GiB")
-    memory.add_argument("--max-model-len", type=int, default=2048, help="what a whole reservation must hold")
+    memory.add_argument("--kv-gib", type=parse_with(at_least(0.01)), default=8.0, help="KV memory in GiB [default: 8]")
+    memory.add_argument(
+        "--max-model-len", type=count, default=2048, help="what a whole reservation must hold [default: 2048]"
+    )
 
-    serve = command("serve", "Streams against a running server", engine=False)
-    serve.add_argument("--url", default="http://127.0.0.1:8000")
-    serve.add_argument("--model", required=True, help="name of the served model")
-    serve.add_argument("--num", type=int, default=64, help="requests")
-    serve.add_argument("--concurrency", type=int, default=32, help="streams at once")
-    serve.add_argument("--input-len", type=int, default=128)
-    serve.add_argument("--output-len", type=int, default=128)
-    serve.add_argument("--vocab-size", type=int, default=32000, help="prompts are random ids below it")
+    serve = command("serve", "Streams against a running server, of any kind that speaks OpenAI's API", engine=False)
+    serve.add_argument(
+        "--url",
+        type=parse_with(server_url),
+        default="http://127.0.0.1:8000",
+        help="where it runs, with or without /v1 [default: http://127.0.0.1:8000]",
+    )
+    serve.add_argument("--api-key", help="sent as a bearer token [default: none]")
+    serve.add_argument("--model", help="name of the served model [default: the first that the server lists]")
+    serve.add_argument("--num", type=count, default=64, help="requests [default: 64]")
+    serve.add_argument("--concurrency", type=count, default=32, help="streams at once [default: 32]")
+    serve.add_argument("--input-len", type=count, default=128, help="tokens of a prompt [default: 128]")
+    serve.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
+    serve.add_argument(
+        "--vocab-size",
+        type=parse_with(at_least(21)),
+        default=32000,
+        help="prompts are random ids below it [default: 32000]",
+    )
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """Reads a number of the kind of `least` that is no smaller."""
+
+    def read(text: str) -> float:
+        try:
+            value = type(least)(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a {'whole ' if isinstance(least, int) else ''}number") from None
+        if not least <= value < float("inf"):
+            raise ValueError(f"{text} must be at least {least}")
+        return value
+
+    return read
+
+
+def server_url(text: str) -> str:
+    """The address of a server, without a slash or `/v1` at its end."""
+    if not text.startswith(("http://", "https://")):
+        raise ValueError(f"{text!r} must begin with http:// or https://")
+    return text.rstrip("/").removesuffix("/v1")
 
 
 def run(options: argparse.Namespace, config: EngineConfig | None) -> int:
@@ -93,8 +157,10 @@ def latency_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     with engine_of(config) as engine:
         for name in options.workload:
             items = workload(name, engine.runner.vocab_size, options.workload_seed)
-            replay(engine, items)
-            runs = sorted((replay(engine, items) for _ in range(options.repeat)), key=lambda run: run.seconds)
+            with progress(name, (1 + options.repeat) * len(items)) as bar:
+                replay(engine, items, finished=bar.update)
+                runs = [replay(engine, items, finished=bar.update) for _ in range(options.repeat)]
+            runs.sort(key=lambda run: run.seconds)
             spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
             rows.append(described(engine, name) | runs[len(runs) // 2].as_dict() | spread)
     return rows
@@ -110,7 +176,8 @@ def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
             items = workload(name, engine.runner.vocab_size, options.workload_seed)[: options.num]
             replay(engine, items[:1])
             arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
-            rows.append(described(engine, name) | replay(engine, items, arrivals).as_dict())
+            with progress(name, len(items)) as bar:
+                rows.append(described(engine, name) | replay(engine, items, arrivals, finished=bar.update).as_dict())
     return rows
 
 
@@ -124,7 +191,9 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
         with engine_of(dataclasses.replace(config, batching=policy)) as engine:
             items = batching_items(options, engine.runner.vocab_size)
             replay(engine, items[:2])
-            summary = replay(engine, items, poisson_arrivals(len(items), options.rate, options.workload_seed))
+            arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
+            with progress(policy, len(items)) as bar:
+                summary = replay(engine, items, arrivals, finished=bar.update)
         rows.append({"batching": policy} | summary.as_dict())
     for row in rows:
         row["throughput_ratio"] = row["output_tokens_per_second"] / rows[0]["output_tokens_per_second"]
@@ -145,16 +214,24 @@ def batching_items(options: argparse.Namespace, vocab_size: int) -> list[Item]:
 
 def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
     """Rows for a 7B with MHA, an 8B with GQA, and the same 8B with three of four layers windowed."""
+    from octavo.bench.memory import BLOCK_SIZE, CacheShape, paged_requests, reserved_requests
+
     kv_bytes = int(kv_gib * 2**30)
     items = workload("chat", seed=seed)
     mha, gqa = CacheShape(32, 32, 128), CacheShape(32, 8, 128)
+    needed = mha.bytes_per_token * (max_model_len + BLOCK_SIZE)  # the pool keeps a block for itself
+    if kv_bytes < needed:
+        raise ValueError(
+            f"--kv-gib {kv_gib}: one request of --max-model-len {max_model_len} tokens needs "
+            f"{needed / 2**30:.2f} GiB of the 7B"
+        )
     cases: list[tuple[str, CacheShape, tuple[int, ...]]] = [
         ("7B, MHA (32 KV heads)", mha, (0,)),
         ("8B, GQA (8 KV heads)", gqa, (0,)),
         ("8B, GQA, 3 of 4 layers windowed (256)", gqa, (0, 256, 256, 256)),
     ]
     rows: Rows = []
-    for name, shape, windows in cases:
+    for name, shape, windows in progress("memory", len(cases), cases):
         reserved = reserved_requests(kv_bytes, shape, max_model_len)
         peak, mean = paged_requests(kv_bytes, shape, items, max_model_len=max_model_len, windows=windows)
         rows.append(
@@ -200,6 +277,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as aligned columns; one row alone as a list of its fields."""
 
     def shown(value: Any) -> str:
+        if value is None:
+            return "-"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     if len(rows) == 1:

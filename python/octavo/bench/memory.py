@@ -14,6 +14,8 @@ from octavo import _core
 from octavo.bench.workloads import Item
 from octavo.kernels.step.plan_format import Plan
 
+BLOCK_SIZE = 16
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -41,7 +43,7 @@ def paged_requests(
     items: list[Item],
     *,
     max_model_len: int,
-    block_size: int = 16,
+    block_size: int = BLOCK_SIZE,
     windows: tuple[int, ...] = (0,),
 ) -> tuple[int, float]:
     """(largest number of requests that ran at once, mean number over the steps) as the real scheduler packs the

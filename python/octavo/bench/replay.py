@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from octavo import _core
@@ -24,7 +25,9 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Times in seconds, rates in tokens a second. Latency is from arrival to the last token."""
+    """Times in seconds, rates in tokens a second. Latency is from arrival to the last token. None: there was nothing to
+    measure.
+    """
 
     requests: int
     seconds: float
@@ -32,23 +35,32 @@ class Summary:
     output_tokens_per_second: float
     total_tokens_per_second: float
     latency_mean: float
-    latency_p50: float
-    latency_p99: float
+    latency_p50: float | None
+    latency_p99: float | None
     ttft_mean: float
-    ttft_p99: float
-    tpot_mean: float
+    ttft_p99: float | None
+    tpot_mean: float | None
     steps: int
-    step_p50: float
-    step_p99: float
+    step_p50: float | None
+    step_p99: float | None
     preemptions: int
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """For `--json`."""
         return asdict(self)
 
 
-def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = None) -> Summary:
-    """Greedy, to the exact output lengths. The scheduler knows no request before it has arrived."""
+def replay(
+    engine: Engine,
+    items: list[Item],
+    arrivals: list[float] | None = None,
+    *,
+    finished: Callable[[], object] = lambda: None,
+) -> Summary:
+    """Greedy, to the exact output lengths. The scheduler knows no request before it has arrived.
+
+    `finished` is called after each request.
+    """
     arrivals = arrivals or [0.0] * len(items)
     order = sorted(range(len(items)), key=arrivals.__getitem__)
     preemptions = engine.core.stats()["num_preemptions"]
@@ -85,6 +97,7 @@ def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = Non
             if delta.num_output_tokens > 1:
                 tpot.append((last - first) / (delta.num_output_tokens - 1))
             output_tokens += delta.num_output_tokens
+            finished()
     seconds = time.monotonic() - started
     prompt_tokens = sum(len(prompt) for prompt, _ in items)
     return Summary(
@@ -98,7 +111,7 @@ def replay(engine: Engine, items: list[Item], arrivals: list[float] | None = Non
         latency_p99=percentile(latency, 99),
         ttft_mean=sum(ttft) / len(ttft),
         ttft_p99=percentile(ttft, 99),
-        tpot_mean=sum(tpot) / len(tpot) if tpot else 0.0,
+        tpot_mean=sum(tpot) / len(tpot) if tpot else None,
         steps=len(steps),
         step_p50=percentile(steps, 50),
         step_p99=percentile(steps, 99),
