@@ -46,7 +46,7 @@ def test_a_prompt_that_is_too_long_ends_with_2(
 def test_chat_keeps_the_conversation(
     engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n/help\ntwo\n/new\nthree\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n/help\ntwo\n/clear\nthree\n"))
     prompts: list[str] = []
     encode = ScriptedEngine.encode_chat
 
@@ -56,8 +56,9 @@ def test_chat_keeps_the_conversation(
 
     monkeypatch.setattr(ScriptedEngine, "encode_chat", recorded)
     assert cli.main(["chat", "--system", "Be brief."]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if not line.startswith("/")] == ["Hello world"] * 3
+    printed = capsys.readouterr()
+    assert printed.out == "Hello world\n" * 3  # and no prompt, since nobody sits there
+    assert "/system TEXT" in printed.err and "starts over" in printed.err
     system = '{"role": "system", "content": "Be brief."}'
     assert prompts == [
         f'[{system}, {{"role": "user", "content": "one"}}]',
@@ -74,7 +75,7 @@ def test_chat_goes_on_after_a_message_that_is_too_long(
     assert cli.main(["chat", "--max-tokens", "20"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "Hello world\n"
-    assert "max_model_len" in captured.err
+    assert "has 606 tokens and --max-tokens is 20, but the model's context is 512 tokens" in captured.err
 
 
 def test_the_models_defaults_count_where_no_flag_does(
