@@ -4,9 +4,11 @@ Names are loaded when they are first used: `import octavo` itself loads neither 
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # for type checkers it is true whatever is written here; `typing` is half of this import's time
 if TYPE_CHECKING:
+    from typing import Any
+
     from octavo.config import EngineConfig as EngineConfig
     from octavo.engine.async_engine import AsyncEngine as AsyncEngine
     from octavo.engine.llm import LLM as LLM
@@ -30,7 +32,7 @@ _HOMES = {
 __all__ = ["LLM", "AsyncEngine", "CompletionOutput", "EngineConfig", "Logprob", "RequestOutput", "SamplingParams"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

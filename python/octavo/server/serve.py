@@ -57,7 +57,11 @@ def _run(main: Coroutine[Any, Any, int]) -> int:
 
 def open_socket(config: ServerConfig) -> socket.socket:
     """A socket bound to the configured address, not yet listening."""
-    infos = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    try:
+        infos = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ValueError(f"host = {config.host!r}: no address of this machine ({reason})") from None
     family, kind, protocol, _, address = infos[0]
     listener = socket.socket(family, kind, protocol)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -169,7 +173,10 @@ async def _log_stats(engine: "AsyncEngine") -> None:
 
 def _welcome(engine: "AsyncEngine", config: ServerConfig, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
+    everywhere = host in ("0.0.0.0", "::")  # nobody can call these; the others are told this machine's name
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    others = f"\nOther machines reach it at http://{socket.gethostname()}:{port}.\n" if everywhere else ""
     if engine.chat_template is not None:
         path = "/v1/chat/completions"
         fields: dict[str, object] = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -179,7 +186,7 @@ def _welcome(engine: "AsyncEngine", config: ServerConfig, listener: socket.socke
     key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
     return (
         f"\nServing {engine.model_name} (up to {engine.max_model_len} tokens) on {url}. Try:\n\n"
-        f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n"
+        f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n{others}"
     )
 
 

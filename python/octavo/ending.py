@@ -1,0 +1,127 @@
+"""How a command ends: an exit code and at most one line, whatever closed, filled up or was interrupted on the way.
+
+0: done. 1: it broke while it ran. 2: the user can mend it. 128 + the signal's number for an interrupt (130) and for a
+reader of the output that has left (141), as a shell would say.
+
+Imports only what Python has loaded when it starts: an interrupt before `run_command` ends with a traceback.
+"""
+
+import errno
+import os
+import sys
+
+TYPE_CHECKING = False  # as in `octavo`
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import TextIO
+
+INTERRUPTED = 130
+READER_LEFT = 141
+
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+
+
+def run_command(program: str, command: "Callable[[], int]") -> int:
+    """Runs `command` and returns the exit code; `program` begins the line that says what went wrong.
+
+    `SystemExit` (of argparse) passes through, unless its help could not be written.
+    """
+    open_closed_streams()
+    try:
+        code = command()
+        sys.stdout.flush()  # a full disk fails here, and not when Python ends
+        return code
+    except SystemExit:
+        reason = _output_error()
+        if reason is None:
+            raise
+        _say(f"{program}: error: {reason}")
+        return 2
+    except BrokenPipeError:
+        return READER_LEFT
+    except KeyboardInterrupt:
+        _say("\n" if sys.stderr.isatty() else "", f"{program}: interrupted")  # the terminal has shown ^C
+        return INTERRUPTED
+    except OSError as error:
+        _say(f"{program}: error: {_output_error() or describe(error)}")
+        return 2
+    except ValueError as error:
+        _say(f"{program}: error: {error}")
+        return 2
+    except RuntimeError as error:
+        _say(f"{program}: error: {error}")
+        return 1
+    finally:
+        # Python flushes both when it ends, and prints a traceback where that fails.
+        for stream in (sys.stdout, sys.stderr):
+            _give_up_if_broken(stream)
+
+
+def open_closed_streams() -> None:
+    """Puts /dev/null where standard input, output or error is closed.
+
+    Else the next file or socket to be opened would be one of them, and what some library prints would go into it.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def describe(error: OSError) -> str:
+    """What failed and where; for a cache folder that cannot be written also the variable that moves it."""
+    if error.strerror is None:
+        return str(error)
+    if not isinstance(error.filename, (str, bytes)):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.strerror + (" for the output, or for temporary files (set TMPDIR)" if full else "")
+    path = os.fsdecode(error.filename)
+    variable = _variable_of(path) if error.errno in _UNWRITABLE else None
+    hint = f"; set {variable} to a folder that can be written" if variable else ""
+    return f"{path}: {error.strerror}{hint}"
+
+
+def _variable_of(path: str) -> str | None:
+    """The environment variable that moves `path`, if that is in a cache, or a folder that a cache still lacks."""
+    home = os.path.expanduser("~")
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    for variable, folder in (
+        ("XDG_CACHE_HOME", os.path.join(cache, "octavo")),
+        ("HF_HOME", os.environ.get("HF_HOME") or os.path.join(cache, "huggingface")),
+        ("TRITON_CACHE_DIR", os.environ.get("TRITON_CACHE_DIR") or os.path.join(home, ".triton")),
+    ):
+        if _lies_in(path, folder) or (_lies_in(folder, path) and not os.path.exists(path)):
+            return variable
+    return None
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _output_error() -> str | None:
+    """Why the standard output cannot be written, if it cannot."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return f"the standard output cannot be written: {error.strerror}"
+    return None
+
+
+def _say(*parts: str) -> None:
+    try:
+        print(*parts, sep="", file=sys.stderr, flush=True)
+    except OSError:  # there is nobody to tell
+        return
+
+
+def _give_up_if_broken(stream: "TextIO") -> None:
+    try:
+        stream.flush()
+    except OSError:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
