@@ -27,7 +27,7 @@ PATIENCE = 20.0
 class Terminal:
     """A process on a pseudo-terminal, and everything it has written there."""
 
-    def __init__(self, record: Path, *words: str, delay: float = 0.0, **environment: str) -> None:
+    def __init__(self, record: Path, *words: str, delay: float = 0.0, stdout: Any = None, **environment: str) -> None:
         self.record = record
         self.screen = ""
         self._seen = 0
@@ -36,15 +36,15 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.scripted_chat", str(record), str(delay), *words],
             stdin=side,
-            stdout=side,
+            stdout=stdout or side,
             stderr=side,
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": python_path, "TERM": "xterm", "INPUTRC": "/dev/null", **environment},
         )
         os.close(side)
 
-    def press(self, keys: str) -> None:
-        os.write(self._keys, keys.encode())
+    def press(self, keys: str | bytes) -> None:
+        os.write(self._keys, keys if isinstance(keys, bytes) else keys.encode())
 
     def wait_for(self, text: str) -> None:
         """Until `text` stands on the screen behind what was waited for before."""
@@ -86,7 +86,7 @@ class Terminal:
         except OSError:  # the process has gone
             return False
         # What readline sends to move about and to bracket pastes is no text.
-        self.screen += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", piece.decode()).replace("\r", "")
+        self.screen += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", piece.decode(errors="replace")).replace("\r", "")
         return bool(piece)
 
 
@@ -216,6 +216,28 @@ def test_without_readline_a_burst_of_lines_is_one_message(start: Start) -> None:
     chat.press("never sent" + CTRL_C)
     chat.wait_for("\n> ")
     assert chat.leave() == 0
+
+
+def test_text_that_is_none_does_not_end_the_conversation(start: Start) -> None:
+    chat = start(NO_READLINE="1")  # readline drops what is no text
+    chat.press(b"caf\xe9\r")
+    chat.wait_for("the standard input is not UTF-8")
+    chat.wait_for("> ")
+    chat.say("caf\u00e9")
+    assert chat.conversations() == [[("user", "caf\u00e9")]]
+    assert chat.leave() == 0
+
+
+def test_answers_go_elsewhere(start: Start, tmp_path: Path) -> None:
+    """As in `octavo chat > answers`: a person still sees the prompt, and the file has answers alone."""
+    with (tmp_path / "answers").open("wb") as answers:
+        chat = start(stdout=answers)
+    for text in ("one", "two"):
+        chat.press(text + "\r")
+        chat.wait_for("> ")
+    assert chat.leave() == 0
+    assert (tmp_path / "answers").read_text() == f"{ANSWER}\n" * 2
+    assert len(chat.conversations()) == 2
 
 
 def test_ctrl_c_ends_what_reads_from_a_pipe(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.cli import build_parser
+from octavo.commands import build_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LISTED = subprocess.run(

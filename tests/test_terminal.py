@@ -36,6 +36,36 @@ def test_generate_from_standard_input(
     assert capsys.readouterr().out == "Hello world\n"
 
 
+@pytest.mark.parametrize("command", [["generate", "-"], ["chat"]])
+def test_standard_input_that_is_no_text(
+    engines: list[ScriptedEngine],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    assert cli.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("octavo: error: the standard input is not UTF-8: ")
+
+
+def test_a_model_without_a_chat_template(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = ScriptedEngine()
+    engine.chat_template = None
+    monkeypatch.setattr(AsyncEngine, "from_config", lambda _: engine)
+    assert cli.main(["chat"]) == 2
+    assert "org/tiny has no chat template: name one with --chat-template" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_says_so(
+    engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+    assert cli.main(["chat", "--max-tokens", "4"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("Hell\n", "(cut after 4 tokens: see --max-tokens)\n")
+
+
 def test_a_prompt_that_is_too_long_ends_with_2(
     engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,7 +199,11 @@ def run_generate(args: argparse.Namespace) -> int:
     from octavo.terminal import generate
 
     _log_to_stderr(logging.WARNING)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    try:
+        prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+        prompt.encode()  # where Python lets pass what it cannot decode
+    except UnicodeError as error:
+        raise ValueError(f"{'the standard input' if args.prompt == '-' else 'PROMPT'} is not UTF-8: {error}") from None
     return generate(engine_config(args), sampling(args), prompt)
 
 

@@ -7,6 +7,7 @@ pastes; elsewhere (libedit, no readline) lines that come faster than a person ty
 
 import asyncio
 import contextlib
+import os
 import select
 import signal
 import sys
@@ -29,7 +30,7 @@ class MessageInput:
         self.interactive = sys.stdin.isatty()
         self.interrupts = Interrupts()
         self._prompt = prompt if self.interactive else ""
-        self._brackets = self.interactive and _edit_lines()
+        self._brackets = self.interactive and sys.stdout.isatty() and _edit_lines()
 
     def read(self) -> str:
         """The next message. Raises `EOFError` after the last, `KeyboardInterrupt` on Ctrl-C, and `ValueError` for what
@@ -37,19 +38,25 @@ class MessageInput:
         """
         with self.interrupts.raised():
             try:
-                lines = [input(self._prompt)]
+                if self._prompt and not sys.stdout.isatty():
+                    print(self._prompt, end="", file=sys.stderr, flush=True)
+                    lines = [input()]
+                else:
+                    lines = [input(self._prompt)]
                 if self.interactive and not self._brackets and _more_is_here():
                     lines += _rest_of_paste()
+                text = "\n".join(lines)
+                text.encode()  # where Python lets pass what it cannot decode
             except EOFError:
                 if self.interactive and not self._brackets:
-                    print()  # what follows begins a line; with brackets readline sees to that
+                    print(file=sys.stderr)  # what follows begins a line; with brackets readline sees to that
                 raise
-            except UnicodeDecodeError as error:
+            except UnicodeError as error:
                 raise ValueError(f"the standard input is not UTF-8: {error}") from None
         if self._brackets:
             # readline turned them off. What is pasted while an answer runs waits for the next line, with its brackets.
             print(_BRACKETS_ON, end="", flush=True)
-        return "\n".join(lines)
+        return text
 
     def __enter__(self) -> "MessageInput":
         self.interrupts.install()
@@ -69,7 +76,7 @@ def _edit_lines() -> bool:
         import readline
     except ImportError:
         return False
-    if "libedit" in (readline.__doc__ or ""):
+    if "libedit" in (readline.__doc__ or "") or os.environ.get("TERM", "dumb") == "dumb":
         return False
     readline.parse_and_bind("set enable-bracketed-paste on")  # the default since 8.1
     readline.parse_and_bind('"\t": tab-insert')  # there is nothing to complete

@@ -97,6 +97,11 @@ async def _chat(engine: "AsyncEngine", sampling: Sampling, system: str | None) -
                 continue
             except EOFError:
                 return 0
+            except ValueError as error:
+                if not messages.interactive:
+                    raise
+                _note(str(error))
+                continue
             interrupted = False
             if text == "/exit":
                 return 0
