@@ -30,6 +30,7 @@ class Terminal:
     def __init__(self, record: Path, *words: str, delay: float = 0.0, stdout: Any = None, **environment: str) -> None:
         self.record = record
         self.screen = ""
+        self._raw = ""
         self._seen = 0
         self._keys, side = pty.openpty()
         python_path = f"{REPOSITORY / 'python'}:{REPOSITORY}"
@@ -45,6 +46,12 @@ class Terminal:
 
     def press(self, keys: str | bytes) -> None:
         os.write(self._keys, keys if isinstance(keys, bytes) else keys.encode())
+
+    def paste(self, text: str) -> None:
+        """As terminals do: between brackets where the program has asked for them."""
+        asked = self._raw.rfind("\x1b[?2004h") > self._raw.rfind("\x1b[?2004l")
+        text = text.replace("\n", "\r")
+        self.press(f"\x1b[200~{text}\x1b[201~" if asked else text)
 
     def wait_for(self, text: str) -> None:
         """Until `text` stands on the screen behind what was waited for before."""
@@ -85,8 +92,10 @@ class Terminal:
             piece = os.read(self._keys, 65536)
         except OSError:  # the process has gone
             return False
+        text = piece.decode(errors="replace")
+        self._raw += text
         # What readline sends to move about and to bracket pastes is no text.
-        self.screen += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", piece.decode(errors="replace")).replace("\r", "")
+        self.screen += re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", text).replace("\r", "")
         return bool(piece)
 
 
@@ -123,15 +132,16 @@ def test_lines_are_edited_and_come_back(start: Start) -> None:
 
 def test_a_paste_is_one_message(start: Start) -> None:
     chat = start(delay=0.05)
-    chat.press("\x1b[200~def f():\r\treturn 1\r\r# end\x1b[201~")
+    chat.paste("def f():\n\treturn 1\n\n# end")
     chat.say(" of it")
     assert chat.last_message() == ("user", "def f():\n\treturn 1\n\n# end of it")
-    chat.press("\x1b[200~/clear\rthe table\x1b[201~")
+    chat.paste("/clear\nthe table")
     chat.say("")
     assert chat.last_message() == ("user", "/clear\nthe table")
     chat.press("next\r")
     chat.wait_for(ANSWER[:2])
-    chat.press("\x1b[200~pasted while\rthe answer ran\x1b[201~\r")
+    chat.paste("pasted while\nthe answer ran")
+    chat.press("\r")
     chat.wait_for("> ")
     chat.wait_for(ANSWER)
     chat.wait_for("> ")
@@ -206,11 +216,11 @@ def test_a_full_context_is_said_as_that(start: Start) -> None:
 
 def test_without_readline_a_burst_of_lines_is_one_message(start: Start) -> None:
     chat = start(NO_READLINE="1")
-    for pasted in ("one\rtwo\rthree", "one\rtwo\r"):
-        chat.press(pasted)
+    for pasted in ("one\ntwo\nthree", "one\ntwo\n"):
+        chat.paste(pasted)
         time.sleep(0.3)  # as a person does before Enter
         chat.say("")
-        assert chat.last_message() == ("user", pasted.strip().replace("\r", "\n"))
+        assert chat.last_message() == ("user", pasted.strip())
     chat.say("four")
     assert chat.last_message() == ("user", "four")
     chat.press("never sent" + CTRL_C)
