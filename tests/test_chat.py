@@ -55,11 +55,26 @@ class Terminal:
 
     def wait_for(self, text: str) -> None:
         """Until `text` stands on the screen behind what was waited for before."""
-        deadline = time.monotonic() + PATIENCE
+        assert self._comes(text, PATIENCE), f"no {text!r} in {self.screen[self._seen :]!r}"
+
+    def interrupt(self, then: str) -> None:
+        """Ctrl-C at the prompt, until it shows: one between readline's prompt and its wait for a key shows at the next
+        key, which only programs are fast enough to see.
+        """
+        for _ in range(5):
+            self.press(CTRL_C)
+            if self._comes(then, PATIENCE / 5):
+                return
+        raise AssertionError(f"no {then!r} in {self.screen[self._seen :]!r}")
+
+    def _comes(self, text: str, patience: float) -> bool:
+        deadline = time.monotonic() + patience
         while (place := self.screen.find(text, self._seen)) < 0:
             ready = select.select([self._keys], [], [], max(0.0, deadline - time.monotonic()))[0]
-            assert ready and self._read(), f"no {text!r} in {self.screen[self._seen :]!r}"
+            if not ready or not self._read():
+                return False
         self._seen = place + len(text)
+        return True
 
     def say(self, text: str) -> None:
         """Types a message and waits for its answer and for the next prompt."""
@@ -151,10 +166,10 @@ def test_a_paste_is_one_message(start: Start) -> None:
 
 def test_ctrl_c_clears_the_line_or_ends_the_answer(start: Start) -> None:
     chat = start(delay=0.2)
-    chat.press("never sent" + CTRL_C)
-    chat.wait_for("\n> ")
-    chat.press(CTRL_C)
-    chat.wait_for("Ctrl-D or /exit leaves.\n> ")
+    chat.press("never sent")
+    chat.wait_for("never sent")
+    chat.interrupt("\n> ")
+    chat.interrupt("Ctrl-D or /exit leaves.\n> ")
     chat.press("one\r")
     chat.wait_for(ANSWER[:3])
     chat.press(CTRL_C)
@@ -163,8 +178,9 @@ def test_ctrl_c_clears_the_line_or_ends_the_answer(start: Start) -> None:
     first, (question, part, second) = chat.conversations()
     assert first == [question] == [("user", "one")] and second == ("user", "two")
     assert part[0] == "assistant" and ANSWER.startswith(part[1]) and 3 <= len(part[1]) < len(ANSWER)
-    chat.press("half a line" + CTRL_C)
-    chat.wait_for("\n> ")
+    chat.press("half a line")
+    chat.wait_for("half a line")
+    chat.interrupt("\n> ")
     chat.say("three")
     assert chat.last_message() == ("user", "three")
     assert chat.leave() == 0
@@ -223,8 +239,9 @@ def test_without_readline_a_burst_of_lines_is_one_message(start: Start) -> None:
         assert chat.last_message() == ("user", pasted.strip())
     chat.say("four")
     assert chat.last_message() == ("user", "four")
-    chat.press("never sent" + CTRL_C)
-    chat.wait_for("\n> ")
+    chat.press("never sent")
+    chat.wait_for("never sent")
+    chat.interrupt("\n> ")
     assert chat.leave() == 0
 
 
