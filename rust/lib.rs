@@ -26,6 +26,7 @@ pub mod output;
 pub mod plan;
 pub mod policy;
 pub mod prefix_cache;
+pub mod protocol;
 #[cfg(feature = "python")]
 mod py;
 pub mod request;

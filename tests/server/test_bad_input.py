@@ -360,7 +360,7 @@ async def assert_unharmed(served: Served, caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 async def test_all_optional_fields_may_be_null(served: Served, path: str) -> None:
-    from octavo.server import schemas
+    from octavo.server.openai import schemas
 
     struct = schemas.CompletionRequest if path == COMPLETIONS else schemas.ChatCompletionRequest
     unsupported = schemas.UNSUPPORTED_COMPLETION if path == COMPLETIONS else schemas.UNSUPPORTED_CHAT

@@ -95,16 +95,16 @@ class Engine:
             # The step did not run; its requests end with an error and the others go on.
             torch.cuda.empty_cache()
             logger.error("step %d ran out of memory: %s", plan.step_id, error)
-            self._drop_step(slot, f"out_of_memory: step {plan.step_id} did not fit into device memory")
+            self._drop_step(slot, "out_of_memory", f"step {plan.step_id} did not fit into device memory")
             return True
         self._in_flight.append(slot)
         return True
 
-    def _drop_step(self, slot: int, message: str) -> None:
+    def _drop_step(self, slot: int, code: str, message: str) -> None:
         self._wait_for_device()
         while self._in_flight:
             self.core.commit(self._in_flight.popleft(), time.monotonic())
-        self.core.fail_step(slot, message)
+        self.core.fail_step(slot, code, message)
 
     def _drop_interrupted(self) -> None:
         """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
@@ -112,7 +112,7 @@ class Engine:
         self._in_flight.clear()
         for slot in range(len(self._buffers)):
             with contextlib.suppress(ValueError):  # the slot holds no step
-                self.core.fail_step(slot, "step_interrupted: the step was interrupted before it was done")
+                self.core.fail_step(slot, "step_interrupted", "the step was interrupted before it was done")
         self._interrupted = False
 
     def _wait_for_device(self) -> None:
@@ -133,7 +133,8 @@ class Engine:
                 return  # the core has dropped the step that was in flight
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
-            self.core.fail_all(f"engine_dead: {self.failure}")
+            # Clients see this: the reason stays in the log and in `failure`.
+            self.core.fail_all("engine_dead", "The engine has stopped and the server is about to exit.")
 
     @property
     def is_stopped(self) -> bool:
