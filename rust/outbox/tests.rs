@@ -9,7 +9,7 @@ use serde_json::{json, Value};
 
 use super::*;
 use crate::plan::{ResultLayout, ResultWriter, STATUS_OK};
-use crate::protocol::{CallHead, StreamUsage};
+use crate::protocol::{CallHead, Delta, Protocol, StreamUsage, Usage};
 use crate::request::SamplingOptions;
 
 const END: u32 = 256; // the first id that is no byte
@@ -502,4 +502,62 @@ fn gaps_lie_between_the_tokens_of_one_choice() {
     assert_eq!(tell(&mut call, &[(0, 2.0), (1, 2.0), (1, 4.0), (1, 8.0)]), (vec![(1.0, 1), (3.0, 2)], 0));
     assert_eq!(tell(&mut call, &[]), (vec![], 0));
     assert_eq!(tell(&mut call, &[(1, 9.0), (1, 11.0)]), (vec![(1.5, 2)], 0));
+}
+
+/// A protocol as others have it: a line before the first token, one for every token also where
+/// they were merged, the usage at the end.
+#[derive(Debug)]
+struct Lines;
+
+impl Protocol for Lines {
+    fn open(&self, out: &mut Vec<u8>, usage: Usage) {
+        out.extend_from_slice(format!("open {}\n", usage.prompt_tokens).as_bytes());
+    }
+
+    fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, _usage: Usage, _tokenizer: Option<&Tokenizer>) {
+        let mut start = 0;
+        for (token, logprobs) in delta.tokens.iter().zip(delta.logprobs) {
+            // Deltas of several tokens begin where the text that was taken begins.
+            let end = if delta.tokens.len() == 1 { delta.text.len() } else { token.text_end as usize };
+            let line = format!("{} {} {}\n", token.id, &delta.text[start..end], logprobs[0].logprob);
+            out.extend_from_slice(line.as_bytes());
+            start = end;
+        }
+    }
+
+    fn close(&self, out: &mut Vec<u8>, usage: Usage) {
+        out.extend_from_slice(format!("close {}\n", usage.completion_tokens).as_bytes());
+    }
+
+    fn error(&self, out: &mut Vec<u8>, failure: &Failure) {
+        out.extend_from_slice(format!("error {}\n", failure.code).as_bytes());
+    }
+
+    fn body(&self, _: &mut Vec<u8>, _: &[Delta<'_>], _: Usage, _: Option<&Tokenizer>) {
+        unreachable!("it is streamed");
+    }
+}
+
+#[test]
+fn a_protocol_sees_every_token_also_of_a_client_that_lags() {
+    for tokens in [1, 3, 80] {
+        for fails in [false, true] {
+            let format = ReplyFormat { protocol: Arc::new(Lines), streamed: true };
+            let mut call = Told::new(&[2], &params(1), Some(format));
+            let mut expected = vec!["open 2\n".to_owned()];
+            for place in 0..tokens {
+                call.token(0, place, 65, None, Some(0));
+                expected.push(format!("65 A {}\n", Script::entries(place, 65)[0].0));
+            }
+            if fails {
+                call.finish(0, FinishReason::Error(SequenceError::BadResult));
+                expected.push("error bad_result\n".to_owned());
+            } else {
+                call.finish(0, FinishReason::Length);
+                expected.push(format!("close {tokens}\n"));
+            }
+            let delta = call.outbox.take(call.id).unwrap();
+            assert_eq!(String::from_utf8(delta.write()).unwrap(), expected.concat());
+        }
+    }
 }

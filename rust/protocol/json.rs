@@ -98,7 +98,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn escaped_text_is_one_line_of_json(text in any::<String>()) {
+        fn escaped_text_is_one_line_of_json(
+            text in prop_oneof![any::<String>(), "[a\"\\\\\n\r\t\u{1f}\u{84}-\u{86}\u{2027}-\u{202a}]{0,8}"],
+        ) {
             let mut out = Vec::new();
             write_string(&mut out, &text);
             let line_breaks = ['\n', '\r', '\u{85}', '\u{2028}', '\u{2029}'];

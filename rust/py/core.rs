@@ -256,10 +256,14 @@ impl EngineCore {
         let id = ReplyId(RequestId(reply_id));
         let mut state = self.lock();
         let delta = state.outbox.take(id);
-        if delta.as_ref().is_some_and(|delta| delta.finished) {
+        let ends = delta.as_ref().is_some_and(|delta| delta.finished);
+        if ends {
             state.close(id);
         }
         drop(state); // the delta becomes Python's after the lock is free
+        if ends {
+            self.ring(); // a failure may have aborted others
+        }
         delta.map(|delta| ReplyDelta::new(py, delta)).transpose()
     }
 

@@ -207,7 +207,7 @@ PROMPT_ROWS: list[Row] = [
     ("E6 context", COMPLETIONS, completion(prompt=[1] * 512), 400, "context_length_exceeded", "prompt"),
     ("E6 context + 1", COMPLETIONS, completion(prompt=[1] * 513), 400, "context_length_exceeded", "prompt"),
     ("E6 text", COMPLETIONS, completion(prompt="x" * 600), 400, "context_length_exceeded", "prompt"),
-    ("E6 chat", CHAT, chat({"role": "user", "content": "x" * 600}), 400, "context_length_exceeded", ANY),
+    ("E6 chat", CHAT, chat({"role": "user", "content": "x" * 600}), 400, "context_length_exceeded", "messages"),
     *(
         (
             f"E7 {letter!r}",

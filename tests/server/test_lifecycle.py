@@ -190,6 +190,19 @@ async def test_dead_engine(served: Served) -> None:
     assert "secret" not in answer["error"]["message"]
 
 
+async def test_an_engine_that_dies_under_a_whole_answer(served: Served) -> None:
+    served.engine.script.step_delay = 0.01
+    asking = asyncio.ensure_future(served.http.post(served.url + "/v1/completions", json=LONG))
+    await eventually(lambda: served.engine.num_unfinished == 1)
+    served.engine.die("CUDA error: an illegal memory access at /secret/path")
+    async with await asking as response:
+        answer = await response.json()
+    assert (response.status, answer["error"]["code"]) == (503, "engine_dead")
+    assert answer["error"]["type"] == "overloaded_error"
+    assert int(response.headers["Retry-After"]) > 0
+    assert "secret" not in answer["error"]["message"]
+
+
 async def test_stuck_engine_is_unhealthy(served: Served) -> None:
     served.engine.script.step_started_at = time.monotonic() - 61.0
     assert (await served.get("/health"))[0] == 503

@@ -210,6 +210,8 @@ class AsyncEngine:
 
     async def run_beside(self, work: Callable[[], T]) -> T:
         """Runs what would keep the loop too long, on the pool for text."""
+        if self._engine.is_stopped:  # and the pool with it: these are last words
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
 
     def _text_done(self, _: Future[Any]) -> None:
