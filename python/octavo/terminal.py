@@ -106,7 +106,7 @@ async def print_stream(engine: "AsyncEngine", prompt: "_core.Prompt", params: Sa
 
     Raises `ValueError` if it cannot be served, `RuntimeError` if the engine ended it with an error.
     """
-    stream = engine.submit(prompt, params.to_core())
+    stream = engine.submit([prompt], params.to_core())
     texts: list[str] = []
 
     async def show() -> None:
@@ -117,7 +117,7 @@ async def print_stream(engine: "AsyncEngine", prompt: "_core.Prompt", params: Sa
                 texts.append(choice.text)
                 print(choice.text, end="", flush=True)
             if delta.error is not None:
-                raise RuntimeError(delta.error)
+                raise RuntimeError(str(delta.error))
             finished = delta.finished
 
     showing = asyncio.ensure_future(show())
