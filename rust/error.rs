@@ -96,15 +96,28 @@ impl Error {
     /// Short stable name, for the `code` field of an HTTP error and the label of a metric.
     pub fn code(&self) -> &'static str {
         match self {
-            Self::InvalidValue { .. } | Self::EmptyPrompt => "invalid_value",
+            Self::InvalidValue { .. } | Self::EmptyPrompt | Self::Tokenizer(_) => "invalid_value",
             Self::TokenOutOfRange { .. } => "token_id_out_of_range",
             Self::PromptTooLong { .. } => "context_length_exceeded",
             Self::KvCapacity { .. } => "kv_capacity_exceeded",
             Self::QueueFull { .. } => "queue_full",
-            Self::Tokenizer(_) => "invalid_tokenizer",
-            Self::Template(_) => "invalid_template",
+            Self::Template(_) => "template_error",
             Self::Gguf(_) => "invalid_gguf",
             Self::StepOrder { .. } | Self::BufferTooSmall { .. } => "internal_error",
+        }
+    }
+
+    /// What the error is about, as users write it: a field of a request or of the configuration.
+    pub fn param(&self) -> Option<&'static str> {
+        match self {
+            Self::InvalidValue { field, .. } | Self::TokenOutOfRange { field, .. } => Some(field),
+            Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::KvCapacity { .. } => Some("prompt"),
+            Self::Template(_) => Some("messages"),
+            Self::QueueFull { .. }
+            | Self::StepOrder { .. }
+            | Self::BufferTooSmall { .. }
+            | Self::Tokenizer(_)
+            | Self::Gguf(_) => None,
         }
     }
 

@@ -10,6 +10,7 @@
 //! 3. The device computes prompt tokens in chunks, then one token a step. Up to two steps are in flight.
 //! 4. [`Scheduler::commit`](scheduler::Scheduler::commit) reads a step's results: it appends tokens, registers blocks
 //!    that are full, applies the stop rules, and tells an [`output::OutputSink`].
+//!    The [`outbox`] is that sink: it makes text of them, which a [`protocol`] writes for the client when it is taken.
 //! 5. If blocks run out, the newest sequence is preempted: it gives its blocks back and waits to be computed again.
 //! 6. Finished or aborted, a sequence leaves at once, but its blocks and its slot are held until every step that may
 //!    touch them has been committed. Blocks with a known content stay findable until they are needed for another.
@@ -26,6 +27,7 @@ pub mod output;
 pub mod plan;
 pub mod policy;
 pub mod prefix_cache;
+pub mod protocol;
 #[cfg(feature = "python")]
 mod py;
 pub mod request;

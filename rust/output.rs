@@ -1,4 +1,5 @@
-//! What leaves the core at a commit: tokens and endings of sequences, told one by one to an [`OutputSink`].
+//! What leaves the core: tokens and endings of sequences, told one by one to an [`OutputSink`] at a
+//! commit, and what becomes of them on their way to a client.
 
 use crate::plan::TokenLogprobs;
 use crate::request::SeqRef;
@@ -55,6 +56,86 @@ impl SequenceError {
             Self::StepFailed => "step_failed",
         }
     }
+}
+
+/// How a choice ended.
+#[derive(Debug, Clone)]
+pub struct Finish {
+    /// Why.
+    pub reason: FinishReason,
+    /// The stop string that matched.
+    pub stop_text: Option<String>,
+}
+
+/// What made a choice stop, where it was not the end of the model's turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason<'a> {
+    /// This stop string.
+    Text(&'a str),
+    /// This stop token id.
+    Token(u32),
+}
+
+impl Finish {
+    /// The stop string or stop token that ended it.
+    pub fn stop_reason(&self) -> Option<StopReason<'_>> {
+        match (&self.stop_text, self.reason) {
+            (Some(text), _) => Some(StopReason::Text(text)),
+            (None, FinishReason::StopToken(token)) => Some(StopReason::Token(token)),
+            _ => None,
+        }
+    }
+}
+
+/// What ended a reply that had been accepted.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{code}: {message}")]
+pub struct Failure {
+    /// Stable name, for clients and metrics.
+    pub code: String,
+    /// For people; clients see it.
+    pub message: String,
+}
+
+impl Failure {
+    /// A failure with a code and an explanation.
+    pub fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { code: code.into(), message: message.into() }
+    }
+
+    /// Nothing is served any more, or not for now: it is not about this reply.
+    pub fn is_of_the_server(&self) -> bool {
+        matches!(self.code.as_str(), "engine_dead" | "server_shutting_down")
+    }
+}
+
+impl From<SequenceError> for Failure {
+    fn from(error: SequenceError) -> Self {
+        Self::new(error.code(), "the model's output for this request could not be used")
+    }
+}
+
+/// One token of a choice's output.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Bytes of the text that was certain once it had come, counted from what was last taken.
+    pub text_end: u32,
+    /// Characters of the output's text before it. Text that is held back, or that a stop string
+    /// cuts off, counts as well.
+    pub text_offset: u32,
+}
+
+/// A token's log probability, with its rank from 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TokenLogprob {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability, before temperature and filters.
+    pub logprob: f32,
+    /// 1 for the likeliest token of the vocabulary.
+    pub rank: u32,
 }
 
 /// One new token of a sequence.

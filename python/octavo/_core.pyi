@@ -11,18 +11,22 @@ __all__ = [
     "ChatTemplate",
     "ChoiceDelta",
     "EngineCore",
-    "FrameTemplate",
+    "Failure",
     "GgufError",
     "GgufFile",
     "KvCapacityError",
     "OverloadedError",
     "Prompt",
     "PromptTooLongError",
-    "RequestDelta",
+    "RefusedError",
+    "ReplyDelta",
+    "ReplyFormat",
+    "RequestProgress",
     "SamplingParams",
     "TemplateError",
     "Tokenizer",
     "__version__",
+    "openai_error",
 ]
 
 __version__: str
@@ -32,19 +36,30 @@ PLAN_FORMAT: dict[str, dict[str, int]]
 place of each of its words, and the values by name of "row_flag" and "status".
 """
 
+class RefusedError(ValueError):
+    """A value, file or request that cannot be used. The message names field, value and limit."""
+
+    code: str
+    """Stable name, for clients and metrics."""
+    param: str | None
+    """The field that it is about, as users write it."""
+
 class OverloadedError(RuntimeError):
     """The waiting queue is full. Retry later."""
 
-class PromptTooLongError(ValueError):
+    code: str
+    param: str | None
+
+class PromptTooLongError(RefusedError):
     """The prompt, or the prompt with `max_tokens`, is over `max_model_len`."""
 
-class KvCapacityError(ValueError):
+class KvCapacityError(RefusedError):
     """The request can never fit into the KV pool, however long it waits."""
 
-class TemplateError(ValueError):
+class TemplateError(RefusedError):
     """A chat template does not parse, ran out of fuel, or refused the messages with `raise_exception`."""
 
-class GgufError(ValueError):
+class GgufError(RefusedError):
     """A GGUF file is truncated or inconsistent. The message names file, field, value and limit."""
 
 @final
@@ -153,35 +168,54 @@ class SamplingParams:
         logprobs: int | None = None,
         logit_bias: Sequence[tuple[int, float]] = ...,
     ) -> SamplingParams:
-        """Raises `ValueError` that names the field, its value and its limit. `max_tokens=None` means: up to the model's
-        length.
+        """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
+        means: up to the model's length.
         """
 
 @final
-class FrameTemplate:
-    """The constant text around each streamed delta of one request: `data: ` + head + escaped delta + tail.
-
-    kind is "completion" or "chat". The frames are those of OpenAI's stream: one a token, the last with
-    `finish_reason`, then (include_usage) a usage frame with empty `choices`, then `data: [DONE]`.
+class ReplyFormat:
+    """How the reply to one call is written: by which protocol, as a stream or in one piece, and what
+    is particular to the call.
     """
 
-    def __new__(
-        cls,
-        kind: str,
+    @staticmethod
+    def openai_chat(
         *,
         id: str,
         model: str,
         created: int,
+        stream: bool,
         include_usage: bool = False,
         continuous_usage: bool = False,
-    ) -> FrameTemplate: ...
+    ) -> ReplyFormat:
+        """OpenAI's chat completions. A stream has an event a token, the last of a choice with
+        `finish_reason`, then (include_usage) an event with empty `choices` and the usage, then
+        `data: [DONE]`. continuous_usage: every event has the usage so far.
+        """
+    @staticmethod
+    def openai_completion(
+        *,
+        id: str,
+        model: str,
+        created: int,
+        stream: bool,
+        include_usage: bool = False,
+        continuous_usage: bool = False,
+    ) -> ReplyFormat:
+        """OpenAI's text completions; the same events."""
+    def write_error(self, code: str, message: str) -> bytes:
+        """What ends a stream by an error, for errors that the core does not know of."""
+
+def openai_error(message: str, *, type: str, param: str | None, code: str) -> bytes:
+    """OpenAI's error object, for an answer that is an error."""
 
 @final
 class ChoiceDelta:
-    """What one choice of a request gained since the last `take`."""
+    """What one choice gained since the last `take`."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Number of the prompt x n + number among the prompt's choices."""
     @property
     def text(self) -> str: ...
     @property
@@ -196,29 +230,69 @@ class ChoiceDelta:
     def stop_reason(self) -> str | int | None: ...
 
 @final
-class RequestDelta:
-    """Everything a request gained since the last `take`, coalesced."""
+class RequestProgress:
+    """Where one request of a call, which is one prompt with its choices, stands."""
 
     @property
-    def choices(self) -> list[ChoiceDelta]: ...
-    @property
-    def frames(self) -> bytes:
-        """SSE bytes ready for the socket; empty unless the request was added with a `FrameTemplate`."""
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def error(self) -> str | None: ...
+    def index(self) -> int:
+        """Number of the prompt in the call."""
     @property
     def num_prompt_tokens(self) -> int: ...
     @property
     def num_cached_tokens(self) -> int: ...
     @property
     def num_output_tokens(self) -> int:
-        """Over all choices, so far."""
+        """Over its choices, so far."""
     @property
     def times(self) -> tuple[float, float, float, float]:
-        """(added, first scheduled, first token, last token) on the engine's monotonic clock; 0.0 where it has not
-        happened.
+        """(added, first scheduled, first token, last token) on the engine's monotonic clock; 0.0
+        where it has not happened.
+        """
+    @property
+    def choices(self) -> list[tuple[int, float, float]]:
+        """Of each choice: (tokens so far, time of the first, time of the latest)."""
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it runs; then "error" if a choice failed, "length" if one was cut there, else "stop"."""
+
+@final
+class Failure:
+    """What ended a reply that had been accepted. Its `str` is `code: message`."""
+
+    @property
+    def code(self) -> str:
+        """Stable name, for clients and metrics."""
+    @property
+    def message(self) -> str: ...
+
+@final
+class ReplyDelta:
+    """Everything a reply gained since the last `take`."""
+
+    @property
+    def choices(self) -> list[ChoiceDelta]:
+        """Those that gained something, without a `ReplyFormat`; with one they are only written."""
+    @property
+    def requests(self) -> list[RequestProgress]:
+        """The requests that got their first token, or have ended; without a `ReplyFormat` all that
+        gained something.
+        """
+    @property
+    def token_gaps(self) -> list[tuple[float, int]]:
+        """Of each choice that gained tokens: seconds between two of its tokens, on average, and how
+        many times.
+        """
+    @property
+    def finished(self) -> bool: ...
+    @property
+    def error(self) -> Failure | None:
+        """Set where an error ended it. A call without a `ReplyFormat` goes on with its other choices."""
+    @property
+    def is_long(self) -> bool:
+        """Whether `write` may take longer than an event loop should wait."""
+    def write(self) -> bytes:
+        """The bytes for the client: events of a stream, or the whole answer at its end. Empty without
+        a `ReplyFormat`, and for a whole answer that failed. Runs detached where it is long.
         """
 
 @final
@@ -273,17 +347,25 @@ class EngineCore:
     def longest_request(self) -> int:
         """Prompt and output tokens of the longest request that the KV pool can hold, at most `max_model_len`."""
     def bind(self, slot: int, plan_bytes: npt.NDArray[np.uint8], result_bytes: npt.NDArray[np.uint8]) -> None: ...
-    def add_request(
+    def add_call(
         self,
-        prompt: Prompt,
+        prompts: Sequence[Prompt],
         params: SamplingParams,
         *,
         now: float,
         priority: int = 0,
         cache_salt: str | None = None,
-        frames: FrameTemplate | None = None,
-    ) -> int: ...
-    def abort(self, request_id: int) -> None: ...
+        reply_format: ReplyFormat | None = None,
+    ) -> int:
+        """Queues a request for each prompt, or none of them; returns the id of their reply. `now`:
+        seconds of a clock that does not go back. Raises `RefusedError` or `OverloadedError`.
+        """
+    def check_queue(self, before: int = 0) -> None:
+        """Raises `OverloadedError` unless a request may wait behind `before` others that are about to
+        be added.
+        """
+    def abort(self, reply_id: int) -> None:
+        """Ends what of the call has not ended, and forgets the reply."""
     def wait(self, timeout: float, now: float) -> bool:
         """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a static batch's time).
         False on timeout.
@@ -295,16 +377,22 @@ class EngineCore:
     def commit(self, slot: int, now: float) -> None:
         """Takes the result of the step planned in `slot`: the oldest that is not committed."""
     def fileno(self) -> int:
-        """An eventfd that is readable while there is something to drain."""
-    def drain(self) -> list[int]:
-        """Ids with news since the last drain."""
-    def take(self, request_id: int) -> RequestDelta | None: ...
+        """An eventfd that is readable while there is news."""
+    def take_news(self) -> list[int]:
+        """Ids of the replies with news since the last call. An answer in one piece has news at its
+        end only.
+        """
+    def take(self, reply_id: int) -> ReplyDelta | None:
+        """What the reply gained since the last call; forgets one that has finished. None for one that
+        is not there.
+        """
     def has_unfinished(self) -> bool: ...
     def stats(self) -> dict[str, float]: ...
     def reset_prefix_cache(self) -> None: ...
     def check_integrity(self) -> None: ...
-    def fail_step(self, slot: int, message: str) -> None:
-        """The step planned in `slot` did not run: its requests end with an error."""
-    def fail_all(self, message: str) -> None: ...
+    def fail_step(self, slot: int, code: str, message: str) -> None:
+        """The step planned in `slot` did not run: its requests end with an error, which clients see."""
+    def fail_all(self, code: str, message: str) -> None:
+        """Nothing runs any more: every request ends with an error, which clients see."""
     def shutdown(self) -> None:
         """Ends every request with an error and lets go of the bound buffers: no step can be planned any more."""

@@ -202,7 +202,7 @@ class Answer:
 
         Raises `ValueError` if it cannot be served, `RuntimeError` if the engine ended it with an error.
         """
-        stream = engine.submit(prompt, params.to_core())
+        stream = engine.submit([prompt], params.to_core())
         texts: list[str] = []
         try:
             finished = False
@@ -214,7 +214,7 @@ class Answer:
                     self.finish_reason = choice.finish_reason
                     print(choice.text, end="", flush=True)
                 if delta.error is not None:
-                    raise RuntimeError(delta.error)
+                    raise RuntimeError(str(delta.error))
                 finished = delta.finished
         finally:
             stream.close()

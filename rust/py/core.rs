@@ -14,11 +14,13 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
-use crate::outbox::Outbox;
-use crate::py::delta::RequestDelta;
+use crate::outbox::{Outbox, ReplyId};
+use crate::output::Failure;
+use crate::py::delta::ReplyDelta;
 use crate::py::event_fd::EventFd;
 use crate::py::params::SamplingParams;
-use crate::py::text::{FrameTemplate, Prompt, Tokenizer};
+use crate::py::protocol::ReplyFormat;
+use crate::py::text::{Prompt, Tokenizer};
 use crate::request::RequestId;
 use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
 
@@ -173,32 +175,35 @@ impl EngineCore {
         Ok(())
     }
 
-    #[pyo3(signature = (prompt, params, *, now, priority=0, cache_salt=None, frames=None))]
-    fn add_request(
+    #[pyo3(signature = (prompts, params, *, now, priority=0, cache_salt=None, reply_format=None))]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn add_call(
         &self,
-        prompt: &Bound<'_, Prompt>,
+        prompts: Vec<Bound<'_, Prompt>>,
         params: &Bound<'_, SamplingParams>,
         now: f64,
         priority: i32,
         cache_salt: Option<&str>,
-        frames: Option<&Bound<'_, FrameTemplate>>,
+        reply_format: Option<&Bound<'_, ReplyFormat>>,
     ) -> PyResult<u64> {
-        let (prompt, params) = (prompt.get().ids(), &params.get().0);
+        let prompts: Vec<Arc<[u32]>> = prompts.iter().map(|prompt| prompt.get().ids()).collect();
+        let params = &params.get().0;
+        let format = reply_format.map(|format| format.get().0.clone());
         let mut state = self.lock();
-        let id = state.scheduler.add_request(Arc::clone(&prompt), params.clone(), priority, cache_salt, now)?;
-        let frames = frames.map(|frames| frames.get().inner().clone());
-        state.outbox.open(id, params, &prompt, frames, now);
+        let first = state.scheduler.add_call(&prompts, params.clone(), priority, cache_salt, now)?;
+        let reply = state.outbox.open(first, &prompts, params, format, now);
         drop(state);
         self.ring();
-        Ok(id.0)
+        Ok(reply.0 .0)
     }
 
-    fn abort(&self, request_id: u64) {
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        state.outbox.close(RequestId(request_id));
-        state.scheduler.abort(RequestId(request_id), &mut state.outbox);
-        drop(guard);
+    #[pyo3(signature = (before=0))]
+    fn check_queue(&self, before: usize) -> PyResult<()> {
+        Ok(self.lock().scheduler.check_queue(before)?)
+    }
+
+    fn abort(&self, reply_id: u64) {
+        self.lock().close(ReplyId(RequestId(reply_id)));
         self.ring();
     }
 
@@ -247,16 +252,25 @@ impl EngineCore {
         self.news.as_raw_fd()
     }
 
-    fn drain(&self) -> Vec<u64> {
+    fn take_news(&self) -> Vec<u64> {
         let mut state = self.lock();
         self.news.clear();
-        state.outbox.drain().into_iter().map(|id| id.0).collect()
+        state.outbox.take_news().into_iter().map(|reply| reply.0 .0).collect()
     }
 
-    fn take(&self, py: Python<'_>, request_id: u64) -> PyResult<Option<RequestDelta>> {
-        // The delta becomes Python's after the lock is free.
-        let delta = self.lock().outbox.take(RequestId(request_id));
-        delta.map(|delta| RequestDelta::new(py, delta)).transpose()
+    fn take(&self, py: Python<'_>, reply_id: u64) -> PyResult<Option<ReplyDelta>> {
+        let id = ReplyId(RequestId(reply_id));
+        let mut state = self.lock();
+        let delta = state.outbox.take(id);
+        let ends = delta.as_ref().is_some_and(|delta| delta.finished);
+        if ends {
+            state.close(id);
+        }
+        drop(state); // the delta becomes Python's after the lock is free
+        if ends {
+            self.ring(); // a failure may have aborted others
+        }
+        delta.map(|delta| ReplyDelta::new(py, delta)).transpose()
     }
 
     fn has_unfinished(&self) -> bool {
@@ -308,29 +322,29 @@ impl EngineCore {
         self.lock().scheduler.check_integrity().map_err(PyRuntimeError::new_err)
     }
 
-    fn fail_step(&self, slot: usize, message: &str) -> PyResult<()> {
+    fn fail_step(&self, slot: usize, code: &str, message: &str) -> PyResult<()> {
         let mut guard = self.lock();
         let state = &mut *guard;
         let step_id = state.take_step(slot)?;
-        state.outbox.explain_failure(message);
+        state.outbox.explain_failure(Failure::new(code, message));
         state.scheduler.fail_step(step_id, &mut state.outbox)?;
         self.publish(state);
         Ok(())
     }
 
-    fn fail_all(&self, message: &str) {
+    fn fail_all(&self, code: &str, message: &str) {
         let mut guard = self.lock();
         let state = &mut *guard;
         for slot in state.slots.iter_mut().flatten() {
             slot.step_id = None;
         }
-        state.outbox.explain_failure(message);
+        state.outbox.explain_failure(Failure::new(code, message));
         state.scheduler.fail_all(&mut state.outbox);
         self.publish(state);
     }
 
     fn shutdown(&self) {
-        self.fail_all("server_shutting_down: the server is shutting down");
+        self.fail_all("server_shutting_down", "The server is shutting down.");
         // On a GPU the buffers are pinned memory, which whoever keeps the core must not keep.
         let buffers = std::mem::take(&mut self.lock().slots);
         drop(buffers);
@@ -364,6 +378,13 @@ impl EngineCore {
 }
 
 impl State {
+    /// Ends a call: what of it has not ended is aborted.
+    fn close(&mut self, id: ReplyId) {
+        for request in self.outbox.close(id) {
+            self.scheduler.abort(request, &mut self.outbox);
+        }
+    }
+
     fn slot(&mut self, slot: usize) -> PyResult<&mut Slot> {
         self.slots
             .get_mut(slot)

@@ -1,13 +1,12 @@
-//! `RequestDelta` and `ChoiceDelta`: what a request gained since it was last taken.
+//! `ReplyDelta` and its parts: what a reply gained since it was last taken.
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::outbox;
-use crate::output::{FinishReason, Progress};
-use crate::text::logprobs::TokenLogprob;
+use crate::output::{self, StopReason, TokenLogprob};
 
-/// What one choice of a request gained since the last `take`.
+/// What one choice gained since the last `take`.
 #[pyclass(frozen, module = "octavo._core")]
 pub struct ChoiceDelta(outbox::ChoiceDelta);
 
@@ -25,7 +24,7 @@ impl ChoiceDelta {
 
     #[getter]
     fn token_ids(&self) -> Vec<u32> {
-        self.0.token_ids.clone()
+        self.0.tokens.iter().map(|token| token.id).collect()
     }
 
     #[getter]
@@ -42,82 +41,118 @@ impl ChoiceDelta {
 
     #[getter]
     fn stop_reason<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some(finish) = &self.0.finish else { return Ok(None) };
-        Ok(match (&finish.stop_text, finish.reason) {
-            (Some(text), _) => Some(text.into_pyobject(py)?.into_any()),
-            (None, FinishReason::StopToken(token)) => Some(token.into_pyobject(py)?.into_any()),
-            _ => None,
+        Ok(match self.0.finish.as_ref().and_then(output::Finish::stop_reason) {
+            Some(StopReason::Text(text)) => Some(text.into_pyobject(py)?.into_any()),
+            Some(StopReason::Token(token)) => Some(token.into_pyobject(py)?.into_any()),
+            None => None,
         })
     }
 }
 
-/// Everything a request gained since the last `take`.
+/// Where one request of a call stands.
 #[pyclass(frozen, module = "octavo._core")]
-pub struct RequestDelta {
+pub struct RequestProgress {
+    #[pyo3(get)]
+    index: u32,
+    #[pyo3(get)]
+    num_prompt_tokens: u32,
+    #[pyo3(get)]
+    num_cached_tokens: u32,
+    #[pyo3(get)]
+    num_output_tokens: u32,
+    #[pyo3(get)]
+    times: (f64, f64, f64, f64),
+    #[pyo3(get)]
+    choices: Vec<(u32, f64, f64)>,
+    #[pyo3(get)]
+    finish_reason: Option<&'static str>,
+}
+
+impl RequestProgress {
+    fn new(request: &outbox::RequestProgress) -> Self {
+        let progress = &request.progress;
+        let choice = |choice: &outbox::ChoiceProgress| (choice.num_tokens, choice.first_token, choice.last_token);
+        Self {
+            index: request.index,
+            num_prompt_tokens: progress.num_prompt_tokens,
+            num_cached_tokens: progress.num_cached_tokens,
+            num_output_tokens: progress.num_output_tokens,
+            times: (progress.added, progress.first_scheduled, progress.first_token, progress.last_token),
+            choices: request.choices.iter().map(choice).collect(),
+            finish_reason: request.finish.map(output::FinishReason::as_str),
+        }
+    }
+}
+
+/// What ended a reply that had been accepted.
+#[pyclass(frozen, module = "octavo._core", str = "{0}")]
+pub struct Failure(output::Failure);
+
+#[pymethods]
+impl Failure {
+    #[getter]
+    fn code(&self) -> &str {
+        &self.0.code
+    }
+
+    #[getter]
+    fn message(&self) -> &str {
+        &self.0.message
+    }
+}
+
+/// Everything a reply gained since the last `take`.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct ReplyDelta {
+    /// Of a reply without a format; what else gained something is only written.
     choices: Vec<Py<ChoiceDelta>>,
-    frames: Py<PyBytes>,
-    finished: bool,
-    error: Option<String>,
-    progress: Progress,
+    delta: outbox::ReplyDelta,
 }
 
 #[pymethods]
-impl RequestDelta {
+impl ReplyDelta {
     #[getter]
     fn choices(&self, py: Python<'_>) -> Vec<Py<ChoiceDelta>> {
         self.choices.iter().map(|choice| choice.clone_ref(py)).collect()
     }
 
     #[getter]
-    fn frames(&self, py: Python<'_>) -> Py<PyBytes> {
-        self.frames.clone_ref(py)
+    fn requests(&self) -> Vec<RequestProgress> {
+        self.delta.requests.iter().map(RequestProgress::new).collect()
+    }
+
+    #[getter]
+    fn token_gaps(&self) -> Vec<outbox::TokenGap> {
+        self.delta.token_gaps.clone()
     }
 
     #[getter]
     fn finished(&self) -> bool {
-        self.finished
+        self.delta.finished
     }
 
     #[getter]
-    fn error(&self) -> Option<&str> {
-        self.error.as_deref()
+    fn error(&self) -> Option<Failure> {
+        self.delta.failure.clone().map(Failure)
     }
 
     #[getter]
-    fn num_prompt_tokens(&self) -> u32 {
-        self.progress.num_prompt_tokens
+    fn is_long(&self) -> bool {
+        self.delta.is_long()
     }
 
-    #[getter]
-    fn num_cached_tokens(&self) -> u32 {
-        self.progress.num_cached_tokens
-    }
-
-    #[getter]
-    fn num_output_tokens(&self) -> u32 {
-        self.progress.num_output_tokens
-    }
-
-    #[getter]
-    fn times(&self) -> (f64, f64, f64, f64) {
-        let progress = &self.progress;
-        (progress.added, progress.first_scheduled, progress.first_token, progress.last_token)
+    /// What takes long is written detached; what does not would pay more for the GIL than it gains.
+    fn write<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        let bytes = if self.delta.is_long() { py.detach(|| self.delta.write()) } else { self.delta.write() };
+        PyBytes::new(py, &bytes)
     }
 }
 
-impl RequestDelta {
+impl ReplyDelta {
     /// Hands what the outbox gave over to Python.
-    pub(super) fn new(py: Python<'_>, delta: outbox::RequestDelta) -> PyResult<Self> {
-        Ok(Self {
-            frames: PyBytes::new(py, &delta.frames).unbind(),
-            finished: delta.finished,
-            error: delta.error,
-            progress: delta.progress,
-            choices: delta
-                .choices
-                .into_iter()
-                .map(|choice| Py::new(py, ChoiceDelta(choice)))
-                .collect::<PyResult<_>>()?,
-        })
+    pub(super) fn new(py: Python<'_>, mut delta: outbox::ReplyDelta) -> PyResult<Self> {
+        let choices = if delta.has_format() { Vec::new() } else { std::mem::take(&mut delta.choices) };
+        let choices = choices.into_iter().map(|choice| Py::new(py, ChoiceDelta(choice))).collect::<PyResult<_>>()?;
+        Ok(Self { choices, delta })
     }
 }

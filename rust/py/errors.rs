@@ -1,52 +1,82 @@
 //! The one conversion of [`Error`] into Python's exceptions.
 
+use std::marker::PhantomData;
+
 use pyo3::create_exception;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
-use pyo3::PyErr;
+use pyo3::prelude::*;
+use pyo3::{PyErrArguments, PyTypeInfo};
 
 use crate::error::Error;
 
+create_exception!(octavo._core, RefusedError, PyValueError, "A value, file or request that cannot be used.");
 create_exception!(octavo._core, OverloadedError, PyRuntimeError, "The waiting queue is full. Retry later.");
 create_exception!(
     octavo._core,
     PromptTooLongError,
-    PyValueError,
+    RefusedError,
     "The prompt, or the prompt with `max_tokens`, is over `max_model_len`."
 );
 create_exception!(
     octavo._core,
     KvCapacityError,
-    PyValueError,
+    RefusedError,
     "The request can never fit into the KV pool, however long it waits."
 );
 create_exception!(
     octavo._core,
     TemplateError,
-    PyValueError,
+    RefusedError,
     "A chat template does not parse, ran out of fuel, or refused the messages with `raise_exception`."
 );
 create_exception!(
     octavo._core,
     GgufError,
-    PyValueError,
+    RefusedError,
     "A GGUF file is truncated or inconsistent. The message names file, field, value and limit."
 );
 
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
-        let message = error.to_string();
         match error {
-            Error::PromptTooLong { .. } => PromptTooLongError::new_err(message),
-            Error::KvCapacity { .. } => KvCapacityError::new_err(message),
-            Error::QueueFull { .. } => OverloadedError::new_err(message),
-            Error::Template(_) => TemplateError::new_err(message),
-            Error::Gguf(_) => GgufError::new_err(message),
-            Error::StepOrder { .. } => PyRuntimeError::new_err(message),
+            Error::PromptTooLong { .. } => Exception::<PromptTooLongError>::of(error),
+            Error::KvCapacity { .. } => Exception::<KvCapacityError>::of(error),
+            Error::QueueFull { .. } => Exception::<OverloadedError>::of(error),
+            Error::Template(_) => Exception::<TemplateError>::of(error),
+            Error::Gguf(_) => Exception::<GgufError>::of(error),
+            Error::StepOrder { .. } => Exception::<PyRuntimeError>::of(error),
             Error::InvalidValue { .. }
             | Error::EmptyPrompt
             | Error::TokenOutOfRange { .. }
             | Error::BufferTooSmall { .. }
-            | Error::Tokenizer(_) => PyValueError::new_err(message),
+            | Error::Tokenizer(_) => Exception::<RefusedError>::of(error),
         }
+    }
+}
+
+/// An exception with the attributes `code` and `param`. It is made when it is raised and not
+/// before, so that an error can be converted while the core is locked, when no Python code may run.
+struct Exception<T> {
+    error: Error,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<T: PyTypeInfo + 'static> Exception<T> {
+    fn of(error: Error) -> PyErr {
+        PyErr::new::<T, _>(Self { error, kind: PhantomData })
+    }
+
+    fn make<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let exception = py.get_type::<T>().call1((self.error.to_string(),))?;
+        exception.setattr("code", self.error.code())?;
+        exception.setattr("param", self.error.param())?;
+        Ok(exception)
+    }
+}
+
+impl<T: PyTypeInfo + 'static> PyErrArguments for Exception<T> {
+    fn arguments(self, py: Python<'_>) -> Py<PyAny> {
+        // An instance of the type is raised as it is; what goes wrong here becomes its argument.
+        self.make(py).map_or_else(|error| error.into_value(py).into_any(), Bound::unbind)
     }
 }

@@ -7,6 +7,7 @@ mod event_fd;
 mod gguf;
 mod params;
 mod plan;
+mod protocol;
 mod text;
 
 /// The extension module.
@@ -15,15 +16,17 @@ mod _core {
     #[pymodule_export]
     use super::core::EngineCore;
     #[pymodule_export]
-    use super::delta::{ChoiceDelta, RequestDelta};
+    use super::delta::{ChoiceDelta, Failure, ReplyDelta, RequestProgress};
     #[pymodule_export]
-    use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, TemplateError};
+    use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, RefusedError, TemplateError};
     #[pymodule_export]
     use super::gguf::GgufFile;
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
-    use super::text::{ChatTemplate, FrameTemplate, Prompt, Tokenizer};
+    use super::protocol::{openai_error, ReplyFormat};
+    #[pymodule_export]
+    use super::text::{ChatTemplate, Prompt, Tokenizer};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals)]

@@ -1,4 +1,4 @@
-//! `octavo._core`: prompts, tokenizers, chat templates and stream frames. What may take long runs detached.
+//! `octavo._core`: prompts, tokenizers and chat templates. What may take long runs detached.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 
 use super::gguf::GgufFile;
-use crate::text::{self, FrameKind, RenderOptions, Specials};
+use crate::text::{self, RenderOptions, Specials};
 
 /// Token ids of a prompt, kept in Rust.
 #[pyclass(frozen, module = "octavo._core")]
@@ -180,43 +180,6 @@ impl ChatTemplate {
         let now = now.unwrap_or_else(unix_time);
         let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now };
         Ok(py.detach(|| self.template.render(messages_json, &options))?)
-    }
-}
-
-/// The constant text around each streamed delta of one request.
-#[pyclass(frozen, module = "octavo._core")]
-#[derive(Debug)]
-pub struct FrameTemplate {
-    frames: text::FrameTemplate,
-}
-
-impl FrameTemplate {
-    /// The frames' constant text.
-    pub(super) fn inner(&self) -> &text::FrameTemplate {
-        &self.frames
-    }
-}
-
-#[pymethods]
-impl FrameTemplate {
-    #[new]
-    #[pyo3(signature = (kind, *, id, model, created, include_usage = false, continuous_usage = false))]
-    fn new(
-        kind: &str,
-        id: &str,
-        model: &str,
-        created: u64,
-        include_usage: bool,
-        continuous_usage: bool,
-    ) -> PyResult<Self> {
-        let kind = match kind {
-            "completion" => FrameKind::Completion,
-            "chat" => FrameKind::Chat,
-            _ => {
-                return Err(PyValueError::new_err(format!("kind is {kind:?}, but must be \"completion\" or \"chat\"")))
-            }
-        };
-        Ok(Self { frames: text::FrameTemplate::new(kind, id, model, created, include_usage, continuous_usage) })
     }
 }
 

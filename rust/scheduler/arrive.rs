@@ -10,13 +10,10 @@ use crate::policy::Order;
 use crate::request::{check_tokens, RequestId, SamplingParams, SeqRef};
 
 impl Scheduler {
-    /// Adds a request to the waiting queue. `now` is seconds of any clock that does not go back (one that does is
-    /// taken to stand still).
+    /// Adds a request to the waiting queue: [`Self::add_call`] of one prompt.
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`], [`Error::TokenOutOfRange`], [`Error::PromptTooLong`], [`Error::KvCapacity`],
-    /// [`Error::QueueFull`]. A refused request leaves no trace.
-    #[allow(clippy::needless_pass_by_value)] // The request keeps the prompt.
+    /// Those of [`Self::add_call`].
     pub fn add_request(
         &mut self,
         prompt: Arc<[u32]>,
@@ -25,16 +22,58 @@ impl Scheduler {
         cache_salt: Option<&str>,
         now: f64,
     ) -> Result<RequestId, Error> {
-        let max_tokens = self.check_request(&prompt, &params)?;
+        self.add_call(&[prompt], params, priority, cache_salt, now)
+    }
+
+    /// Adds a request for each prompt to the waiting queue, or none of them. Their ids follow one
+    /// another; the first is returned. `now` is seconds of any clock that does not go back (one
+    /// that does is taken to stand still).
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrompt`] (also without any prompt), [`Error::TokenOutOfRange`],
+    /// [`Error::PromptTooLong`], [`Error::KvCapacity`], [`Error::QueueFull`]. A refused call leaves
+    /// no trace.
+    pub fn add_call(
+        &mut self,
+        prompts: &[Arc<[u32]>],
+        params: SamplingParams,
+        priority: i32,
+        cache_salt: Option<&str>,
+        now: f64,
+    ) -> Result<RequestId, Error> {
+        if prompts.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        let max_tokens = prompts
+            .iter()
+            .enumerate()
+            .map(|(before, prompt)| self.check_request(prompt, &params, before))
+            .collect::<Result<Vec<u32>, Error>>()?;
         self.now = self.clock(now);
+        let first = RequestId(self.next_request);
+        let params = Arc::new(params);
+        let root = self.hasher.root(cache_salt);
+        for (prompt, max_tokens) in prompts.iter().zip(max_tokens) {
+            self.enqueue(prompt, &params, priority, root, max_tokens);
+        }
+        Ok(first)
+    }
+
+    /// Puts a request that was checked into the waiting queue.
+    fn enqueue(
+        &mut self,
+        prompt: &Arc<[u32]>,
+        params: &Arc<SamplingParams>,
+        priority: i32,
+        root: u128,
+        max_tokens: u32,
+    ) {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         self.stats.requests_added += 1;
         self.num_queued += 1;
 
-        let params = Arc::new(params);
         let seed = params.seed.unwrap_or_else(|| derived_seed(self.config.seed, id.0));
-        let root = self.hasher.root(cache_salt);
         let progress = Progress { num_prompt_tokens: prompt.len() as u32, added: self.now, ..Progress::default() };
         let request = self.requests.insert(Request {
             id,
@@ -51,10 +90,10 @@ impl Scheduler {
                 name: SeqRef { request: id, index },
                 request,
                 order: Order::new(&self.config, id.0, index, priority, self.now),
-                params: Arc::clone(&params),
-                traits: Traits::new(&params),
+                params: Arc::clone(params),
+                traits: Traits::new(params),
                 seed: seed.wrapping_add(u64::from(index)),
-                prompt: Arc::clone(&prompt),
+                prompt: Arc::clone(prompt),
                 outputs: Vec::new(),
                 max_tokens,
                 state: State::Forming,
@@ -87,7 +126,6 @@ impl Scheduler {
             self.sequences[first].state = State::Waiting;
             self.gated.insert(self.sequences[first].order, first);
         }
-        Ok(id)
     }
 
     /// Prompt and output tokens of the longest request that can ever be served.
@@ -100,12 +138,24 @@ impl Scheduler {
         (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
     }
 
-    /// Refuses what would fail later; returns how many tokens the request may output.
-    fn check_request(&self, prompt: &[u32], params: &SamplingParams) -> Result<u32, Error> {
-        let CoreConfig { vocab_size, max_model_len, max_waiting, .. } = self.config;
-        if self.num_queued >= max_waiting {
-            return Err(Error::QueueFull { limit: max_waiting });
+    /// Whether a request may wait, behind `before` others that are about to be added.
+    ///
+    /// # Errors
+    /// [`Error::QueueFull`].
+    pub fn check_queue(&self, before: usize) -> Result<(), Error> {
+        let limit = self.config.max_waiting;
+        if self.num_queued + before < limit {
+            Ok(())
+        } else {
+            Err(Error::QueueFull { limit })
         }
+    }
+
+    /// Refuses what would fail later; returns how many tokens the request may output. `before`:
+    /// requests of the same call that will wait before it.
+    fn check_request(&self, prompt: &[u32], params: &SamplingParams, before: usize) -> Result<u32, Error> {
+        let CoreConfig { vocab_size, max_model_len, .. } = self.config;
+        self.check_queue(before)?;
         if prompt.is_empty() {
             return Err(Error::EmptyPrompt);
         }

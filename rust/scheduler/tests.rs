@@ -239,6 +239,31 @@ fn refusals_are_typed_and_leave_no_trace() {
 }
 
 #[test]
+fn a_call_is_admitted_whole_or_not_at_all() {
+    let mut bench = Bench::new(CoreConfig { max_waiting: 3, num_blocks: 9, ..small() });
+    let mut add = |prompts: &[&[u32]]| {
+        let prompts: Vec<Arc<[u32]>> = prompts.iter().map(|prompt| Arc::from(*prompt)).collect();
+        let params = SamplingParams::new(max_tokens(1)).expect("good parameters");
+        let before = bench.scheduler.stats();
+        let added = bench.scheduler.add_call(&prompts, params, 0, None, bench.now);
+        assert!(added.is_ok() || bench.scheduler.stats() == before);
+        added
+    };
+    assert_eq!(add(&[]), Err(Error::EmptyPrompt));
+    assert_eq!(add(&[&[1], &[]]), Err(Error::EmptyPrompt));
+    assert_eq!(add(&[&[1], &[2], &[1024]]).map_err(|error| error.code()), Err("token_id_out_of_range"));
+    assert_eq!(add(&[&[1], &[2], &[3], &[4]]), Err(Error::QueueFull { limit: 3 }));
+    assert_eq!(add(&[&[1], &[2]]), Ok(RequestId(1)));
+    assert_eq!(add(&[&[3], &[4]]), Err(Error::QueueFull { limit: 3 }));
+    assert_eq!(add(&[&[3]]), Ok(RequestId(3)));
+    assert_eq!(bench.scheduler.check_queue(0), Err(Error::QueueFull { limit: 3 }));
+    bench.run(1);
+    assert_eq!((bench.scheduler.check_queue(2), bench.scheduler.check_queue(3).is_ok()), (Ok(()), false));
+    assert_eq!(bench.told.tokens.iter().map(|(seq, _)| seq.request.0).collect::<Vec<_>>(), [1, 2, 3]);
+    bench.assert_empty();
+}
+
+#[test]
 fn a_second_request_finds_the_first_ones_blocks_but_computes_the_last_token() {
     let mut bench = Bench::new(small());
     bench.add(&counted(12), max_tokens(1));

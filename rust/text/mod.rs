@@ -1,7 +1,7 @@
 //! Text work: everything between a client's characters and token ids, in both directions.
 //!
-//! In: [`ChatTemplate`] renders messages, [`Tokenizer`] turns text into ids. Out: [`Detokenizer`] turns ids into text as
-//! they come, [`StopMatcher`] cuts it at stop strings, [`FrameTemplate`] wraps it for the socket. Nothing here knows of
+//! In: [`ChatTemplate`] renders messages, [`Tokenizer`] turns text into ids. Out: [`Detokenizer`]
+//! turns ids into text as they come, [`StopMatcher`] cuts it at stop strings. Nothing here knows of
 //! requests, the scheduler or Python.
 
 mod added_tokens;
@@ -9,18 +9,15 @@ mod chat;
 mod clock;
 mod detokenize;
 mod gguf_vocab;
-pub mod logprobs;
 mod pieces;
 mod python_methods;
 mod python_values;
-pub mod sse;
 mod stop;
 mod template;
 mod template_source;
 mod tokenizer;
 
 pub use detokenize::Detokenizer;
-pub use sse::{Delta, FrameKind, FrameTemplate, StopReason, Usage};
 pub use stop::{StopHit, StopMatcher, StopPatterns};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Specials, Tokenizer};

@@ -109,4 +109,5 @@ def test_a_request_after_the_shutdown_is_refused() -> None:
     engine = AsyncEngine.from_config(EngineConfig(**TINY))
     engine.shutdown()
     with pytest.raises(EngineDeadError, match="shut down"):
-        engine.submit(Prompt([1]), GREEDY.to_core())
+        engine.submit([Prompt([1])], GREEDY.to_core())
+    assert asyncio.run(engine.run_beside(lambda: "last words")) == "last words"

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from octavo import LLM, AsyncEngine, EngineConfig, SamplingParams, cli
-from octavo._core import Prompt
+from octavo._core import Failure, Prompt
 from octavo.engine.engine import Engine
 from octavo.errors import EngineDeadError
 
@@ -87,7 +87,7 @@ def run_async_engine() -> tuple[object, dict[str, weakref.ref[Any]]]:
 
 def run_engine_with_a_request_in_flight() -> tuple[object, dict[str, weakref.ref[Any]]]:
     engine = Engine.from_config(EngineConfig(**TINY))
-    engine.core.add_request(Prompt([1, 2, 3]), SamplingParams(max_tokens=50).to_core(), now=0.0)
+    engine.core.add_call([Prompt([1, 2, 3])], SamplingParams(max_tokens=50).to_core(), now=0.0)
     engine._overlap = True  # a step stays in flight
     engine.step()
     references = holders(engine)
@@ -141,9 +141,9 @@ def test_a_closed_llm_says_so() -> None:
 def test_a_shut_down_async_engine_says_so_and_ends_its_streams() -> None:
     engine = AsyncEngine.from_config(EngineConfig(**TINY))
 
-    async def use() -> str | None:
+    async def use() -> Failure | None:
         engine.attach_loop(asyncio.get_running_loop())
-        stream = engine.submit(Prompt([1]), SamplingParams(max_tokens=127, ignore_eos=True).to_core())
+        stream = engine.submit([Prompt([1])], SamplingParams(max_tokens=127, ignore_eos=True).to_core())
         engine.shutdown()
         engine.shutdown()
         while not (delta := await stream.next()).finished:
@@ -151,9 +151,9 @@ def test_a_shut_down_async_engine_says_so_and_ends_its_streams() -> None:
         return delta.error
 
     error = asyncio.run(use())
-    assert error is not None and error.startswith("server_shutting_down")
+    assert error is not None and error.code == "server_shutting_down"
     with pytest.raises(EngineDeadError, match="shut down"):
-        engine.submit(Prompt([1]), SHORT.to_core())
+        engine.submit([Prompt([1])], SHORT.to_core())
 
 
 def test_one_engine_closes_while_another_runs() -> None:

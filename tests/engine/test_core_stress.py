@@ -1,11 +1,11 @@
-"""One core under four threads, with the GIL handed over at every chance: three are clients (add, abort, drain, take,
-stats), one is the engine (schedule, commit, fail_step) with a scripted device.
+"""One core under four threads, with the GIL handed over at every chance: three are clients (add, abort, take_news,
+take, stats), one is the engine (schedule, commit, fail_step) with a scripted device.
 
 The device executes the packed plans, read from DESIGN.md's table, on a paged pool that holds one 64-bit number a slot.
 What a token stores depends on the token, its position and all that it attends to through the block table, and so does
 the token that follows; an oracle computes each request alone over a plain list. So every stream must be exact, and what
-an abort or a failed step cut off must be its beginning. A client takes only what `drain` announced, to it or to another
-client: news that got lost would leave its request unfinished.
+an abort or a failed step cut off must be its beginning. A client takes only what `take_news` announced, to it or to
+another client: news that got lost would leave its request unfinished.
 
 `OCTAVO_TEST_ROUNDS=200 pytest tests/engine/test_core_stress.py` runs more rounds; `OCTAVO_TEST_SEED=n` begins with the
 round that failed (threads still meet as they like).
@@ -40,7 +40,7 @@ VOCABULARY = 211
 SAMPLE, PREFILL = 1, 2  # row flags
 NO_TOKEN = 3  # status of a row that draws none
 WORD = 2**64 - 1
-PLANTED = "planted: this step did not run"
+PLANTED = ("planted", "this step did not run")
 
 
 def mix(value: int) -> int:
@@ -150,7 +150,7 @@ class Round:
     seed: int
     asked: list[Asked] = field(default_factory=list)
     announced: set[int] = field(default_factory=set)  # requests with news that no client has taken yet
-    drains: int = 0  # calls of `drain` under way
+    askings: int = 0  # calls of `take_news` under way
     problems: list[BaseException] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -198,7 +198,7 @@ class Round:
             if free and rng.random() < 0.7 and core.schedule(free[0], time.monotonic()) is not None:
                 planned.append((free[0], Plan.read(self.buffers[free[0]][0])))
             elif len(planned) == 1 and rng.random() < 0.1:
-                core.fail_step(planned.pop()[0], PLANTED)
+                core.fail_step(planned.pop()[0], *PLANTED)
             elif planned:
                 slot, plan = planned.pop(0)
                 self.device.run(plan, *self.buffers[slot])
@@ -224,7 +224,7 @@ class Round:
                     ignore_eos=True,
                     detokenize=False,
                 )
-                own[core.add_request(Prompt(asked.prompt), params, now=time.monotonic())] = asked
+                own[core.add_call([Prompt(asked.prompt)], params, now=time.monotonic())] = asked
             elif action < 0.25:
                 for request_id in [request_id for request_id, asked in own.items() if asked.has_had_enough]:
                     core.abort(request_id)
@@ -232,10 +232,10 @@ class Round:
                     own.pop(request_id).fate = "aborted"
             elif action < 0.5:
                 with self.news_lock:
-                    self.drains += 1
-                news = core.drain()
+                    self.askings += 1
+                news = core.take_news()
                 with self.news_lock:
-                    self.drains -= 1
+                    self.askings -= 1
                     self.announced.update(news)
             elif action < 0.9:
                 with self.news_lock:
@@ -248,7 +248,7 @@ class Round:
                     for choice in delta.choices:
                         own[request_id].choices[choice.index] += choice.token_ids
                     if delta.finished:
-                        assert delta.error in (None, PLANTED)
+                        assert delta.error is None or (delta.error.code, delta.error.message) == PLANTED
                         own.pop(request_id).fate = "failed" if delta.error else "whole"
             else:
                 stats = core.stats()
@@ -261,9 +261,9 @@ class Round:
         if self.core.has_unfinished():
             return set()
         with self.news_lock:
-            if self.drains:
+            if self.askings:
                 return set()  # somebody is about to tell
-            self.announced.update(self.core.drain())
+            self.announced.update(self.core.take_news())
             return own.keys() - self.announced
 
     def request(self, rng: random.Random) -> Asked:

@@ -11,7 +11,7 @@ from octavo._core import EngineCore, Prompt, SamplingParams
 core = EngineCore(num_blocks=8, block_size=16, kv_windows=[0], max_num_seqs=2, max_num_batched_tokens=16,
                   max_model_len=64, vocab_size=100)
 core.bind(0, np.zeros(core.plan_bytes, np.uint8), np.zeros(core.result_bytes, np.uint8))
-core.add_request(Prompt([1, 2, 3]), SamplingParams(), now=0.0)
+core.add_call([Prompt([1, 2, 3])], SamplingParams(), now=0.0)
 asking = True
 
 def ask():

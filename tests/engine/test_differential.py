@@ -218,8 +218,8 @@ class World:
             while waiting and (rng.random() < 0.5 or not running):
                 asked = waiting.pop()
                 encoded = Prompt(asked.prompt)
-                request_id = core.add_request(
-                    encoded, asked.params.to_core(), now=time.monotonic(), priority=rng.randrange(3)
+                request_id = core.add_call(
+                    [encoded], asked.params.to_core(), now=time.monotonic(), priority=rng.randrange(3)
                 )
                 asked.builder = OutputBuilder(
                     request_id, {"prompt_token_ids": asked.prompt}, encoded, asked.params, None
@@ -232,7 +232,7 @@ class World:
                 self.seen["aborts"] += 1
             self.engine.step()
             core.check_integrity()
-            for request_id in core.drain():
+            for request_id in core.take_news():
                 delta = core.take(request_id)
                 if delta is not None:
                     asked = running[request_id]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from octavo import LLM, AsyncEngine, EngineConfig, SamplingParams
+from octavo.errors import EngineDeadError
 
 TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -183,6 +184,20 @@ def test_a_step_out_of_memory_costs_its_requests_only(
         assert got == (whole if output.error is None else whole[: len(got)])
     check_empty(llm)
     assert tokens(llm, PROMPTS) == expected
+
+
+async def test_an_engine_that_died_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ArithmeticError("a kernel is wrong")
+
+    engine = AsyncEngine.from_config(EngineConfig(**TINY))
+    try:
+        monkeypatch.setattr(engine._engine.runner, "launch", broken)
+        with pytest.raises(EngineDeadError, match="ArithmeticError: a kernel is wrong"):
+            async for _ in engine.generate(PROMPTS[0], GREEDY):
+                pass
+    finally:
+        engine.shutdown()
 
 
 async def test_a_failed_request_raises_from_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:

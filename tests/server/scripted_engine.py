@@ -1,6 +1,7 @@
 """An `AsyncEngine` without a model: the real core, outbox and streams, over a thread that writes scripted results.
 
-Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down, fail a row, or kill it.
+Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down, fail
+a row, or kill it; a test that wants to choose what comes when calls `Script.step` itself.
 """
 
 import threading
@@ -44,6 +45,7 @@ class Script:
         self.step_delay = 0.0
         self.first_delay = 0.0
         self.fail_after: int | None = None
+        self.fail_slots: set[int] | None = None  # all of them
         self.death: str | None = None
         self.go = threading.Event()
         self.go.set()
@@ -71,18 +73,23 @@ class Script:
                 self.go.wait()
                 if self.death is not None:
                     raise RuntimeError(self.death)
-                if self.core.schedule(0, time.monotonic()) is None:
+                if not self.step():
                     self.core.wait(0.05, time.monotonic())
-                    continue
-                plan = Plan.read(self._plan)
-                time.sleep(self.step_delay + (self.first_delay if plan.num_prefill_tokens else 0.0))
-                self._write(plan)
-                self.core.commit(0, time.monotonic())
         except (RuntimeError, ValueError) as error:
             if self._stop.is_set():
                 return  # the core has dropped the step that was in flight
             self.failure = str(error)
-            self.core.fail_all(f"engine_dead: {error}")
+            self.core.fail_all("engine_dead", "The engine has stopped.")
+
+    def step(self) -> bool:
+        """One step from its plan to its results; false where there is nothing to do."""
+        if self.core.schedule(0, time.monotonic()) is None:
+            return False
+        plan = Plan.read(self._plan)
+        time.sleep(self.step_delay + (self.first_delay if plan.num_prefill_tokens else 0.0))
+        self._write(plan)
+        self.core.commit(0, time.monotonic())
+        return True
 
     @property
     def is_stopped(self) -> bool:
@@ -110,7 +117,8 @@ class Script:
             index = self._output_index[slot]
             self._output_index[slot] += 1
             token = self.answer[index] if index < len(self.answer) else END
-            result[:3] = (NAN if index == self.fail_after else 0, 1, token)
+            fails = index == self.fail_after and (self.fail_slots is None or slot in self.fail_slots)
+            result[:3] = (NAN if fails else 0, 1, token)
             if plan.max_logprobs >= 0:
                 top = plan.max_logprobs
                 result.view(np.float32)[3] = -0.5

@@ -79,6 +79,36 @@ async def test_one_bad_prompt_of_many_leaves_nothing_running(served: Served) -> 
     served.engine.release()
 
 
+async def test_a_call_that_finds_no_room_for_all_its_prompts_leaves_nothing(served_narrowly: Served) -> None:
+    """Four may wait."""
+    engine = served_narrowly.engine
+    engine.hold()
+    body = {"max_tokens": 5, "prompt": ["a"] * 5}
+    status, answer = await served_narrowly.post("/v1/completions", body)
+    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    assert (engine.num_unfinished, engine.stats()["requests"], engine.streams) == (0, 0, {})
+    asking = asyncio.ensure_future(served_narrowly.post("/v1/completions", {**body, "prompt": ["a"] * 4}))
+    await eventually(lambda: engine.stats()["num_requests_queued"] == 4)
+    engine.release()
+    assert (await asking)[0] == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_prompt_that_fails_ends_the_call(served: Served, stream: bool) -> None:
+    script = served.engine.script
+    script.fail_after, script.fail_slots, script.step_delay = 3, {1}, 0.005
+    body = {**LONG, "prompt": ["a", "b", "c"], "stream": stream}
+    async with served.http.post(served.url + "/v1/completions", json=body) as response:
+        text = (await response.read()).decode()
+    assert response.status == (200 if stream else 500)
+    assert text.count("numerical_error") == 1
+    await eventually(lambda: served.engine.num_unfinished == 0)
+    assert served.engine.streams == {}
+    for reason, count in (("error", 1), ("abort", 2)):
+        assert await served.metric(f'vllm:request_success_total{{finished_reason="{reason}"') == count
+    assert await served.metric('octavo:http_errors_total{code="numerical_error"') == 1
+
+
 async def test_a_slow_reader_does_not_slow_others(served: Served) -> None:
     body = {**LONG, "stream": True, "logprobs": 20}
     async with served.http.post(served.url + "/v1/completions", json=body) as slow:
@@ -157,6 +187,19 @@ async def test_dead_engine(served: Served) -> None:
         assert (await served.get(path))[0] == 503
     status, answer = await served.post("/v1/completions", {"prompt": "Hi"})
     assert (status, answer["error"]["code"]) == (503, "engine_dead")
+    assert "secret" not in answer["error"]["message"]
+
+
+async def test_an_engine_that_dies_under_a_whole_answer(served: Served) -> None:
+    served.engine.script.step_delay = 0.01
+    asking = asyncio.ensure_future(served.http.post(served.url + "/v1/completions", json=LONG))
+    await eventually(lambda: served.engine.num_unfinished == 1)
+    served.engine.die("CUDA error: an illegal memory access at /secret/path")
+    async with await asking as response:
+        answer = await response.json()
+    assert (response.status, answer["error"]["code"]) == (503, "engine_dead")
+    assert answer["error"]["type"] == "overloaded_error"
+    assert int(response.headers["Retry-After"]) > 0
     assert "secret" not in answer["error"]["message"]
 
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
 
-from octavo.server.schemas import CompletionRequest
+from octavo.engine.async_engine import ReplyStream
+from octavo.server.openai.schemas import CompletionRequest
 from tests.server.conftest import Served
 
 COMPLETION = {"prompt": "Hi", "max_tokens": 64}
@@ -206,7 +209,7 @@ def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
     ],
 )
 async def test_streamed_logprobs_are_those_of_the_whole_answer(served: Served, path: str, body: dict[str, Any]) -> None:
-    """The stream's are written in Rust, the whole answer's in Python."""
+    served.engine.script.answer = 'Hé "€\u2028\n'.encode() + b"\xff"
     _, whole = await served.post(path, body)
     joined: dict[str, list[object]] = {}
     async with served.http.post(served.url + path, json={**body, "stream": True}) as response:
@@ -216,6 +219,63 @@ async def test_streamed_logprobs_are_those_of_the_whole_answer(served: Served, p
         for name, values in event["choices"][0]["logprobs"].items():
             joined.setdefault(name, []).extend(values)
     assert joined == whole["choices"][0]["logprobs"]
+
+
+@pytest.mark.parametrize("stop", [[], ["o w"], ["xyz", "lo x"]])
+async def test_text_offsets_are_characters_of_the_text_before(served: Served, stop: list[str]) -> None:
+    """Also where text is held back that may become a stop string, and of tokens that add no text."""
+    served.engine.script.answer = "é€ hello world".encode()
+    body = {**COMPLETION, "max_tokens": 22, "ignore_eos": True, "logprobs": 0, "stop": stop}
+    _, answer = await served.post("/v1/completions", body)
+    (choice,) = answer["choices"]
+    logprobs = choice["logprobs"]
+    # Five tokens are bytes of the first two characters, then each is a letter.
+    text = "é€ hello world" if "o w" not in stop else "é€ hell"
+    assert choice["text"] == text
+    expected = [0, 0, 1, 1, 1, *range(2, 14), 14, 14, 14, 14, 14]
+    assert logprobs["text_offset"] == expected[: len(logprobs["tokens"])]
+    letters = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[5:]
+    assert all(text[offset:].startswith(token) for token, offset in letters if offset < len(text))
+    assert len(logprobs["tokens"]) == (22 if "o w" not in stop else 13)
+
+
+async def test_a_long_answer_is_written_beside_the_loop(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.engine.script.answer = b"x" * 400
+    threads = []
+    run_beside = served.engine.run_beside
+
+    async def watched(work: Callable[[], bytes]) -> bytes:
+        def write() -> bytes:
+            threads.append(threading.current_thread().name)
+            return work()
+
+        return await run_beside(write)
+
+    monkeypatch.setattr(served.engine, "run_beside", watched)
+    for logprobs, long in ((1, False), (20, True)):
+        _, body = await served.post("/v1/completions", {"prompt": "Hi", "max_tokens": 400, "logprobs": logprobs})
+        assert len(body["choices"][0]["logprobs"]["tokens"]) == 400
+        assert len(threads) == int(long)
+    assert threads[0].startswith("octavo-text")
+
+
+@pytest.mark.parametrize("prompt", ["Hi", ["Hi", "You", "They"]])
+async def test_a_whole_answer_wakes_its_handler_once(
+    served: Served, monkeypatch: pytest.MonkeyPatch, prompt: object
+) -> None:
+    served.engine.script.step_delay = 0.002
+    woken = []
+    wake = ReplyStream.wake
+
+    def counted(stream: ReplyStream) -> None:
+        woken.append(stream.reply_id)
+        wake(stream)
+
+    monkeypatch.setattr(ReplyStream, "wake", counted)
+    await served.post("/v1/completions", {**COMPLETION, "prompt": prompt})
+    assert len(woken) == 1
+    await served.events("/v1/completions", {**COMPLETION, "prompt": prompt})
+    assert len(woken) > 5
 
 
 async def test_seed_repeats_and_priority_and_salt_are_taken(served: Served) -> None:
@@ -277,6 +337,14 @@ async def test_keep_alive_comments_before_the_first_token(served_slowly: Served)
     assert lines[-2] == "data: [DONE]"
 
 
+async def test_one_keep_alive_for_a_list_of_prompts(served_slowly: Served) -> None:
+    body = {**COMPLETION, "prompt": ["a", "b", "c", "d"], "stream": True}
+    async with served_slowly.http.post(served_slowly.url + "/v1/completions", json=body) as response:
+        lines = (await response.read()).decode().split("\n\n")
+    assert 1 <= lines.count(": keep-alive") <= 4  # in 0.3 s, one each 0.1 s
+    assert lines[-2] == "data: [DONE]"
+
+
 async def test_official_client(served: Served) -> None:
     async with openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0) as client:
         assert [model.id async for model in client.models.list()] == ["org/tiny"]
@@ -300,6 +368,11 @@ async def test_official_client(served: Served) -> None:
         assert chunk.usage.completion_tokens == 12
         completion = await client.completions.create(model="org/tiny", prompt=["a", "b"], max_tokens=2, logprobs=1)
         assert [choice.text for choice in completion.choices] == ["He", "He"]
+        texts = ["", ""]
+        stream = await client.completions.create(model="org/tiny", prompt=["a", "b"], max_tokens=5, stream=True)
+        async for chunk in stream:
+            texts[chunk.choices[0].index] += chunk.choices[0].text
+        assert texts == ["Hello", "Hello"]
         with pytest.raises(openai.BadRequestError) as caught:
             await client.completions.create(model="org/tiny", prompt="a", temperature=9)
         assert (caught.value.param, caught.value.code) == ("temperature", "invalid_value")

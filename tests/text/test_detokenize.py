@@ -38,7 +38,7 @@ class Scripted:
 
     def __call__(self, prompt: Sequence[int], output: Sequence[int], skip_special: bool = True) -> str:
         params = _core.SamplingParams(max_tokens=len(output), ignore_eos=True, skip_special_tokens=skip_special)
-        request = self.core.add_request(_core.Prompt(prompt), params, now=0.0)
+        request = self.core.add_call([_core.Prompt(prompt)], params, now=0.0)
         for token in output:
             assert self.core.schedule(0, 0.0) is not None
             self.result[:12].view(np.uint32)[:] = 0, 1, token

@@ -69,7 +69,7 @@ def paged_requests(
     core.bind(0, plan_buffer, result_buffer)
     for prompt, length in items:
         params = _core.SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
-        core.add_request(_core.Prompt(prompt), params, now=0.0)
+        core.add_call([_core.Prompt(prompt)], params, now=0.0)
     running = []
     now = 0.0
     while core.schedule(0, now) is not None:
@@ -81,5 +81,5 @@ def paged_requests(
         records[:, :3] = (0, 1, 100)  # status ok, one valid token, its id
         now += 0.01
         core.commit(0, now)
-        core.drain()
+        core.take_news()
     return max(running), sum(running) / len(running)

@@ -77,26 +77,27 @@ def replay(
             params = _core.SamplingParams(
                 temperature=0.0, max_tokens=length, min_tokens=length, ignore_eos=True, detokenize=False
             )
-            request = engine.core.add_request(_core.Prompt(prompt), params, now=now)
+            request = engine.core.add_call([_core.Prompt(prompt)], params, now=now)
             arrived_at[request] = started + arrivals[number]
         if not engine.step():
             if waiting:
                 time.sleep(max(0.0, min(0.001, started + arrivals[waiting[-1]] - time.monotonic())))
             continue
         steps.append(time.monotonic() - now)
-        for request in engine.core.drain():
+        for request in engine.core.take_news():
             delta = engine.core.take(request)
             if delta is None or not delta.finished:
                 continue
             if delta.error is not None:
-                raise RuntimeError(delta.error)
+                raise RuntimeError(str(delta.error))
+            (progress,) = delta.requests
             arrived = arrived_at.pop(request)
-            _, _, first, last = delta.times
+            _, _, first, last = progress.times
             latency.append(last - arrived)
             ttft.append(first - arrived)
-            if delta.num_output_tokens > 1:
-                tpot.append((last - first) / (delta.num_output_tokens - 1))
-            output_tokens += delta.num_output_tokens
+            if progress.num_output_tokens > 1:
+                tpot.append((last - first) / (progress.num_output_tokens - 1))
+            output_tokens += progress.num_output_tokens
             finished()
     seconds = time.monotonic() - started
     prompt_tokens = sum(len(prompt) for prompt, _ in items)

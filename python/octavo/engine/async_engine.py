@@ -1,6 +1,6 @@
 """The engine for asyncio: one engine thread, and streams that wake when the core has news for them.
 
-The core's eventfd becomes readable once for any number of tokens; the loop's reader drains the ids with news and sets
+The core's eventfd becomes readable once for any number of tokens; the loop's reader takes the ids with news and sets
 one event a stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
 """
 
@@ -11,7 +11,7 @@ import functools
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -31,42 +31,43 @@ GIL_SWITCH_SECONDS = 0.0002
 wait for the device, would lose that much of a step to a busy event loop."""
 
 TEXT_THREADS = 2
-"""Threads for templates and tokenising. Their work is detached Rust: two keep two cores busy, and more gain nothing."""
+"""Threads for templates, tokenising and long answers. Their work is detached Rust: two keep two
+cores busy, and more gain nothing."""
 
 
-class RequestStream:
-    """The news of one request. A request whose stream is closed before its end is aborted."""
+class ReplyStream:
+    """The news of one call's reply. A call whose stream is closed before its end is aborted."""
 
-    def __init__(self, engine: AsyncEngine, request_id: int) -> None:
-        self.request_id = request_id
+    def __init__(self, engine: AsyncEngine, reply_id: int) -> None:
+        self.reply_id = reply_id
         self._engine = engine
         self._news = asyncio.Event()
         self._open = True
 
-    async def next(self) -> _core.RequestDelta:
+    async def next(self) -> _core.ReplyDelta:
         """Waits for news and takes all of it; `finished` is true on the last. At most one caller at a time."""
         while True:
             await self._news.wait()
             self._news.clear()
-            delta = self._engine.core.take(self.request_id)
+            delta = self._engine.core.take(self.reply_id)
             if delta is not None:
                 if delta.finished:
                     self._leave()
                 return delta
 
     def wake(self) -> None:
-        """The core has news for this request (called on the loop)."""
+        """The core has news for this reply (called on the loop)."""
         self._news.set()
 
     def close(self) -> None:
-        """Aborts the request unless it has finished: its blocks are free by the next committed step. Idempotent."""
+        """Aborts the call unless it has finished: its blocks are free by the next committed step. Idempotent."""
         if self._open:
             self._leave()
-            self._engine.core.abort(self.request_id)
+            self._engine.core.abort(self.reply_id)
 
     def _leave(self) -> None:
         self._open = False
-        self._engine.streams.pop(self.request_id, None)
+        self._engine.streams.pop(self.reply_id, None)
 
 
 class AsyncEngine:
@@ -82,7 +83,7 @@ class AsyncEngine:
         self.chat_template: _core.ChatTemplate | None = parts.chat_template
         self.generation_defaults = parts.generation_defaults
         self.report = parts.report
-        self.streams: dict[int, RequestStream] = {}
+        self.streams: dict[int, ReplyStream] = {}
         self.draining = False
         self._engine = engine
         self._in_text = 0
@@ -113,11 +114,11 @@ class AsyncEngine:
                 raise RuntimeError("this engine serves another event loop, which is still running: use one loop")
             earlier.remove_reader(self.core.fileno())
         self._loop = loop
-        loop.add_reader(self.core.fileno(), self._drain)
+        loop.add_reader(self.core.fileno(), self._wake_streams)
 
-    def _drain(self) -> None:
-        for request_id in self.core.drain():
-            stream = self.streams.get(request_id)
+    def _wake_streams(self) -> None:
+        for reply_id in self.core.take_news():
+            stream = self.streams.get(reply_id)
             if stream is not None:
                 stream.wake()
 
@@ -147,26 +148,26 @@ class AsyncEngine:
 
     def submit(
         self,
-        prompt: _core.Prompt,
+        prompts: Sequence[_core.Prompt],
         params: _core.SamplingParams,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-        frames: _core.FrameTemplate | None = None,
-    ) -> RequestStream:
-        """Queues a request, in about a microsecond.
+        reply_format: _core.ReplyFormat | None = None,
+    ) -> ReplyStream:
+        """Queues a call with one prompt or several, all or none of them, in about a microsecond.
 
-        Raises `OverloadedError` (queue full), `PromptTooLongError`, `KvCapacityError` or another `ValueError` (the
-        request can never be served), `EngineDeadError`.
+        Raises `OverloadedError` (queue full), `RefusedError`, such as `PromptTooLongError` and
+        `KvCapacityError` (a prompt can never be served), `EngineDeadError`.
         """
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
         if self._engine.is_stopped:
             raise EngineDeadError("the engine has been shut down")
-        request_id = self.core.add_request(
-            prompt, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, frames=frames
+        reply_id = self.core.add_call(
+            prompts, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, reply_format=reply_format
         )
-        stream = self.streams[request_id] = RequestStream(self, request_id)
+        stream = self.streams[reply_id] = ReplyStream(self, reply_id)
         return stream
 
     async def generate(
@@ -175,15 +176,15 @@ class AsyncEngine:
         """Yields the growing output of one prompt, each time as an object of its own; the request is aborted when the
         iterator is dropped.
 
-        Raises `OverloadedError` where the queue is full, and `RuntimeError` if the engine ended the request with an
-        error.
+        Raises `OverloadedError` where the queue is full, `EngineDeadError` if the engine is lost, and
+        `RuntimeError` if it ended the request with an error.
         """
         self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
         room = self.max_model_len - len(encoded)
         params = sampling_params or SamplingParams(**self.generation_defaults).fitting(room)
-        stream = self.submit(encoded, params.to_core(), priority=priority)
-        builder = OutputBuilder(stream.request_id, prompt, encoded, params, self.tokenizer)
+        stream = self.submit([encoded], params.to_core(), priority=priority)
+        builder = OutputBuilder(stream.reply_id, prompt, encoded, params, self.tokenizer)
         try:
             finished = False
             while not finished:
@@ -191,7 +192,7 @@ class AsyncEngine:
                 finished = delta.finished
                 output = builder.add(delta)
                 if finished and output.error is not None:
-                    raise RuntimeError(output.error)
+                    raise EngineDeadError(self._engine.failure) if self.is_dead else RuntimeError(output.error)
                 yield output if finished else builder.snapshot()
         finally:
             stream.close()
@@ -201,16 +202,18 @@ class AsyncEngine:
 
         Raises `OverloadedError` where the queue is full.
         """
-        limit = self.config.max_waiting
-        if self._in_text + self.core.stats()["num_requests_queued"] >= limit:
-            raise _core.OverloadedError(
-                f"{limit} requests are waiting already, which is the limit (max_waiting): retry later"
-            )
+        self.core.check_queue(self._in_text)
         with self._text_lock:
             self._in_text += 1
         job = self._text_pool.submit(work, *args)
         job.add_done_callback(self._text_done)
         return await asyncio.wrap_future(job)
+
+    async def run_beside(self, work: Callable[[], T]) -> T:
+        """Runs what would keep the loop too long, on the pool for text."""
+        if self._engine.is_stopped:  # and the pool with it: these are last words
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
 
     def _text_done(self, _: Future[Any]) -> None:
         """Called on the pool's thread, or by who cancels a job that waits; one that runs goes on without its client."""
@@ -251,18 +254,6 @@ class AsyncEngine:
         """Gauges and counters of the core by name."""
         return self.core.stats()
 
-    async def drain(self, timeout: float) -> bool:
-        """Refuses nothing itself (the server does, seeing `draining`); waits until all requests have ended. False on
-        timeout.
-        """
-        self.draining = True
-        deadline = time.monotonic() + timeout
-        while self.core.has_unfinished() and not self.is_dead:
-            if time.monotonic() > deadline:
-                return False
-            await asyncio.sleep(0.02)
-        return True
-
     def shutdown(self) -> None:
         """Ends the engine thread and gives its memory back; requests still running end with an error, which wakes their
         streams.
@@ -275,7 +266,7 @@ class AsyncEngine:
         if not self._thread.is_alive():  # else a step still uses the memory
             self._engine.close()
         if self._loop is not None and not self._loop.is_closed():
-            self._drain()
+            self._wake_streams()
             self._loop.remove_reader(self.core.fileno())
         self._loop = None
         self._text_pool.shutdown(wait=False)

@@ -108,7 +108,7 @@ class Engine:
         logger.error("step %d ran out of memory: %s", step.plan.step_id, error)
         self._wait_for_device()
         self._finish_current()  # unless it was before
-        self.core.fail_step(step.slot, f"out_of_memory: step {step.plan.step_id} did not fit into device memory")
+        self.core.fail_step(step.slot, "out_of_memory", f"step {step.plan.step_id} did not fit into device memory")
 
     def _drop_interrupted(self) -> None:
         """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
@@ -116,7 +116,7 @@ class Engine:
         self._current = None
         for slot in range(len(self.parts.buffers)):
             with contextlib.suppress(ValueError):  # the slot holds no step
-                self.core.fail_step(slot, "step_interrupted: the step was interrupted before it was done")
+                self.core.fail_step(slot, "step_interrupted", "the step was interrupted before it was done")
         self._interrupted = False
 
     def _wait_for_device(self) -> None:
@@ -137,7 +137,8 @@ class Engine:
                 return  # the core has dropped the step that was in flight
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
-            self.core.fail_all(f"engine_dead: {self.failure}")
+            # Clients see this: the reason stays in the log and in `failure`.
+            self.core.fail_all("engine_dead", "The engine has stopped and the server is about to exit.")
 
     @property
     def is_stopped(self) -> bool:

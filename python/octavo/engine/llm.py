@@ -152,7 +152,7 @@ class LLM:
             with tqdm(total=len(prompts), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(builders):
                     self._engine.step()
-                    for request_id in self._engine.core.drain():
+                    for request_id in self._engine.core.take_news():
                         if request_id not in builders:  # of an earlier call that was interrupted more than once
                             self._engine.core.abort(request_id)
                             continue
@@ -180,7 +180,7 @@ class LLM:
     ) -> None:
         for number, (prompt, tokens, wanted) in enumerate(zip(prompts, encoded, params, strict=True)):
             try:
-                request_id = self._engine.core.add_request(tokens, wanted.to_core(), now=time.monotonic())
+                request_id = self._engine.core.add_call([tokens], wanted.to_core(), now=time.monotonic())
             except ValueError as error:
                 raise type(error)(f"prompts[{number}]: {error}") from error
             builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.parts.tokenizer)
@@ -198,5 +198,5 @@ class LLM:
         """Steps until aborted requests have left, so that the next call starts clean."""
         while self._engine.step():
             pass
-        for request_id in self._engine.core.drain():
+        for request_id in self._engine.core.take_news():
             self._engine.core.take(request_id)

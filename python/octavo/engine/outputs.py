@@ -35,13 +35,14 @@ class OutputBuilder:
             finished=False,
         )
 
-    def add(self, delta: _core.RequestDelta) -> RequestOutput:
+    def add(self, delta: _core.ReplyDelta) -> RequestOutput:
         """Adds what is new and returns the output itself, which the next call changes."""
         output = self._output
         output.finished = delta.finished
-        output.error = delta.error
-        output.num_cached_tokens = delta.num_cached_tokens
-        output.metrics = RequestMetrics(*delta.times)
+        output.error = None if delta.error is None else str(delta.error)
+        for request in delta.requests:
+            output.num_cached_tokens = request.num_cached_tokens
+            output.metrics = RequestMetrics(*request.times)
         for choice in delta.choices:
             completion = output.outputs[choice.index]
             completion.text += choice.text

@@ -51,7 +51,7 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
             if length + 2 > core.longest_request:
                 continue
             params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, **options)
-            core.add_request(Prompt([0] * length), params, now=time.monotonic())
+            core.add_call([Prompt([0] * length)], params, now=time.monotonic())
             while core.schedule(0, time.monotonic()) is not None:
                 step = Step(0, buffers.read_plan(), buffers)
                 runner.launch_forward(step)

@@ -10,7 +10,7 @@ from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import add_headers, check_host_and_key, json_errors
-from octavo.server.openai import OpenAIRoutes
+from octavo.server.openai.routes import OpenAIRoutes
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine

@@ -1,37 +1,34 @@
-"""Serving one call: submit its prompts, then answer with one body or with a stream of server-sent events.
+"""Serving one call: submit its prompts, then answer in one piece or with a stream of events.
 
-Whatever happens, the requests of a call are closed in the end, so a client that leaves gives its blocks back. The usual
-stream is bytes made in Rust, written as they come; only a stream over several prompts is put together here.
+Whatever happens, the call is closed in the end, so a client that leaves gives its blocks back. What
+the answer looks like is the protocol's affair, in Rust: bytes come from there and go to the socket.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
 
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.sampling_params import SamplingParams
-from octavo.server import responses
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
     ApiError,
     engine_dead,
-    from_engine_text,
-    from_value_error,
+    from_failure,
     internal_error,
     overloaded,
+    refused,
     shutting_down,
 )
-from octavo.server.metrics import Metrics, RequestTimes
-from octavo.server.responses import Choice, Usage
-from octavo.server.schemas import ChatCompletionRequest, CompletionRequest
+from octavo.server.metrics import CallTimes, Metrics
 
 if TYPE_CHECKING:
-    from octavo.engine.async_engine import AsyncEngine, RequestStream
+    from octavo.engine.async_engine import AsyncEngine, ReplyStream
 
 logger = logging.getLogger(__name__)
 
@@ -83,46 +80,21 @@ class EventWriter:
             waiting.cancel()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Call:
-    """One accepted call, ready to be submitted."""
+    """One call, ready to be submitted."""
 
-    kind: Literal["completion", "chat"]
-    request: CompletionRequest | ChatCompletionRequest
-    prompts: list[_core.Prompt]
-    params: SamplingParams
     id: str
-    created: int
+    prompts: list[_core.Prompt]
+    prompt_field: str
+    """What its request calls the prompt, for refusals."""
+    params: SamplingParams
+    reply_format: _core.ReplyFormat
+    stream: bool
+    priority: int
+    cache_salt: str | None
     arrival: float
-
-    def head(self, model: str, object: str) -> dict[str, Any]:
-        """The fields with which every body and every chunk begins."""
-        return {"id": self.id, "object": object, "created": self.created, "model": model}
-
-
-@dataclass(frozen=True)
-class Running:
-    """One submitted prompt of a call."""
-
-    stream: "RequestStream"
-    times: RequestTimes
-    first_choice: int
-
-    async def next(self) -> _core.RequestDelta:
-        """The next delta, counted."""
-        delta = await self.stream.next()
-        self.times.add(delta)
-        return delta
-
-    def close(self) -> None:
-        """Aborts what has not finished."""
-        self.stream.close()
-        self.times.close()
-
-
-def refusal(request: CompletionRequest | ChatCompletionRequest, error: Exception, param: str) -> ApiError:
-    """The 400 for what the core would not take; `param` is meant where its message names no field of the request."""
-    return from_value_error(error, frozenset(request.__struct_fields__), param)
+    """On the monotonic clock."""
 
 
 class CallServer:
@@ -141,147 +113,78 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
-    def queue_full(self, error: _core.OverloadedError) -> ApiError:
-        """The 429 for a call that found the queue full."""
-        return overloaded(str(error), self._metrics.retry_after())
+    def refusal(self, error: ValueError | _core.OverloadedError, prompt_field: str) -> ApiError:
+        """The 429 for a call that found the queue full, or the 400 for one that can never be served."""
+        if isinstance(error, _core.OverloadedError):
+            return overloaded(str(error), self._metrics.retry_after())
+        return refused(error, prompt_field)
 
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
         self.check_open()  # tokenising took time
-        running: list[Running] = []
         self.active += 1
         try:
-            for prompt in call.prompts:
-                running.append(self._submit(call, prompt, first_choice=len(running) * call.params.n))
+            reply = self._submit(call)
             self._metrics.accepted(call.params.n, call.params.max_tokens)
-            if not call.request.stream:
-                return await self._whole(call, running)
-            return await self._streamed(request, call, running)
+            times = CallTimes(self._metrics, call.arrival, len(call.prompts))
+            try:
+                if call.stream:
+                    return await self._streamed(request, call, reply, times)
+                return await self._whole(reply, times)
+            finally:
+                reply.close()
+                times.close()
         finally:
             self.active -= 1
-            for one in running:
-                one.close()
 
-    def _submit(self, call: Call, prompt: _core.Prompt, first_choice: int) -> Running:
-        frames = None
-        if call.request.stream and len(call.prompts) == 1:
-            frames = _core.FrameTemplate(
-                call.kind,
-                id=call.id,
-                model=self._engine.model_name,
-                created=call.created,
-                include_usage=call.request.include_usage,
-                continuous_usage=call.request.continuous_usage,
-            )
+    def _submit(self, call: Call) -> "ReplyStream":
         try:
-            stream = self._engine.submit(
-                prompt,
+            return self._engine.submit(
+                call.prompts,
                 call.params.to_core(),
-                priority=call.request.priority or 0,
-                cache_salt=call.request.cache_salt,
-                frames=frames,
+                priority=call.priority,
+                cache_salt=call.cache_salt,
+                reply_format=call.reply_format,
             )
-        except _core.OverloadedError as error:
-            raise self.queue_full(error) from None
         except EngineDeadError:
             raise engine_dead() from None
-        except (ValueError, OverflowError) as error:
-            raise refusal(call.request, error, "prompt" if call.kind == "completion" else "messages") from None
-        return Running(stream, RequestTimes(self._metrics, call.arrival, call.params.n), first_choice)
+        except (ValueError, _core.OverloadedError) as error:
+            raise self.refusal(error, call.prompt_field) from None
 
-    # ---- one body ----------------------------------------------------------------------------------------------------
+    async def _whole(self, reply: "ReplyStream", times: CallTimes) -> web.Response:
+        """The answer in one piece; the reply has no news before its end."""
+        delta = await reply.next()
+        times.add(delta)
+        if delta.error is not None:
+            raise from_failure(delta.error)
+        return web.Response(body=await self._written(delta), content_type="application/json")
 
-    async def _whole(self, call: Call, running: list[Running]) -> web.Response:
-        choices: list[Choice] = []
-        usage = Usage()
-        for one in running:
-            own = [Choice(one.first_choice + index) for index in range(call.params.n)]
-            while True:
-                delta = await one.next()
-                for gained in delta.choices:
-                    own[gained.index].add(gained)
-                if delta.error is not None:
-                    raise from_engine_text(delta.error)
-                if delta.finished:
-                    break
-            usage.add(delta)
-            choices += own
-        tokenizer, logprobs = self._engine.tokenizer, call.params.logprobs
-        if call.kind == "completion":
-            head = call.head(self._engine.model_name, "text_completion")
-            bodies = [responses.completion_choice(choice, tokenizer, logprobs) for choice in choices]
-        else:
-            head = call.head(self._engine.model_name, "chat.completion")
-            bodies = [responses.chat_choice(choice, tokenizer, logprobs) for choice in choices]
-        return web.Response(body=responses.body(head, bodies, usage), content_type="application/json")
-
-    # ---- streams -----------------------------------------------------------------------------------------------------
-
-    async def _streamed(self, request: web.Request, call: Call, running: list[Running]) -> web.StreamResponse:
+    async def _streamed(
+        self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes
+    ) -> web.StreamResponse:
         response = web.StreamResponse(headers=SSE_HEADERS)
         await response.prepare(request)
         events = EventWriter(request, response, self._config.sse_keep_alive_interval)
         try:
-            if len(running) == 1:
-                await self._frames_of_one(events, running[0])
-            else:
-                await self._chunks_of_many(events, call, running)
-        except ApiError as error:
-            self._metrics.errors[error.code] += 1
-            await events.write(error.frames())
+            delta = await events.keep_alive(reply.next())
+            while True:
+                times.add(delta)
+                if data := await self._written(delta):  # news may have been taken with those before
+                    await events.write(data)
+                if delta.finished:
+                    break
+                delta = await reply.next()
+            if delta.error is not None:
+                self._metrics.errors[delta.error.code] += 1
         except (asyncio.CancelledError, ConnectionError):
             raise
         except Exception:
             logger.exception("stream %s failed", call.id)
-            await events.write(internal_error().frames())
+            error = internal_error()
+            await events.write(call.reply_format.write_error(error.code, error.message))
         await response.write_eof()
         return response
 
-    async def _frames_of_one(self, events: EventWriter, one: Running) -> None:
-        """The usual stream: bytes from Rust to the socket."""
-        delta = await events.keep_alive(one.next())
-        while True:
-            if delta.error is not None:
-                raise from_engine_text(delta.error)
-            if delta.frames:
-                await events.write(delta.frames)
-            if delta.finished:
-                return
-            delta = await one.next()
-
-    async def _chunks_of_many(self, events: EventWriter, call: Call, running: list[Running]) -> None:
-        """A stream over several prompts: chunks are built here, since a frame template knows one request only."""
-        usage = Usage()
-        head = call.head(self._engine.model_name, "text_completion")
-        num_prompt_tokens = sum(len(prompt) for prompt in call.prompts)
-        num_output_tokens = [0] * len(running)
-
-        async def forward(position: int, one: Running) -> None:
-            offsets = [0] * call.params.n
-            delta = await events.keep_alive(one.next())
-            while True:
-                num_output_tokens[position] = delta.num_output_tokens
-                so_far = Usage(num_prompt_tokens, sum(num_output_tokens)) if call.request.continuous_usage else None
-                for gained in delta.choices:
-                    choice = Choice(one.first_choice + gained.index)
-                    choice.add(gained)
-                    offset = offsets[gained.index]
-                    offsets[gained.index] += len(gained.text)
-                    piece = responses.completion_choice(choice, self._engine.tokenizer, call.params.logprobs, offset)
-                    await events.write(b"data: " + responses.body(head, [piece], so_far) + b"\n\n")
-                if delta.error is not None:
-                    raise from_engine_text(delta.error)
-                if delta.finished:
-                    usage.add(delta)
-                    return
-                delta = await one.next()
-
-        tasks = [asyncio.ensure_future(forward(position, one)) for position, one in enumerate(running)]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        if call.request.include_usage:
-            await events.write(b"data: " + responses.body(head, [], usage) + b"\n\n")
-        await events.write(b"data: [DONE]\n\n")
+    async def _written(self, delta: _core.ReplyDelta) -> bytes:
+        """What to send of a delta. A long one is written beside the loop, which other clients wait for."""
+        return await self._engine.run_beside(delta.write) if delta.is_long else delta.write()

@@ -5,11 +5,11 @@ and the limit, and never paths, addresses or tracebacks. A request that would fa
 clients retry those.
 """
 
-import re
 from collections.abc import Mapping
 
-import msgspec
 from aiohttp import web
+
+from octavo import _core
 
 _TYPES = {
     401: "authentication_error",
@@ -42,11 +42,9 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> bytes:
-        """The JSON object, for an answer or for a `data:` line."""
+        """The JSON object."""
         kind = _TYPES.get(self.status, "invalid_request_error")
-        return msgspec.json.encode(
-            {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-        )
+        return _core.openai_error(self.message, type=kind, param=self.param, code=self.code)
 
     def response(self) -> web.Response:
         """The HTTP answer."""
@@ -57,34 +55,22 @@ class ApiError(Exception):
             response.force_close()  # aiohttp does not look at the header
         return response
 
-    def frames(self) -> bytes:
-        """How a stream ends whose status 200 has been sent: OpenAI's clients raise on this."""
-        return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
-
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     """A 400 that names the field."""
     return ApiError(400, code, message, param=param)
 
 
-def from_value_error(error: Exception, known_fields: frozenset[str], default_param: str | None) -> ApiError:
-    """A refusal by the core. Its messages begin with the field's name."""
-    from octavo import _core
+def refused(error: ValueError, prompt_field: str) -> ApiError:
+    """A 400 for what the core would not take, or a check on the way to it.
 
-    message = str(error)
-    named = re.match(r"[a-z_]+", message)
-    param = named.group() if named and named.group() in known_fields else default_param
-    if isinstance(error, _core.PromptTooLongError):
-        return bad_request(message, param, "context_length_exceeded")
-    if isinstance(error, _core.KvCapacityError):
-        return bad_request(message, param, "kv_capacity_exceeded")
-    if isinstance(error, _core.TemplateError):
-        return bad_request(message, "messages", "template_error")
-    if re.match(r"[a-z_]+ holds token id ", message):
-        return bad_request(message, param, "token_id_out_of_range")
-    if isinstance(error, OverflowError):
-        return bad_request(f"{param}: the number is out of range", param)
-    return bad_request(message, param)
+    prompt_field: what the request calls the prompt, which the core knows as `prompt`. It is also
+    meant where the error names no field.
+    """
+    if not isinstance(error, _core.RefusedError):
+        return bad_request(str(error), prompt_field)
+    param = prompt_field if error.param in (None, "prompt") else error.param
+    return bad_request(str(error), param, error.code)
 
 
 def overloaded(message: str, retry_after: int) -> ApiError:
@@ -108,13 +94,10 @@ def engine_dead() -> ApiError:
     return ApiError(503, "engine_dead", message, headers={"Retry-After": "10"})
 
 
-def from_engine_text(text: str) -> ApiError:
-    """An error that ended an accepted request. The engine writes `code: explanation`."""
-    code, colon, explanation = text.partition(": ")
-    if code == "engine_dead":
+def from_failure(failure: _core.Failure) -> ApiError:
+    """What ended an accepted call before anything of its answer was sent."""
+    if failure.code == "engine_dead":
         return engine_dead()
-    if code == "server_shutting_down":
+    if failure.code == "server_shutting_down":
         return shutting_down()
-    if not colon or not re.fullmatch(r"[a-z_]{1,40}", code):
-        code, explanation = "generation_failed", text
-    return ApiError(500, code, explanation)
+    return ApiError(500, failure.code, failure.message)

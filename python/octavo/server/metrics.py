@@ -119,81 +119,52 @@ class Histogram:
         return result
 
 
-class _ChoiceTimes:
-    """Tokens of one choice so far."""
+class CallTimes:
+    """Follows the requests of one call, a prompt with its choices each, from arrival to end."""
 
-    __slots__ = ("first_token", "last_token", "num_tokens")
-
-    def __init__(self) -> None:
-        self.first_token = 0.0
-        self.last_token = 0.0
-        self.num_tokens = 0
-
-
-class RequestTimes:
-    """Follows one request from its arrival to its end. Its choices run side by side: what lies between tokens lies
-    between those of one choice.
-    """
-
-    def __init__(self, metrics: "Metrics", arrival: float, n: int = 1) -> None:
+    def __init__(self, metrics: "Metrics", arrival: float, num_prompts: int) -> None:
         self._metrics = metrics
         self._arrival = arrival
-        self._choices = [_ChoiceTimes() for _ in range(n)]
-        self._last_token = 0.0
-        self._num_tokens = 0
-        self._ended = False
+        self._without_token = set(range(num_prompts))
+        self._running = set(range(num_prompts))
 
-    def add(self, delta: _core.RequestDelta) -> None:
-        """Takes in one delta of the stream."""
-        _, scheduled, first, last = delta.times
+    def add(self, delta: _core.ReplyDelta) -> None:
+        """Takes in one delta of the reply."""
+        for gap, count in delta.token_gaps:
+            self._metrics.histograms["inter_token_latency_seconds"].observe(gap, count)
+        for request in delta.requests:
+            self._add_milestone(request)
+
+    def _add_milestone(self, request: _core.RequestProgress) -> None:
         histograms = self._metrics.histograms
-        if self._num_tokens == 0 and delta.num_output_tokens > 0:
+        _, scheduled, first, last = request.times
+        if request.num_output_tokens > 0 and request.index in self._without_token:
+            self._without_token.remove(request.index)
             histograms["time_to_first_token_seconds"].observe(first - self._arrival)
-        if len(self._choices) == 1:  # spares the copy of the token ids
-            self._add_tokens(self._choices[0], delta.num_output_tokens - self._num_tokens, first, last)
-        else:
-            for gained in delta.choices:
-                self._add_tokens(self._choices[gained.index], len(gained.token_ids), first, last)
-        self._last_token, self._num_tokens = last, delta.num_output_tokens
-        if not delta.finished:
+        if request.finish_reason is None or request.index not in self._running:
             return
-        self._ended = True
-        reasons = {choice.finish_reason for choice in delta.choices if choice.finish_reason}
-        self._metrics.finished("error" if delta.error is not None else min(reasons, default="stop"))
-        histograms["request_prompt_tokens"].observe(delta.num_prompt_tokens)
-        histograms["request_generation_tokens"].observe(delta.num_output_tokens)
+        self._running.remove(request.index)
+        self._metrics.finished(request.finish_reason)
+        histograms["request_prompt_tokens"].observe(request.num_prompt_tokens)
+        histograms["request_generation_tokens"].observe(request.num_output_tokens)
         if first > 0.0:
             histograms["e2e_request_latency_seconds"].observe(last - self._arrival)
             histograms["request_queue_time_seconds"].observe(scheduled - self._arrival)
             histograms["request_prefill_time_seconds"].observe(first - scheduled)
             histograms["request_decode_time_seconds"].observe(last - first)
             histograms["request_inference_time_seconds"].observe(last - scheduled)
-            for choice in self._choices:
-                if choice.num_tokens > 1:
-                    mean = (choice.last_token - choice.first_token) / (choice.num_tokens - 1)
+            for tokens, choice_first, choice_last in request.choices:
+                if tokens > 1:
+                    mean = (choice_last - choice_first) / (tokens - 1)
                     histograms["request_time_per_output_token_seconds"].observe(mean)
 
-    def _add_tokens(self, choice: "_ChoiceTimes", new_tokens: int, first: float, last: float) -> None:
-        """Counts the tokens of one delta: `first` and `last` are the times of the request's first and latest token."""
-        if new_tokens == 0:
-            return
-        if choice.num_tokens == 0:
-            # Of several tokens that came together only the last one's time is known; the choice began after the deltas
-            # before this one.
-            began = (self._last_token or first) if new_tokens > 1 else last
-            choice.first_token = choice.last_token = began
-            choice.num_tokens, new_tokens = 1, new_tokens - 1
-        if new_tokens > 0:
-            mean = (last - choice.last_token) / new_tokens
-            self._metrics.histograms["inter_token_latency_seconds"].observe(mean, new_tokens)
-        choice.num_tokens += new_tokens
-        choice.last_token = last
-
     def close(self) -> None:
-        """The handler is done with the request; if that has not finished, the client left."""
-        if not self._ended:
-            self._ended = True
+        """The handler is done with the call: of a request that has not ended the client left, or
+        another one failed.
+        """
+        for _ in self._running:
             self._metrics.finished("abort")
+        self._running.clear()
 
 
 class Metrics(Collector):

@@ -11,7 +11,7 @@ import msgspec
 
 from octavo.server.body import MAX_DEPTH, nesting
 from octavo.server.errors import bad_request
-from octavo.server.schemas import ChatCompletionRequest, Message, Tool, ToolCall
+from octavo.server.openai.schemas import ChatCompletionRequest, Message, Tool, ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 2048

@@ -5,19 +5,22 @@ A request becomes a `Call` here: body, struct, checks, prompts (tokenised off th
 
 import time
 import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from octavo import _core
+from octavo.sampling_params import SamplingParams
 from octavo.server.body import decode, read_body
-from octavo.server.calls import Call, CallServer, refusal
+from octavo.server.calls import Call, CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_request
-from octavo.server.messages import template_kwargs, template_messages, template_tools
 from octavo.server.metrics import Metrics
-from octavo.server.schemas import (
+from octavo.server.openai.messages import template_kwargs, template_messages, template_tools
+from octavo.server.openai.schemas import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     ChatCompletionRequest,
@@ -32,6 +35,20 @@ R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
 
 _ANY_MODEL = frozenset({"", "dummy", "tgi"})
 """What clients of single-model servers put where a name must be."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Where the two routes that generate differ."""
+
+    prompt_field: str
+    """What a request calls its prompt."""
+    id_prefix: str
+    reply_format: Callable[..., _core.ReplyFormat]
+
+
+COMPLETION = Kind("prompt", "cmpl-", _core.ReplyFormat.openai_completion)
+CHAT = Kind("messages", "chatcmpl-", _core.ReplyFormat.openai_chat)
 
 
 class OpenAIRoutes:
@@ -101,12 +118,9 @@ class OpenAIRoutes:
             prompts = [await self._encode(prompt, parsed.add_special_tokens is not False) for prompt in given]
             if parsed.max_tokens is None:
                 params = params.fitting(self._longest - max(map(len, prompts)))
-        except _core.OverloadedError as error:
-            raise self._calls.queue_full(error) from None
-        except (ValueError, OverflowError) as error:
-            raise refusal(parsed, error, "prompt") from None
-        call = Call("completion", parsed, prompts, params, f"cmpl-{uuid.uuid4().hex}", int(time.time()), arrival)
-        return await self._calls.serve(request, call)
+        except (ValueError, _core.OverloadedError) as error:
+            raise self._calls.refusal(error, COMPLETION.prompt_field) from None
+        return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival))
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
@@ -126,12 +140,39 @@ class OpenAIRoutes:
             )
             if parsed.max_tokens is None and parsed.max_completion_tokens is None:
                 params = params.fitting(self._longest - len(prompt))
-        except _core.OverloadedError as error:
-            raise self._calls.queue_full(error) from None
-        except (ValueError, OverflowError) as error:
-            raise refusal(parsed, error, "messages") from None
-        call = Call("chat", parsed, [prompt], params, f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), arrival)
-        return await self._calls.serve(request, call)
+        except (ValueError, _core.OverloadedError) as error:
+            raise self._calls.refusal(error, CHAT.prompt_field) from None
+        return await self._calls.serve(request, self._call(CHAT, parsed, [prompt], params, arrival))
+
+    def _call(
+        self,
+        kind: Kind,
+        parsed: CompletionRequest | ChatCompletionRequest,
+        prompts: list[_core.Prompt],
+        params: SamplingParams,
+        arrival: float,
+    ) -> Call:
+        """What `calls.py` answers."""
+        call_id = kind.id_prefix + uuid.uuid4().hex
+        reply_format = kind.reply_format(
+            id=call_id,
+            model=self._engine.model_name,
+            created=int(time.time()),
+            stream=bool(parsed.stream),
+            include_usage=parsed.include_usage,
+            continuous_usage=parsed.continuous_usage,
+        )
+        return Call(
+            id=call_id,
+            prompts=prompts,
+            prompt_field=kind.prompt_field,
+            params=params,
+            reply_format=reply_format,
+            stream=bool(parsed.stream),
+            priority=parsed.priority or 0,
+            cache_salt=parsed.cache_salt,
+            arrival=arrival,
+        )
 
     async def _parse(self, request: web.Request, struct: type[R], unsupported: dict[str, tuple[Any, ...]]) -> R:
         self._calls.check_open()

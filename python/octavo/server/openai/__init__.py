@@ -1,0 +1,1 @@
+"""OpenAI's API: its routes, what clients send, and its way to what the engine takes."""

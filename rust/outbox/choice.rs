@@ -1,0 +1,193 @@
+//! One choice's way from tokens to text.
+
+use std::sync::Arc;
+
+use crate::output::{Finish, FinishReason, SampledToken, Token, TokenLogprob};
+use crate::protocol::Delta;
+use crate::request::SamplingParams;
+use crate::text::{Detokenizer, StopMatcher, StopPatterns, Tokenizer};
+
+/// More pending tokens of a choice than this leave as one delta: its client is not keeping up, and
+/// wants the text, not the count.
+const DELTAS_PER_TAKE: usize = 64;
+
+/// What one choice gained since it was last taken.
+#[derive(Debug, Default)]
+pub struct ChoiceDelta {
+    /// Number of the prompt x n + number among the prompt's choices.
+    pub index: u32,
+    /// Nothing of the choice was taken before.
+    pub first: bool,
+    /// Text that became certain.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: Vec<Token>,
+    /// Per token the drawn one first, then the top ones; empty unless asked for.
+    pub logprobs: Vec<Vec<TokenLogprob>>,
+    /// Set once, with the last delta.
+    pub finish: Option<Finish>,
+}
+
+impl ChoiceDelta {
+    /// All of it.
+    pub(super) fn whole(&self) -> Delta<'_> {
+        self.delta(0, self.tokens.len(), true)
+    }
+
+    /// One delta a token, the last with the finish; one for all of them if the client lags.
+    pub(super) fn deltas(&self) -> impl Iterator<Item = Delta<'_>> {
+        let tokens = self.tokens.len();
+        let (count, each) = match tokens {
+            // Only an ending, which for a choice that failed is the reply's error.
+            0 => (usize::from(!self.failed() || !self.text.is_empty()), 0),
+            1..=DELTAS_PER_TAKE => (tokens, 1),
+            _ => (1, tokens),
+        };
+        (0..count).map(move |number| self.delta(number * each, (number + 1) * each, number + 1 == count))
+    }
+
+    /// The tokens from `start` to `end` with their text; the last delta has what no token brought,
+    /// too.
+    fn delta(&self, start: usize, end: usize, is_last: bool) -> Delta<'_> {
+        let text_start = if start == 0 { 0 } else { self.tokens[start - 1].text_end as usize };
+        let text_end = if is_last { self.text.len() } else { self.tokens[end - 1].text_end as usize };
+        Delta {
+            index: self.index,
+            first: self.first && start == 0,
+            text: &self.text[text_start..text_end],
+            tokens: &self.tokens[start..end],
+            logprobs: self.logprobs.get(start..end).unwrap_or_default(),
+            finish: self.finish.as_ref().filter(|_| is_last && !self.failed()),
+        }
+    }
+
+    fn failed(&self) -> bool {
+        matches!(self.finish, Some(Finish { reason: FinishReason::Error(_), .. }))
+    }
+}
+
+/// How far a choice has come. Times are seconds of the caller's clock, 0.0 for what has not
+/// happened.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct ChoiceProgress {
+    /// Tokens put out so far.
+    pub num_tokens: u32,
+    /// When the first was committed.
+    pub first_token: f64,
+    /// When the latest was committed.
+    pub last_token: f64,
+}
+
+/// Tokens that came one after another: seconds between two of them, on average, and how many times.
+pub type TokenGap = (f64, u32);
+
+/// The outgoing side of one sequence.
+#[derive(Debug)]
+pub(super) struct Choice {
+    /// None for a choice without text, and once its last text is out.
+    text: Option<(Detokenizer, StopMatcher)>,
+    stops: StopPatterns,
+    /// Stop strings do not count before this many tokens.
+    min_tokens: u32,
+    /// Whether the text of a stop token stays.
+    include_stop: bool,
+    pending: ChoiceDelta,
+    /// Characters that its tokens have made, those held back included.
+    text_chars: u32,
+    pub(super) progress: ChoiceProgress,
+    /// `progress` when it was last taken.
+    taken: ChoiceProgress,
+    pub(super) ended: Option<FinishReason>,
+}
+
+impl Choice {
+    /// A choice without tokens; without a tokenizer it makes no text.
+    pub(super) fn new(index: u32, params: &SamplingParams, prompt: &[u32], tokenizer: Option<&Arc<Tokenizer>>) -> Self {
+        Self {
+            text: tokenizer.map(|tokenizer| {
+                let detokenizer = Detokenizer::new(Arc::clone(tokenizer), prompt, params.skip_special_tokens);
+                (detokenizer, StopMatcher::new(params.stop.clone(), params.include_stop_str_in_output))
+            }),
+            stops: params.stop.clone(),
+            min_tokens: params.min_tokens,
+            include_stop: params.include_stop_str_in_output,
+            pending: ChoiceDelta { index, first: true, ..ChoiceDelta::default() },
+            text_chars: 0,
+            progress: ChoiceProgress::default(),
+            taken: ChoiceProgress::default(),
+            ended: None,
+        }
+    }
+
+    /// Returns the index of the stop string that the token completes. `scratch` is text between the
+    /// detokeniser and the stop matcher.
+    pub(super) fn push(&mut self, token: &SampledToken<'_>, now: f64, scratch: &mut String) -> Option<u32> {
+        if self.progress.num_tokens == 0 {
+            self.progress.first_token = now;
+        }
+        self.progress.num_tokens += 1;
+        self.progress.last_token = now;
+        if let Some(logprobs) = token.logprobs {
+            let drawn = TokenLogprob { token: token.id, logprob: logprobs.logprob(), rank: logprobs.rank() };
+            let top = (1..).zip(logprobs.top()).map(|(rank, (token, logprob))| TokenLogprob { token, logprob, rank });
+            self.pending.logprobs.push(std::iter::once(drawn).chain(top).collect());
+        }
+        let text_offset = self.text_chars;
+        let ends_by_id = matches!(token.finish, Some(FinishReason::Eos | FinishReason::StopToken(_)));
+        let mut hit = None;
+        if let Some((detokenizer, stops)) = self.text.as_mut().filter(|_| !ends_by_id || self.include_stop) {
+            scratch.clear();
+            detokenizer.push(token.id, scratch);
+            self.text_chars += scratch.chars().count() as u32;
+            if token.output_index < self.min_tokens {
+                self.pending.text.push_str(scratch);
+            } else {
+                hit = stops.push(scratch, &mut self.pending.text).map(|hit| hit.index as u32);
+            }
+        }
+        if hit.is_some() {
+            self.text = None;
+        }
+        self.pending.tokens.push(Token { id: token.id, text_end: self.pending.text.len() as u32, text_offset });
+        hit
+    }
+
+    /// Ends it, once.
+    pub(super) fn end(&mut self, reason: FinishReason, scratch: &mut String) {
+        self.ended = Some(reason);
+        let mut stop_text = match reason {
+            FinishReason::StopString(index) => Some(self.stops.text(index as usize).to_owned()),
+            _ => None,
+        };
+        if let Some((mut detokenizer, mut stops)) = self.text.take() {
+            // What was held back, because it might have become a stop string or a whole character,
+            // is text after all.
+            scratch.clear();
+            detokenizer.finish(scratch);
+            match stops.push(scratch, &mut self.pending.text) {
+                Some(hit) => stop_text = Some(self.stops.text(hit.index).to_owned()),
+                None => stops.finish(&mut self.pending.text),
+            }
+        }
+        self.pending.finish = Some(Finish { reason, stop_text });
+    }
+
+    /// The time between its tokens since the last call. Of tokens that came together only the last
+    /// one's time is known, and that of the choice's first.
+    pub(super) fn take_gap(&mut self) -> Option<TokenGap> {
+        let taken = std::mem::replace(&mut self.taken, self.progress);
+        let (since, before) = match taken.num_tokens {
+            0 => (self.progress.first_token, 1),
+            tokens => (taken.last_token, tokens),
+        };
+        let gaps = self.progress.num_tokens.saturating_sub(before);
+        (gaps > 0).then(|| ((self.progress.last_token - since) / f64::from(gaps), gaps))
+    }
+
+    /// What it gained since the last call.
+    pub(super) fn take(&mut self) -> Option<ChoiceDelta> {
+        let empty = self.pending.tokens.is_empty() && self.pending.finish.is_none();
+        let next = ChoiceDelta { index: self.pending.index, ..ChoiceDelta::default() };
+        (!empty).then(|| std::mem::replace(&mut self.pending, next))
+    }
+}

@@ -1,0 +1,282 @@
+//! What OpenAI's chats and text completions share: the object around choices, usage, errors, the
+//! end of a stream.
+//!
+//! Everything that is the same in each event of a call is built once; a delta is then: constant
+//! head, choice index, escaped text, constant tail. Events are exactly `data: `, one line of JSON,
+//! and an empty line.
+//!
+//! One event a token, also when its text is empty (benchmark clients count events); the role comes
+//! with the first content, so that the first event marks the first token; with `include_usage`
+//! every event has `"usage":null` and one more event with empty `choices` carries the usage.
+
+use std::borrow::Cow;
+use std::fmt::Debug;
+use std::io::Write;
+use std::marker::PhantomData;
+
+use super::json::{write_integer, write_optional_string, write_separated, write_string};
+use super::{Delta, Protocol, Usage};
+use crate::output::{Failure, Finish, StopReason};
+use crate::text::Tokenizer;
+
+/// What stands at the head of every object of a call.
+#[derive(Debug, Clone, Copy)]
+pub struct CallHead<'a> {
+    /// `cmpl-...` or `chatcmpl-...`.
+    pub id: &'a str,
+    /// Name of the model.
+    pub model: &'a str,
+    /// Seconds since 1970.
+    pub created: u64,
+}
+
+/// What a stream's client wants to see of the usage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamUsage {
+    /// An event with the usage of the whole call at the end.
+    pub at_end: bool,
+    /// The usage so far in every event.
+    pub in_every_event: bool,
+}
+
+/// Where chats and completions differ.
+pub(super) trait Shape: Debug + Send + Sync {
+    /// `object` of a stream's events.
+    const EVENT: &'static str;
+    /// `object` of a whole answer.
+    const BODY: &'static str;
+
+    /// Appends the field of a choice that holds its text, in an event.
+    fn write_delta(out: &mut Vec<u8>, delta: &Delta<'_>);
+
+    /// The same in a whole answer.
+    fn write_whole(out: &mut Vec<u8>, choice: &Delta<'_>);
+
+    /// Appends the object of the tokens' log probabilities.
+    fn write_logprobs(out: &mut Vec<u8>, delta: &Delta<'_>, tokenizer: Option<&Tokenizer>);
+}
+
+/// One call of OpenAI's API.
+#[derive(Debug)]
+pub(super) struct OpenAi<S> {
+    /// `{...,"choices":[`
+    head: Box<[u8]>,
+    usage: StreamUsage,
+    shape: PhantomData<S>,
+}
+
+impl<S: Shape> OpenAi<S> {
+    pub(super) fn new(call: &CallHead<'_>, stream: Option<StreamUsage>) -> Self {
+        let mut head = Vec::with_capacity(128 + call.id.len() + call.model.len());
+        head.extend_from_slice(b"{\"id\":");
+        write_string(&mut head, call.id);
+        head.extend_from_slice(b",\"object\":");
+        write_string(&mut head, if stream.is_some() { S::EVENT } else { S::BODY });
+        head.extend_from_slice(b",\"created\":");
+        write_integer(&mut head, call.created);
+        head.extend_from_slice(b",\"model\":");
+        write_string(&mut head, call.model);
+        head.extend_from_slice(b",\"choices\":[");
+        Self { head: head.into(), usage: stream.unwrap_or_default(), shape: PhantomData }
+    }
+}
+
+impl<S: Shape> Protocol for OpenAi<S> {
+    fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, usage: Usage, tokenizer: Option<&Tokenizer>) {
+        out.extend_from_slice(b"data: ");
+        out.extend_from_slice(&self.head);
+        out.extend_from_slice(b"{\"index\":");
+        write_integer(out, delta.index.into());
+        S::write_delta(out, delta);
+        write_logprobs_and_finish::<S>(out, delta, tokenizer);
+        if let Some(reason) = delta.finish.and_then(Finish::stop_reason) {
+            write_stop_reason(out, Some(reason));
+        }
+        out.extend_from_slice(b"}]");
+        if self.usage.in_every_event {
+            write_usage(out, usage);
+        } else if self.usage.at_end {
+            out.extend_from_slice(b",\"usage\":null");
+        }
+        out.extend_from_slice(b"}\n\n");
+    }
+
+    fn close(&self, out: &mut Vec<u8>, usage: Usage) {
+        if self.usage.at_end {
+            out.extend_from_slice(b"data: ");
+            out.extend_from_slice(&self.head);
+            out.push(b']');
+            write_usage(out, usage);
+            out.extend_from_slice(b"}\n\n");
+        }
+        out.extend_from_slice(b"data: [DONE]\n\n");
+    }
+
+    fn error(&self, out: &mut Vec<u8>, failure: &Failure) {
+        let kind = if failure.is_of_the_server() { "overloaded_error" } else { "server_error" };
+        out.extend_from_slice(b"data: ");
+        write_error(out, &failure.message, kind, None, &failure.code);
+        out.extend_from_slice(b"\n\ndata: [DONE]\n\n");
+    }
+
+    fn body(&self, out: &mut Vec<u8>, choices: &[Delta<'_>], usage: Usage, tokenizer: Option<&Tokenizer>) {
+        out.extend_from_slice(&self.head);
+        write_separated(out, choices, |out, choice| {
+            out.extend_from_slice(b"{\"index\":");
+            write_integer(out, choice.index.into());
+            S::write_whole(out, choice);
+            write_logprobs_and_finish::<S>(out, choice, tokenizer);
+            write_stop_reason(out, choice.finish.and_then(Finish::stop_reason));
+            out.push(b'}');
+        });
+        out.push(b']');
+        write_usage(out, usage);
+        out.push(b'}');
+    }
+}
+
+/// Appends OpenAI's error object, which its clients raise on. `kind` is its field `type`.
+pub fn write_error(out: &mut Vec<u8>, message: &str, kind: &str, param: Option<&str>, code: &str) {
+    out.extend_from_slice(b"{\"error\":{\"message\":");
+    write_string(out, message);
+    out.extend_from_slice(b",\"type\":");
+    write_string(out, kind);
+    out.extend_from_slice(b",\"param\":");
+    write_optional_string(out, param);
+    out.extend_from_slice(b",\"code\":");
+    write_string(out, code);
+    out.extend_from_slice(b"}}");
+}
+
+/// A token by itself: U+FFFD where it is only a part of a character.
+pub(super) fn token_text(token: u32, tokenizer: Option<&Tokenizer>) -> Cow<'_, str> {
+    match tokenizer {
+        Some(tokenizer) => String::from_utf8_lossy(tokenizer.token_bytes(token)),
+        None => format!("token_id:{token}").into(),
+    }
+}
+
+fn write_logprobs_and_finish<S: Shape>(out: &mut Vec<u8>, delta: &Delta<'_>, tokenizer: Option<&Tokenizer>) {
+    out.extend_from_slice(b",\"logprobs\":");
+    if delta.logprobs.is_empty() {
+        out.extend_from_slice(b"null");
+    } else {
+        S::write_logprobs(out, delta, tokenizer);
+    }
+    out.extend_from_slice(b",\"finish_reason\":");
+    write_optional_string(out, delta.finish.map(|finish| finish.reason.as_str()));
+}
+
+fn write_stop_reason(out: &mut Vec<u8>, reason: Option<StopReason<'_>>) {
+    out.extend_from_slice(b",\"stop_reason\":");
+    match reason {
+        Some(StopReason::Token(token)) => write_integer(out, token.into()),
+        Some(StopReason::Text(text)) => write_string(out, text),
+        None => out.extend_from_slice(b"null"),
+    }
+}
+
+/// Appends `,"usage":{...}`.
+fn write_usage(out: &mut Vec<u8>, usage: Usage) {
+    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    let total = prompt_tokens + completion_tokens;
+    write!(
+        out,
+        ",\"usage\":{{\"prompt_tokens\":{prompt_tokens},\"completion_tokens\":{completion_tokens},\"total_tokens\":{total},\
+         \"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}}}"
+    )
+    .expect("writing to a Vec cannot fail");
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::output::FinishReason;
+    use crate::protocol::ReplyFormat;
+    use serde_json::{json, Value};
+
+    pub(in crate::protocol) const HEAD: CallHead<'_> = CallHead { id: "id-1", model: "a \"model\"", created: 17 };
+    const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 };
+
+    /// What a protocol writes.
+    pub(in crate::protocol) fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
+        let mut out = Vec::new();
+        write(&mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    /// The one JSON object of an event.
+    pub(in crate::protocol) fn event(event: &str) -> Value {
+        let line = event.strip_prefix("data: ").unwrap().strip_suffix("\n\n").unwrap();
+        assert!(!line.contains('\n'));
+        serde_json::from_str(line).unwrap()
+    }
+
+    #[test]
+    fn usage_comes_where_it_was_asked_for() {
+        let expected = json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
+            "prompt_tokens_details": {"cached_tokens": 2}});
+        let stream = |at_end, in_every_event| {
+            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event })).protocol
+        };
+        let delta = |at_end, in_every_event| {
+            let protocol = stream(at_end, in_every_event);
+            event(&written(|out| protocol.delta(out, &Delta::default(), USAGE, None)))
+        };
+        assert!(delta(false, false).get("usage").is_none());
+        assert!(delta(true, false)["usage"].is_null());
+        assert_eq!(delta(false, true)["usage"], expected);
+        assert_eq!(delta(true, true)["usage"], expected);
+
+        for in_every_event in [false, true] {
+            let end = written(|out| stream(true, in_every_event).close(out, USAGE));
+            let object = event(end.strip_suffix("data: [DONE]\n\n").unwrap());
+            assert_eq!((&object["choices"], &object["usage"]), (&json!([]), &expected));
+            assert_eq!(written(|out| stream(false, in_every_event).close(out, USAGE)), "data: [DONE]\n\n");
+        }
+    }
+
+    #[test]
+    fn a_stream_that_fails_ends_with_its_error_and_done() {
+        let protocol = ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default())).protocol;
+        for (code, kind) in [
+            ("numerical_error", "server_error"),
+            ("engine_dead", "overloaded_error"),
+            ("server_shutting_down", "overloaded_error"),
+        ] {
+            let end = written(|out| protocol.error(out, &Failure::new(code, "it \"broke\"")));
+            assert_eq!(
+                event(end.strip_suffix("data: [DONE]\n\n").unwrap()),
+                json!({"error": {"message": "it \"broke\"", "type": kind, "param": null, "code": code}})
+            );
+        }
+    }
+
+    #[test]
+    fn an_error_names_its_field() {
+        let error = written(|out| write_error(out, "n is 0", "invalid_request_error", Some("n"), "invalid_value"));
+        assert_eq!(
+            serde_json::from_str::<Value>(&error).unwrap(),
+            json!({"error": {"message": "n is 0", "type": "invalid_request_error", "param": "n",
+                "code": "invalid_value"}})
+        );
+    }
+
+    #[test]
+    fn whole_answers_always_have_a_stop_reason() {
+        let protocol = ReplyFormat::openai_completion(&HEAD, None).protocol;
+        let finishes = [
+            (FinishReason::Eos, None, "stop", Value::Null),
+            (FinishReason::Length, None, "length", Value::Null),
+            (FinishReason::StopToken(7), None, "stop", json!(7)),
+            (FinishReason::StopString(0), Some("\n"), "stop", json!("\n")),
+        ];
+        for (reason, text, finish_reason, stop_reason) in finishes {
+            let finish = Finish { reason, stop_text: text.map(str::to_owned) };
+            let choice = Delta { finish: Some(&finish), ..Delta::default() };
+            let body = written(|out| protocol.body(out, &[choice], USAGE, None));
+            let choice = &serde_json::from_str::<Value>(&body).unwrap()["choices"][0];
+            assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!(finish_reason), &stop_reason));
+        }
+    }
+}
