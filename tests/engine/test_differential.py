@@ -141,7 +141,8 @@ class World:
         keeps what others have computed.
         """
         enough = self.family.num_groups * (MAX_MODEL_LEN // self.block_size) + 1
-        for blocks in range(self.rng.choice([enough // 4, enough // 4, 2 * enough]), 2 * enough + 1):
+        least = 2 * enough if self.seed % 2 else max(2, enough // 4)
+        for blocks in range(least, 2 * enough + 1):
             memory = blocks * self.block_size * self.family.bytes_per_slot
             try:
                 return Engine.from_config(dataclasses.replace(config, kv_cache_memory=memory))

@@ -192,7 +192,7 @@ async def test_an_engine_that_died_says_why(monkeypatch: pytest.MonkeyPatch) -> 
 
     engine = AsyncEngine.from_config(EngineConfig(**TINY))
     try:
-        monkeypatch.setattr(engine._engine.runner, "launch", broken)
+        monkeypatch.setattr(engine._engine.runner, "launch_forward", broken)
         with pytest.raises(EngineDeadError, match="ArithmeticError: a kernel is wrong"):
             async for _ in engine.generate(PROMPTS[0], GREEDY):
                 pass
