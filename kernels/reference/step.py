@@ -78,8 +78,9 @@ def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_s
     num_logits = decode_tokens + num_rows - num_decodes
     inputs.sample_index[:decode_tokens] = torch.arange(decode_tokens, device=device)
     inputs.sample_index[decode_tokens:num_logits] = (query_start + query_len - 1)[num_decodes:]
-    inputs.sample_rows[:decode_tokens] = row_of_token[:decode_tokens]
-    inputs.sample_rows[decode_tokens:num_logits] = torch.arange(num_decodes, num_rows, device=device)
+    if plan.decode_query_len > 1:
+        inputs.sample_rows[:decode_tokens] = row_of_token[:decode_tokens]
+        inputs.sample_rows[decode_tokens:num_logits] = torch.arange(num_decodes, num_rows, device=device)
 
 
 def sample(
@@ -110,8 +111,10 @@ def sample(
     else:
         found, statuses = _draw_rows(logits, plan, words, rows, drafts, state, masks)
     # The first row of logits of each row.
-    first = torch.arange(num_rows, device=words.device) + plan.num_decode_tokens - num_decodes
-    first[:num_decodes] = rows[:num_decodes, fmt.ROW_QUERY_START]
+    first = torch.arange(num_rows, device=words.device)
+    if length > 1:
+        first += plan.num_decode_tokens - num_decodes
+        first[:num_decodes] = rows[:num_decodes, fmt.ROW_QUERY_START]
     tokens, statuses = _by_row(found, first, length), _by_row(statuses, first, length)
 
     record = result[: num_rows * plan.result_width].view(num_rows, plan.result_width)
@@ -156,15 +159,14 @@ def _enter(plan: Plan, words: Tensor, state: Any) -> None:
 def _drafts_by_row(plan: Plan, words: Tensor, rows: Tensor) -> Tensor:
     """# [padded_decodes, decode_query_len - 1] int32; -1 where a row has fewer drafts."""
     num_decodes, most = plan.padded_decodes, plan.decode_query_len - 1
-    drafts = words.new_full((num_decodes, most), -1)
-    if most:
-        row = torch.arange(num_decodes, device=words.device)[:, None]
-        place = torch.arange(most, device=words.device)
-        section = words[plan.drafts_offset // 4 :][: plan.num_drafts]
-        # Each row before has one token that is no draft.
-        ids = section[(rows[:num_decodes, fmt.ROW_QUERY_START, None] - row + place).clamp(max=plan.num_drafts - 1)]
-        drafts = torch.where(place < rows[:num_decodes, fmt.ROW_NUM_DRAFTS, None], ids, drafts)
-    return drafts
+    if not most:
+        return words.new_empty((num_decodes, 0))
+    row = torch.arange(num_decodes, device=words.device)[:, None]
+    place = torch.arange(most, device=words.device)
+    section = words[plan.drafts_offset // 4 :][: plan.num_drafts]
+    # Each row before has one token that is no draft.
+    ids = section[(rows[:num_decodes, fmt.ROW_QUERY_START, None] - row + place).clamp(max=plan.num_drafts - 1)]
+    return torch.where(place < rows[:num_decodes, fmt.ROW_NUM_DRAFTS, None], ids, -1)
 
 
 def _draw_rows(

@@ -85,7 +85,9 @@ class StepInputs:
         # Token whose hidden state each row of logits comes from: all tokens of decode rows, the last one of each
         # prefill row.
         self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
-        self.sample_rows = torch.zeros(max_tokens, dtype=torch.int32, device=device)  # the row of each row of logits
+        self.sample_rows = torch.zeros(
+            max_tokens, dtype=torch.int32, device=device
+        )  # their rows; where rows have drafts
 
     def rehearse(self, decode_lens: Sequence[int], prefill_lens: Sequence[int], *, slot: int) -> None:
         """Makes the inputs those of a step that does no harm: decode rows, then prefill rows of the given lengths, all
