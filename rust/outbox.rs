@@ -12,9 +12,9 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::output::{Failure, FinishReason, OutputSink, Progress, SampledToken, SequenceError};
+use crate::output::{Failure, FinishReason, OutputSink, SampledToken, SequenceError};
 use crate::protocol::ReplyFormat;
-use crate::request::{RequestId, SamplingParams, SeqRef};
+use crate::request::{Progress, RequestId, SamplingParams, SeqRef};
 use crate::text::Tokenizer;
 
 mod choice;

@@ -2,7 +2,7 @@
 //! commit, and what becomes of them on their way to a client.
 
 use crate::plan::TokenLogprobs;
-use crate::request::SeqRef;
+use crate::request::{Progress, SeqRef};
 
 /// Why a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,26 +149,6 @@ pub struct SampledToken<'a> {
     pub logprobs: Option<TokenLogprobs<'a>>,
     /// Set where the token itself ends the sequence (end or stop token, length); `on_finish` follows at once.
     pub finish: Option<FinishReason>,
-}
-
-/// Where a request stands, for usage counts and latency metrics. Times are seconds of the caller's clock, 0.0 for what
-/// has not happened.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Progress {
-    /// Tokens of the prompt.
-    pub num_prompt_tokens: u32,
-    /// Prompt tokens that the prefix cache held when the request was first scheduled.
-    pub num_cached_tokens: u32,
-    /// Output tokens of all choices so far.
-    pub num_output_tokens: u32,
-    /// When the request was added.
-    pub added: f64,
-    /// When it first got a place in a step.
-    pub first_scheduled: f64,
-    /// When its first token was committed.
-    pub first_token: f64,
-    /// When its latest token was committed.
-    pub last_token: f64,
 }
 
 /// Receives what a commit brings. The owner of the text implements it: it detokenises and knows the stop strings.

@@ -1,7 +1,6 @@
 //! Requests: their names and their blocks' names, what the scheduler knows of one, the checked sampling parameters.
 
 use crate::error::Error;
-use crate::output::Progress;
 use crate::text::StopPatterns;
 
 /// Names one request for as long as the process lives; numbers are never used twice.
@@ -32,6 +31,26 @@ pub(crate) struct Request {
     /// It belongs to the batch that runs (policies other than continuous).
     pub in_batch: bool,
     pub progress: Progress,
+}
+
+/// Where a request stands, for usage counts and latency metrics. Times are seconds of the caller's clock, 0.0 for what
+/// has not happened.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Progress {
+    /// Tokens of the prompt.
+    pub num_prompt_tokens: u32,
+    /// Prompt tokens that the prefix cache held when the request was first scheduled.
+    pub num_cached_tokens: u32,
+    /// Output tokens of all choices so far.
+    pub num_output_tokens: u32,
+    /// When the request was added.
+    pub added: f64,
+    /// When it first got a place in a step.
+    pub first_scheduled: f64,
+    /// When its first token was committed.
+    pub first_token: f64,
+    /// When its latest token was committed.
+    pub last_token: f64,
 }
 
 /// Index of a block in every pool tensor.

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::choice::{Choice, ChoiceDelta, ChoiceProgress, TokenGap};
-use crate::output::{Failure, FinishReason, Progress, SampledToken};
+use crate::output::{Failure, FinishReason, SampledToken};
 use crate::protocol::{Delta, ReplyFormat, Usage};
-use crate::request::SamplingParams;
+use crate::request::{Progress, SamplingParams};
 use crate::text::Tokenizer;
 
 /// Writing more log probabilities than this takes long enough, about 0.2 ms, to be done off the

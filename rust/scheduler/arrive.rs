@@ -5,9 +5,8 @@ use std::sync::Arc;
 use super::{Request, Scheduler, Sequence, State, Traits};
 use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
-use crate::output::Progress;
 use crate::policy::Order;
-use crate::request::{check_tokens, RequestId, SamplingParams, SeqRef};
+use crate::request::{check_tokens, Progress, RequestId, SamplingParams, SeqRef};
 
 impl Scheduler {
     /// Adds a request to the waiting queue: [`Self::add_call`] of one prompt.

@@ -6,11 +6,11 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{DecodeShape, PrefillGraphs, SchedulingPolicy};
-use crate::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
+use crate::output::{FinishReason, OutputSink, SampledToken, SequenceError};
 use crate::plan::{
     PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
 };
-use crate::request::{SamplingOptions, SamplingParams};
+use crate::request::{Progress, SamplingOptions, SamplingParams};
 
 /// Notes what it is told.
 #[derive(Debug, Default)]

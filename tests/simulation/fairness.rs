@@ -3,8 +3,8 @@
 use crate::device::{Device, Faults};
 use crate::packed::Shape;
 use _core::config::{Batching, CoreConfig};
-use _core::output::{FinishReason, OutputSink, Progress, SampledToken};
-use _core::request::{RequestId, SamplingOptions, SamplingParams, SeqRef};
+use _core::output::{FinishReason, OutputSink, SampledToken};
+use _core::request::{Progress, RequestId, SamplingOptions, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
 use rustc_hash::FxHashMap;
 

@@ -6,8 +6,8 @@ use crate::model::Sampling;
 use crate::oracle::{self, End, Expected};
 use crate::scenario::NewRequest;
 use _core::config::CoreConfig;
-use _core::output::{FinishReason, OutputSink, Progress, SampledToken, SequenceError};
-use _core::request::{RequestId, SeqRef};
+use _core::output::{FinishReason, OutputSink, SampledToken, SequenceError};
+use _core::request::{Progress, RequestId, SeqRef};
 use rustc_hash::FxHashMap;
 use std::hash::BuildHasher;
 
