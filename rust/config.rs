@@ -178,9 +178,11 @@ impl CoreConfig {
         if self.graph_sizes.contains(&0) {
             return Err(Error::invalid("graph_sizes", 0, "at least 1"));
         }
-        for shape in self.draft_graphs.iter().chain(&self.prefill_graphs.draft_decodes) {
-            if shape.rows == 0 || shape.tokens == 0 {
-                return Err(Error::invalid("draft_graphs", format!("{shape:?}"), "at least 1 row and 1 token"));
+        for (field, shapes) in
+            [("draft_graphs", &self.draft_graphs), ("prefill_draft_graphs", &self.prefill_graphs.draft_decodes)]
+        {
+            if let Some(shape) = shapes.iter().find(|shape| shape.rows == 0 || shape.tokens == 0) {
+                return Err(Error::invalid(field, format!("{shape:?}"), "at least 1 row and 1 token"));
             }
         }
         if self.prefill_graphs.tokens.contains(&0) {

@@ -55,7 +55,7 @@ pub enum Error {
         limit: u32,
     },
     /// The waiting queue is full.
-    #[error("{limit} requests are waiting already, which is the limit (max_waiting): retry later")]
+    #[error("the waiting queue, of at most max_waiting = {limit} requests, has no room: retry later")]
     QueueFull {
         /// The configured bound.
         limit: usize,

@@ -2,8 +2,8 @@
 //! random source of its own; events and the time go in, a plan comes out.
 //!
 //! # The life of a request
-//! 1. [`Scheduler::add_request`](scheduler::Scheduler::add_request) checks it against everything that could make it
-//!    fail later, and puts its first sequence into the waiting queue ([`policy`] has the order).
+//! 1. [`Scheduler::add_call`](scheduler::Scheduler::add_call) checks it against everything that could make it fail
+//!    later, and puts its first sequence into the waiting queue ([`policy`] has the order).
 //! 2. [`Scheduler::schedule`](scheduler::Scheduler::schedule) plans a step: running sequences first, oldest first, then
 //!    it admits waiting ones, which take a request slot, what the prefix cache already holds of their tokens, and blocks
 //!    for the rest ([`kv_cache`], [`prefix_cache`], [`block_pool`]). The packed [`plan`] tells the device what changed.

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 # Two OpenMP threads on two busy cores spin for each other: one is slower on a quiet machine and steady on a noisy one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Started behind a shell's `&`, Python ignores Ctrl-C, and so would every process of the tests that are about it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,7 +1,7 @@
 """`prepare` in Triton: what the plan says becomes device state and the inputs of the forward pass, in two small
 launches.
 
-The host decides grids from the plan's scalars only; it never reads a row. Twin: `reference_step.prepare`.
+The host decides grids from the plan's scalars only; it never reads a row. Twin: `reference.step.prepare`.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ PENALTY_TILE = 512
 
 
 def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
-    """As `reference_step.prepare`, on CUDA tensors."""
+    """As `reference.step.prepare`, on CUDA tensors."""
     words = plan_device.view(torch.int32)
     programs = plan.num_enters + triton.cdiv(plan.num_blocks, BLOCKS_TILE)
     if programs:

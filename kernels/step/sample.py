@@ -59,7 +59,7 @@ _GREEDY_TEMPERATURE = tl.constexpr(fmt.GREEDY_TEMPERATURE)
 _STATUS_OK = tl.constexpr(fmt.STATUS_OK)
 _STATUS_NAN = tl.constexpr(fmt.STATUS_NAN)
 _STATUS_MASKED = tl.constexpr(fmt.STATUS_MASKED)
-_STATUS_NO_SAMPLE = tl.constexpr(fmt.STATUS_NO_TOKEN)
+_STATUS_NO_TOKEN = tl.constexpr(fmt.STATUS_NO_TOKEN)
 _RESULT_TOKENS = tl.constexpr(fmt.RESULT_TOKENS)
 _NO_TOKEN = tl.constexpr(2**31 - 1)
 _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be drawn
@@ -223,7 +223,7 @@ def _choose_kernel(
     first_index = tl.where(row < num_decodes, query_start, decode_tokens + row - num_decodes)
 
     alive = (flags & _SAMPLE) != 0
-    status = tl.where(alive, _STATUS_OK, _STATUS_NO_SAMPLE)
+    status = tl.where(alive, _STATUS_OK, _STATUS_NO_TOKEN)
     num_valid = 0
     last = -1
     plane = num_logits * tiles

@@ -64,7 +64,7 @@ class GgufError(RefusedError):
 
 @final
 class GgufFile:
-    """A GGUF file, memory-mapped and checked whole before anything is read (rust/gguf.rs)."""
+    """A GGUF file, memory-mapped and checked whole before anything is read (rust/gguf/mod.rs)."""
 
     def __new__(cls, path: str) -> GgufFile: ...
     @property

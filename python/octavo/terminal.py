@@ -214,7 +214,7 @@ class Answer:
                     self.finish_reason = choice.finish_reason
                     print(choice.text, end="", flush=True)
                 if delta.error is not None:
-                    raise RuntimeError(str(delta.error))
+                    raise engine.error_of(str(delta.error))
                 finished = delta.finished
         finally:
             stream.close()

@@ -30,7 +30,7 @@ SWITCHES = {
     "--language-model-only": _ONLY_TEXT,
     "--skip-mm-profiling": _ONLY_TEXT,
     "--trust-remote-code": "code that comes with a model is never run; a model that needs it is refused",
-    "--use-tqdm-on-load": "loading shows no progress bar",
+    "--use-tqdm-on-load": "loading shows a progress bar on a terminal, and elsewhere none",
     "--use-v2-block-manager": "there is one block manager",
 }
 """Without a value. Their `--no-` form is an effect we do not have, so it is refused, but for `_BOTH_WAYS`."""
@@ -122,7 +122,8 @@ _UNSUPPORTED = """
 --trust-request-chat-template --uds --worker-cls --worker-extension-cls
 """
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())
-"""Refused by name. `--no-enable-...` of them asks for what happens, and is accepted in silence."""
+"""Refused by name. `--no-enable-...` of them asks for what happens, and is accepted: in silence, but for
+`--no-enable-log-requests`, which people set on purpose."""
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:

@@ -202,7 +202,7 @@ values! {
     STATUSES:
     /// A token was drawn.
     STATUS_OK = 0,
-    /// The logits held a NaN.
+    /// The logits held a NaN or +inf.
     STATUS_NAN = 1,
     /// Every token was masked out.
     STATUS_MASKED = 2,

@@ -29,9 +29,9 @@ impl Scheduler {
     /// that does is taken to stand still).
     ///
     /// # Errors
-    /// [`Error::EmptyPrompt`] (also without any prompt), [`Error::TokenOutOfRange`],
-    /// [`Error::PromptTooLong`], [`Error::KvCapacity`], [`Error::QueueFull`]. A refused call leaves
-    /// no trace.
+    /// [`Error::InvalidValue`] without prompts, and with more than may ever wait;
+    /// [`Error::EmptyPrompt`], [`Error::TokenOutOfRange`], [`Error::PromptTooLong`],
+    /// [`Error::KvCapacity`], [`Error::QueueFull`]. A refused call leaves no trace.
     pub fn add_call(
         &mut self,
         prompts: &[Arc<[u32]>],
@@ -40,8 +40,9 @@ impl Scheduler {
         cache_salt: Option<&str>,
         now: f64,
     ) -> Result<RequestId, Error> {
-        if prompts.is_empty() {
-            return Err(Error::EmptyPrompt);
+        if prompts.is_empty() || prompts.len() > self.config.max_waiting {
+            let limit = format!("from 1 to max_waiting = {} prompts", self.config.max_waiting);
+            return Err(Error::invalid("prompt", format!("a list of {}", prompts.len()), limit));
         }
         let max_tokens = prompts
             .iter()

@@ -154,6 +154,28 @@ def test_a_shut_down_async_engine_says_so_and_ends_its_streams() -> None:
     assert error is not None and error.code == "server_shutting_down"
     with pytest.raises(EngineDeadError, match="shut down"):
         engine.submit([Prompt([1])], SHORT.to_core())
+    with pytest.raises(EngineDeadError, match="shut down"):
+        asyncio.run(generate(engine))
+    with pytest.raises(RuntimeError, match="closed"):
+        engine._engine.step()
+
+
+async def generate(engine: AsyncEngine) -> None:
+    async for _ in engine.generate(PROMPT, SHORT):
+        pass
+
+
+def test_shutdown_ends_well_though_the_device_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = AsyncEngine.from_config(EngineConfig(**TINY))
+    references = holders(engine._engine)
+    asyncio.run(generate(engine))
+
+    def lost(_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Engine, "_wait_for_device", lost)
+    engine.shutdown()
+    assert still_held(references) == []
 
 
 def test_one_engine_closes_while_another_runs() -> None:

@@ -42,7 +42,8 @@ def render(source: str) -> None:
         (lambda: add([1], logit_bias=[(100, 1.0)]), _core.RefusedError, "token_id_out_of_range", "logit_bias"),
         (lambda: add([1] * 64), _core.PromptTooLongError, "context_length_exceeded", "prompt"),
         (lambda: add([1] * 30, max_tokens=20), _core.KvCapacityError, "kv_capacity_exceeded", "prompt"),
-        (lambda: add([1], [2]), _core.OverloadedError, "queue_full", None),
+        (lambda: add(), _core.RefusedError, "invalid_value", "prompt"),
+        (lambda: add([1], [2]), _core.RefusedError, "invalid_value", "prompt"),  # more than may ever wait
         (lambda: core(max_waiting=3).check_queue(3), _core.OverloadedError, "queue_full", None),
         (lambda: render("{{ raise_exception('no') }}"), _core.TemplateError, "template_error", "messages"),
         (lambda: _core.GgufFile(__file__), _core.GgufError, "invalid_gguf", None),

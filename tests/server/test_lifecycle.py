@@ -85,12 +85,18 @@ async def test_a_call_that_finds_no_room_for_all_its_prompts_leaves_nothing(serv
     engine.hold()
     body = {"max_tokens": 5, "prompt": ["a"] * 5}
     status, answer = await served_narrowly.post("/v1/completions", body)
+    # Five would never find room: it would not help to ask again.
+    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert "max_waiting = 4" in answer["error"]["message"]
+    asking = asyncio.ensure_future(served_narrowly.post("/v1/completions", {**body, "prompt": "a"}))
+    await eventually(lambda: engine.stats()["num_requests_queued"] == 1)
+    status, answer = await served_narrowly.post("/v1/completions", {**body, "prompt": ["a"] * 4})
     assert (status, answer["error"]["code"]) == (429, "queue_full")
-    assert (engine.num_unfinished, engine.stats()["requests"], engine.streams) == (0, 0, {})
-    asking = asyncio.ensure_future(served_narrowly.post("/v1/completions", {**body, "prompt": ["a"] * 4}))
+    assert (engine.stats()["requests"], len(engine.streams)) == (1, 1)
+    more = asyncio.ensure_future(served_narrowly.post("/v1/completions", {**body, "prompt": ["a"] * 3}))
     await eventually(lambda: engine.stats()["num_requests_queued"] == 4)
     engine.release()
-    assert (await asking)[0] == 200
+    assert ((await asking)[0], (await more)[0]) == (200, 200)
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -155,15 +155,12 @@ class AsyncEngine:
         cache_salt: str | None = None,
         reply_format: _core.ReplyFormat | None = None,
     ) -> ReplyStream:
-        """Queues a call with one prompt or several, all or none of them, in about a microsecond.
+        """Queues a call with one prompt or several, all or none of them.
 
         Raises `OverloadedError` (queue full), `RefusedError`, such as `PromptTooLongError` and
         `KvCapacityError` (a prompt can never be served), `EngineDeadError`.
         """
-        if self.is_dead:
-            raise EngineDeadError(self._engine.failure)
-        if self._engine.is_stopped:
-            raise EngineDeadError("the engine has been shut down")
+        self._check_alive()
         reply_id = self.core.add_call(
             prompts, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, reply_format=reply_format
         )
@@ -179,6 +176,7 @@ class AsyncEngine:
         Raises `OverloadedError` where the queue is full, `EngineDeadError` if the engine is lost, and
         `RuntimeError` if it ended the request with an error.
         """
+        self._check_alive()
         self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
         room = self.max_model_len - len(encoded)
@@ -192,7 +190,7 @@ class AsyncEngine:
                 finished = delta.finished
                 output = builder.add(delta)
                 if finished and output.error is not None:
-                    raise EngineDeadError(self._engine.failure) if self.is_dead else RuntimeError(output.error)
+                    raise self.error_of(output.error)
                 yield output if finished else builder.snapshot()
         finally:
             stream.close()
@@ -200,14 +198,25 @@ class AsyncEngine:
     async def _detached(self, work: Callable[..., T], *args: object) -> T:
         """Runs text work of one request on the pool. Such a request waits already: it counts towards the queue's bound.
 
-        Raises `OverloadedError` where the queue is full.
+        Raises `OverloadedError` where the queue is full, `EngineDeadError`.
         """
+        self._check_alive()
         self.core.check_queue(self._in_text)
         with self._text_lock:
             self._in_text += 1
         job = self._text_pool.submit(work, *args)
         job.add_done_callback(self._text_done)
         return await asyncio.wrap_future(job)
+
+    def _check_alive(self) -> None:
+        if self.is_dead:
+            raise EngineDeadError(self._engine.failure)
+        if self._engine.is_stopped:
+            raise EngineDeadError("the engine has been shut down")
+
+    def error_of(self, failure: str) -> RuntimeError:
+        """What to raise where a request ended with `failure`: with the reason if it was the engine's end."""
+        return EngineDeadError(self._engine.failure) if self.is_dead else RuntimeError(failure)
 
     async def run_beside(self, work: Callable[[], T]) -> T:
         """Runs what would keep the loop too long, on the pool for text."""
@@ -263,10 +272,10 @@ class AsyncEngine:
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)
-        if not self._thread.is_alive():  # else a step still uses the memory
-            self._engine.close()
         if self._loop is not None and not self._loop.is_closed():
             self._wake_streams()
             self._loop.remove_reader(self.core.fileno())
         self._loop = None
         self._text_pool.shutdown(wait=False)
+        if not self._thread.is_alive():  # else a step still uses the memory
+            self._engine.close()

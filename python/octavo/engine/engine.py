@@ -12,6 +12,7 @@ import gc
 import logging
 import threading
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -57,6 +58,8 @@ class Engine:
         An exception, also one from outside such as `KeyboardInterrupt`, leaves the turn half done; the next call drops
         what was under way, ends its requests with an error, and goes on with the others.
         """
+        if self.is_closed:
+            raise RuntimeError("this engine has been closed, and its model is gone: make a new one")
         self.step_started_at = time.monotonic()
         try:
             if self._interrupted:
@@ -138,7 +141,7 @@ class Engine:
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
             # Clients see this: the reason stays in the log and in `failure`.
-            self.core.fail_all("engine_dead", "The engine has stopped and the server is about to exit.")
+            self.core.fail_all("engine_dead", "The engine has stopped.")
 
     @property
     def is_stopped(self) -> bool:
@@ -160,8 +163,9 @@ class Engine:
             return
         self.is_closed = True
         self.stop()
-        self._wait_for_device()
         device = self.runner.device
+        with self._device_may_be_lost():
+            self._wait_for_device()
         # Whoever keeps the closed engine keeps what it is made of in words (config, tokenizer, report).
         self._current = None
         del self.runner, self.parts.runner, self.parts.buffers
@@ -170,4 +174,13 @@ class Engine:
         cos_sin_table.cache_clear()
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with self._device_may_be_lost():
+                torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _device_may_be_lost(self) -> Iterator[None]:
+        """After an error of the device every call to it fails, and what it held is lost with the process."""
+        try:
+            yield
+        except RuntimeError:
+            logger.exception("the device does not answer any more")

@@ -113,8 +113,10 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
-    def refusal(self, error: ValueError | _core.OverloadedError, prompt_field: str) -> ApiError:
+    def refusal(self, error: ValueError | _core.OverloadedError | EngineDeadError, prompt_field: str) -> ApiError:
         """The 429 for a call that found the queue full, or the 400 for one that can never be served."""
+        if isinstance(error, EngineDeadError):
+            return engine_dead()
         if isinstance(error, _core.OverloadedError):
             return overloaded(str(error), self._metrics.retry_after())
         return refused(error, prompt_field)
@@ -146,9 +148,7 @@ class CallServer:
                 cache_salt=call.cache_salt,
                 reply_format=call.reply_format,
             )
-        except EngineDeadError:
-            raise engine_dead() from None
-        except (ValueError, _core.OverloadedError) as error:
+        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self.refusal(error, call.prompt_field) from None
 
     async def _whole(self, reply: "ReplyStream", times: CallTimes) -> web.Response:

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import web
 
 from octavo import _core
+from octavo.errors import EngineDeadError
 from octavo.sampling_params import SamplingParams
 from octavo.server.body import decode, read_body
 from octavo.server.calls import Call, CallServer
@@ -118,7 +119,7 @@ class OpenAIRoutes:
             prompts = [await self._encode(prompt, parsed.add_special_tokens is not False) for prompt in given]
             if parsed.max_tokens is None:
                 params = params.fitting(self._longest - max(map(len, prompts)))
-        except (ValueError, _core.OverloadedError) as error:
+        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, COMPLETION.prompt_field) from None
         return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival))
 
@@ -140,7 +141,7 @@ class OpenAIRoutes:
             )
             if parsed.max_tokens is None and parsed.max_completion_tokens is None:
                 params = params.fitting(self._longest - len(prompt))
-        except (ValueError, _core.OverloadedError) as error:
+        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, CHAT.prompt_field) from None
         return await self._calls.serve(request, self._call(CHAT, parsed, [prompt], params, arrival))
 

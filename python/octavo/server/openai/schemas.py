@@ -117,12 +117,12 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def include_usage(self) -> bool:
-        """Whether the stream ends with a usage frame."""
+        """Whether the stream ends with an event that has the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every frame carries the usage so far."""
+        """Whether every event carries the usage so far."""
         return self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
 
