@@ -9,9 +9,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use _core::config::CoreConfig;
-use _core::output::{FinishReason, OutputSink, Progress, SampledToken};
+use _core::output::{FinishReason, OutputSink, SampledToken};
 use _core::plan::{PlanInfo, ResultWriter, STATUS_OK};
-use _core::request::{SamplingParams, SeqRef};
+use _core::request::{Progress, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
 use criterion::{criterion_group, criterion_main, Criterion};
 

@@ -249,10 +249,12 @@ fn a_call_is_admitted_whole_or_not_at_all() {
         assert!(added.is_ok() || bench.scheduler.stats() == before);
         added
     };
-    assert_eq!(add(&[]), Err(Error::EmptyPrompt));
+    let refused =
+        |count: usize| Err(Error::invalid("prompt", format!("a list of {count}"), "from 1 to max_waiting = 3 prompts"));
+    assert_eq!(add(&[]), refused(0));
     assert_eq!(add(&[&[1], &[]]), Err(Error::EmptyPrompt));
     assert_eq!(add(&[&[1], &[2], &[1024]]).map_err(|error| error.code()), Err("token_id_out_of_range"));
-    assert_eq!(add(&[&[1], &[2], &[3], &[4]]), Err(Error::QueueFull { limit: 3 }));
+    assert_eq!(add(&[&[1], &[2], &[3], &[4]]), refused(4));
     assert_eq!(add(&[&[1], &[2]]), Ok(RequestId(1)));
     assert_eq!(add(&[&[3], &[4]]), Err(Error::QueueFull { limit: 3 }));
     assert_eq!(add(&[&[3]]), Ok(RequestId(3)));
