@@ -78,8 +78,67 @@ pub struct ChoiceProgress {
     pub last_token: f64,
 }
 
-/// Tokens that came one after another: seconds between two of them, on average, and how many times.
+/// Gaps of about one length between the tokens of a choice: their mean in seconds, and how many.
 pub type TokenGap = (f64, u32);
+
+/// A bin is 9 % wide: 8 of them make a factor of two.
+const BINS_PER_OCTAVE: f64 = 8.0;
+
+/// Gaps of one length, or nearly.
+#[derive(Debug)]
+struct GapBin {
+    /// Its gaps' logarithm to base two, in steps of 1 / [`BINS_PER_OCTAVE`]; the lowest number for
+    /// those of no time.
+    number: i16,
+    count: u32,
+    sum: f64,
+}
+
+/// The gaps between tokens since they were last taken, of which an answer may have as many as
+/// tokens: kept apart by length only.
+#[derive(Debug, Default)]
+struct Gaps {
+    /// In the order in which they came to be; a few, as a choice's gaps are much alike.
+    bins: Vec<GapBin>,
+    /// Tokens of the latest time that are in no bin yet: one step may bring several.
+    together: u32,
+    /// When the token before those came.
+    since: f64,
+}
+
+impl Gaps {
+    /// A token came at `now`, the one before it at `before`.
+    fn push(&mut self, before: f64, now: f64) {
+        if self.together == 0 || now > before {
+            self.settle(before);
+            self.since = before;
+        }
+        self.together += 1;
+    }
+
+    /// The latest tokens came at `time`: each took an equal part of the time since those before.
+    fn settle(&mut self, time: f64) {
+        let count = std::mem::take(&mut self.together);
+        if count == 0 {
+            return;
+        }
+        let sum = time - self.since;
+        let number = ((sum / f64::from(count)).log2() * BINS_PER_OCTAVE).floor() as i16;
+        match self.bins.iter_mut().find(|bin| bin.number == number) {
+            Some(bin) => {
+                bin.count += count;
+                bin.sum += sum;
+            }
+            None => self.bins.push(GapBin { number, count, sum }),
+        }
+    }
+
+    /// All of them, the latest token's too, which came at `time`. The bins' memory stays.
+    fn take(&mut self, time: f64) -> impl Iterator<Item = TokenGap> + '_ {
+        self.settle(time);
+        self.bins.drain(..).map(|bin| (bin.sum / f64::from(bin.count), bin.count))
+    }
+}
 
 /// The outgoing side of one sequence.
 #[derive(Debug)]
@@ -95,8 +154,7 @@ pub(super) struct Choice {
     /// Characters that its tokens have made, those held back included.
     text_chars: u32,
     pub(super) progress: ChoiceProgress,
-    /// `progress` when it was last taken.
-    taken: ChoiceProgress,
+    gaps: Gaps,
     pub(super) ended: Option<FinishReason>,
 }
 
@@ -114,7 +172,7 @@ impl Choice {
             pending: ChoiceDelta { index, first: true, ..ChoiceDelta::default() },
             text_chars: 0,
             progress: ChoiceProgress::default(),
-            taken: ChoiceProgress::default(),
+            gaps: Gaps::default(),
             ended: None,
         }
     }
@@ -124,6 +182,8 @@ impl Choice {
     pub(super) fn push(&mut self, token: &SampledToken<'_>, now: f64, scratch: &mut String) -> Option<u32> {
         if self.progress.num_tokens == 0 {
             self.progress.first_token = now;
+        } else {
+            self.gaps.push(self.progress.last_token, now);
         }
         self.progress.num_tokens += 1;
         self.progress.last_token = now;
@@ -172,16 +232,10 @@ impl Choice {
         self.pending.finish = Some(Finish { reason, stop_text });
     }
 
-    /// The time between its tokens since the last call. Of tokens that came together only the last
-    /// one's time is known, and that of the choice's first.
-    pub(super) fn take_gap(&mut self) -> Option<TokenGap> {
-        let taken = std::mem::replace(&mut self.taken, self.progress);
-        let (since, before) = match taken.num_tokens {
-            0 => (self.progress.first_token, 1),
-            tokens => (taken.last_token, tokens),
-        };
-        let gaps = self.progress.num_tokens.saturating_sub(before);
-        (gaps > 0).then(|| ((self.progress.last_token - since) / f64::from(gaps), gaps))
+    /// The times between its tokens since the last call, those of about one length as one. Tokens
+    /// of one step share the time since the step before; the choice's first has none before it.
+    pub(super) fn take_gaps(&mut self) -> impl Iterator<Item = TokenGap> + '_ {
+        self.gaps.take(self.progress.last_token)
     }
 
     /// What it gained since the last call.

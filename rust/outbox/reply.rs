@@ -34,7 +34,8 @@ pub struct ReplyDelta {
     /// The requests that got their first token, or have ended; without a format all that gained
     /// something.
     pub requests: Vec<RequestProgress>,
-    /// Of each choice that gained tokens and had one before, or several.
+    /// Of each choice that gained tokens and had one before, or several: at most a few dozen,
+    /// however many tokens there are.
     pub token_gaps: Vec<TokenGap>,
     /// No more will come.
     pub finished: bool,
@@ -212,7 +213,7 @@ impl Reply {
         let finished = self.finished();
         let choices =
             if self.has_news() { self.choices.iter_mut().filter_map(Choice::take).collect() } else { Vec::new() };
-        let token_gaps = self.choices.iter_mut().filter_map(Choice::take_gap).collect();
+        let token_gaps = self.choices.iter_mut().flat_map(Choice::take_gaps).collect();
         let requests = (0..self.requests.len()).filter_map(|prompt| self.take_progress(prompt)).collect();
         let writer = self.format.clone().map(|format| Writer {
             format,

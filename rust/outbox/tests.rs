@@ -497,11 +497,37 @@ fn gaps_lie_between_the_tokens_of_one_choice() {
         let delta = call.outbox.take(call.id).unwrap();
         (delta.token_gaps, delta.requests.len())
     };
-    // A first token has none before it; of three that came together the mean counts twice.
+    // A first token has none before it; gaps of a take are told apart.
     assert_eq!(tell(&mut call, &[(0, 1.0)]), (vec![], 1));
-    assert_eq!(tell(&mut call, &[(0, 2.0), (1, 2.0), (1, 4.0), (1, 8.0)]), (vec![(1.0, 1), (3.0, 2)], 0));
+    assert_eq!(tell(&mut call, &[(0, 2.0), (1, 2.0), (1, 4.0), (1, 8.0)]), (vec![(1.0, 1), (2.0, 1), (4.0, 1)], 0));
     assert_eq!(tell(&mut call, &[]), (vec![], 0));
-    assert_eq!(tell(&mut call, &[(1, 9.0), (1, 11.0)]), (vec![(1.5, 2)], 0));
+    // Of tokens of one step each has its part of the step's time.
+    assert_eq!(tell(&mut call, &[(1, 11.0), (1, 11.0)]), (vec![(1.5, 2)], 0));
+    assert_eq!(tell(&mut call, &[(1, 13.0), (1, 13.0), (1, 16.0), (1, 16.0)]), (vec![(1.0, 2), (1.5, 2)], 0));
+}
+
+#[test]
+fn a_whole_answer_keeps_the_lengths_of_its_gaps() {
+    let mut call = Told::new(&[1], &params(1), Some(completion(false)));
+    // Steps of 4 ms and a little; every tenth token comes after a stall of 128 ms.
+    let (step, stall) = (1.0 / 256.0, 0.125);
+    let mut time = 1.0;
+    for place in 0..8192 {
+        if place > 0 {
+            time += if place % 10 == 0 { stall } else { step * (1.0 + f64::from(place % 64) / 128.0) };
+        }
+        call.progress[0].last_token = time;
+        call.token(0, place as usize, 65, None, None);
+    }
+    call.finish(0, FinishReason::Length);
+    let gaps = call.outbox.take(call.id).unwrap().token_gaps;
+    assert!(gaps.len() <= 8, "{gaps:?}");
+    assert_eq!(gaps.iter().map(|(_, count)| count).sum::<u32>(), 8191);
+    let sum: f64 = gaps.iter().map(|(mean, count)| mean * f64::from(*count)).sum();
+    assert!((sum - (time - 1.0)).abs() < 1e-6, "{sum}");
+    let (stalls, steps): (Vec<TokenGap>, Vec<TokenGap>) = gaps.iter().partition(|(mean, _)| *mean > 0.1);
+    assert_eq!(stalls, [(stall, 819)]);
+    assert!(steps.iter().all(|(mean, _)| (step..1.5 * step).contains(mean)), "{steps:?}");
 }
 
 /// A protocol as others have it: a line before the first token, one for every token also where

@@ -121,6 +121,7 @@ impl ReplyDelta {
         self.delta.requests.iter().map(RequestProgress::new).collect()
     }
 
+    /// A few a choice, also of a whole answer: gaps of about one length are one entry.
     #[getter]
     fn token_gaps(&self) -> Vec<outbox::TokenGap> {
         self.delta.token_gaps.clone()

@@ -303,6 +303,51 @@ async def test_times_between_tokens_are_those_of_one_choice(served: Served) -> N
         assert await served.metric(f"vllm:{name}_sum") / count > 0.018
 
 
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_stall_between_tokens_is_seen_as_one(served: Served, stream: bool) -> None:
+    """Also in a whole answer, whose times are taken once, at its end: both have the same buckets."""
+    engine, script = served.engine, served.engine.script
+
+    def steps() -> None:
+        for step in range(21):
+            script.step_delay = 0.25 if step % 10 == 5 else 0.0
+            assert script.step()
+
+    engine.hold()
+    body = {"prompt": "Hi", "max_tokens": 21, "ignore_eos": True, "stream": stream}
+    asking = asyncio.ensure_future(served.http.post(served.url + "/v1/completions", json=body))
+    while engine.num_unfinished == 0:
+        await asyncio.sleep(0.005)
+    await asyncio.to_thread(steps)
+    await (await asking).read()
+    for bound, count in (("0.2", 18), ("+Inf", 20)):
+        assert await served.metric(f'vllm:inter_token_latency_seconds_bucket{{le="{bound}"') == count
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_what_had_finished_when_the_client_left_is_counted(served_narrowly: Served, stream: bool) -> None:
+    """Two of three prompts run to their end, the third waits."""
+    engine = served_narrowly.engine
+    engine.hold()
+    body = {"prompt": ["a", "b", "c"], "max_tokens": 3, "ignore_eos": True, "stream": stream}
+    asking = asyncio.ensure_future(served_narrowly.http.post(served_narrowly.url + "/v1/completions", json=body))
+    while engine.num_unfinished < 3:
+        await asyncio.sleep(0.005)
+    while engine.num_unfinished == 3:
+        engine.script.step()
+    if stream:
+        (await asking).close()
+    else:
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+    while engine.streams:
+        await asyncio.sleep(0.005)
+    for reason, count in (("length", 2), ("abort", 1)):
+        assert await served_narrowly.metric(f'vllm:request_success_total{{finished_reason="{reason}"') == count
+    for name, count in (("time_to_first_token", 2), ("e2e_request_latency", 2), ("inter_token_latency", 4)):
+        assert await served_narrowly.metric(f"vllm:{name}_seconds_count") == count
+
+
 async def test_probes_and_metrics(served: Served) -> None:
     assert (await served.get("/health"))[0] == 200
     assert (await served.get("/ready"))[0] == 200

@@ -134,7 +134,11 @@ class CallServer:
                     return await self._streamed(request, call, reply, times)
                 return await self._whole(reply, times)
             finally:
+                # What the client did not wait for counts as well; None where the end was taken.
+                last = self._engine.core.take(reply.reply_id)
                 reply.close()
+                if last is not None:
+                    times.add(last)
                 times.close()
         finally:
             self.active -= 1
@@ -151,10 +155,15 @@ class CallServer:
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self.refusal(error, call.prompt_field) from None
 
-    async def _whole(self, reply: "ReplyStream", times: CallTimes) -> web.Response:
-        """The answer in one piece; the reply has no news before its end."""
+    async def _next(self, reply: "ReplyStream", times: CallTimes) -> _core.ReplyDelta:
+        """The next delta, counted as it is taken: a client that leaves meanwhile does not undo it."""
         delta = await reply.next()
         times.add(delta)
+        return delta
+
+    async def _whole(self, reply: "ReplyStream", times: CallTimes) -> web.Response:
+        """The answer in one piece; the reply has no news before its end."""
+        delta = await self._next(reply, times)
         if delta.error is not None:
             raise from_failure(delta.error)
         return web.Response(body=await self._written(delta), content_type="application/json")
@@ -166,14 +175,13 @@ class CallServer:
         await response.prepare(request)
         events = EventWriter(request, response, self._config.sse_keep_alive_interval)
         try:
-            delta = await events.keep_alive(reply.next())
+            delta = await events.keep_alive(self._next(reply, times))
             while True:
-                times.add(delta)
                 if data := await self._written(delta):  # news may have been taken with those before
                     await events.write(data)
                 if delta.finished:
                     break
-                delta = await reply.next()
+                delta = await self._next(reply, times)
             if delta.error is not None:
                 self._metrics.errors[delta.error.code] += 1
         except (asyncio.CancelledError, ConnectionError):
