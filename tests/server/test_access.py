@@ -107,3 +107,8 @@ def test_the_application_has_no_other_middleware_order() -> None:
         "json_errors",
         "check_host_and_key",
     ]
+
+
+def test_one_key_is_not_the_keys_of_its_letters() -> None:
+    config = ServerConfig(api_key="secret", allowed_hosts="example.org")  # type: ignore[arg-type]
+    assert (config.api_key, config.allowed_hosts) == (("secret",), ("example.org",))

@@ -24,6 +24,9 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        for field in ("api_key", "allowed_hosts"):
+            if isinstance(getattr(self, field), str):  # whose characters are not the entries
+                object.__setattr__(self, field, (getattr(self, field),))
         for field, low, high in (
             ("port", 0, 65535),
             ("max_body_size", 1024, 2**31),
