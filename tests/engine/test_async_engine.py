@@ -48,6 +48,22 @@ def test_one_event_loop_after_another(engine: AsyncEngine) -> None:
     assert len(texts) == 1
 
 
+async def ended_before_it_is_closed(engine: AsyncEngine) -> None:
+    engine.attach_loop(asyncio.get_running_loop())
+    stream = engine.submit([Prompt([1, 2, 3])], GREEDY.to_core())
+    while engine.core.has_unfinished():
+        await asyncio.sleep(0.001)
+    unknown = engine.stats()["unknown_aborts"]
+    last = stream.close()
+    assert last is not None and last.finished and last.requests[0].num_output_tokens == 16
+    assert stream.close() is None
+    assert engine.stats()["unknown_aborts"] == unknown  # there was nothing to abort
+
+
+def test_a_stream_gives_its_end_to_who_closes_it(engine: AsyncEngine) -> None:
+    asyncio.run(ended_before_it_is_closed(engine))
+
+
 def test_a_second_loop_beside_a_running_one_is_refused(engine: AsyncEngine) -> None:
     async def outer() -> None:
         await outputs(engine)

@@ -59,11 +59,18 @@ class ReplyStream:
         """The core has news for this reply (called on the loop)."""
         self._news.set()
 
-    def close(self) -> None:
-        """Aborts the call unless it has finished: its blocks are free by the next committed step. Idempotent."""
-        if self._open:
-            self._leave()
+    def close(self) -> _core.ReplyDelta | None:
+        """Aborts the call unless it has finished: its blocks are free by the next committed step. Idempotent.
+
+        Returns what nobody waited for any more, None if the end was taken.
+        """
+        if not self._open:
+            return None
+        self._leave()
+        last = self._engine.core.take(self.reply_id)
+        if last is None or not last.finished:
             self._engine.core.abort(self.reply_id)
+        return last
 
     def _leave(self) -> None:
         self._open = False

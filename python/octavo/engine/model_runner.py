@@ -41,13 +41,12 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_decode_len = 1 + num_draft_tokens
         self.graph_sizes = graph_sizes
-        groups = loaded.model.kv_groups
         self.kv_layout = KvLayout.of(loaded.model, block_size=block_size, dtype=loaded.dtype)
         # Room for rejected drafts, which may lie past the longest sequence.
         max_blocks = -(-(max_model_len + num_draft_tokens) // block_size)
         self.state = DeviceState(
             max_num_seqs=max_num_seqs,
-            num_groups=len(groups),
+            num_groups=self.kv_layout.num_groups,
             max_blocks=max_blocks,
             vocab_size=self.vocab_size,
             device=device,
@@ -56,7 +55,7 @@ class ModelRunner:
         self.inputs = StepInputs(
             max_tokens=max(max_num_batched_tokens, max_num_seqs),
             max_rows=max(max_num_seqs, graph_sizes.most_decodes) + graph_sizes.prefill_rows,
-            num_groups=len(groups),
+            num_groups=self.kv_layout.num_groups,
             device=device,
         )
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group

@@ -134,10 +134,7 @@ class CallServer:
                     return await self._streamed(request, call, reply, times)
                 return await self._whole(reply, times)
             finally:
-                # What the client did not wait for counts as well; None where the end was taken.
-                last = self._engine.core.take(reply.reply_id)
-                reply.close()
-                if last is not None:
+                if last := reply.close():  # what the client did not wait for counts as well
                     times.add(last)
                 times.close()
         finally:
