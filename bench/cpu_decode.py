@@ -1,4 +1,5 @@
-"""Single-stream decode on a CPU against transformers' `generate()`, in turns in one process, on the default model.
+"""Single-stream decode on a CPU against transformers' `generate()`, in turns in one process, on the
+default model.
 
     python bench/cpu_decode.py [bfloat16 | float32]
 

@@ -1,8 +1,9 @@
 //! Times one steady decode step's work in the core: commit of the last step and plan of the next.
 //!
-//! `cargo bench --bench scheduler`. The sequences are staggered, so that each step some of them fill a block, as in a
-//! server. What is timed is the CPU time of this thread, so a busy machine does not count. The
-//! context length is varied to show that the cost does not follow it, and overlap to show that it does not add.
+//! `cargo bench --bench scheduler`. The sequences are staggered, so that each step some of them
+//! fill a block, as in a server. What is timed is the CPU time of this thread, so a busy machine
+//! does not count. The context length is varied to show that the cost does not follow it, and
+//! overlap to show that it does not add.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -39,7 +40,8 @@ fn thread_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Steps after which the sequences are made anew, outside the timing: contexts stay near the length in the name.
+/// Steps after which the sequences are made anew, outside the timing: contexts stay near the length
+/// in the name.
 const STEPS: u64 = 8192;
 
 /// A scheduler whose sequences all decode, with `overlap` steps in flight.

@@ -1,8 +1,9 @@
-"""The one door to the ops: Triton where the first argument lives on a CUDA device, the plain-PyTorch twin elsewhere.
+"""The one door to the ops: Triton where the first argument lives on a CUDA device, the
+plain-PyTorch twin elsewhere.
 
-Layers and engine call only this module. What an op does, and its shapes, stand in `reference/layers.py`, of `prepare`
-and `sample` in `reference/step.py`. Triton is imported at the first call with a CUDA tensor, so a host without it can
-run everything on its CPU.
+Layers and engine call only this module. What an op does, and its shapes, stand in
+`reference/layers.py`, of `prepare` and `sample` in `reference/step.py`. Triton is imported at the
+first call with a CUDA tensor, so a host without it can run everything on its CPU.
 """
 
 import functools
@@ -18,7 +19,8 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 
 
 def _by_device(twin: Op, module: str, tensor_at: int = 0) -> Op:
-    """`twin` for CPU tensors, the function of the same name in `octavo.kernels.<module>` for CUDA tensors.
+    """`twin` for CPU tensors, the function of the same name in `octavo.kernels.<module>` for CUDA
+    tensors.
 
     The argument at position `tensor_at`, a tensor or a list of them, decides.
     """

@@ -1,12 +1,14 @@
 //! The arena of KV blocks: reference counts, and the lists of blocks that nobody references.
 //!
-//! A block is in exactly one place: *referenced* by block tables; *held*, given back while a step in flight may still
-//! touch it; or *free*. The free list runs from the block to reuse first to the one to keep longest: blocks without
-//! content at the front, then those whose content the prefix cache can still find, least recently used first. Lists are
-//! threaded through the blocks by index, so taking a block out of the middle (a prefix hit) costs no search.
+//! A block is in exactly one place: *referenced* by block tables; *held*, given back while a step
+//! in flight may still touch it; or *free*. The free list runs from the block to reuse first to the
+//! one to keep longest: blocks without content at the front, then those whose content the prefix
+//! cache can still find, least recently used first. Lists are threaded through the blocks by index,
+//! so taking a block out of the middle (a prefix hit) costs no search.
 //!
-//! It knows nothing of sequences, tokens or groups. Cf. vLLM's `FreeKVCacheBlockQueue` and mistral.rs' `block_pool.rs`.
-//! Misuse (a release of what is not referenced) is a panic with the block's id, in release builds too.
+//! It knows nothing of sequences, tokens or groups. Cf. vLLM's `FreeKVCacheBlockQueue` and
+//! mistral.rs' `block_pool.rs`. Misuse (a release of what is not referenced) is a panic with the
+//! block's id, in release builds too.
 
 use crate::prefix_cache::BlockKey;
 use crate::request::{BlockId, NULL_BLOCK};
@@ -18,7 +20,8 @@ const NIL: u32 = u32::MAX;
 enum Place {
     Referenced,
     Free,
-    /// By the parity of the fence: at most two steps are in flight, so both of one parity are the same step.
+    /// By the parity of the fence: at most two steps are in flight, so both of one parity are the
+    /// same step.
     Held(u8),
 }
 
@@ -103,8 +106,8 @@ impl BlockPool {
         self.blocks[block.0 as usize].place == Place::Free
     }
 
-    /// Hands out the free block that is missed least, with one reference, and the key it had: the prefix cache must
-    /// forget that key. None if no block is free.
+    /// Hands out the free block that is missed least, with one reference, and the key it had: the
+    /// prefix cache must forget that key. None if no block is free.
     pub fn allocate(&mut self) -> Option<(BlockId, Option<BlockKey>)> {
         let index = self.free.head;
         if index == NIL {
@@ -125,8 +128,8 @@ impl BlockPool {
         self.blocks[block.0 as usize].references += 1;
     }
 
-    /// Takes one reference away. The last one puts the block into the free list, or, if the step `fence` is not yet
-    /// committed, holds it until it is.
+    /// Takes one reference away. The last one puts the block into the free list, or, if the step
+    /// `fence` is not yet committed, holds it until it is.
     pub fn release(&mut self, block: BlockId, fence: u64) {
         let fenced = self.fenced;
         let entry = &mut self.blocks[block.0 as usize];
@@ -243,7 +246,8 @@ impl BlockPool {
         }
     }
 
-    /// Compares reference counts with `expected` (by block, the null block included), and walks the lists.
+    /// Compares reference counts with `expected` (by block, the null block included), and walks the
+    /// lists.
     ///
     /// # Errors
     /// The first block that is not where it should be.

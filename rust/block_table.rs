@@ -1,8 +1,10 @@
-//! The blocks of one sequence in one KV group, by position: token `p` lies in entry `p / block_size`.
+//! The blocks of one sequence in one KV group, by position: token `p` lies in entry
+//! `p / block_size`.
 
 use crate::request::{BlockId, NULL_BLOCK};
 
-/// A block table. Entries before the sliding window hold the null block: they were given back, or never filled.
+/// A block table. Entries before the sliding window hold the null block: they were given back, or
+/// never filled.
 #[derive(Debug, Clone, Default)]
 pub struct BlockTable {
     blocks: Vec<BlockId>,
@@ -81,7 +83,8 @@ impl BlockTable {
         self.sent = 0;
     }
 
-    /// The entries that the device has not been told about, with their indices; it has been told with this call.
+    /// The entries that the device has not been told about, with their indices; it has been told
+    /// with this call.
     pub fn take_unsent(&mut self) -> impl Iterator<Item = (usize, BlockId)> + '_ {
         let start = self.sent.max(self.first);
         self.sent = self.blocks.len();

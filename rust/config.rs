@@ -8,7 +8,8 @@ pub enum Batching {
     /// A request joins as soon as a place and blocks are free.
     #[default]
     Continuous,
-    /// A batch forms (`max_num_seqs` waiting, or `static_batch_wait` seconds), then runs to its end alone.
+    /// A batch forms (`max_num_seqs` waiting, or `static_batch_wait` seconds), then runs to its end
+    /// alone.
     Static,
     /// One request at a time.
     None,
@@ -24,7 +25,8 @@ pub enum SchedulingPolicy {
     Priority,
 }
 
-/// Configuration of a [`Scheduler`](crate::scheduler::Scheduler). The fields are those of `EngineCore` in `_core.pyi`.
+/// Configuration of a [`Scheduler`](crate::scheduler::Scheduler). The fields are those of
+/// `EngineCore` in `_core.pyi`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CoreConfig {
     /// Blocks of the KV pool, the null block 0 included.
@@ -82,8 +84,8 @@ pub struct DecodeShape {
     pub rows: u32,
 }
 
-/// Captured steps with prompt tokens: one for each pair of `tokens` with one of `decodes` or `draft_decodes`, each with
-/// `rows` prefill rows.
+/// Captured steps with prompt tokens: one for each pair of `tokens` with one of `decodes` or
+/// `draft_decodes`, each with `rows` prefill rows.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PrefillGraphs {
     /// Numbers of prompt tokens; none: no step with prompt tokens is padded.
@@ -221,13 +223,15 @@ impl CoreConfig {
         self.max_num_seqs.min(self.max_num_batched_tokens / (1 + self.num_draft_tokens)) as usize
     }
 
-    /// Most rows of one step, padding included: a captured step may have more than there are sequences.
+    /// Most rows of one step, padding included: a captured step may have more than there are
+    /// sequences.
     pub fn max_rows(&self) -> u32 {
         let with_drafts = self.draft_graphs.iter().chain(&self.prefill_graphs.draft_decodes).map(|shape| shape.rows);
         with_drafts.fold(self.max_num_seqs, u32::max) + self.prefill_graphs.rows
     }
 
-    /// Entries of a slot's block table in each group: the longest sequence, with room for rejected drafts.
+    /// Entries of a slot's block table in each group: the longest sequence, with room for rejected
+    /// drafts.
     pub fn max_blocks_per_seq(&self) -> usize {
         (self.max_model_len + self.num_draft_tokens).div_ceil(self.block_size) as usize
     }

@@ -1,6 +1,8 @@
-//! The crate's one error type. What a user can cause is an `Error`; a broken invariant of our own is a panic.
+//! The crate's one error type. What a user can cause is an `Error`; a broken invariant of our own
+//! is a panic.
 
-/// Everything that can be refused. The text names the field or file, the value, the limit and what to do.
+/// Everything that can be refused. The text names the field or file, the value, the limit and what
+/// to do.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
     /// A field of a configuration or of the sampling parameters is out of its range.
@@ -60,7 +62,8 @@ pub enum Error {
         /// The configured bound.
         limit: usize,
     },
-    /// The caller broke the protocol of steps: planned a third one, or committed one that is not the oldest.
+    /// The caller broke the protocol of steps: planned a third one, or committed one that is not
+    /// the oldest.
     #[error("step {step_id}: {reason}")]
     StepOrder {
         /// The step that was named, or would have been planned.

@@ -1,5 +1,5 @@
-//! A copy of the core's state for whoever must check it from outside: the simulation. The core itself never uses it.
-//! [`Scheduler::inspect`](crate::scheduler::Scheduler::inspect) makes it.
+//! A copy of the core's state for whoever must check it from outside: the simulation. The core
+//! itself never uses it. [`Scheduler::inspect`](crate::scheduler::Scheduler::inspect) makes it.
 
 use crate::request::SeqRef;
 
@@ -62,6 +62,7 @@ pub struct SequenceView {
 pub struct Inspection {
     /// All blocks by index; the null block's entry means nothing.
     pub blocks: Vec<BlockView>,
-    /// Running sequences in the order in which they are served, then the waiting ones in theirs, then those forming.
+    /// Running sequences in the order in which they are served, then the waiting ones in theirs,
+    /// then those forming.
     pub sequences: Vec<SequenceView>,
 }

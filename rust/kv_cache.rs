@@ -1,8 +1,9 @@
 //! Which blocks a sequence has: the pool, the prefix index and the rules of each KV group together.
 //!
-//! All groups draw from one pool. A full-attention group keeps every block of a sequence; a group with a sliding window
-//! gives back blocks that no coming token can see. The tables of one sequence always have the same number of entries.
-//! It knows nothing of requests, budgets or slots; lengths are in tokens.
+//! All groups draw from one pool. A full-attention group keeps every block of a sequence; a group
+//! with a sliding window gives back blocks that no coming token can see. The tables of one sequence
+//! always have the same number of entries. It knows nothing of requests, budgets or slots; lengths
+//! are in tokens.
 
 use crate::block_pool::BlockPool;
 use crate::block_table::BlockTable;
@@ -27,8 +28,9 @@ impl KvCache {
     /// The pool of a checked configuration.
     pub fn new(config: &CoreConfig) -> Self {
         let block_size = config.block_size as usize;
-        // While a chunk is computed the window of its first token is still needed; drafts that a step in flight may
-        // yet reject stretch it. A span of t tokens touches at most ceil(t / block_size) + 1 blocks.
+        // While a chunk is computed the window of its first token is still needed; drafts that a
+        // step in flight may yet reject stretch it. A span of t tokens touches at most ceil(t /
+        // block_size) + 1 blocks.
         let chunk = config.max_num_batched_tokens.min(config.max_model_len) + config.num_draft_tokens;
         let limit = |window: &u32| match window {
             0 => usize::MAX,
@@ -95,7 +97,8 @@ impl KvCache {
         u32::try_from(entries * self.block_size).unwrap_or(u32::MAX)
     }
 
-    /// Allocates what is [`missing`](Self::missing) and returns its number. The caller has made sure that it is free.
+    /// Allocates what is [`missing`](Self::missing) and returns its number. The caller has made
+    /// sure that it is free.
     pub fn extend(&mut self, tables: &mut [BlockTable], len: u32) -> usize {
         let missing = self.missing(tables, len);
         for _ in 0..missing / tables.len() {
@@ -106,8 +109,8 @@ impl KvCache {
         missing
     }
 
-    /// Gives back the blocks that no token from position `least` on can see. A step before may still read them: the
-    /// last one that could is `fence`.
+    /// Gives back the blocks that no token from position `least` on can see. A step before may
+    /// still read them: the last one that could is `fence`.
     pub fn release_outside_window(&mut self, tables: &mut [BlockTable], least: u32, fence: u64) {
         if !self.has_windows {
             return;
@@ -120,7 +123,8 @@ impl KvCache {
         }
     }
 
-    /// Gives everything back, last blocks first, so that the beginnings of prompts stay findable the longest.
+    /// Gives everything back, last blocks first, so that the beginnings of prompts stay findable
+    /// the longest.
     pub fn release_all(&mut self, tables: &mut [BlockTable], fence: u64) {
         for table in tables {
             while let Some(block) = table.pop() {
@@ -130,15 +134,16 @@ impl KvCache {
         }
     }
 
-    /// Number of blocks of the longest prefix of `hashes` that a sequence can start from: full groups hold all of its
-    /// blocks, window groups those that the next token sees.
+    /// Number of blocks of the longest prefix of `hashes` that a sequence can start from: full
+    /// groups hold all of its blocks, window groups those that the next token sees.
     pub fn find(&self, hashes: &[u128]) -> usize {
         let holds = |group: usize, index: usize| self.find_block(group, hashes[index]).is_some();
         let full: Vec<usize> = (0..self.windows.len()).filter(|group| self.windows[*group] == 0).collect();
         let mut len =
             (0..hashes.len()).position(|index| !full.iter().all(|group| holds(*group, index))).unwrap_or(hashes.len());
-        // A missing block in the window of one length is in the window of all lengths between it and that one, since
-        // windows only move forward: go on right before it, until every group agrees.
+        // A missing block in the window of one length is in the window of all lengths between it
+        // and that one, since windows only move forward: go on right before it, until every group
+        // agrees.
         loop {
             let before = len;
             for (group, window) in self.windows.iter().enumerate().filter(|(_, window)| **window > 0) {
@@ -153,7 +158,8 @@ impl KvCache {
         }
     }
 
-    /// The blocks that [`acquire`](Self::acquire) of `hashes` would reference: how many, and how many of them are free.
+    /// The blocks that [`acquire`](Self::acquire) of `hashes` would reference: how many, and how
+    /// many of them are free.
     pub fn hit_size(&self, hashes: &[u128]) -> (usize, usize) {
         self.hit(hashes).fold((0, 0), |(all, free), (_, block)| (all + 1, free + usize::from(self.pool.is_free(block))))
     }
@@ -170,7 +176,8 @@ impl KvCache {
         }
     }
 
-    /// Whether a sequence of `len` computed tokens can be forked off `source`: it still has all the blocks for it.
+    /// Whether a sequence of `len` computed tokens can be forked off `source`: it still has all the
+    /// blocks for it.
     pub fn can_fork(&self, source: &[BlockTable], len: u32) -> bool {
         source.iter().zip(&self.windows).all(|(table, window)| {
             let first = first_visible(*window, len) as usize / self.block_size;
@@ -184,8 +191,8 @@ impl KvCache {
         (0..source.len()).map(|group| shared - self.first_entry_at(group, len)).sum()
     }
 
-    /// Starts empty `tables` with the first `len` tokens of `source`: full blocks are shared, the partly filled one gets
-    /// a block of its own, and `copies` gains (source, destination).
+    /// Starts empty `tables` with the first `len` tokens of `source`: full blocks are shared, the
+    /// partly filled one gets a block of its own, and `copies` gains (source, destination).
     pub fn fork(
         &mut self,
         source: &[BlockTable],
@@ -211,7 +218,8 @@ impl KvCache {
         }
     }
 
-    /// The block at entry `index` of each table is filled and will not change: it can be found from now on.
+    /// The block at entry `index` of each table is filled and will not change: it can be found from
+    /// now on.
     pub fn register(&mut self, tables: &[BlockTable], index: usize, hash: u128) {
         for (group, table) in (0..).zip(tables) {
             let key = BlockKey { hash, group };
@@ -235,7 +243,8 @@ impl KvCache {
         self.pool.clear_keys();
     }
 
-    /// Recounts references from the `tables` of all sequences, and compares the index with the blocks' keys.
+    /// Recounts references from the `tables` of all sequences, and compares the index with the
+    /// blocks' keys.
     ///
     /// # Errors
     /// What does not agree.
@@ -318,7 +327,8 @@ mod tests {
         let mut cache = cache(vec![0, 6], 32, 4);
         let mut tables = tables(&cache);
         assert_eq!(cache.extend(&mut tables, 16), 8);
-        // The token at position 16 sees 11..=16, so blocks 0 and 1 (positions 0..8) are out of sight; 8..12 is not.
+        // The token at position 16 sees 11..=16, so blocks 0 and 1 (positions 0..8) are out of
+        // sight; 8..12 is not.
         cache.release_outside_window(&mut tables, 16, 0);
         assert_eq!((tables[0].num_live(), tables[1].num_live(), tables[1].first_live()), (4, 2, 2));
         // At 17 it sees 12..=17.
@@ -346,7 +356,8 @@ mod tests {
     }
 
     proptest! {
-        /// A random set of findable blocks: the prefix found is the longest that satisfies the rule as it is worded.
+        /// A random set of findable blocks: the prefix found is the longest that satisfies the rule
+        /// as it is worded.
         #[test]
         fn finds_the_longest_prefix_that_all_groups_can_continue(
             windows in prop::collection::vec(0..10u32, 1..4),
@@ -378,7 +389,8 @@ mod tests {
             let found = cache.find(&hashes);
             prop_assert_eq!(found, expected);
 
-            // Acquiring it gives exactly the blocks that the next token sees, and each only once more.
+            // Acquiring it gives exactly the blocks that the next token sees, and each only once
+            // more.
             let mut second = vec![BlockTable::default(); windows.len()];
             let (size, free) = cache.hit_size(&hashes[..found]);
             cache.acquire(&mut second, &hashes[..found]);

@@ -28,7 +28,8 @@ pub enum SequenceError {
     Numerical,
     /// Bias and bans left no token to draw.
     AllMasked,
-    /// The result of the step makes no sense for this row: no token, too many, or an id outside the vocabulary.
+    /// The result of the step makes no sense for this row: no token, too many, or an id outside the
+    /// vocabulary.
     BadResult,
     /// The step did not run, or the engine gave up.
     StepFailed,
@@ -147,16 +148,20 @@ pub struct SampledToken<'a> {
     pub output_index: u32,
     /// Present where the request asked for log probabilities.
     pub logprobs: Option<TokenLogprobs<'a>>,
-    /// Set where the token itself ends the sequence (end or stop token, length); `on_finish` follows at once.
+    /// Set where the token itself ends the sequence (end or stop token, length); `on_finish`
+    /// follows at once.
     pub finish: Option<FinishReason>,
 }
 
-/// Receives what a commit brings. The owner of the text implements it: it detokenises and knows the stop strings.
+/// Receives what a commit brings. The owner of the text implements it: it detokenises and knows the
+/// stop strings.
 pub trait OutputSink {
-    /// A token was added to a sequence. Returns the index in `stop` of a stop string that the text now holds; the
-    /// sequence then ends with [`FinishReason::StopString`], whatever `token.finish` says.
+    /// A token was added to a sequence. Returns the index in `stop` of a stop string that the text
+    /// now holds; the sequence then ends with [`FinishReason::StopString`], whatever `token.finish`
+    /// says.
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32>;
 
-    /// A sequence ended. It is told once for each sequence, and nothing about that sequence follows.
+    /// A sequence ended. It is told once for each sequence, and nothing about that sequence
+    /// follows.
     fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, progress: &Progress);
 }

@@ -1,10 +1,12 @@
 //! The packed plan of a step and the result that comes back: the format that `docs/plan.md` has.
 //!
-//! [`words`] names every word. [`PlanWriter`] gathers the sections of one step and lays them out behind the header;
-//! [`PlanView`] reads them again, for the tests. [`PlanCapacity`] bounds a configuration's plans; [`ResultLayout`]
-//! knows where a row's tokens lie. All of this knows words and offsets, nothing of requests.
+//! [`words`] names every word. [`PlanWriter`] gathers the sections of one step and lays them out
+//! behind the header; [`PlanView`] reads them again, for the tests. [`PlanCapacity`] bounds a
+//! configuration's plans; [`ResultLayout`] knows where a row's tokens lie. All of this knows words
+//! and offsets, nothing of requests.
 //!
-//! All words are 32-bit little-endian; every section begins at a multiple of 16 bytes, the header at 0.
+//! All words are 32-bit little-endian; every section begins at a multiple of 16 bytes, the header
+//! at 0.
 
 use crate::error::Error;
 use crate::request::BlockId;
@@ -205,7 +207,8 @@ impl PlanWriter {
         self.drafts.extend_from_slice(drafts);
     }
 
-    /// Appends a token the penalties must know: how often it was output, and whether the prompt holds it.
+    /// Appends a token the penalties must know: how often it was output, and whether the prompt
+    /// holds it.
     pub fn push_penalty_token(&mut self, token: u32, times_output: u32, in_prompt: bool) {
         let mut words = [0; penalty::WORDS];
         words[penalty::TOKEN] = token;
@@ -218,7 +221,8 @@ impl PlanWriter {
         self.penalty_tokens.len() as u32
     }
 
-    /// Lays header and sections out in `buffer` and completes `info` (counts of sections, offsets, bytes, result width).
+    /// Lays header and sections out in `buffer` and completes `info` (counts of sections, offsets,
+    /// bytes, result width).
     ///
     /// # Errors
     /// [`Error::BufferTooSmall`]; nothing is written then.
@@ -353,7 +357,8 @@ impl<'a> PlanView<'a> {
         records::<1>(self.bytes, self.info.drafts_offset, self.info.num_drafts).map(|[token]| token)
     }
 
-    /// Tokens for the penalties: (token, times output, in the prompt). `enters` records point at their ranges.
+    /// Tokens for the penalties: (token, times output, in the prompt). `enters` records point at
+    /// their ranges.
     pub fn penalty_tokens(&self) -> impl Iterator<Item = (u32, u32, bool)> + 'a {
         records::<{ penalty::WORDS }>(self.bytes, self.info.penalty_tokens_offset, self.info.num_penalty_tokens)
             .map(|w| (w[penalty::TOKEN], w[penalty::SEEN] / 2, w[penalty::SEEN] % 2 == 1))

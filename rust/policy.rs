@@ -1,9 +1,10 @@
-//! Who goes first: the order of the waiting queue, which is also the order in which running sequences are served and
-//! the reverse of the order in which they are preempted.
+//! Who goes first: the order of the waiting queue, which is also the order in which running
+//! sequences are served and the reverse of the order in which they are preempted.
 //!
-//! Aging is linear: a request's rank is `priority - waited / priority_aging`, lower first. All waiting requests age alike,
-//! so comparing ranks at any moment is comparing `arrival + priority * priority_aging`, which never changes: the queue
-//! needs no re-sorting, and whoever waits is passed only by requests that came at most
+//! Aging is linear: a request's rank is `priority - waited / priority_aging`, lower first. All
+//! waiting requests age alike, so comparing ranks at any moment is comparing
+//! `arrival + priority * priority_aging`, which never changes: the queue needs no re-sorting, and
+//! whoever waits is passed only by requests that came at most
 //! `priority_aging * (difference of priorities)` seconds later.
 
 use std::collections::BTreeMap;
@@ -11,8 +12,9 @@ use std::ops::Bound;
 
 use crate::config::{CoreConfig, SchedulingPolicy};
 
-/// Sequences that may be admitted past one that does not fit, before the queue stops for it. Then what runs drains, and it
-/// has its turn; so a big request is passed a bounded number of times, and small ones wait only while the batch drains.
+/// Sequences that may be admitted past one that does not fit, before the queue stops for it. Then
+/// what runs drains, and it has its turn; so a big request is passed a bounded number of times, and
+/// small ones wait only while the batch drains.
 pub const HEAD_BYPASS_LIMIT: u32 = 32;
 
 /// Sequences that do not fit which one step looks at.
@@ -21,7 +23,8 @@ pub const LOOKAHEAD: usize = 16;
 /// A place in the order: smaller goes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Order {
-    /// `arrival + priority * priority_aging`, as an integer of the same order; 0 for first come, first served.
+    /// `arrival + priority * priority_aging`, as an integer of the same order; 0 for first come,
+    /// first served.
     rank: i64,
     /// Number of the request.
     number: u64,

@@ -1,11 +1,14 @@
-//! Finds blocks by their content: the key of a block is a keyed hash of its tokens and of everything before them.
+//! Finds blocks by their content: the key of a block is a keyed hash of its tokens and of
+//! everything before them.
 //!
-//! `hash(block i) = blake3(secret; hash(block i - 1), tokens of block i)`, 128 bits kept; the chain's root is a hash of the
-//! cache salt. Each input is tagged by its kind, and the KV group is part of the key, since the same tokens have other
-//! keys and values in other layers. With a secret per process, nobody outside can make two prompts collide, so tokens
-//! are not compared again. Source: vLLM's design "Automatic Prefix Caching"; the key and the width answer vllm#12621.
+//! `hash(block i) = blake3(secret; hash(block i - 1), tokens of block i)`, 128 bits kept; the
+//! chain's root is a hash of the cache salt. Each input is tagged by its kind, and the KV group is
+//! part of the key, since the same tokens have other keys and values in other layers. With a secret
+//! per process, nobody outside can make two prompts collide, so tokens are not compared again.
+//! Source: vLLM's design "Automatic Prefix Caching"; the key and the width answer vllm#12621.
 //!
-//! It knows neither references nor windows: [`KvCache`](crate::kv_cache::KvCache) combines it with the pool.
+//! It knows neither references nor windows: [`KvCache`](crate::kv_cache::KvCache) combines it with
+//! the pool.
 
 use rustc_hash::{FxBuildHasher, FxHashMap};
 
@@ -74,14 +77,16 @@ fn first_half(hasher: &blake3::Hasher) -> u128 {
     u128::from_le_bytes(hash.as_bytes()[..16].try_into().expect("a hash has 32 bytes"))
 }
 
-/// The index from content to block. Of several blocks with the same content, the first one is known.
+/// The index from content to block. Of several blocks with the same content, the first one is
+/// known.
 #[derive(Debug, Clone, Default)]
 pub struct PrefixCache {
     blocks: FxHashMap<BlockKey, BlockId>,
 }
 
 impl PrefixCache {
-    /// An index of up to `num_blocks` blocks. It takes its memory now: growing would stop a step for milliseconds.
+    /// An index of up to `num_blocks` blocks. It takes its memory now: growing would stop a step
+    /// for milliseconds.
     pub fn with_capacity(num_blocks: usize) -> Self {
         Self { blocks: FxHashMap::with_capacity_and_hasher(num_blocks, FxBuildHasher) }
     }
@@ -91,7 +96,8 @@ impl PrefixCache {
         self.blocks.get(&key).copied()
     }
 
-    /// Makes `block` known by `key`. False, and nothing changes, if another block has that content already.
+    /// Makes `block` known by `key`. False, and nothing changes, if another block has that content
+    /// already.
     pub fn insert(&mut self, key: BlockKey, block: BlockId) -> bool {
         match self.blocks.entry(key) {
             std::collections::hash_map::Entry::Occupied(_) => false,

@@ -1,4 +1,5 @@
-//! Requests: their names and their blocks' names, what the scheduler knows of one, the checked sampling parameters.
+//! Requests: their names and their blocks' names, what the scheduler knows of one, the checked
+//! sampling parameters.
 
 use crate::error::Error;
 use crate::text::StopPatterns;
@@ -33,8 +34,8 @@ pub(crate) struct Request {
     pub progress: Progress,
 }
 
-/// Where a request stands, for usage counts and latency metrics. Times are seconds of the caller's clock, 0.0 for what
-/// has not happened.
+/// Where a request stands, for usage counts and latency metrics. Times are seconds of the caller's
+/// clock, 0.0 for what has not happened.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Progress {
     /// Tokens of the prompt.
@@ -127,7 +128,8 @@ impl Default for SamplingOptions {
     }
 }
 
-/// Sampling parameters whose ranges hold. Token ids are checked against the vocabulary when a request is added.
+/// Sampling parameters whose ranges hold. Token ids are checked against the vocabulary when a
+/// request is added.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(clippy::struct_excessive_bools)] // They are separate switches of the API.
 pub struct SamplingParams {
@@ -141,13 +143,15 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least this likely relative to the likeliest, in \[0, 1\].
     pub min_p: f32,
-    /// Divides (or, if negative, multiplies) logits of tokens seen in prompt or output, in (0, 100].
+    /// Divides (or, if negative, multiplies) logits of tokens seen in prompt or output, in (0,
+    /// 100].
     pub repetition_penalty: f32,
     /// Subtracted from logits of tokens that were output, in \[-2, 2\].
     pub presence_penalty: f32,
     /// Subtracted once for each time a token was output, in \[-2, 2\].
     pub frequency_penalty: f32,
-    /// Seed of choice 0; choice i draws with `seed + i` (wrapping). None: derived from the configuration's seed.
+    /// Seed of choice 0; choice i draws with `seed + i` (wrapping). None: derived from the
+    /// configuration's seed.
     pub seed: Option<u64>,
     /// Output tokens at most; None: as many as the model's length and the KV pool allow.
     pub max_tokens: Option<u32>,

@@ -1,14 +1,16 @@
-//! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life of a request.
+//! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life
+//! of a request.
 //!
-//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins), `schedule` (a step is planned), `commit`
-//! (a step or a request ends). This file holds the state they share.
+//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins), `schedule` (a
+//! step is planned), `commit` (a step or a request ends). This file holds the state they share.
 //!
 //! # Why everybody gets on
-//! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)), and preempted from its
-//! end, so the first always advances: everyone after it can be made to give way, and alone it fits, which admission checked.
-//! A sequence that has been preempted `max_preemptions` times comes back only with a reservation for all it can still
-//! need, for itself and for everyone before it, and nobody is preempted who has one. At most `max_running` run, so each
-//! can have a decode row in every step.
+//! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)),
+//! and preempted from its end, so the first always advances: everyone after it can be made to give
+//! way, and alone it fits, which admission checked. A sequence that has been preempted
+//! `max_preemptions` times comes back only with a reservation for all it can still need, for itself
+//! and for everyone before it, and nobody is preempted who has one. At most `max_running` run, so
+//! each can have a decode row in every step.
 
 use std::collections::VecDeque;
 
@@ -111,7 +113,8 @@ struct Step {
 }
 
 impl Step {
-    /// Place of the result record of `rows[index]`: records are in the plan's row order, padding included.
+    /// Place of the result record of `rows[index]`: records are in the plan's row order, padding
+    /// included.
     fn record_of(&self, index: usize) -> usize {
         if index < self.num_decodes {
             index
@@ -121,7 +124,8 @@ impl Step {
     }
 }
 
-/// What is decided of the step being planned, before it is written. Kept between steps for its memory.
+/// What is decided of the step being planned, before it is written. Kept between steps for its
+/// memory.
 #[derive(Debug, Default)]
 struct PlannedStep {
     decodes: Vec<schedule::PlannedRow>,
@@ -138,7 +142,8 @@ struct PlannedStep {
     preempted: bool,
 }
 
-/// The core. Events come in by its methods, with the time in seconds where it matters; plans come out.
+/// The core. Events come in by its methods, with the time in seconds where it matters; plans come
+/// out.
 #[derive(Debug)]
 pub struct Scheduler {
     config: CoreConfig,
@@ -164,7 +169,8 @@ pub struct Scheduler {
     /// Blocks set aside by reservations and not yet taken, and the number of reservations.
     reserved_blocks: usize,
     num_reservations: usize,
-    /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for the better since.
+    /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for
+    /// the better since.
     nothing_fits_in: Option<usize>,
     /// Requests that have not been admitted yet.
     num_queued: usize,
@@ -240,8 +246,8 @@ impl Scheduler {
         self.capacity.result_bytes(self.config.num_draft_tokens)
     }
 
-    /// Offers draft tokens for the sequence's next decode row. They are dropped where the sequence is gone or does not
-    /// decode now.
+    /// Offers draft tokens for the sequence's next decode row. They are dropped where the sequence
+    /// is gone or does not decode now.
     ///
     /// # Errors
     /// [`Error::InvalidValue`] for more than `num_draft_tokens`, [`Error::TokenOutOfRange`].
@@ -269,8 +275,8 @@ impl Scheduler {
         !self.by_id.is_empty()
     }
 
-    /// Whether `schedule` is worth a call at `now`: something runs or may be admitted. A static batch that is still
-    /// forming is no work before [`Self::next_wake`].
+    /// Whether `schedule` is worth a call at `now`: something runs or may be admitted. A static
+    /// batch that is still forming is no work before [`Self::next_wake`].
     pub fn has_work(&self, now: f64) -> bool {
         !self.running.is_empty() || !self.ready.is_empty() || self.batch_may_open(self.clock(now))
     }
@@ -345,7 +351,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes blocks, slot and reservation from a running sequence. What a step in flight may still touch is held.
+    /// Takes blocks, slot and reservation from a running sequence. What a step in flight may still
+    /// touch is held.
     fn give_back(&mut self, number: u32) {
         let sequence = &mut self.sequences[number];
         self.kv.release_all(&mut sequence.tables, sequence.last_step);

@@ -1,4 +1,6 @@
-"""Fixtures shared by all tests: the default model's file and the material of ../shared where it is there."""
+"""Fixtures shared by all tests: the default model's file and the material of ../shared where it is
+there.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +10,21 @@ from pathlib import Path
 
 import pytest
 
-# Two OpenMP threads on two busy cores spin for each other: one is slower on a quiet machine and steady on a noisy one.
+# Two OpenMP threads on two busy cores spin for each other: one is slower on a quiet machine and
+# steady on a noisy one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Started behind a shell's `&`, Python ignores Ctrl-C, and so would every process of the tests that are about it.
+# Started behind a shell's `&`, Python ignores Ctrl-C, and so would every process of the tests that
+# are about it.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 LONGEST = ("test_equivalence", "test_compile_sm90", "test_differential", "test_sample", "test_decode_attention")
-"""Beginnings of the names of the files that take longest. They go first, so that all workers of a run end together."""
+"""Beginnings of the names of the files that take longest. They go first, so that all workers of a
+run end together.
+"""
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +42,9 @@ def shared_data() -> Path:
 
 
 def find_shared() -> Path:
-    """The folder of test material. Where it is absent the test skips, but fails in CI, which must not be green so."""
+    """The folder of test material. Where it is absent the test skips, but fails in CI, which must
+    not be green so.
+    """
     folder = Path(os.environ.get("OCTAVO_SHARED", REPOSITORY.parent / "shared"))
     if not (folder / "data").is_dir():
         message = f"no test data at {folder / 'data'}: set OCTAVO_SHARED"

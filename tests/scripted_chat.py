@@ -1,8 +1,8 @@
 """`octavo` with the scripted engine in place of a model, as a process that tests run in a terminal.
 
-`python -m tests.scripted_chat RECORD DELAY ARGUMENT...`: messages of each prompt are added to the file RECORD, one JSON
-list a line; a token takes DELAY seconds. The terminal on standard input becomes the controlling one, so that its Ctrl-C
-is an interrupt.
+`python -m tests.scripted_chat RECORD DELAY ARGUMENT...`: messages of each prompt are added to the
+file RECORD, one JSON list a line; a token takes DELAY seconds. The terminal on standard input
+becomes the controlling one, so that its Ctrl-C is an interrupt.
 """
 
 import fcntl

@@ -1,4 +1,5 @@
-"""`octavo bench` on a tiny random model: every command runs, counts its tokens right and says what it measured.
+"""`octavo bench` on a tiny random model: every command runs, counts its tokens right and says what
+it measured.
 
 `octavo bench serve` is tested with the servers, in tests/server/test_load_client.py.
 """

@@ -1,4 +1,6 @@
-"""`octavo chat` through a real terminal: keys go in, the screen and the conversation that the engine saw come out."""
+"""`octavo chat` through a real terminal: keys go in, the screen and the conversation that the
+engine saw come out.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +60,8 @@ class Terminal:
         assert self._comes(text, PATIENCE), f"no {text!r} in {self.screen[self._seen :]!r}"
 
     def interrupt(self, then: str) -> None:
-        """Ctrl-C at the prompt, until it shows: one between readline's prompt and its wait for a key shows at the next
-        key, which only programs are fast enough to see.
+        """Ctrl-C at the prompt, until it shows: one between readline's prompt and its wait for a
+        key shows at the next key, which only programs are fast enough to see.
         """
         for _ in range(5):
             self.press(CTRL_C)
@@ -256,7 +258,9 @@ def test_text_that_is_none_does_not_end_the_conversation(start: Start) -> None:
 
 
 def test_answers_go_elsewhere(start: Start, tmp_path: Path) -> None:
-    """As in `octavo chat > answers`: a person still sees the prompt, and the file has answers alone."""
+    """As in `octavo chat > answers`: a person still sees the prompt, and the file has answers
+    alone.
+    """
     with (tmp_path / "answers").open("wb") as answers:
         chat = start(stdout=answers)
     for text in ("one", "two"):

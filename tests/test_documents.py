@@ -1,8 +1,8 @@
-"""What the documents name is there: files, links, headings, functions, rules, make targets, commands
-and their flags.
+"""What the documents name is there: files, links, headings, functions, rules, make targets,
+commands and their flags.
 
-Comments and docstrings are held to the same where they name a file or a heading. `bench/LOG.md` is an archive, whose
-names are those of its day: only its links count.
+Comments and docstrings are held to the same where they name a file or a heading. `bench/LOG.md` is
+an archive, whose names are those of its day: only its links count.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def test_make_targets_exist() -> None:
 
 
 def test_modules_exist() -> None:
-    """`python -m bench.kernels.step`, `python bench/cpu_decode.py`; octavo's own modules lie under `python`."""
+    """`python -m bench.kernels.step`, `python bench/cpu_decode.py`; octavo's own modules lie under
+    `python`.
+    """
     missing = []
     for name, text in LIVING.items():
         for command in commands(text):

@@ -1,4 +1,6 @@
-"""How commands end: exit codes and last words when somebody presses Ctrl-C, leaves, or closes or fills a stream."""
+"""How commands end: exit codes and last words when somebody presses Ctrl-C, leaves, or closes or
+fills a stream.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ sys.modules["octavo.engine.async_engine"].AsyncEngine = AsyncEngine
 
 
 def shell(line: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs a line of bash; `octavo` and `scripted` are the real command and that with the scripted engine."""
+    """Runs a line of bash; `octavo` and `scripted` are the real command and that with the scripted
+    engine.
+    """
     commands = f'octavo() {{ {" ".join(OCTAVO)} "$@"; }}; scripted() {{ {" ".join(SCRIPTED)} "$@"; }}; '
     environment = {**ENVIRONMENT, **options.pop("env", {})}
     return subprocess.run(

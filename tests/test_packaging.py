@@ -1,5 +1,5 @@
-"""The wheel holds what it needs: one abi3 extension, the kernels behind the symlink, the typing files, and no more than
-15 MB.
+"""The wheel holds what it needs: one abi3 extension, the kernels behind the symlink, the typing
+files, and no more than 15 MB.
 """
 
 from __future__ import annotations

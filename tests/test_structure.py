@@ -61,7 +61,9 @@ def test_server_and_leaves_do_not_import_torch() -> None:
 
 
 def test_twins_run_without_triton() -> None:
-    """CPUs run them: neither they, nor the door to the ops, nor what these import may import Triton."""
+    """CPUs run them: neither they, nor the door to the ops, nor what these import may import
+    Triton.
+    """
     kernels = REPOSITORY / "kernels"
     waiting, seen = [kernels / "ops.py", *(kernels / "reference").rglob("*.py")], set()
     while waiting:

@@ -1,5 +1,5 @@
-"""`python -m bench.kernels [name part ...]`: microseconds of each op, its share of the card's limit, torch's, the
-peer's, the goal.
+"""`python -m bench.kernels [name part ...]`: microseconds of each op, its share of the card's
+limit, torch's, the peer's, the goal.
 """
 
 import itertools

@@ -1,7 +1,8 @@
-"""What is timed: each op at the shapes of Llama-2-7B, Llama-3-8B and 70B, with its counted bytes or operations.
+"""What is timed: each op at the shapes of Llama-2-7B, Llama-3-8B and 70B, with its counted bytes or
+operations.
 
-Peer figures are vLLM 0.26's on an H100 (FA3 for attention), measured once: microseconds; small ops with rotating
-inputs.
+Peer figures are vLLM 0.26's on an H100 (FA3 for attention), measured once: microseconds; small ops
+with rotating inputs.
 """
 
 import itertools
@@ -140,7 +141,8 @@ def decode_ops() -> Iterator[Case]:
     for (kv, name), (peer, goal) in QUANTISED_DECODE.items():
         yield decode_case((32, 8), name, DECODE[name], peer=peer, goal=goal, kv=kv)
     yield decode_case((32, 8), "32x1k, 4 tokens a row", [1024] * 32, query_len=4)
-    # What it costs that one row of many verifies drafts: told the rows' starts, or all rows padded to as many tokens.
+    # What it costs that one row of many verifies drafts: told the rows' starts, or all rows padded
+    # to as many tokens.
     yield decode_case((32, 8), "128x1k, one of 8 tokens", [1024] * 128, query_len=8, tokens=[8] + [1] * 127)
     yield decode_case((32, 8), "128x1k, 8 tokens a row", [1024] * 128, query_len=8)
     yield decode_case((32, 8), "32x4k, window 1024", [4096] * 32, window=1024)

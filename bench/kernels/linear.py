@@ -1,8 +1,10 @@
-"""`python -m bench.kernels.linear [7b | 8b | 70b | int4 | bf16 | M ...]`: the linear layers of a whole decode step.
+"""`python -m bench.kernels.linear [7b | 8b | 70b | int4 | bf16 | M ...]`: the linear layers of a
+whole decode step.
 
-One layer's four fused linears on weights of their own, repeated over enough copies that the L2 forgets them, in one
-CUDA graph and scaled to the model's layers: milliseconds a step, the rate at which weights are read (or the
-arithmetic), the share of the card's limit, the same by cuBLAS in bf16, the best peer (`PEERS`) and the goal.
+One layer's four fused linears on weights of their own, repeated over enough copies that the L2
+forgets them, in one CUDA graph and scaled to the model's layers: milliseconds a step, the rate at
+which weights are read (or the arithmetic), the share of the card's limit, the same by cuBLAS in
+bf16, the best peer (`PEERS`) and the goal.
 """
 
 import sys
@@ -24,7 +26,8 @@ MODELS = {
     "70b": ([(10240, 8192), (8192, 8192), (57344, 8192), (8192, 28672)], 80),
 }
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
-# Milliseconds a step on an H100: for int4 the better of Marlin and Machete (vLLM 0.26), for bf16 cuBLAS.
+# Milliseconds a step on an H100: for int4 the better of Marlin and Machete (vLLM 0.26), for bf16
+# cuBLAS.
 PEERS = {
     ("7b", "int4"): (2.14, 2.14, 2.24, 2.54, 3.17, 3.95, 5.90, 18.05),
     ("8b", "int4"): (2.29, 2.30, 2.41, 2.72, 3.75, 4.26, 6.17, 19.59),

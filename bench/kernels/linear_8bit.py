@@ -1,9 +1,9 @@
-"""`python -m bench.kernels.linear_8bit [name part ...]`: one step's linears with 8-bit weights, cold, in milliseconds;
-`... quant`: the ops that quantise as they go, in microseconds.
+"""`python -m bench.kernels.linear_8bit [name part ...]`: one step's linears with 8-bit weights,
+cold, in milliseconds; `... quant`: the ops that quantise as they go, in microseconds.
 
-A step is the four fused linears of a layer, one after the other in one CUDA graph, times the layers of the model.
-Peers are vLLM 0.26's CUTLASS products on an H100, activations already quantised, measured once; `torch` is
-`torch._scaled_mm` with a scale a row in the same process.
+A step is the four fused linears of a layer, one after the other in one CUDA graph, times the layers
+of the model. Peers are vLLM 0.26's CUTLASS products on an H100, activations already quantised,
+measured once; `torch` is `torch._scaled_mm` with a scale a row in the same process.
 """
 
 import itertools

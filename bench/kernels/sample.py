@@ -1,4 +1,5 @@
-"""Sampling of [rows, 128256] float32 logits (randn x 3): the whole step's `sample`, result records and state included.
+"""Sampling of [rows, 128256] float32 logits (randn x 3): the whole step's `sample`, result records
+and state included.
 
 Beside it vLLM 0.26's native sampler on an H100, measured once, and the goal at 256 rows.
 """
@@ -15,7 +16,8 @@ from octavo.kernels.step import prepare, sample
 
 VOCAB = 128256
 
-# What is asked -> (parameters of each request, vLLM's microseconds at 1, 32 and 256 rows, goal at 256)
+# What is asked -> (parameters of each request, vLLM's microseconds at 1, 32 and 256 rows, goal at
+# 256)
 MIXES: dict[str, tuple[dict[str, float], tuple[float | None, ...], float | None]] = {
     "greedy": ({}, (37.5, 40.9, 77.8), 50),
     "temperature": ({"temperature": 1.0}, (87.9, 103, 453), 60),

@@ -1,8 +1,9 @@
-"""`python -m bench.kernels.step [name part ...]`: a whole decode step as one CUDA graph of the kernels alone.
+"""`python -m bench.kernels.step [name part ...]`: a whole decode step as one CUDA graph of the
+kernels alone.
 
-Embedding, all layers, final norm, head and greedy sampling with random weights, 256 tokens of context in paged KV of
-bf16: what an engine around these kernels may not lose. Beside it vLLM 0.26's whole token at that context on an H100,
-measured once, and the goal.
+Embedding, all layers, final norm, head and greedy sampling with random weights, 256 tokens of
+context in paged KV of bf16: what an engine around these kernels may not lose. Beside it vLLM 0.26's
+whole token at that context on an H100, measured once, and the goal.
 """
 
 import importlib

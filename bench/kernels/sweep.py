@@ -1,6 +1,8 @@
-"""`python -m bench.kernels.sweep decode|prefill|small`: the launch constants tried one by one, the best marked.
+"""`python -m bench.kernels.sweep decode|prefill|small`: the launch constants tried one by one, the
+best marked.
 
-Tuning happens here, at development time; what wins is written into the op's file with its figure beside it.
+Tuning happens here, at development time; what wins is written into the op's file with its figure
+beside it.
 """
 
 import itertools

@@ -1,5 +1,5 @@
-"""Device time of an op: many calls in one CUDA graph, over inputs that rotate beyond the L2, median of several
-replays.
+"""Device time of an op: many calls in one CUDA graph, over inputs that rotate beyond the L2, median
+of several replays.
 """
 
 import statistics
@@ -18,7 +18,9 @@ def rotations(bytes_a_call: int) -> int:
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> float:
-    """Median device time of one call. `calls` do the same on different inputs; they are captured in turn."""
+    """Median device time of one call. `calls` do the same on different inputs; they are captured in
+    turn.
+    """
     for call in calls[:2]:
         call()  # compiles
     torch.cuda.synchronize()

@@ -1,12 +1,13 @@
-"""Copies whole KV blocks, for requests that fork: one launch a cache tensor, as forks are rare and tensors are
-few. Blocks are bytes here, whatever is in them.
+"""Copies whole KV blocks, for requests that fork: one launch a cache tensor, as forks are rare and
+tensors are few. Blocks are bytes here, whatever is in them.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 KiB by 8 warps: two 16-byte loads a thread. A block of 8 heads x 64 x 128 in bf16 is 32 programs a pair.
+# 8 KiB by 8 warps: two 16-byte loads a thread. A block of 8 heads x 64 x 128 in bf16 is 32 programs
+# a pair.
 _BLOCK = 8192
 
 
@@ -31,8 +32,8 @@ def _copy_blocks_kernel(
 
 
 def copy_blocks(kv_caches: list[Tensor], pairs: Tensor) -> None:
-    """kv_caches: [num_blocks, bytes] uint8 each, every block contiguous; pairs [N, 2] int32 = (source, destination),
-    contiguous.
+    """kv_caches: [num_blocks, bytes] uint8 each, every block contiguous; pairs [N, 2] int32 =
+    (source, destination), contiguous.
 
     No block may be both a source and a destination: the pairs are copied in no order.
     """

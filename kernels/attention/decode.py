@@ -1,21 +1,23 @@
-"""Attention of rows with a few new tokens each (1-8) over paged keys and values: split over the keys, bound by
-memory.
+"""Attention of rows with a few new tokens each (1-8) over paged keys and values: split over the
+keys, bound by memory.
 
-The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal stretches of it, found on
-the device from the real lengths, so the grid depends on nothing that a captured graph would freeze, and one very long
-row is shared by as many programs as its weight. A *unit* is one row and one KV head: its query heads, times its new
-tokens (or the most that a row has, those that it lacks masked), are the columns of one product, so K and V are read
-once. Where lengths differ, a unit has places in the line also for what it costs to begin one: else the programs with
-the shortest rows would end last. A stretch that holds a whole unit writes the answer; pieces of a unit go to scratch,
-and the program that arrives last adds them up. Where programs may start while the kernel before still runs, they find
-their stretch and fetch its first tile into the L2 meanwhile.
+The keys of all rows and heads form one line of tiles. A fixed number of programs takes equal
+stretches of it, found on the device from the real lengths, so the grid depends on nothing that a
+captured graph would freeze, and one very long row is shared by as many programs as its weight. A
+*unit* is one row and one KV head: its query heads, times its new tokens (or the most that a row
+has, those that it lacks masked), are the columns of one product, so K and V are read once. Where
+lengths differ, a unit has places in the line also for what it costs to begin one: else the programs
+with the shortest rows would end last. A stretch that holds a whole unit writes the answer; pieces
+of a unit go to scratch, and the program that arrives last adds them up. Where programs may start
+while the kernel before still runs, they find their stretch and fetch its first tile into the L2
+meanwhile.
 
-Keys are the products' rows and queries their columns, since a product has 16 rows at least but only 8 columns: GQA's
-few query heads pad little. With up to 8 of them each warp has keys, a maximum and sums of its own, and warps meet only
-to fetch a tile and at a stretch's end.
+Keys are the products' rows and queries their columns, since a product has 16 rows at least but only
+8 columns: GQA's few query heads pad little. With up to 8 of them each warp has keys, a maximum and
+sums of its own, and warps meet only to fetch a tile and at a stretch's end.
 
-Sources: Dao et al., "Flash-Decoding" (2023), for the split and its merge; Osama et al., "Stream-K" (2023), for the
-line.
+Sources: Dao et al., "Flash-Decoding" (2023), for the split and its merge; Osama et al., "Stream-K"
+(2023), for the line.
 """
 
 import functools
@@ -98,8 +100,8 @@ def _write_zeros(
                 _fill_zeros(out_ptr + row * (QUERY_LEN * SIZE), QUERY_LEN * SIZE)
             row += tl.num_programs(0)
     else:
-        # One such row may have most of the tokens, so they make a line of their own, of which program after program
-        # writes one token.
+        # One such row may have most of the tokens, so they make a line of their own, of which
+        # program after program writes one token.
         rows = tl.arange(0, BLOCK_R)
         in_rows = rows < num_rows
         begins = tl.load(query_start_loc_ptr + rows, mask=in_rows, other=0)
@@ -117,8 +119,8 @@ def _write_zeros(
 
 @triton.jit
 def _sum_of_warps(x):
-    """Adds up [4, ...], one part a warp. Split off at the end, where one thread gets all four parts; a reduction would
-    take them through shared memory twice.
+    """Adds up [4, ...], one part a warp. Split off at the end, where one thread gets all four
+    parts; a reduction would take them through shared memory twice.
     """
     if len(x.shape) == 3:
         x = tl.reshape(tl.permute(x, (1, 2, 0)), (x.shape[1], x.shape[2], 2, 2))
@@ -143,7 +145,9 @@ def _row_tokens(query_start_loc_ptr, row, QUERY_LEN: tl.constexpr):
 
 @triton.jit
 def _load_queries(q_rows, w, in_q, FORMAT: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr):
-    """The components of query rows that go with each part of words `w`: [words, rows] a part, once a split."""
+    """The components of query rows that go with each part of words `w`: [words, rows] a part, once
+    a split.
+    """
     queries = ()
     for i in tl.static_range(PARTS):
         q = tl.load(q_rows[None, :] + component(w, i, FORMAT, DIM)[:, None], mask=in_q, other=0.0)
@@ -181,12 +185,13 @@ def _find_keys(
     TILE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Where a tile's keys lie: a page and an offset in it (of the tile, of each warp or of each key), and how many keys
-    further each key is.
+    """Where a tile's keys lie: a page and an offset in it (of the tile, of each warp or of each
+    key), and how many keys further each key is.
     """
     SUB_TILE: tl.constexpr = TILE // SPLITS
     if BLOCK_SIZE % TILE == 0:
-        # The tile lies in one page. A row of no keys reads its table's first entry and nothing else.
+        # The tile lies in one page. A row of no keys reads its table's first entry and nothing
+        # else.
         page = tl.load(table + start // BLOCK_SIZE).to(tl.int64)
         offset = start % BLOCK_SIZE
         further = n
@@ -226,7 +231,9 @@ def _visible(key, in_row, position, QUERY_LEN: tl.constexpr, WINDOW: tl.constexp
 
 @triton.jit
 def _weigh(logits, maximum, weights):
-    """The weights of a tile's keys; and the new maximum, the new sum of weights, and what older sums take as factor."""
+    """The weights of a tile's keys; and the new maximum, the new sum of weights, and what older
+    sums take as factor.
+    """
     new_maximum = tl.maximum(maximum, tl.max(logits, axis=-2))
     # A row that has seen nothing yet has no maximum to subtract.
     shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -320,8 +327,9 @@ def _decode_attention_kernel(
     SUB_TILE: tl.constexpr = TILE // SPLITS
     program = tl.program_id(0)
 
-    # My stretch of the line, and the row it begins in. Few rows fit into the lanes of each warp, where their sums take
-    # no barrier; how many there are changes from step to step, so it is no reason to compile anything.
+    # My stretch of the line, and the row it begins in. Few rows fit into the lanes of each warp,
+    # where their sums take no barrier; how many there are changes from step to step, so it is no
+    # reason to compile anything.
     LEAST: tl.constexpr = LEAST_KEYS // TILE
     if num_rows <= 32:
         place, end, quota, extra, lead, row, row_begin, seq_len, slot, has_empty = find_stretch(
@@ -332,7 +340,8 @@ def _decode_attention_kernel(
             seq_lens_ptr, row_slots_ptr, num_rows, BLOCK_R, QUERY_LEN, WINDOW, TILE, UNITS, PER_SM, LEAST, UNIT_COST
         )
     if PDL:
-        # Nearly all keys are old: the first ones are on their way while the predecessor writes the newest.
+        # Nearly all keys are old: the first ones are on their way while the predecessor writes the
+        # newest.
         first_tile, num_tiles = tiles_of_row(seq_len, QUERY_LEN, WINDOW, TILE)
         unit_places = tl.maximum(num_tiles + lead, 1)
         tile = first_tile + tl.maximum((place - row_begin) % unit_places - lead, 0)
@@ -356,8 +365,9 @@ def _decode_attention_kernel(
     m = tl.arange(0, BLOCK_M)
     w = tl.arange(0, BLOCK_W)
     in_width = w < WORDS
-    # From here on what has to do with keys has a leading dimension of SPLITS, if that is not 1: each warp has keys,
-    # sums and a maximum of its own, and nothing passes between warps until all tiles are done.
+    # From here on what has to do with keys has a leading dimension of SPLITS, if that is not 1:
+    # each warp has keys, sums and a maximum of its own, and nothing passes between warps until all
+    # tiles are done.
     n = tl.arange(0, SUB_TILE)
     if SPLITS > 1:
         n = (tl.arange(0, SPLITS) * SUB_TILE)[:, None] + n[None, :]
@@ -472,27 +482,33 @@ def _decode_attention_kernel(
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    # In the interpreter, which runs programs one after another, few; but enough that rows are both split and shared.
+    # In the interpreter, which runs programs one after another, few; but enough that rows are both
+    # split and shared.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, int]:
-    """Tile sizes, warps and stages. query_rows = query_len * group; itemsize: of a word of the cache."""
+    """Tile sizes, warps and stages. query_rows = query_len * group; itemsize: of a word of the
+    cache.
+    """
     block_w = max(16, triton.next_power_of_2(dim // parts))
     block_d = block_w * parts
-    # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as much as leaves room
-    # for the rest; a unit with more query rows is cut and its K and V read twice.
+    # The accumulator is BLOCK_M x BLOCK_D fp32: 64 x 128 is 64 registers a thread of 4 warps, as
+    # much as leaves room for the rest; a unit with more query rows is cut and its K and V read
+    # twice.
     block_m = min(64 if block_d <= 128 else 32, max(8, triton.next_power_of_2(query_rows)))
     block_partial = min(block_m, triton.next_power_of_2(query_rows))
-    # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold 128 KiB, and 64 or
-    # more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a multiprocessor) asks for. 4 bits take more
-    # keys a tile, since a tile has costs of its own; 8 bits do not gain by it (8x4k: 31 us with 64 keys, 36 with 128).
+    # A tile of K and V is 32 KiB at most, and two are buffered: two programs a multiprocessor hold
+    # 128 KiB, and 64 or more are in flight, thrice what latency x bandwidth (1 us x 23 GB/s a
+    # multiprocessor) asks for. 4 bits take more keys a tile, since a tile has costs of its own; 8
+    # bits do not gain by it (8x4k: 31 us with 64 keys, 36 with 128).
     tile = max(16, min(64 if parts <= 2 else 128, 16384 // (block_w * itemsize)))
     if itemsize == 4 and block_m >= 16:
         tile = 16  # products of 32-bit numbers hold all their operands in registers
     # Four warps with sums of their own, if they fit into registers; a product has 16 keys at least.
     split = itemsize == 2 and block_m == 8 and block_d <= 256 and tile >= 64
-    # 128 registers a thread of pieces in flight while merging; 32 where the sums or the keys take more.
+    # 128 registers a thread of pieces in flight while merging; 32 where the sums or the keys take
+    # more.
     merged = 16384 if block_partial <= 8 and itemsize <= 2 else 4096
     return {
         "BLOCK_M": block_m,
@@ -504,11 +520,12 @@ def _config(query_rows: int, dim: int, parts: int, itemsize: int) -> dict[str, i
         # One's loads run while another starts a unit or merges.
         "PER_SM": 2,
         "LEAST_KEYS": 256,
-        # With none, 256 rows of a chat take 543 us instead of 484, 32 of them 99 instead of 73; 1 to 4 differ little.
-        # Measured in bf16, with 64 keys a tile.
+        # With none, 256 rows of a chat take 543 us instead of 484, 32 of them 99 instead of 73; 1
+        # to 4 differ little. Measured in bf16, with 64 keys a tile.
         "UNIT_COST": 2,
         "num_warps": 4,
-        # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in front of theirs.
+        # 3 would leave one buffer of K and V: the look-up of their page takes stages of its own in
+        # front of theirs.
         "num_stages": 5,
     }
 
@@ -528,18 +545,21 @@ def decode_attention(
 ) -> Tensor:
     """Attention of rows that bring a few new tokens each, over the pages of their slot.
 
-    q [tokens, Hq, D] (rows may be strided), row by row; kv_cache [num_blocks, 2, Hkv, block_size, D] of q's dtype, or
-    codes with their kv_scales [num_blocks, 2, Hkv, block_size] (formats: `kv_quant.py`); block_table [slots,
-    max_blocks] int32; row_slots, seq_lens [R] int32. Every row has `query_len` tokens; or with query_start_loc [R + 1]
-    int32 row r has `q[query_start_loc[r] : query_start_loc[r + 1]]`, 1 to `query_len` of them. They are the last of
-    its `seq_lens[r]` positions; the one at `position` sees keys `max(0, position - window + 1) .. position` (window 0:
-    from 0). logits = scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [tokens, Hq, D];
-    a token that sees nothing gets zeros: so does every token of a row with a `seq_len` of 0, which may have any number
-    of them, more than `query_len` too.
+    q [tokens, Hq, D] (rows may be strided), row by row; kv_cache [num_blocks, 2, Hkv, block_size,
+    D] of q's dtype, or codes with their kv_scales [num_blocks, 2, Hkv, block_size] (formats:
+    `kv_quant.py`); block_table [slots, max_blocks] int32; row_slots, seq_lens [R] int32. Every row
+    has `query_len` tokens; or with query_start_loc [R + 1] int32 row r has
+    `q[query_start_loc[r] : query_start_loc[r + 1]]`, 1 to `query_len` of them. They are the last of
+    its `seq_lens[r]` positions; the one at `position` sees keys
+    `max(0, position - window + 1) .. position` (window 0: from 0). logits = scale * q @ k, then
+    soft_cap * tanh(logits / soft_cap) if soft_cap > 0. Returns [tokens, Hq, D]; a token that sees
+    nothing gets zeros: so does every token of a row with a `seq_len` of 0, which may have any
+    number of them, more than `query_len` too.
 
-    Launches of one device must be on one stream: they share counters. Call it once before capturing it in a graph, so
-    that the counters exist. block_table, row_slots and seq_lens are read before earlier launches have ended
-    (`launch.py`): nothing may write them shortly before. In a step that is `prepare`, many launches back.
+    Launches of one device must be on one stream: they share counters. Call it once before capturing
+    it in a graph, so that the counters exist. block_table, row_slots and seq_lens are read before
+    earlier launches have ended (`launch.py`): nothing may write them shortly before. In a step that
+    is `prepare`, many launches back.
 
     Raises ValueError if rows x KV heads exceed 65536 units.
     """
@@ -570,7 +590,8 @@ def decode_attention(
     strides = (q.stride(0), block_table.stride(0), *kv_cache.stride()[:3], *scales.stride()[:3])
     model = (query_len, group, num_kv, dim, block_size, kv_cache.stride(3), window, soft_cap > 0.0)
     pdl = has_pdl(q.device)
-    # Of the slots, whose number never changes, and not of this step's rows: nothing is compiled while streams wait.
+    # Of the slots, whose number never changes, and not of this step's rows: nothing is compiled
+    # while streams wait.
     block_r = max(64, triton.next_power_of_2(max(num_rows, block_table.shape[0])))
     _decode_attention_kernel[(programs,)](
         *pointers,

@@ -1,7 +1,9 @@
-"""The answers of decode attention's units: written by the program that had a unit whole, or added up from pieces.
+"""The answers of decode attention's units: written by the program that had a unit whole, or added
+up from pieces.
 
-A program whose stretch holds a part of a unit only stores that piece in scratch; it has two of them at most, where its
-stretch begins and where it ends. The one that arrives last adds a unit's pieces up in their order.
+A program whose stretch holds a part of a unit only stores that piece in scratch; it has two of them
+at most, where its stretch begins and where it ends. The one that arrives last adds a unit's pieces
+up in their order.
 """
 
 import triton
@@ -85,8 +87,9 @@ def merge_pieces(
     maximum = tl.full((BLOCK_PARTIAL,), float("-inf"), tl.float32)
     weights = tl.zeros((BLOCK_PARTIAL,), tl.float32)
     acc = tl.zeros((BLOCK_PARTIAL, BLOCK_D), tl.float32)
-    # One stage: loads go straight to registers, where staging them in shared memory would only add latency. Rows come
-    # first, then pieces: so warps divide the rows, and each thread adds up what it has loaded.
+    # One stage: loads go straight to registers, where staging them in shared memory would only add
+    # latency. Rows come first, then pieces: so warps divide the rows, and each thread adds up what
+    # it has loaded.
     for start in tl.range(0, pieces, MERGE, num_stages=1):
         index = start + tl.arange(0, MERGE)
         exists = index < pieces

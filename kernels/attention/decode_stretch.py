@@ -1,7 +1,9 @@
-"""How decode attention deals out its work: the line of tiles, and the stretch of it that a program takes.
+"""How decode attention deals out its work: the line of tiles, and the stretch of it that a program
+takes.
 
-A place of the line is a tile of keys of a unit (a row and a KV head), or one of the places that stand for what it costs
-to begin a unit. Rows come one after the other, in each its units, in each unit `lead` such places and then its tiles.
+A place of the line is a tile of keys of a unit (a row and a KV head), or one of the places that
+stand for what it costs to begin a unit. Rows come one after the other, in each its units, in each
+unit `lead` such places and then its tiles.
 """
 
 import triton
@@ -10,8 +12,8 @@ import triton.language as tl
 
 @triton.jit
 def tiles_of_row(seq_len, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
-    """The first tile that a row of QUERY_LEN tokens needs, and how many. A row of fewer may not need the first: what
-    must not be read is masked key by key, and tiles only share out the work.
+    """The first tile that a row of QUERY_LEN tokens needs, and how many. A row of fewer may not
+    need the first: what must not be read is masked key by key, and tiles only share out the work.
     """
     first = tl.zeros_like(seq_len)
     if WINDOW > 0:
@@ -24,15 +26,17 @@ def _active_programs(total, units, equal, programs, PER_SM: tl.constexpr, LEAST:
     """How many of the programs share a line of length `total` with `units` units."""
     # LEAST tiles each at least, if that leaves no multiprocessor idle: each piece costs the merge.
     active = tl.maximum(tl.minimum(programs, total // LEAST), tl.minimum(programs // PER_SM, tl.maximum(total, 1)))
-    # Units of equal lengths: whole ones, or whole fractions of one, if that takes few programs away. Then no program
-    # has two pieces, or none at all.
+    # Units of equal lengths: whole ones, or whole fractions of one, if that takes few programs
+    # away. Then no program has two pieces, or none at all.
     even = tl.where(units > active, tl.cdiv(units, tl.cdiv(units, active)), active // units * units)
     return tl.where(equal & (even * 16 >= active * 15), even, active)
 
 
 @triton.jit
 def stretch_begin(program, quota, extra):
-    """Where a program's stretch begins: `quota` places each, and one more in each of the first `extra` programs."""
+    """Where a program's stretch begins: `quota` places each, and one more in each of the first
+    `extra` programs.
+    """
     return program * quota + tl.minimum(program, extra)
 
 
@@ -57,12 +61,13 @@ def find_stretch(
     LEAST: tl.constexpr,
     UNIT_COST: tl.constexpr,
 ):
-    """The program's stretch of the line (begin, end), how stretches are dealt out (quota, extra), how many places a
-    unit has before its tiles, the row that the stretch begins in (with its beginning, length and slot), and whether
-    there are rows of no keys.
+    """The program's stretch of the line (begin, end), how stretches are dealt out (quota, extra),
+    how many places a unit has before its tiles, the row that the stretch begins in (with its
+    beginning, length and slot), and whether there are rows of no keys.
     """
     rows = tl.arange(0, BLOCK_R)
-    # `.cg`: read before the wait for the predecessor, so not from an L1 that may still hold the last step's.
+    # `.cg`: read before the wait for the predecessor, so not from an L1 that may still hold the
+    # last step's.
     seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < num_rows, other=0, cache_modifier=".cg")
     slots = tl.load(row_slots_ptr + rows, mask=rows < num_rows, other=0, cache_modifier=".cg")
     _, row_tiles = tiles_of_row(seq_lens, QUERY_LEN, WINDOW, TILE)
@@ -92,7 +97,9 @@ def find_stretch(
 
 @triton.jit
 def unit_at(place, row_begin, num_tiles, lead):
-    """The unit that a place lies in, of a row that begins at `row_begin`, and where its tiles begin and end."""
+    """The unit that a place lies in, of a row that begins at `row_begin`, and where its tiles begin
+    and end.
+    """
     unit = (place - row_begin) // (num_tiles + lead)
     begin = row_begin + unit * (num_tiles + lead) + lead
     return unit, begin, begin + num_tiles

@@ -1,7 +1,7 @@
 """How a block of KV bytes is cut: `[K | V | K scales | V scales]`, the scales only beside codes.
 
-K and V are `[num_kv_heads, block_size, head_dim]` each, numbers or codes (`kv_quant.py`); scales are
-float32, one a token and head. Knows no Triton, so that a CPU needs none.
+K and V are `[num_kv_heads, block_size, head_dim]` each, numbers or codes (`kv_quant.py`); scales
+are float32, one a token and head. Knows no Triton, so that a CPU needs none.
 """
 
 import torch
@@ -12,7 +12,9 @@ EXTREMES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: -8.0}
 
 
 def block_bytes(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes of one block of one layer, for a cache of `dtype` (16- and 32-bit floats have no scales)."""
+    """Bytes of one block of one layer, for a cache of `dtype` (16- and 32-bit floats have no
+    scales).
+    """
     vectors = 2 * num_kv_heads * block_size
     if dtype not in EXTREMES:
         return vectors * head_dim * dtype.itemsize
@@ -24,9 +26,9 @@ def split_cache(
 ) -> tuple[Tensor, Tensor | None]:
     """Views of one layer's pages: what the attention ops and `rope_and_cache` take.
 
-    blocks [num_blocks, block_bytes(...)] uint8, whose blocks may be strided (by a multiple of 16 bytes). Returns
-    (kv_cache [num_blocks, 2, Hkv, block_size, D, or D / 2 if dtype is uint8] of dtype, kv_scales [num_blocks, 2, Hkv,
-    block_size] float32, or None for 16- and 32-bit floats).
+    blocks [num_blocks, block_bytes(...)] uint8, whose blocks may be strided (by a multiple of 16
+    bytes). Returns (kv_cache [num_blocks, 2, Hkv, block_size, D, or D / 2 if dtype is uint8] of
+    dtype, kv_scales [num_blocks, 2, Hkv, block_size] float32, or None for 16- and 32-bit floats).
 
     Raises ValueError if a block has not the bytes it should have, or for 4 bits if head_dim is odd.
     """

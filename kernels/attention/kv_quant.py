@@ -1,21 +1,23 @@
-"""Keys and values in 8 and 4 bits: how a code becomes a number. How they lie in a block stands in `kv_block.py`.
+"""Keys and values in 8 and 4 bits: how a code becomes a number. How they lie in a block stands in
+`kv_block.py`.
 
-A number is its code times its scale, one scale a token and head, in three formats, told apart by the dtype of the
-codes:
+A number is its code times its scale, one scale a token and head, in three formats, told apart by
+the dtype of the codes:
 
 - float8_e4m3fn: the code is the number; scale = largest magnitude / 448.
 - int8: -127 .. 127; scale = largest magnitude / 127.
-- uint8: two 4-bit codes, each 8 more than -8 .. 7. Byte j of a head holds component j in its low half and component
-  j + D / 2 in its high half: rotary (half-split) has both at hand when it packs. The scale carries a sign, so that the
-  component of largest magnitude is always -8: sixteen steps serve instead of fifteen (mean squared error 0.77 of the
-  symmetric format's on normal data).
+- uint8: two 4-bit codes, each 8 more than -8 .. 7. Byte j of a head holds component j in its low
+  half and component j + D / 2 in its high half: rotary (half-split) has both at hand when it packs.
+  The scale carries a sign, so that the component of largest magnitude is always -8: sixteen steps
+  serve instead of fifteen (mean squared error 0.77 of the symmetric format's on normal data).
 
-Attention reads codes as words of 16 bits, each with two or four *parts*, and makes one product a part with the
-components of q that belong to it, so nothing is ever interleaved: words go where matrix instructions want 16-bit
-numbers, and each part of them is then such a number, in place.
+Attention reads codes as words of 16 bits, each with two or four *parts*, and makes one product a
+part with the components of q that belong to it, so nothing is ever interleaved: words go where
+matrix instructions want 16-bit numbers, and each part of them is then such a number, in place.
 
-Scales have 32 bits because asynchronous copies move no less: the loop of decode attention would otherwise wait for two
-loads a tile that nothing can hide. They are 3 % of an 8-bit cache and 6 % of a 4-bit one.
+Scales have 32 bits because asynchronous copies move no less: the loop of decode attention would
+otherwise wait for two loads a tile that nothing can hide. They are 3 % of an 8-bit cache and 6 % of
+a 4-bit one.
 """
 
 import math
@@ -32,10 +34,11 @@ FORMATS = {torch.float8_e4m3fn: ("fp8", 2), torch.int8: ("int8", 2), torch.uint8
 
 
 def value_headroom(compute: torch.dtype, codes: torch.dtype) -> float:
-    """What V's scales are multiplied by where they are folded into probabilities of dtype `compute`.
+    """What V's scales are multiplied by where they are folded into probabilities of dtype
+    `compute`.
 
-    float16 has little room below 1: small values' scales times small probabilities would vanish. The factor is the
-    largest power of two that keeps a scale of float16 values finite.
+    float16 has little room below 1: small values' scales times small probabilities would vanish.
+    The factor is the largest power of two that keeps a scale of float16 values finite.
     """
     if compute != torch.float16 or codes not in EXTREMES:
         return 1.0
@@ -46,8 +49,9 @@ def value_headroom(compute: torch.dtype, codes: torch.dtype) -> float:
 def quantise(low, high, FORMAT: tl.constexpr):
     """Codes and scales of heads, given as two halves of their components.
 
-    low, high [heads, components] fp32, zero where a component does not exist. FORMAT: the element type of the cache.
-    Returns (codes of low, codes of high, scale [heads] fp32); in 4 bits both codes are the same packed bytes.
+    low, high [heads, components] fp32, zero where a component does not exist. FORMAT: the element
+    type of the cache. Returns (codes of low, codes of high, scale [heads] fp32); in 4 bits both
+    codes are the same packed bytes.
     """
     if tl.uint8 == FORMAT:
         largest = tl.maximum(tl.max(low, axis=1), tl.max(high, axis=1))
@@ -80,11 +84,13 @@ def quantise(low, high, FORMAT: tl.constexpr):
 
 @triton.constexpr_function
 def _unpack(name: str, part: int, dtype: str) -> str:
-    """PTX that turns two words of codes (a register of two int16) into two numbers of dtype: their part `part`.
+    """PTX that turns two words of codes (a register of two int16) into two numbers of dtype: their
+    part `part`.
 
-    Integers are or-ed into the mantissa of a power of two, which is then subtracted; an fp8 number's fields are moved
-    to where the wider format has them and its exponent is put right by a product. All of it exact, two or three
-    instructions a number less than conversions, of which a multiprocessor does a quarter as many.
+    Integers are or-ed into the mantissa of a power of two, which is then subtracted; an fp8
+    number's fields are moved to where the wider format has them and its exponent is put right by a
+    product. All of it exact, two or three instructions a number less than conversions, of which a
+    multiprocessor does a quarter as many.
     """
     half = dtype == "fp16"
     product = "f16x2" if half else "bf16x2"
@@ -112,7 +118,8 @@ def _unpack(name: str, part: int, dtype: str) -> str:
 def part(words, PART: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
     """The numbers that are part PART of each word: all of them if FORMAT is "" (no codes).
 
-    words: int16 tensor, two codes a word ("int8", "fp8") or four ("int4"). See `component` for which those are.
+    words: int16 tensor, two codes a word ("int8", "fp8") or four ("int4"). See `component` for
+    which those are.
     """
     if FORMAT == "":
         numbers = words
@@ -146,7 +153,8 @@ def component(word, part_index, FORMAT: tl.constexpr, DIM: tl.constexpr):
 
 
 def words(kv_cache: Tensor) -> tuple[Tensor, str, int]:
-    """What kernels take for a cache: (itself, or its codes as int16; the name of their format, or ""; numbers a word).
+    """What kernels take for a cache: (itself, or its codes as int16; the name of their format, or
+    ""; numbers a word).
 
     Raises ValueError if a head's codes do not fill whole words.
     """

@@ -1,11 +1,11 @@
-"""Causal attention of rows of many new tokens over paged keys and values, which already hold this step's: bound by
-arithmetic.
+"""Causal attention of rows of many new tokens over paged keys and values, which already hold this
+step's: bound by arithmetic.
 
-On Hopper GPUs 16-bit keys and values of the usual shapes go to `prefill_gluon.py`. The rest is this kernel's. One
-program takes a block of a row's new tokens and one query head, and walks the keys those tokens see, cached prefix
-and new ones alike, through the block table. Only tiles on the diagonal, or on a window's edge, pay for masks. The
-grid is bounded by the number of tokens and rows, so rows of very different lengths cost no idle programs; each finds
-its row on the device.
+On Hopper GPUs 16-bit keys and values of the usual shapes go to `prefill_gluon.py`. The rest is this
+kernel's. One program takes a block of a row's new tokens and one query head, and walks the keys
+those tokens see, cached prefix and new ones alike, through the block table. Only tiles on the
+diagonal, or on a window's edge, pay for masks. The grid is bounded by the number of tokens and
+rows, so rows of very different lengths cost no idle programs; each finds its row on the device.
 
 Source: Dao, "FlashAttention-2" (2023), sections 3.1-3.2.
 """
@@ -66,8 +66,8 @@ def _attend_whole_tiles(
     TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """`_attend_tiles` where whole pairs of tiles belong to the row: fetched by the copy engine, without a pointer a
-    number. Two tiles a step share one maximum and one rescaling.
+    """`_attend_tiles` where whole pairs of tiles belong to the row: fetched by the copy engine,
+    without a pointer a number. Two tiles a step share one maximum and one rescaling.
     """
     factor = 1.0 if SOFT_CAP else scale
     for start in tl.range(begin, end, 2 * TILE):
@@ -143,7 +143,8 @@ def _attend_tiles(
 ):
     n = tl.arange(0, TILE)
     w = tl.arange(0, BLOCK_W)
-    # The scale is applied where the maximum is subtracted, one fused multiply-add an element, if nothing else needs it.
+    # The scale is applied where the maximum is subtracted, one fused multiply-add an element, if
+    # nothing else needs it.
     factor = 1.0 if SOFT_CAP or FORMAT != "" else scale
     for start in tl.range(begin, end, TILE):
         key = start + n
@@ -207,8 +208,8 @@ def _row_blocks(query_start_loc_ptr, rows, num_rows, BLOCK_M: tl.constexpr):
     return tl.cdiv(ends - starts, BLOCK_M)
 
 
-# How many rows there are and where the prefill rows begin changes from step to step. Triton would compile a variant for
-# each pattern of their divisibility, while streams wait.
+# How many rows there are and where the prefill rows begin changes from step to step. Triton would
+# compile a variant for each pattern of their divisibility, while streams wait.
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
@@ -295,7 +296,8 @@ def _prefill_attention_kernel(
     first_position = seq_len - query_len + block * BLOCK_M
     position = first_position + tl.arange(0, BLOCK_M)
 
-    # Keys [first_key, stop) are seen by some token of the block, keys [full_begin, full_end) by all of them.
+    # Keys [first_key, stop) are seen by some token of the block, keys [full_begin, full_end) by all
+    # of them.
     stop = tl.minimum(first_position + BLOCK_M, seq_len)
     first_key = 0
     full_begin = 0
@@ -316,7 +318,8 @@ def _prefill_attention_kernel(
     head_ptr = cache_ptr + (head // GROUP).to(tl.int64) * cache_head_stride
     head_scales_ptr = scales_ptr + (head // GROUP).to(tl.int64) * scales_head_stride
     if WHOLE_TILES:
-        # In pairs from `begin` on. Past the last whole tile of the row its page may hold another request's leftovers.
+        # In pairs from `begin` on. Past the last whole tile of the row its page may hold another
+        # request's leftovers.
         whole_end = tl.minimum(tl.cdiv(stop, TILE), seq_len // TILE) * TILE
         whole_end = begin + tl.maximum(whole_end - begin, 0) // PAIR * PAIR
         full_begin = begin + tl.cdiv(full_begin - begin, PAIR) * PAIR
@@ -375,7 +378,8 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     block_w = max(16, triton.next_power_of_2(dim // parts))
     block_d = block_w * parts
     if itemsize == 4:
-        # fp32 products run on the ordinary units: small tiles, or the operands do not fit the registers.
+        # fp32 products run on the ordinary units: small tiles, or the operands do not fit the
+        # registers.
         side = 32 if block_d <= 64 else 16
         return {"BLOCK_M": side, "BLOCK_W": block_w, "TILE": side, "num_warps": 4, "num_stages": 2}
     if block_d <= 64:
@@ -383,8 +387,8 @@ def _config(dim: int, parts: int, itemsize: int) -> dict[str, int]:
     if block_d <= 128:
         # The published shape of FlashAttention-2 on Hopper: two warp groups of 64 rows each.
         return {"BLOCK_M": 128, "BLOCK_W": block_w, "TILE": 64, "num_warps": 8, "num_stages": 3}
-    # Two tiles a step, of keys and of values, two deep: 64 keys of 16 bits a tile would not fit the shared memory.
-    # Codes that are unpacked in registers leave room for half as many tokens.
+    # Two tiles a step, of keys and of values, two deep: 64 keys of 16 bits a tile would not fit the
+    # shared memory. Codes that are unpacked in registers leave room for half as many tokens.
     return {"BLOCK_M": 128 if parts == 1 else 64, "BLOCK_W": block_w, "TILE": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -401,13 +405,14 @@ def prefill_attention(
     soft_cap: float = 0.0,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of rows of different query lengths over the pages of their slot, which already hold their
-    keys.
+    """Causal attention of rows of different query lengths over the pages of their slot, which
+    already hold their keys.
 
-    q [T, Hq, D] (rows may be strided); kv_cache [num_blocks, 2, Hkv, block_size, D] of q's dtype, or codes with their
-    kv_scales [num_blocks, 2, Hkv, block_size] (formats: `kv_quant.py`); row r's tokens are `query_start_loc[r] ..
-    query_start_loc[r + 1]` (relative to q's first) and are the last of its seq_lens[r] positions. Visibility, scale and
-    soft_cap as in `decode_attention`. Returns [T, Hq, D]; tokens of no row are left undefined.
+    q [T, Hq, D] (rows may be strided); kv_cache [num_blocks, 2, Hkv, block_size, D] of q's dtype,
+    or codes with their kv_scales [num_blocks, 2, Hkv, block_size] (formats: `kv_quant.py`); row r's
+    tokens are `query_start_loc[r] .. query_start_loc[r + 1]` (relative to q's first) and are the
+    last of its seq_lens[r] positions. Visibility, scale and soft_cap as in `decode_attention`.
+    Returns [T, Hq, D]; tokens of no row are left undefined.
     """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]

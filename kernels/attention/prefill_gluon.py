@@ -1,18 +1,21 @@
-"""Prefill attention for Hopper, written in Gluon: what the compiler of Triton proper does not arrange, a softmax that
-runs under the matrix products.
+"""Prefill attention for Hopper, written in Gluon: what the compiler of Triton proper does not
+arrange, a softmax that runs under the matrix products.
 
-One program a multiprocessor takes blocks of 128 tokens of a row and one query head, longest first, until none are
-left. Its warps have four roles:
+One program a multiprocessor takes blocks of 128 tokens of a row and one query head, longest first,
+until none are left. Its warps have four roles:
 
-- one warp schedules: it draws the next block, finds its row on the device and describes it in shared memory (`work`);
-- one warp loads: it has the copy engine bring that block's queries, then tiles of keys and values through the block
-  table, into rings of shared memory;
-- two warp groups, the consumers, attend with 64 tokens each. A consumer issues the product that makes the next tile's
-  logits, then that of the last tile's probabilities and values, and computes the softmax of the first while the second
-  still runs; where that leaves the tensor cores idle, the other consumer has work for them.
+- one warp schedules: it draws the next block, finds its row on the device and describes it in
+  shared memory (`work`);
+- one warp loads: it has the copy engine bring that block's queries, then tiles of keys and values
+  through the block table, into rings of shared memory;
+- two warp groups, the consumers, attend with 64 tokens each. A consumer issues the product that
+  makes the next tile's logits, then that of the last tile's probabilities and values, and computes
+  the softmax of the first while the second still runs; where that leaves the tensor cores idle, the
+  other consumer has work for them.
 
-Mbarriers hand the rings' slots back and forth: `..._full` says that a slot's content has come, `..._empty` that all its
-readers are done. Tiles go from a row's newest keys to its oldest: those that need a mask come first.
+Mbarriers hand the rings' slots back and forth: `..._full` says that a slot's content has come,
+`..._empty` that all its readers are done. Tiles go from a row's newest keys to its oldest: those
+that need a mask come first.
 
 Source: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2.
 """
@@ -64,7 +67,9 @@ def _wait_full(barriers, number, pred=True):
 
 @gluon.jit
 def _wait_empty(barriers, number):
-    """Until the number-th item may be written: its slot's last one is read. Passes at once in the first round."""
+    """Until the number-th item may be written: its slot's last one is read. Passes at once in the
+    first round.
+    """
     STAGES: gl.constexpr = barriers.shape[0]
     mbarrier.wait(barriers.index(number % STAGES), number // STAGES & 1 ^ 1)
 
@@ -96,7 +101,9 @@ def _row_blocks(query_start_loc_ptr, rows, num_rows):
 
 @gluon.jit
 def _find_block(query_start_loc_ptr, block, num_rows):
-    """(row, block of that row, whether there is such a block) of the block-th block of all rows in turn."""
+    """(row, block of that row, whether there is such a block) of the block-th block of all rows in
+    turn.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     lanes = gl.arange(0, 32, layout=layout)
     first_row = 0
@@ -170,8 +177,9 @@ def _load_queries(number, token, head, q, smem, full, empty):
 
 @gluon.jit
 def _load_tile(number, start, cache, table, last_page, head_row, smem, full, empty, BLOCK_SIZE: gl.constexpr):
-    """Has the number-th tile brought, keys or values from `start` on. A load is the part of a page that belongs to the
-    tile, 64 components wide: so it lies in shared memory as if the tile had come in one piece.
+    """Has the number-th tile brought, keys or values from `start` on. A load is the part of a page
+    that belongs to the tile, 64 components wide: so it lies in shared memory as if the tile had
+    come in one piece.
     """
     STAGES: gl.constexpr = smem.shape[0]
     TILE: gl.constexpr = smem.shape[1]
@@ -211,7 +219,8 @@ def _load(
         key_row = head // GROUP * BLOCK_SIZE
         value_row = (num_heads // GROUP + head // GROUP) * BLOCK_SIZE
         for i in range(count):
-            # Near the end the next block may be drawn: not earlier, so that programs share the last ones evenly.
+            # Near the end the next block may be drawn: not earlier, so that programs share the last
+            # ones evenly.
             mbarrier.arrive(work_empty.index(0), count=1, pred=i == gl.maximum(count - 2, 0))
             _load_tile(tiles + i, start, cache, table, last_page, key_row, k_smem, k_full, k_empty, BLOCK_SIZE)
             if i == 0:
@@ -251,8 +260,9 @@ def _attend_tiles(
     first, last, tiles, count, begin, acc, p, maximum, weights, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty,
     position, scale, WINDOW: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """Tiles [first, last) of a block's `count`, the first of which is number `tiles` of the rings. p: probabilities of
-    the tile before, whose product with its values is still to come. The first tile's keys have come.
+    """Tiles [first, last) of a block's `count`, the first of which is number `tiles` of the rings.
+    p: probabilities of the tile before, whose product with its values is still to come. The first
+    tile's keys have come.
     """
     STAGES: gl.constexpr = k_smem.shape[0]
     TILE: gl.constexpr = k_smem.shape[1]
@@ -274,8 +284,9 @@ def _attend_tiles(
         weights = weights * gl.convert_layout(rescale, gl.SliceLayout(1, sums_layout))[:, None]
         weights += _thread_sums(probability)
         next_p = gl.convert_layout(probability.to(k_smem.dtype), p.type.layout)
-        # Here and not at the loop's head, because ptxas moves no arithmetic across a branch: without one it puts the
-        # softmax behind the wait for the second product, and nothing overlaps.
+        # Here and not at the loop's head, because ptxas moves no arithmetic across a branch:
+        # without one it puts the softmax behind the wait for the second product, and nothing
+        # overlaps.
         _wait_full(k_full, tile + 1, pred=i + 1 < count)
         acc, p = warpgroup_mma_wait(0, deps=[acc, p])
         mbarrier.arrive(v_empty.index((tile - 1) % STAGES), count=1)
@@ -307,8 +318,8 @@ def _attend(
         first_position, seq_len = _read(work, POSITION), _read(work, SEQ_LEN)
         begin, count = _read(work, BEGIN), _read(work, COUNT)
         mbarrier.arrive(work_empty.index(0), count=1)
-        # Tiles [unmasked, unmasked_end), counted from the newest keys, are seen whole by all tokens of the block. The
-        # first tile is always masked: it may lie past the row's end.
+        # Tiles [unmasked, unmasked_end), counted from the newest keys, are seen whole by all tokens
+        # of the block. The first tile is always masked: it may lie past the row's end.
         unmasked = gl.maximum(count - (first_position + 1 - begin) // TILE, 1)
         unmasked_end = count
         if WINDOW > 0:
@@ -332,8 +343,8 @@ def _attend(
         acc = gl.zeros([ROWS, DIM], gl.float32, layout=acc_layout)
         _wait_full(v_full, tiles)
         if start + TILE > seq_len:
-            # Values past the row's end may be another request's, NaN included, and 0 * NaN is NaN. Both consumers
-            # write the same.
+            # Values past the row's end may be another request's, NaN included, and 0 * NaN is NaN.
+            # Both consumers write the same.
             v = v_smem.index(stage)
             value_key = start + gl.arange(0, TILE, layout=gl.SliceLayout(1, rows_layout))
             v.store(gl.where((value_key < seq_len)[:, None], v.load(rows_layout), 0.0))
@@ -384,8 +395,8 @@ def _ring(STAGES: gl.constexpr, READERS: gl.constexpr):
     return full, empty
 
 
-# How many rows there are and where the prefill rows begin changes from step to step. Triton would compile a variant for
-# each pattern of their divisibility, while streams wait.
+# How many rows there are and where the prefill rows begin changes from step to step. Triton would
+# compile a variant for each pattern of their divisibility, while streams wait.
 @gluon.jit(
     do_not_specialize=["num_rows", "num_blocks", "num_heads", "table_stride"],
     do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
@@ -462,7 +473,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def fits(q: Tensor, kv_cache: Tensor) -> bool:
-    """Whether the kernel can take these shapes, dtypes and strides (arguments as of `prefill_attention`)."""
+    """Whether the kernel can take these shapes, dtypes and strides (arguments as of
+    `prefill_attention`).
+    """
     dim, block_size = q.shape[2], kv_cache.shape[3]
     return (
         q.dtype in (torch.bfloat16, torch.float16)
@@ -491,7 +504,9 @@ def prefill_attention(
     scale: float,
     window: int = 0,
 ) -> Tensor:
-    """`prefill_attention.prefill_attention` of what `fits`, on a Hopper GPU. There must be rows and tokens."""
+    """`prefill_attention.prefill_attention` of what `fits`, on a Hopper GPU. There must be rows and
+    tokens.
+    """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
     out = torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)

@@ -1,9 +1,10 @@
-"""Head norms, rotary embedding and the write into the KV pages, in one launch between the qkv projection and
-attention.
+"""Head norms, rotary embedding and the write into the KV pages, in one launch between the qkv
+projection and attention.
 
-A program takes one token and a few heads: first the programs of the query heads, then those of the key-and-value
-heads. K and V are read once from the projection and written once, into their page; K is never written back. Source:
-Su et al., "RoFormer" (2021), in the half-split ("NeoX") pairing that the Llama family uses.
+A program takes one token and a few heads: first the programs of the query heads, then those of the
+key-and-value heads. K and V are read once from the projection and written once, into their page; K
+is never written back. Source: Su et al., "RoFormer" (2021), in the half-split ("NeoX") pairing that
+the Llama family uses.
 """
 
 import triton
@@ -13,8 +14,8 @@ from torch import Tensor
 from octavo.kernels.attention.kv_quant import quantise
 from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 
-# 1024 components a program (8 heads of 128) by 4 warps: 16-byte accesses, and 5 programs a token for 32/8 heads, so
-# one token spreads over several SMs and 2048 tokens make ten thousand programs.
+# 1024 components a program (8 heads of 128) by 4 warps: 16-byte accesses, and 5 programs a token
+# for 32/8 heads, so one token spreads over several SMs and 2048 tokens make ten thousand programs.
 _COMPONENTS = 1024
 
 
@@ -242,13 +243,14 @@ def rope_and_cache(
     eps: float = 1e-6,
     kv_scales: Tensor | None = None,
 ) -> None:
-    """Per-head RMSNorm of q and k (where weights are given), NeoX rotary, then k and v into their pages.
+    """Per-head RMSNorm of q and k (where weights are given), NeoX rotary, then k and v into their
+    pages.
 
-    q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read; all three may be views with strided rows.
-    positions [T] int; cos_sin [max_positions, rotary_dim] fp32 = (cos | sin), contiguous; kv_cache
-    [num_blocks, 2, Hkv, block_size, D]; slot_mapping [T] int64 = block * block_size + offset. With kv_scales
-    [num_blocks, 2, Hkv, block_size] fp32 the cache holds codes of its dtype (formats: `kv_quant.py`), and each head's
-    scale is written beside them.
+    q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read; all three may be views with
+    strided rows. positions [T] int; cos_sin [max_positions, rotary_dim] fp32 = (cos | sin),
+    contiguous; kv_cache [num_blocks, 2, Hkv, block_size, D]; slot_mapping [T] int64 = block *
+    block_size + offset. With kv_scales [num_blocks, 2, Hkv, block_size] fp32 the cache holds codes
+    of its dtype (formats: `kv_quant.py`), and each head's scale is written beside them.
     """
     tokens, num_q, dim = q.shape
     num_kv, rotary = k.shape[1], cos_sin.shape[1]

@@ -1,9 +1,10 @@
-"""Linear layers with 16-bit weights and up to 64 tokens, where reading the weight once is all the work.
+"""Linear layers with 16-bit weights and up to 64 tokens, where reading the weight once is all the
+work.
 
-One token goes through plain multiply-adds, more through the tensor cores with the weight as left operand: in
-`_slices_kernel` every warp takes its own slice of k of the same rows, in `_tiles_kernel` warps take rows and share the
-activations. Programs may split k (`split_k.py`). More tokens than that, and shapes whose rows do not start on 16
-bytes, go to cuBLAS.
+One token goes through plain multiply-adds, more through the tensor cores with the weight as left
+operand: in `_slices_kernel` every warp takes its own slice of k of the same rows, in
+`_tiles_kernel` warps take rows and share the activations. Programs may split k (`split_k.py`). More
+tokens than that, and shapes whose rows do not start on 16 bytes, go to cuBLAS.
 """
 
 import torch
@@ -209,11 +210,11 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: De
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [M, K] @ weight [N, K] transposed + bias [N], all of one dtype (rows of x and weight may be strided); returns
-    [M, N].
+    """x [M, K] @ weight [N, K] transposed + bias [N], all of one dtype (rows of x and weight may be
+    strided); returns [M, N].
 
-    Launches of one device must be on one stream: they share counters. Call it once before capturing it in a graph, so
-    that the counters exist.
+    Launches of one device must be on one stream: they share counters. Call it once before capturing
+    it in a graph, so that the counters exist.
     """
     plan = dense_plan(x.shape[0], *weight.shape)
     in_16_bytes = x.stride(0) % 8 == 0 and weight.stride(0) % 8 == 0 and x.stride(1) == weight.stride(1) == 1

@@ -19,13 +19,14 @@ class DensePlan:
     warps: int
     depth: int  # k a round, of a warp in the slices kernel
     ahead: int = 1  # rounds in flight, of the program that k cuts
-    # Programmatic dependent launch: "late" starts the next launch's programs when the products are done, so that they
-    # read their weights while this one ends; "early", of the row kernel, at once: short programs fill the
-    # multiprocessors evenly all the same; "plain": not at all.
+    # Programmatic dependent launch: "late" starts the next launch's programs when the products are
+    # done, so that they read their weights while this one ends; "early", of the row kernel, at
+    # once: short programs fill the multiprocessors evenly all the same; "plain": not at all.
     launch: str = "plain"
 
 
-# (outputs, inputs): (at most so many tokens, plan) in rising order; more tokens than the last: cuBLAS.
+# (outputs, inputs): (at most so many tokens, plan) in rising order; more tokens than the last:
+# cuBLAS.
 _DENSE: Table[DensePlan] = {
     (12288, 4096): (
         (1, DensePlan("row", 2, 1, 1, 4, 2048, launch="early")),

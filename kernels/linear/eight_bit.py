@@ -1,20 +1,23 @@
 """Linears with 8-bit weights: int8 or fp8 (e4m3), one scale an output channel (or one for all).
 
-W8A16 takes bf16 or fp16 activations, W8A8 takes activations quantised like the weight with one scale a token. Weights
-stay as the checkpoint has them, [N, K] with K contiguous, so `torch._scaled_mm` can take over where it is faster.
+W8A16 takes bf16 or fp16 activations, W8A8 takes activations quantised like the weight with one
+scale a token. Weights stay as the checkpoint has them, [N, K] with K contiguous, so
+`torch._scaled_mm` can take over where it is faster.
 
-Up to a few hundred tokens the weights' way through memory decides, and three kernels share the work; in each the
-output channels are the rows of the product, because there are always enough of them to fill a matrix unit:
+Up to a few hundred tokens the weights' way through memory decides, and three kernels share the
+work; in each the output channels are the rows of the product, because there are always enough of
+them to fill a matrix unit:
 
 - `_gemv_kernel`, one token: multiply and add without the matrix unit.
-- `_warps_kernel`: few output channels a program, K dealt out over its warps, which add up at the end. Many small
-  programs spread any shape evenly over the card.
-- `_tile_kernel`: 64 or more output channels a program, as the Hopper matrix unit wants them; K is split over
-  programs, of which the last to arrive adds the parts in their order (so the answer never depends on the schedule).
+- `_warps_kernel`: few output channels a program, K dealt out over its warps, which add up at the
+  end. Many small programs spread any shape evenly over the card.
+- `_tile_kernel`: 64 or more output channels a program, as the Hopper matrix unit wants them; K is
+  split over programs, of which the last to arrive adds the parts in their order (so the answer
+  never depends on the schedule).
 
-Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy engine brings;
-`torch._scaled_mm` serves fp8 where it can, and weights without quantised activations are dequantised once for cuBLAS.
-`eight_bit_table.py` says which kernel serves which shape.
+Beyond, arithmetic decides: `_matmul_kernel` is an ordinary product of 8-bit tiles that the copy
+engine brings; `torch._scaled_mm` serves fp8 where it can, and weights without quantised activations
+are dequantised once for cuBLAS. `eight_bit_table.py` says which kernel serves which shape.
 """
 
 import torch
@@ -32,8 +35,9 @@ from octavo.kernels.pointwise.quantize import dequantize_rows
 
 @triton.jit
 def _add_product(sums, a, b, BLOCK_K: tl.constexpr):
-    """sums + a @ b of tiles of BLOCK_K terms. Hopper's fp8 products keep some 14 bits of a running sum: over 11,008
-    terms the error reached 3 % of the results' spread. So a tile's fp8 sum, which starts at zero, is added in fp32.
+    """sums + a @ b of tiles of BLOCK_K terms. Hopper's fp8 products keep some 14 bits of a running
+    sum: over 11,008 terms the error reached 3 % of the results' spread. So a tile's fp8 sum, which
+    starts at zero, is added in fp32.
     """
     if a.dtype.is_fp8():
         return sums + tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)
@@ -146,8 +150,9 @@ def _warps_kernel(
     # One product a warp: Triton deals the first dimension of a batched product out to the warps.
     STRETCH: tl.constexpr = BLOCK_K // WARPS
     offset = tl.arange(0, WARPS)[:, None] * STRETCH + tl.arange(0, STRETCH)[None, :]
-    # Channels past the end read the last one, and are not stored: no masks for weights in the loop. Absent tokens are
-    # masked: if all programs read one token in their place, they queue up for the same lines of the L2.
+    # Channels past the end read the last one, and are not stored: no masks for weights in the loop.
+    # Absent tokens are masked: if all programs read one token in their place, they queue up for the
+    # same lines of the L2.
     weight_rows = weight_ptr + tl.minimum(n, N - 1).to(tl.int64) * K
     x_rows = x_ptr + m.to(tl.int64) * x_stride
     wait_for_inputs(PDL)
@@ -437,14 +442,15 @@ def _launch(
     return out
 
 
-# What takes over where torch or the copy engine cannot serve: at many tokens any shape, at any speed.
+# What takes over where torch or the copy engine cannot serve: at many tokens any shape, at any
+# speed.
 _UNSERVED_BY_LIBRARY = Matmul(128, 128, 128, 8, 3, False)
 _UNALIGNED = Tile(64, 64, 128, 4, 4, 1, False)
 
 
 def _library_serves(x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, out_dtype: torch.dtype) -> bool:
-    """Whether `torch._scaled_mm` takes these: fp8 whose rows start at multiples of 16 bytes; with scales by row it
-    needs a Hopper GPU and returns bf16 only.
+    """Whether `torch._scaled_mm` takes these: fp8 whose rows start at multiples of 16 bytes; with
+    scales by row it needs a Hopper GPU and returns bf16 only.
     """
     aligned = weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and x.is_contiguous()
     single = x_scale.numel() == 1 and weight_scale.numel() == 1
@@ -498,10 +504,10 @@ def _linear(
 
 
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ (weight * weight_scale)^T + bias`: x [M, K] bf16/fp16 (rows may be strided), weight [N, K] int8 or
-    float8_e4m3fn, weight_scale fp32 [N] or [1], bias [N]; returns [M, N] of x's dtype. K in any length, 16 at a time
-    for speed. Launches of one device must be on one stream: they share counters. Call it once before capturing it in
-    a graph, so that the counters exist.
+    """`x @ (weight * weight_scale)^T + bias`: x [M, K] bf16/fp16 (rows may be strided), weight [N,
+    K] int8 or float8_e4m3fn, weight_scale fp32 [N] or [1], bias [N]; returns [M, N] of x's dtype. K
+    in any length, 16 at a time for speed. Launches of one device must be on one stream: they share
+    counters. Call it once before capturing it in a graph, so that the counters exist.
     """
     config = choose(weight.dtype, False, x.shape[0], *weight.shape)
     return _linear(config, x, None, weight, weight_scale, x.dtype, bias)
@@ -515,9 +521,9 @@ def linear_w8a8(
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`(x * x_scale) @ (weight * weight_scale)^T + bias`: x [M, K] and weight [N, K] both int8 or both float8_e4m3fn,
-    x_scale fp32 [M] or [1], weight_scale fp32 [N] or [1], bias [N]; returns [M, N] of out_dtype. As for streams and
-    graphs, see `linear_w8a16`.
+    """`(x * x_scale) @ (weight * weight_scale)^T + bias`: x [M, K] and weight [N, K] both int8 or
+    both float8_e4m3fn, x_scale fp32 [M] or [1], weight_scale fp32 [N] or [1], bias [N]; returns [M,
+    N] of out_dtype. As for streams and graphs, see `linear_w8a16`.
     """
     config = choose(weight.dtype, True, x.shape[0], *weight.shape)
     return _linear(config, x, x_scale, weight, weight_scale, out_dtype, bias)

@@ -67,7 +67,8 @@ class _Choice(NamedTuple):
     listed: dict[tuple[int, int], Config]  # by (output channels, K): where another is at least 1.5 % faster
 
 
-# Medians on an H100 80 GB, weights cold (`bench/kernels/linear_8bit.py` prints a step; `bench/LOG.md` has the sweeps).
+# Medians on an H100 80 GB, weights cold (`bench/kernels/linear_8bit.py` prints a step;
+# `bench/LOG.md` has the sweeps).
 
 # 16-bit activations from 16 tokens on: int8 and fp8 are converted alike, so one choice serves both.
 _W8A16_MANY: tuple[_Choice, ...] = (

@@ -1,15 +1,18 @@
-"""Linear layers with 4-bit weights: weights x tokens on the tensor cores, weights unpacked in registers.
+"""Linear layers with 4-bit weights: weights x tokens on the tensor cores, weights unpacked in
+registers.
 
-Both kernels multiply the weight as left operand, straight from the registers into which `int4_layout.py` makes a load
-put it: no weight passes through shared memory once it is unpacked. Unpacking is, for a pair of weights, a shift, a
-`lop3` that masks two numbers and sets the exponent of 128 (1024 in fp16) beside each, and a packed subtraction of 128 +
-zero, which is exact. Scales stay out of it: the product of a group's numbers is summed in fp32 and then scaled, so
-weights are never rounded.
+Both kernels multiply the weight as left operand, straight from the registers into which
+`int4_layout.py` makes a load put it: no weight passes through shared memory once it is unpacked.
+Unpacking is, for a pair of weights, a shift, a `lop3` that masks two numbers and sets the exponent
+of 128 (1024 in fp16) beside each, and a packed subtraction of 128 + zero, which is exact. Scales
+stay out of it: the product of a group's numbers is summed in fp32 and then scaled, so weights are
+never rounded.
 
-`_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows, activations too go from memory
-straight into the registers of the tensor cores' right operand, and slices are added at the end. `_tiles_kernel` is for
-more: warps take rows and share the activations. Either can be split along k over programs (`split_k.py`).
-`int4_gluon.py` has the kernel of many tokens on Hopper.
+`_slices_kernel` is for few tokens: every warp takes its own slice of k of the same rows,
+activations too go from memory straight into the registers of the tensor cores' right operand, and
+slices are added at the end. `_tiles_kernel` is for more: warps take rows and share the activations.
+Either can be split along k over programs (`split_k.py`). `int4_gluon.py` has the kernel of many
+tokens on Hopper.
 """
 
 import torch
@@ -26,8 +29,9 @@ from octavo.kernels.linear.split_k import finish
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
-    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed numbers less zero of (s, upper row, half), $8-$9 the
-    words, $10-$11 twice the register with 128 + zero of row r in both halves, $12-$13 that of row r + 8.
+    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed numbers less zero of (s, upper
+    row, half), $8-$9 the words, $10-$11 twice the register with 128 + zero of row r in both halves,
+    $12-$13 that of row r + 8.
     """
     lines = ["{ .reg .b32 number, shifted;"]
     for place in range(8):
@@ -60,7 +64,8 @@ def _place(words, low_zero, high_zero, PLACE: tl.constexpr, dtype: tl.constexpr)
 
 @triton.jit
 def _unpack(words, zeros, dtype: tl.constexpr):
-    """Numbers less their zeros, of words [.., 8 r, 4 c, U, 2 s] and zeros [.., 8, 1, 1, 1] (two bytes, in int32).
+    """Numbers less their zeros, of words [.., 8 r, 4 c, U, 2 s] and zeros [.., 8, 1, 1, 1] (two
+    bytes, in int32).
 
     Returns [.., 8 r, 4 c, U, 2 pair, 2 half, 2 upper row, 2 s].
     """
@@ -145,12 +150,14 @@ def _slices_kernel(
     # [SLICES, TILES, ..]: Triton gives warps to the first dimension, each its slice.
     unit = split * CHUNK + tl.arange(0, SLICES)[:, None, None]
     tile = tile_n * TILES + tl.arange(0, TILES)[None, :, None]
-    # A program past the end does the last rows again, and does not write them: loads without a mask are cheaper.
+    # A program past the end does the last rows again, and does not write them: loads without a mask
+    # are cheaper.
     tile = tl.minimum(tile, N // 16 - 1)
     words_ptrs = words_ptr + tile.to(tl.int64) * (K // 64 * 128) + _word_offset(HALVES)[None, None, :]
     words_ptrs += unit // (2 // HALVES) * 128 + unit % (2 // HALVES) * 2
     group_offset = tile * (GROUPS * 8) + tl.arange(0, 8)[None, None, :]
-    # [4 c, 8 tokens, SLICES, token octets, 4 * HALVES of (half of 32, s, half), 2 pair]: lanes are 4 * token + c.
+    # [4 c, 8 tokens, SLICES, token octets, 4 * HALVES of (half of 32, s, half), 2 pair]: lanes are
+    # 4 * token + c.
     octet = tl.arange(0, TOKENS // 8)[None, None, None, :, None, None]
     token = tl.minimum(octet * 8 + tl.arange(0, 8)[None, :, None, None, None, None], M - 1)
     x_unit = split * CHUNK + tl.arange(0, SLICES)[None, None, :, None, None, None]
@@ -200,8 +207,9 @@ def _slices_kernel(
             else:
                 zero = tl.full((1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
             numbers = _unpack(tl.reshape(words[i], (SLICES, TILES, 8, 4, HALVES, 2)), zero, dtype)
-            # [slice, tile, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (u, s, c, half, pair): Triton
-            # wants four consecutive k of a lane where operands are joined, so k is taken in another order, of x too.
+            # [slice, tile, r, c, u, pair, half, upper, s] to rows (tile, upper, r) and k (u, s, c,
+            # half, pair): Triton wants four consecutive k of a lane where operands are joined, so k
+            # is taken in another order, of x too.
             numbers = tl.reshape(tl.permute(numbers, (0, 1, 7, 2, 4, 8, 3, 6, 5)), (SLICES, TILES * 16, UNIT))
             x = tl.reshape(x, (4, 8, SLICES, TOKENS // 8, 2 * HALVES, 2, 2))
             x = tl.reshape(tl.permute(x, (2, 4, 0, 5, 6, 3, 1)), (SLICES, UNIT, TOKENS))
@@ -294,10 +302,11 @@ def _tiles_kernel(
         else:
             zeros = tl.full((1, 1, 1, 1, 1, 1), 0x0808, tl.int32)
         numbers = _unpack(tl.reshape(words, (TILES, DEPTH, 8, 4, HALVES, 2)), zeros, dtype)
-        # [tile, depth, r, c, u, pair, half, upper, s] to rows (tile, upper, r), k (depth, u, s, half, c, pair)
+        # [tile, depth, r, c, u, pair, half, upper, s] to rows (tile, upper, r), k (depth, u, s,
+        # half, c, pair)
         numbers = tl.reshape(tl.permute(numbers, (0, 7, 2, 1, 4, 8, 6, 3, 5)), (TILES * 16, DEPTH * UNIT))
-        # The scaled sum also keeps Triton 3.6 from leaving products in flight over rounds, whose left operand it then
-        # overwrites.
+        # The scaled sum also keeps Triton 3.6 from leaving products in flight over rounds, whose
+        # left operand it then overwrites.
         product = tl.dot(numbers, tl.trans(x))
         scale = tl.permute(_pair_scales(scales, dtype), (0, 2, 1))
         accumulator += product * tl.reshape(scale, (TILES * 16, 1))
@@ -348,7 +357,9 @@ def _dequantise_kernel(
 
 
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: Int4Plan) -> None:
-    """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's order."""
+    """out [M, N] = x [M, K] @ weight.T + bias by `plan`; x's columns are already in the weight's
+    order.
+    """
     if plan.kernel == "gluon":
         from octavo.kernels.linear import int4_gluon
 
@@ -409,15 +420,18 @@ def dequantise(weight: Int4Weight) -> Tensor:
 
 
 def takes_gluon(x: Tensor) -> bool:
-    """Whether the Gluon kernel can take x [M, K]: the copy engine wants addresses and strides of whole 16 bytes."""
+    """Whether the Gluon kernel can take x [M, K]: the copy engine wants addresses and strides of
+    whole 16 bytes.
+    """
     return has_gluon(x.device) and x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
 
 
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """x [M, K] (rows may be strided) of the weight's dtype @ weight [N, K] transposed + bias [N]; returns [M, N].
+    """x [M, K] (rows may be strided) of the weight's dtype @ weight [N, K] transposed + bias [N];
+    returns [M, N].
 
-    Launches of one device must be on one stream: they share counters. Call it once before capturing it in a graph, so
-    that the counters exist. Raises ValueError if x does not fit the weight.
+    Launches of one device must be on one stream: they share counters. Call it once before capturing
+    it in a graph, so that the counters exist. Raises ValueError if x does not fit the weight.
     """
     if x.dtype != weight.dtype:
         raise ValueError(f"int4_linear: activations of {x.dtype}, weight packed for {weight.dtype}")

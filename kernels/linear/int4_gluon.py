@@ -1,16 +1,19 @@
-"""The int4 linear layer of many tokens, written in Gluon for Hopper: weights are unpacked under the tensor cores' work.
+"""The int4 linear layer of many tokens, written in Gluon for Hopper: weights are unpacked under the
+tensor cores' work.
 
-A program has three parts. One warp has the copy engine bring rounds of 64 k, the weights of 128 rows and the
-activations of TOKENS tokens, into a ring of shared memory. Two warp groups take 64 rows each: they unpack a round into
-the registers of the tensor cores' left operand (`int4_layout.py` has them in that order) while the product of the round
-before is still running, and where that leaves the tensor cores idle the other group has work for them.
+A program has three parts. One warp has the copy engine bring rounds of 64 k, the weights of 128
+rows and the activations of TOKENS tokens, into a ring of shared memory. Two warp groups take 64
+rows each: they unpack a round into the registers of the tensor cores' left operand
+(`int4_layout.py` has them in that order) while the product of the round before is still running,
+and where that leaves the tensor cores idle the other group has work for them.
 
-Weights are scaled as they are unpacked, so they are rounded once to the activations' dtype, as they are where cuBLAS
-multiplies them: scaling sums instead would take a second accumulator and more instructions from 64 tokens on.
+Weights are scaled as they are unpacked, so they are rounded once to the activations' dtype, as they
+are where cuBLAS multiplies them: scaling sums instead would take a second accumulator and more
+instructions from 64 tokens on.
 
-Work is cut by rounds, not by tiles: each program takes an equal share of all rounds of all tiles in turn, so that no
-multiprocessor waits for another at the end. Where shares meet in a tile, the program that arrives last adds the parts
-up in their order, so results do not depend on timing.
+Work is cut by rounds, not by tiles: each program takes an equal share of all rounds of all tiles in
+turn, so that no multiprocessor waits for another at the end. Where shares meet in a tile, the
+program that arrives last adds the parts up in their order, so results do not depend on timing.
 """
 
 import torch
@@ -38,9 +41,9 @@ UNIT = gl.constexpr(64)  # k a round
 
 
 def _unpack_asm(type_: str, magic: str) -> str:
-    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed weights of (s, upper row, half), $8-$9 the words,
-    then pairs of equal registers: $10 with 128 + zero (1024 in fp16) of row r in both halves, $12 that of row r + 8,
-    $14 and $16 their scales.
+    """PTX for words s = 0, 1 of a lane and step pair: $0-$7 packed weights of (s, upper row, half),
+    $8-$9 the words, then pairs of equal registers: $10 with 128 + zero (1024 in fp16) of row r in
+    both halves, $12 that of row r + 8, $14 and $16 their scales.
     """
     lines = ["{ .reg .b32 number, shifted;"]
     for place in range(8):
@@ -59,13 +62,16 @@ _FP16_ASM = gl.constexpr(_unpack_asm("f16x2", "0x64006400"))
 _CONSTRAINTS = gl.constexpr(",".join(["=r"] * 8 + ["r"] * 10))
 _BF16_PLACES = gl.constexpr((gl.bfloat16,) * 8)
 _FP16_PLACES = gl.constexpr((gl.float16,) * 8)
-# [16-row tile, r, c, u, s] of a consumer's words: lane 4 * r + c has four in a row, warps take tiles.
+# [16-row tile, r, c, u, s] of a consumer's words: lane 4 * r + c has four in a row, warps take
+# tiles.
 _WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 1, 2, 2], [1, 8, 4, 1, 1], [4, 1, 1, 1, 1], [4, 3, 2, 1, 0]))
 
 
 @gluon.jit
 def _pairs(smem, GROUPS: gl.constexpr):
-    """What shared memory [4, GROUPS * 8] has for rows r and r + 8 of each group, as int32 [4, 8, 1, GROUPS, 1]."""
+    """What shared memory [4, GROUPS * 8] has for rows r and r + 8 of each group, as int32 [4, 8, 1,
+    GROUPS, 1].
+    """
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     values = view_as(smem, smem.dtype, [4, GROUPS, 8], flat).permute((0, 2, 1))
     values = values.load(gl.SliceLayout(2, gl.SliceLayout(4, _WORDS)))
@@ -124,7 +130,9 @@ def _share(program, rounds):
 
 @gluon.jit
 def _part_offset(layout: gl.constexpr, TOKENS: gl.constexpr):
-    """Of [64, TOKENS / 8, 8] in a part, in int64: so the compiler sees that a thread's differ by constants."""
+    """Of [64, TOKENS / 8, 8] in a part, in int64: so the compiler sees that a thread's differ by
+    constants.
+    """
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
     octet = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     token = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
@@ -162,7 +170,8 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
     if LAUNCH == "early":
         tl.extra.cuda.gdc_launch_dependents()
     if LAUNCH != "plain":
-        # The other roles touch nothing before the activations have come, so they need not wait themselves.
+        # The other roles touch nothing before the activations have come, so they need not wait
+        # themselves.
         tl.extra.cuda.gdc_wait()
     begin = _share(gl.program_id(0), total)
     end = _share(gl.program_id(0) + 1, total)
@@ -219,8 +228,9 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
             stage = number % STAGES
             acc = warpgroup_mma(a, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
             next_a = _unpack(words, scales, zeros, ZEROS, dtype, a_layout)
-            # Here and not at the loop's head, because ptxas moves no arithmetic across a branch: without one it puts
-            # the unpacking behind the wait for the product, and nothing overlaps.
+            # Here and not at the loop's head, because ptxas moves no arithmetic across a branch:
+            # without one it puts the unpacking behind the wait for the product, and nothing
+            # overlaps.
             words, scales, zeros = _read(
                 number + 2, words_smem, scales_smem, zeros_smem, full, i + 2 < end, CONSUMER, ZEROS
             )

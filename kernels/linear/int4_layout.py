@@ -1,14 +1,16 @@
 """One internal layout for 4-bit weights of GPTQ and AWQ, made once at load.
 
-A weight is a number 0..15; `(number - zero) * scale` is its value, with a zero and a scale a group of consecutive k and
-output row. The kernels multiply weights x tokens on the tensor cores, so numbers lie in the order in which a thread of
-`mma.m16n8k16` or `wgmma` holds its left operand: one 16-byte load of a lane brings its part of a tile of 16 rows x 64
-k, and a warp reads a tile as 512 consecutive bytes.
+A weight is a number 0..15; `(number - zero) * scale` is its value, with a zero and a scale a group
+of consecutive k and output row. The kernels multiply weights x tokens on the tensor cores, so
+numbers lie in the order in which a thread of `mma.m16n8k16` or `wgmma` holds its left operand: one
+16-byte load of a lane brings its part of a tile of 16 rows x 64 k, and a warp reads a tile as 512
+consecutive bytes.
 
-A tile is 32 lanes x 4 words. Lane `4 * r + c` holds rows r and r + 8. The k of a number is `16 * step + 8 * half +
-2 * c + pair`; step = 2 * u + s. Words 2u and 2u + 1 hold step pair u: word `2 * u + s`, low 16 bits pair 0 and high 16
-bits pair 1, nibble `2 * upper row + half` of each. So `(word >> 4 * i) & 0x000f000f` is a pair of neighbours in k, as
-the tensor cores want two 16-bit numbers in a register, and `| 0x43004300` makes it two bf16 128 + number.
+A tile is 32 lanes x 4 words. Lane `4 * r + c` holds rows r and r + 8. The k of a number is
+`16 * step + 8 * half + 2 * c + pair`; step = 2 * u + s. Words 2u and 2u + 1 hold step pair u: word
+`2 * u + s`, low 16 bits pair 0 and high 16 bits pair 1, nibble `2 * upper row + half` of each. So
+`(word >> 4 * i) & 0x000f000f` is a pair of neighbours in k, as the tensor cores want two 16-bit
+numbers in a register, and `| 0x43004300` makes it two bf16 128 + number.
 """
 
 from dataclasses import dataclass
@@ -53,11 +55,12 @@ class Int4Weight:
 
 
 def pack(numbers: Tensor, scales: Tensor, zeros: Tensor | None, permutation: Tensor | None = None) -> Int4Weight:
-    """Numbers [N, K] of 0..15 (any integer type), scales [N, groups] fp16 or bf16, zeros [N, groups] of 0..16 or None
-    for 8 everywhere; `permutation` [K] int64 if column k belongs to x[:, permutation[k]].
+    """Numbers [N, K] of 0..15 (any integer type), scales [N, groups] fp16 or bf16, zeros [N,
+    groups] of 0..16 or None for 8 everywhere; `permutation` [K] int64 if column k belongs to x[:,
+    permutation[k]].
 
-    Raises ValueError naming a size that does not fit the tiles: N in sixteens, K in 64s, groups of 32 or of a multiple
-    of 64 that divides K.
+    Raises ValueError naming a size that does not fit the tiles: N in sixteens, K in 64s, groups of
+    32 or of a multiple of 64 that divides K.
     """
     rows, depth = numbers.shape
     groups = scales.shape[1]
@@ -95,7 +98,9 @@ def _pair_rows(values: Tensor) -> Tensor:
 
 
 def unpack(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
-    """Back from the layout: numbers [N, K] int32, scales [N, groups] and zeros [N, groups] int32, columns permuted."""
+    """Back from the layout: numbers [N, K] int32, scales [N, groups] and zeros [N, groups] int32,
+    columns permuted.
+    """
     tiles, steps = weight.words.shape[:2]
     shifts = 4 * torch.arange(8, dtype=torch.int32, device=weight.words.device)
     parts = ((weight.words[..., None] >> shifts) & 15).reshape(tiles, steps, 8, 4, 2, 2, 2, 2, 2)
@@ -112,7 +117,9 @@ def _split_rows(values: Tensor) -> Tensor:
 
 
 def _nibbles(words: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
-    """int32 [..., W] as the eight numbers of each word, [..., W, 8]; place `order[i]` takes nibble i."""
+    """int32 [..., W] as the eight numbers of each word, [..., W, 8]; place `order[i]` takes nibble
+    i.
+    """
     shifts = torch.tensor([4 * order.index(place) for place in range(8)], dtype=torch.int32, device=words.device)
     return (words[..., None] >> shifts) & 15
 
@@ -120,12 +127,13 @@ def _nibbles(words: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -
 def pack_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Int4Weight:
-    """GPTQ's 4-bit tensors: qweight [K / 8, N] int32 with eight k a word, lowest first; qzeros [groups, N / 8] int32
-    with eight outputs a word, each one below its zero; scales [groups, N] fp16 or bf16; g_idx [K], the group of each k
-    (act-order if it is not sorted). `dtype`: that of the activations, to which scales are rounded (default: theirs).
+    """GPTQ's 4-bit tensors: qweight [K / 8, N] int32 with eight k a word, lowest first; qzeros
+    [groups, N / 8] int32 with eight outputs a word, each one below its zero; scales [groups, N]
+    fp16 or bf16; g_idx [K], the group of each k (act-order if it is not sorted). `dtype`: that of
+    the activations, to which scales are rounded (default: theirs).
 
-    Raises ValueError naming what does not fit: tensors that contradict each other, groups of unequal size, and what
-    `pack` refuses.
+    Raises ValueError naming what does not fit: tensors that contradict each other, groups of
+    unequal size, and what `pack` refuses.
     """
     groups, rows = scales.shape
     depth = qweight.shape[0] * 8
@@ -152,11 +160,12 @@ def pack_gptq(
 
 
 def pack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Int4Weight:
-    """AWQ's 4-bit tensors (the "gemm" format): qweight [K, N / 8] int32 and qzeros [groups, N / 8] int32 with eight
-    outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [groups, N] fp16 or bf16. `dtype`: that of the
-    activations, to which scales are rounded (default: theirs).
+    """AWQ's 4-bit tensors (the "gemm" format): qweight [K, N / 8] int32 and qzeros [groups, N / 8]
+    int32 with eight outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [groups, N] fp16 or
+    bf16. `dtype`: that of the activations, to which scales are rounded (default: theirs).
 
-    Raises ValueError naming what does not fit: tensors that contradict each other, and what `pack` refuses.
+    Raises ValueError naming what does not fit: tensors that contradict each other, and what `pack`
+    refuses.
     """
     groups, rows = scales.shape
     depth = qweight.shape[0]

@@ -19,8 +19,8 @@ class Int4Plan:
     warps: int
     ahead: int  # rounds whose weights are in flight
     depth: int = 1  # tiles of 64 k a round; the slices kernel takes one a warp
-    # Programmatic dependent launch: "late" starts the next launch's programs when the products are done, so that they
-    # read their weights while this one ends; "plain": not at all.
+    # Programmatic dependent launch: "late" starts the next launch's programs when the products are
+    # done, so that they read their weights while this one ends; "plain": not at all.
     launch: str = "plain"
     programs: int = 0  # that share all tiles evenly (gluon); 0: each does a tile
 
@@ -32,8 +32,8 @@ _INT4_WIDE = (
     (128, Int4Plan("tiles", 4, 64, 1, 4, 4, 2)),
     (640, Int4Plan("tiles", 8, 64, 1, 8, 4, 2)),
 )
-# (outputs, inputs): (at most so many tokens, plan) in rising order; None, and more tokens than the last: dequantise to
-# 16 bits and call cuBLAS.
+# (outputs, inputs): (at most so many tokens, plan) in rising order; None, and more tokens than the
+# last: dequantise to 16 bits and call cuBLAS.
 _INT4: Table[Int4Plan] = {
     (12288, 4096): (
         (1, Int4Plan("tiles", 4, 16, 2, 4, 4, 2, launch="late")),
@@ -107,8 +107,8 @@ def _entries(rows: int, depth: int) -> tuple[Entry[Int4Plan], Entry[Int4Plan]]:
 
 
 def int4_plan(tokens: int, rows: int, depth: int, gluon: bool) -> Int4Plan | None:
-    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call cuBLAS. gluon: whether the
-    kernel of that name can run.
+    """For x [tokens, depth] and a weight [rows, depth]; None: dequantise to 16 bits and call
+    cuBLAS. gluon: whether the kernel of that name can run.
     """
     general, on_hopper = _entries(rows, depth)
     plan = plan_for(on_hopper, tokens) if gluon else None

@@ -1,8 +1,9 @@
-"""Tables of how a linear layer of few tokens is cut (kernel, tile, split, launch), by shape and number of tokens.
+"""Tables of how a linear layer of few tokens is cut (kernel, tile, split, launch), by shape and
+number of tokens.
 
-Measured on an H100 (`bench/LOG.md` has the sweep) at the shapes of Llama-2-7B and one of Llama-3-70B; an H200 has the
-same multiprocessors and takes the same. A shape that is not in a table takes the entry of the shape nearest to it, by
-the ratios of outputs and of inputs.
+Measured on an H100 (`bench/LOG.md` has the sweep) at the shapes of Llama-2-7B and one of
+Llama-3-70B; an H200 has the same multiprocessors and takes the same. A shape that is not in a table
+takes the entry of the shape nearest to it, by the ratios of outputs and of inputs.
 """
 
 import math
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 Plan = TypeVar("Plan")
-# (at most so many tokens, plan) in rising order; None: the table's own way out (cuBLAS, another table).
+# (at most so many tokens, plan) in rising order; None: the table's own way out (cuBLAS, another
+# table).
 Entry = tuple[tuple[int, Plan | None], ...]
 Table = dict[tuple[int, int], Entry[Plan]]  # by (outputs, inputs)
 

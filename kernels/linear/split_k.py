@@ -1,7 +1,9 @@
-"""The end of a linear layer whose k is split over programs: the last to arrive adds the parts up in their order.
+"""The end of a linear layer whose k is split over programs: the last to arrive adds the parts up in
+their order.
 
-So results do not depend on timing. `eight_bit.py` has an end of its own: its scales go on the whole sum, and how many
-parts there are it learns at launch, so its parts lie tile by tile and not row by row as the output does.
+So results do not depend on timing. `eight_bit.py` has an end of its own: its scales go on the whole
+sum, and how many parts there are it learns at launch, so its parts lie tile by tile and not row by
+row as the output does.
 """
 
 import triton
@@ -26,7 +28,9 @@ def finish(
     SPLITS: tl.constexpr,
     BIAS: tl.constexpr,
 ):
-    """Writes a tile of the product, or its part; the last part of a tile to arrive adds them up in order."""
+    """Writes a tile of the product, or its part; the last part of a tile to arrive adds them up in
+    order.
+    """
     inside = (row < N)[:, None] & (token < M)[None, :]
     offset = token[None, :].to(tl.int64) * N + row[:, None]
     last = True

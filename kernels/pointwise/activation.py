@@ -1,8 +1,8 @@
-"""The gated activations of an MLP: act(gate) * up over the fused gate-and-up projection, rounded to the model's dtype
-or quantised to 8 bits.
+"""The gated activations of an MLP: act(gate) * up over the fused gate-and-up projection, rounded to
+the model's dtype or quantised to 8 bits.
 
-Both in fp32, rounded once. Source of the tanh form: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016),
-section 2.
+Both in fp32, rounded once. Source of the tanh form: Hendrycks and Gimpel, "Gaussian Error Linear
+Units" (2016), section 2.
 """
 
 import torch
@@ -14,8 +14,9 @@ from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.pointwise.quantize import row_warps, scale_to_8_bits
 from octavo.kernels.reference.eight_bit import LARGEST
 
-# 1024 outputs by 4 warps: 8 a thread, so both loads and the store are 16 bytes wide in bf16. One token of 14336 makes
-# 14 programs, which is latency-bound whatever the block; 2048 tokens make 28 thousand.
+# 1024 outputs by 4 warps: 8 a thread, so both loads and the store are 16 bytes wide in bf16. One
+# token of 14336 makes 14 programs, which is latency-bound whatever the block; 2048 tokens make 28
+# thousand.
 _BLOCK = 1024
 
 
@@ -106,8 +107,8 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 
 
 def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`silu(gate) * up` of x [T, 2 * I] = (gate | up), whose rows may be strided, quantised: (q [T, I] of `dtype`,
-    int8 or float8_e4m3fn; scale [T] fp32).
+    """`silu(gate) * up` of x [T, 2 * I] = (gate | up), whose rows may be strided, quantised: (q [T,
+    I] of `dtype`, int8 or float8_e4m3fn; scale [T] fp32).
     """
     tokens, size = x.shape[0], x.shape[1] // 2
     q = torch.empty((tokens, size), dtype=dtype, device=x.device)

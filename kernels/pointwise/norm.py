@@ -1,8 +1,9 @@
-"""RMSNorm, alone and with the residual addition in front, rounded to the model's dtype or quantised to 8 bits: one
-program a token, the whole row in registers.
+"""RMSNorm, alone and with the residual addition in front, rounded to the model's dtype or quantised
+to 8 bits: one program a token, the whole row in registers.
 
-Two passes over the row would read it twice; hidden sizes up to 16384 fit one program, so it is read once and written
-once. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), equation 4.
+Two passes over the row would read it twice; hidden sizes up to 16384 fit one program, so it is read
+once and written once. Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019),
+equation 4.
 """
 
 import torch
@@ -44,7 +45,8 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0)
-        # The sum is rounded before it is normalised: the next layer reads the rounded one, and so do the twins.
+        # The sum is rounded before it is normalised: the next layer reads the rounded one, and so
+        # do the twins.
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
         tl.store(residual_ptr + row * residual_stride + column, x, mask=inside)
     x = x.to(tl.float32)
@@ -57,14 +59,17 @@ def _rms_norm_kernel(
 
 
 def _num_warps(block: int) -> int:
-    # 16 elements a thread = two 16-byte loads in flight a tensor in bf16; more warps only lengthen the reduction.
+    # 16 elements a thread = two 16-byte loads in flight a tensor in bf16; more warps only lengthen
+    # the reduction.
     return min(16, max(1, block // 512))
 
 
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The output [T, H] of `dtype`, and its scales [T] if that has 8 bits (else nobody wrote or reads them)."""
+    """The output [T, H] of `dtype`, and its scales [T] if that has 8 bits (else nobody wrote or
+    reads them).
+    """
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     largest = LARGEST.get(dtype, 0.0)
     scale = torch.empty(x.shape[0] if largest else 0, dtype=torch.float32, device=x.device)
@@ -95,20 +100,22 @@ def _launch(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / rms(x) * weight` of x [T, H] (rows may be strided), weight [H]; returns [T, H] of x's dtype."""
+    """`x / rms(x) * weight` of x [T, H] (rows may be strided), weight [H]; returns [T, H] of x's
+    dtype.
+    """
     return _launch(x, None, weight, eps, x.dtype)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`residual += x` in place, then its norm. x, residual [T, H] (rows may be strided); returns [T, H] of x's
-    dtype.
+    """`residual += x` in place, then its norm. x, residual [T, H] (rows may be strided); returns
+    [T, H] of x's dtype.
     """
     return _launch(x, residual, weight, eps, x.dtype)[0]
 
 
 def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The norm of x [T, H] (rows may be strided), quantised: (q [T, H] of `dtype`, int8 or float8_e4m3fn; scale [T]
-    fp32).
+    """The norm of x [T, H] (rows may be strided), quantised: (q [T, H] of `dtype`, int8 or
+    float8_e4m3fn; scale [T] fp32).
     """
     return _launch(x, None, weight, eps, dtype)
 
@@ -116,5 +123,7 @@ def rms_norm_quant(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) ->
 def add_rms_norm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`residual += x` in place, then `rms_norm_quant(residual)`. x, residual [T, H] (rows may be strided)."""
+    """`residual += x` in place, then `rms_norm_quant(residual)`. x, residual [T, H] (rows may be
+    strided).
+    """
     return _launch(x, residual, weight, eps, dtype)

@@ -1,5 +1,6 @@
-"""Quantisation of rows to 8 bits, each with its own scale: a weight's output channels once at load, and activations
-whose producer could not do it in its epilogue (those of `norm.py` and `activation.py` can).
+"""Quantisation of rows to 8 bits, each with its own scale: a weight's output channels once at load,
+and activations whose producer could not do it in its epilogue (those of `norm.py` and
+`activation.py` can).
 """
 
 import torch
@@ -15,7 +16,8 @@ def scale_to_8_bits(x, LARGEST: tl.constexpr, dtype: tl.constexpr):
     """x [BLOCK] fp32 (zero outside the row) as (values of `dtype`, scale): the twin is
     `reference/eight_bit.py`'s `quantize_rows`.
     """
-    # Magnitudes order like their bits, with NaN above infinity: so a NaN reaches the scale; int8 could not carry it.
+    # Magnitudes order like their bits, with NaN above infinity: so a NaN reaches the scale; int8
+    # could not carry it.
     bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
     largest = bits.to(tl.float32, bitcast=True)
     scaled = x * tl.div_rn(LARGEST, tl.maximum(largest, 1e-35))  # the bound keeps a row of zeros finite
@@ -47,12 +49,16 @@ def _quantize_kernel(
 
 
 def row_warps(block: int) -> int:
-    """Warps for a row of `block` in registers: 16 elements a thread, and never more than a program may have."""
+    """Warps for a row of `block` in registers: 16 elements a thread, and never more than a program
+    may have.
+    """
     return min(32, max(1, block // 512))
 
 
 def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [R, K] (rows may be strided) as (q [R, K] of `dtype`, int8 or float8_e4m3fn; scale [R] fp32)."""
+    """x [R, K] (rows may be strided) as (q [R, K] of `dtype`, int8 or float8_e4m3fn; scale [R]
+    fp32).
+    """
     rows, size = x.shape
     q = torch.empty((rows, size), dtype=dtype, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)

@@ -1,20 +1,21 @@
-"""How one token is chosen from one row of logits, in plain PyTorch: processing, the draw, and its noise. Part of the
-step's twin.
+"""How one token is chosen from one row of logits, in plain PyTorch: processing, the draw, and its
+noise. Part of the step's twin.
 
-Order, as in vLLM: grammar mask, logit bias, penalties, temperature, min-p, top-k, top-p, draw. Ties have fixed rules:
-equal logits are in or out together, for top-k (all tokens equal to the k-th highest stay) as for top-p (a token stays
-if the tokens strictly above it hold less than p of the mass that top-k left), and between equal scores the lowest token
-id wins.
+Order, as in vLLM: grammar mask, logit bias, penalties, temperature, min-p, top-k, top-p, draw. Ties
+have fixed rules: equal logits are in or out together, for top-k (all tokens equal to the k-th
+highest stay) as for top-p (a token stays if the tokens strictly above it hold less than p of the
+mass that top-k left), and between equal scores the lowest token id wins.
 
-The draw is Gumbel-max in two steps: among the groups of `GROUP` neighbouring tokens the one with the highest
-log(mass) + noise, in it the token with the highest logit + noise. That is a draw from the softmax (the groups' masses
-times the tokens' shares), for noise of 1/128 of the tokens. If the filters exclude that token, the next round draws
-with other noise from what can still be allowed: the tokens that reach the threshold of min-p and top-k, or, if that is
-reached, the tokens above the drawn one, which hold the whole top-p set. A draw from more than the allowed tokens,
-repeated until it is one of them, is a draw from them.
+The draw is Gumbel-max in two steps: among the groups of `GROUP` neighbouring tokens the one with
+the highest log(mass) + noise, in it the token with the highest logit + noise. That is a draw from
+the softmax (the groups' masses times the tokens' shares), for noise of 1/128 of the tokens. If the
+filters exclude that token, the next round draws with other noise from what can still be allowed:
+the tokens that reach the threshold of min-p and top-k, or, if that is reached, the tokens above the
+drawn one, which hold the whole top-p set. A draw from more than the allowed tokens, repeated until
+it is one of them, is a draw from them.
 
-All noise is a hash of (seed, output index, group or token id) alone. So a draw does not depend on the batch, the slot,
-padding or preemption. No softmax, no sort.
+All noise is a hash of (seed, output index, group or token id) alone. So a draw does not depend on
+the batch, the slot, padding or preemption. No softmax, no sort.
 """
 
 import functools
@@ -29,7 +30,8 @@ from octavo.kernels.step import plan_format as fmt
 
 MASK32 = 0xFFFFFFFF
 GROUP = 128  # tokens that the first step of a draw takes together
-# Ids that are hashed: tokens, from GROUP_NOISE on groups; those of round n follow n * ROUND_NOISE later, modulo 2^32.
+# Ids that are hashed: tokens, from GROUP_NOISE on groups; those of round n follow n * ROUND_NOISE
+# later, modulo 2^32.
 GROUP_NOISE = 1 << 20
 ROUND_NOISE = 1 << 21
 
@@ -71,11 +73,14 @@ class Draw:
 
 
 def argmax_rows(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Highest token (lowest id on ties; -1 if none) and status by row. logits [rows, vocab] -> 2 x [rows] int32."""
+    """Highest token (lowest id on ties; -1 if none) and status by row. logits [rows, vocab] -> 2 x
+    [rows] int32.
+    """
     rows, vocab = logits.shape
     tile = 128
     if vocab % tile == 0 and not logits.is_cuda:
-        # torch's CPU argmax is an order of magnitude slower than its amax: find the tile, then search in it.
+        # torch's CPU argmax is an order of magnitude slower than its amax: find the tile, then
+        # search in it.
         tiles = logits.reshape(rows, vocab // tile, tile)
         best = tiles.amax(dim=2).argmax(dim=1)
         peak, within = tiles[torch.arange(rows), best].max(dim=1)
@@ -96,8 +101,8 @@ def process(
     counts: Tensor | None,
     drafts_before: list[int],
 ) -> Tensor:
-    """Logits after mask, bias, penalties and temperature. raw [vocab] -> [vocab] f32, a new tensor where anything
-    changes.
+    """Logits after mask, bias, penalties and temperature. raw [vocab] -> [vocab] f32, a new tensor
+    where anything changes.
 
     mask [ceil(vocab / 32)] int32; bias [n, 2] int32, id and f32 bits; counts [vocab] int32 as in
     `DeviceState.penalty_counts`; drafts_before: the drafts that this place takes for output.
@@ -188,7 +193,9 @@ def _inverse(value: float) -> float:
 
 
 def noise_key(params: Draw) -> tuple[int, int]:
-    """Two 32-bit words that select the noise of one draw: a mix of the seed's two words and the output index."""
+    """Two 32-bit words that select the noise of one draw: a mix of the seed's two words and the
+    output index.
+    """
     low, high, index = params.seed_low & MASK32, params.seed_high & MASK32, params.output_index & MASK32
     first = _mix(index ^ _mix(high ^ _mix(low)))
     second = _mix(
@@ -200,9 +207,10 @@ def noise_key(params: Draw) -> tuple[int, int]:
 def gumbel(token_ids: Tensor, key: tuple[int, int]) -> Tensor:
     """Standard Gumbel noise of each id. token_ids int32 [n] -> [n] f32, from -2.8 to 22.2.
 
-    The hash is Wellons' two-round `lowbias32` with the second key word added between the rounds; integer operations
-    wrap, so all devices agree on it bit for bit. Its upper 31 bits become v in (0, 1), and the noise is -log(-log(1 -
-    v)): large noise comes from small v, where a float32 still has all its digits.
+    The hash is Wellons' two-round `lowbias32` with the second key word added between the rounds;
+    integer operations wrap, so all devices agree on it bit for bit. Its upper 31 bits become v in
+    (0, 1), and the noise is -log(-log(1 - v)): large noise comes from small v, where a float32
+    still has all its digits.
     """
     x = token_ids * _signed(0x9E3779B1)
     x += _signed(key[0])
@@ -220,7 +228,9 @@ def gumbel(token_ids: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def _mix(x: int) -> int:
-    """Wellons' `lowbias32`: a bijection of words in which each input bit flips each output bit half of the time."""
+    """Wellons' `lowbias32`: a bijection of words in which each input bit flips each output bit half
+    of the time.
+    """
     x = ((x ^ x >> 16) * 0x21F0AAAD) & MASK32
     x = ((x ^ x >> 15) * 0x735A2D97) & MASK32
     return x ^ x >> 15

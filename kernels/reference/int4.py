@@ -8,8 +8,8 @@ from octavo.kernels.linear.int4_layout import Int4Weight, unpack
 
 
 def dequantise(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [N, K], columns in the order of the activations: (number - zero) * scale, rounded to `dtype` (None:
-    the scales').
+    """The weight [N, K], columns in the order of the activations: (number - zero) * scale, rounded
+    to `dtype` (None: the scales').
     """
     numbers, scales, zeros = unpack(weight)
     scales = scales.to(dtype or scales.dtype)
@@ -24,5 +24,7 @@ def dequantise(weight: Int4Weight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def int4_linear(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
-    """x [M, K] @ weight [N, K] transposed + bias [N]; returns [M, N] of x's dtype. Any float dtype of x will do."""
+    """x [M, K] @ weight [N, K] transposed + bias [N]; returns [M, N] of x's dtype. Any float dtype
+    of x will do.
+    """
     return F.linear(x, dequantise(weight, x.dtype), None if bias is None else bias.to(x.dtype))

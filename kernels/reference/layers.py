@@ -1,12 +1,13 @@
 """The plain-PyTorch twin of every model op: same names, same signatures, any device.
 
-Tests and benchmarks compare the Triton kernels with these, and CPUs run them, so they are written for few torch
-calls: with one token in flight a call costs more than its arithmetic. They know nothing of requests or layers; the
-twins of `prepare` and `sample` live in `step.py`.
+Tests and benchmarks compare the Triton kernels with these, and CPUs run them, so they are written
+for few torch calls: with one token in flight a call costs more than its arithmetic. They know
+nothing of requests or layers; the twins of `prepare` and `sample` live in `step.py`.
 
-Layouts (DESIGN.md): a KV cache is `[num_blocks, 2, num_kv_heads, block_size, head_dim]` (K at index 0, V at 1), a
-block table `[slots, max_blocks]` int32. The memory behind a row's last key may hold another request's leftovers, NaN
-included, so values outside a row's length never take part, not even multiplied by zero.
+Layouts (DESIGN.md): a KV cache is `[num_blocks, 2, num_kv_heads, block_size, head_dim]` (K at index
+0, V at 1), a block table `[slots, max_blocks]` int32. The memory behind a row's last key may hold
+another request's leftovers, NaN included, so values outside a row's length never take part, not
+even multiplied by zero.
 """
 
 import functools
@@ -68,13 +69,14 @@ def rope_and_cache(
     eps: float = 1e-6,
     kv_scales: Tensor | None = None,
 ) -> None:
-    """Per-head RMSNorm of q and k (where weights are given), NeoX rotary, then k and v into their pages.
+    """Per-head RMSNorm of q and k (where weights are given), NeoX rotary, then k and v into their
+    pages.
 
-    q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read. positions [T] int; cos_sin [max_positions,
-    rotary_dim] fp32 = (cos | sin); slot_mapping [T] int64 = block * block_size + offset. The first rotary_dim of the
-    D components are rotated. The pages may be of a narrower dtype than q, k and v; with
-    kv_scales [num_blocks, 2, Hkv, block_size] fp32 they hold codes of their dtype (`kv_quant.py`) and the scales are
-    written beside them.
+    q [T, Hq, D] is rotated in place; k, v [T, Hkv, D] are only read. positions [T] int; cos_sin
+    [max_positions, rotary_dim] fp32 = (cos | sin); slot_mapping [T] int64 = block * block_size +
+    offset. The first rotary_dim of the D components are rotated. The pages may be of a narrower
+    dtype than q, k and v; with kv_scales [num_blocks, 2, Hkv, block_size] fp32 they hold codes of
+    their dtype (`kv_quant.py`) and the scales are written beside them.
     """
     num_q, num_kv, block_size = q.shape[1], k.shape[1], kv_cache.shape[3]
     half = cos_sin.shape[1] // 2
@@ -108,7 +110,9 @@ def rope_and_cache(
 
 
 def quantise_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x [..., D] -> (codes [..., D, or D / 2 if dtype is uint8] of dtype, scales [...] fp32): see `kv_quant.py`."""
+    """x [..., D] -> (codes [..., D, or D / 2 if dtype is uint8] of dtype, scales [...] fp32): see
+    `kv_quant.py`.
+    """
     x = x.float()
     if dtype == torch.uint8:
         extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
@@ -134,7 +138,9 @@ def dequantise_kv(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def _pages(kv_cache: Tensor, kv_scales: Tensor | None, blocks: Tensor, dtype: torch.dtype) -> Tensor:
-    """The pages `blocks` [N] head by head, [2, Hkv, N, block_size, D]; codes are dequantised to dtype."""
+    """The pages `blocks` [N] head by head, [2, Hkv, N, block_size, D]; codes are dequantised to
+    dtype.
+    """
     if kv_cache.dtype == torch.float8_e4m3fn:  # which torch cannot gather
         codes = kv_cache.view(torch.uint8).permute(1, 2, 0, 3, 4).index_select(2, blocks).view(kv_cache.dtype)
     else:
@@ -159,12 +165,15 @@ def decode_attention(
 ) -> Tensor:
     """Attention of rows that bring a few new tokens each, over the pages of their slot.
 
-    q [tokens, Hq, D], row by row; row_slots, seq_lens [R] int32. Every row has `query_len` tokens; or with
-    query_start_loc [R + 1] int32 row r has `q[query_start_loc[r] : query_start_loc[r + 1]]`, 1 to `query_len` of them.
-    They are the last of its `seq_lens[r]` positions; the one at `position` sees keys `max(0, position - window + 1) ..
-    position` (window 0: from 0). logits = scale * q @ k, then soft_cap * tanh(logits / soft_cap) if soft_cap > 0. With
-    kv_scales the cache holds codes (`kv_quant.py`). Returns [tokens, Hq, D]; a token that sees nothing gets zeros: so
-    does every token of a row with a `seq_len` of 0, which may have any number of them, more than `query_len` too.
+    q [tokens, Hq, D], row by row; row_slots, seq_lens [R] int32. Every row has `query_len` tokens;
+    or with query_start_loc [R + 1] int32 row r has
+    `q[query_start_loc[r] : query_start_loc[r + 1]]`, 1 to `query_len` of them. They are the last of
+    its `seq_lens[r]` positions; the one at `position` sees keys
+    `max(0, position - window + 1) .. position` (window 0: from 0). logits = scale * q @ k, then
+    soft_cap * tanh(logits / soft_cap) if soft_cap > 0. With kv_scales the cache holds codes
+    (`kv_quant.py`). Returns [tokens, Hq, D]; a token that sees nothing gets zeros: so does every
+    token of a row with a `seq_len` of 0, which may have any number of them, more than `query_len`
+    too.
     """
     cache = (kv_cache, block_table, row_slots, seq_lens)
     settings = (scale, window, soft_cap, kv_scales)
@@ -193,8 +202,9 @@ def _attend_rows(
     soft_cap: float,
     kv_scales: Tensor | None,
 ) -> Tensor:
-    """`decode_attention` of q [R * query_len, Hq, D], where the first `counts` ([R, 1], or one number for all) of a
-    row's places are its tokens: what the others hold, and their answers, mean nothing.
+    """`decode_attention` of q [R * query_len, Hq, D], where the first `counts` ([R, 1], or one
+    number for all) of a row's places are its tokens: what the others hold, and their answers, mean
+    nothing.
     """
     num_rows, num_q, dim = row_slots.shape[0], q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -205,8 +215,8 @@ def _attend_rows(
     num_blocks = max(1, -(-longest // block_size) - first_block)
     blocks = block_table.index_select(0, row_slots)[:, first_block : first_block + num_blocks]
     num_keys = num_blocks * block_size
-    # One gather puts the pages in head-major order: [2, Hkv, R, num_keys, D]. The heads of a group are rows of one
-    # product, so K and V are read once and never repeated.
+    # One gather puts the pages in head-major order: [2, Hkv, R, num_keys, D]. The heads of a group
+    # are rows of one product, so K and V are read once and never repeated.
     pages = _pages(kv_cache, kv_scales, blocks.reshape(-1), q.dtype)
     pages = pages.view(2, num_kv, num_rows, num_keys, dim)
     queries = q.view(num_rows, query_len, num_kv, group, dim).permute(2, 0, 1, 3, 4)
@@ -246,12 +256,12 @@ def prefill_attention(
     soft_cap: float = 0.0,
     kv_scales: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of rows of different query lengths over the pages of their slot, which already hold this
-    step's keys.
+    """Causal attention of rows of different query lengths over the pages of their slot, which
+    already hold this step's keys.
 
-    q [T, Hq, D]; row r's tokens are `query_start_loc[r] .. query_start_loc[r + 1]` (relative to q's first) and are
-    the last of its seq_lens[r] positions. Visibility, scale, soft_cap and kv_scales as in `decode_attention`. Returns
-    [T, Hq, D].
+    q [T, Hq, D]; row r's tokens are `query_start_loc[r] .. query_start_loc[r + 1]` (relative to q's
+    first) and are the last of its seq_lens[r] positions. Visibility, scale, soft_cap and kv_scales
+    as in `decode_attention`. Returns [T, Hq, D].
     """
     num_q, dim = q.shape[1], q.shape[2]
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -289,8 +299,8 @@ def prefill_attention(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, soft_cap: float, is_causal: bool = False
 ) -> Tensor:
-    """Softmax attention. q [A, B, M, D], k and v [A, B, N, D], mask broadcastable to [A, B, M, N], True where
-    visible.
+    """Softmax attention. q [A, B, M, D], k and v [A, B, N, D], mask broadcastable to [A, B, M, N],
+    True where visible.
     """
     if soft_cap:
         logits = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale / soft_cap).tanh_().mul_(soft_cap)
@@ -306,8 +316,8 @@ def _attend(
 
 
 def copy_blocks(kv_caches: list[Tensor], pairs: Tensor) -> None:
-    """Copies whole blocks inside each cache. kv_caches: [num_blocks, bytes] uint8 each; pairs [N, 2] int32 = (source,
-    destination).
+    """Copies whole blocks inside each cache. kv_caches: [num_blocks, bytes] uint8 each; pairs [N,
+    2] int32 = (source, destination).
     """
     sources, destinations = pairs.long().unbind(1)
     for cache in kv_caches:

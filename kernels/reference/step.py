@@ -1,8 +1,8 @@
-"""Plain-PyTorch twins of `prepare.py` and `sample.py`: what runs on CPUs, and what the Triton kernels are tested
-against.
+"""Plain-PyTorch twins of `prepare.py` and `sample.py`: what runs on CPUs, and what the Triton
+kernels are tested against.
 
-`state` and `inputs` are the `DeviceState` and `StepInputs` of `octavo.engine.step_buffers`. The format of the plan and
-of the result is in docs/plan.md and `plan_format.py`.
+`state` and `inputs` are the `DeviceState` and `StepInputs` of `octavo.engine.step_buffers`. The
+format of the plan and of the result is in docs/plan.md and `plan_format.py`.
 """
 
 from typing import Any
@@ -17,11 +17,13 @@ from octavo.kernels.step.plan_format import Plan
 
 
 def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_size: int) -> None:
-    """Applies the plan's `enters` and `blocks` to `state`, then fills `inputs` for the plan's rows and tokens.
+    """Applies the plan's `enters` and `blocks` to `state`, then fills `inputs` for the plan's rows
+    and tokens.
 
-    plan_device [>= num_bytes] uint8. Places of a padding row beyond its first, and positions past the block table, get
-    token 0, position 0 and the null block, so that they can harm nobody. Decode rows of padding have no keys, so that
-    attention reads none. Block copies are `copy_blocks`' part and come before.
+    plan_device [>= num_bytes] uint8. Places of a padding row beyond its first, and positions past
+    the block table, get token 0, position 0 and the null block, so that they can harm nobody.
+    Decode rows of padding have no keys, so that attention reads none. Block copies are
+    `copy_blocks`' part and come before.
     """
     words = plan_device.view(torch.int32)
     if plan.num_enters:
@@ -94,11 +96,11 @@ def sample(
 ) -> None:
     """Draws a token for each row that asks, writes the result records and advances `state`.
 
-    logits [num_decode_tokens + prefill rows, >= vocab_size]: all places of each decode row, then the last place of each
-    prefill row. result int32 [>= padded_rows * result_width], flat. masks int32 [mask rows,
-    ceil(vocab / 32)]: bit `t % 32` of word `t // 32` allows token t; place j of a row reads mask row `mask_row + j`.
-    `inputs` is not read: the rows are in the plan. How a token is chosen is told in `reference/draw.py`, how drafts are
-    accepted in `_accept`.
+    logits [num_decode_tokens + prefill rows, >= vocab_size]: all places of each decode row, then
+    the last place of each prefill row. result int32 [>= padded_rows * result_width], flat. masks
+    int32 [mask rows, ceil(vocab / 32)]: bit `t % 32` of word `t // 32` allows token t; place j of a
+    row reads mask row `mask_row + j`. `inputs` is not read: the rows are in the plan. How a token
+    is chosen is told in `reference/draw.py`, how drafts are accepted in `_accept`.
     """
     del inputs
     words = plan_device.view(torch.int32)
@@ -129,8 +131,8 @@ def sample(
 
 
 def sample_peak_rehearsal(logits: Tensor) -> None:
-    """Allocates and drops what sampling may need at most beside `logits` [rows, vocab]: a table of penalty counts and
-    one copy.
+    """Allocates and drops what sampling may need at most beside `logits` [rows, vocab]: a table of
+    penalty counts and one copy.
     """
     rows, vocab = logits.shape
     torch.empty((rows + 1, vocab), dtype=torch.int32, device=logits.device)
@@ -148,7 +150,8 @@ def _enter(plan: Plan, words: Tensor, state: Any) -> None:
     state.records[slots] = enters
     if plan.num_penalty_tokens or state.penalty_counts is not None:
         counts = state.require_penalty_counts()
-        # Also where the newcomer has no penalties: whoever held the slot before may have left counts behind.
+        # Also where the newcomer has no penalties: whoever held the slot before may have left
+        # counts behind.
         counts[slots] = 0
         tokens = _section(words, plan.penalty_tokens_offset, plan.num_penalty_tokens, fmt.PAIR_WORDS)
         for slot, start, size in enters[:, [fmt.ENTER_SLOT, fmt.ENTER_PENALTY_START, fmt.ENTER_PENALTY_LEN]].tolist():
@@ -215,11 +218,12 @@ def _by_row(values: Tensor, first: Tensor, length: int) -> Tensor:
 
 
 def _accept(rows: Tensor, tokens: Tensor, statuses: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Status, number of valid tokens and last valid token (else -1) of each row # [num_rows] int32 each.
+    """Status, number of valid tokens and last valid token (else -1) of each row # [num_rows] int32
+    each.
 
-    Each place's token is drawn from the model's own distribution given the drafts before it, so it counts exactly if
-    all drafts before it equal the tokens drawn in their places. A row ends at the first place that counts and has
-    nothing to draw from.
+    Each place's token is drawn from the model's own distribution given the drafts before it, so it
+    counts exactly if all drafts before it equal the tokens drawn in their places. A row ends at the
+    first place that counts and has nothing to draw from.
     """
     alive = rows[:, fmt.ROW_FLAGS] & fmt.SAMPLE != 0
     status = torch.where(alive, fmt.STATUS_OK, fmt.STATUS_NO_TOKEN).int()

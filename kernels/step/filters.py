@@ -1,14 +1,16 @@
-"""Top-k, top-p and min-p in Triton, for one row, from the group peaks of the first pass; none sorts.
+"""Top-k, top-p and min-p in Triton, for one row, from the group peaks of the first pass; none
+sorts.
 
-Min-p is a threshold. Top-k gives one too: at least k logits reach the k-th highest peak, so the groups whose peak does
-are read once, what reaches it goes into a pool, and the k-th highest logit is found there by bisection over the bits of
-a float. Top-p is decided by rejection (FlashInfer's idea, arXiv:2501.01005 and its blog of 2025-03-10): a drawn token
-is in the top-p set if the mass above it is small; if not, the set lies strictly above it, and the next round draws
-there.
+Min-p is a threshold. Top-k gives one too: at least k logits reach the k-th highest peak, so the
+groups whose peak does are read once, what reaches it goes into a pool, and the k-th highest logit
+is found there by bisection over the bits of a float. Top-p is decided by rejection (FlashInfer's
+idea, arXiv:2501.01005 and its blog of 2025-03-10): a drawn token is in the top-p set if the mass
+above it is small; if not, the set lies strictly above it, and the next round draws there.
 
-A round is one reading of the groups that have something left: it sums each group inside of one warp, so nothing waits
-for anything but memory, and gives both the mass above the last token and what the next draw needs. Most rounds are
-spared, since the whole groups that hold the better tokens already have too little mass to exclude the drawn one.
+A round is one reading of the groups that have something left: it sums each group inside of one
+warp, so nothing waits for anything but memory, and gives both the mass above the last token and
+what the next draw needs. Most rounds are spared, since the whole groups that hold the better tokens
+already have too little mass to exclude the drawn one.
 
 What counts as equal, and in which order the filters apply, stands in `reference/draw.py`.
 """
@@ -42,7 +44,8 @@ def read_logits(source, ids):
 def draw(source, groups, log_masses, bound, number, key_first, key_second, SUB: tl.constexpr):
     """Draws a token that reaches `bound` and its logit; `number`: which round's noise.
 
-    groups, log_masses # [N] int32 and f32: groups of tokens, and the logarithm of what each has left (-inf: nothing).
+    groups, log_masses # [N] int32 and f32: groups of tokens, and the logarithm of what each has
+    left (-inf: nothing).
     """
     base = number * _ROUND_NOISE
     scores = log_masses + gumbel(groups + (base + _GROUP_NOISE), key_first, key_second)
@@ -60,11 +63,12 @@ def draw_filtered(
     listed_ptr, left_ptr, kept_ptr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, SUBS: tl.constexpr,
 ):  # fmt: skip
-    """`token`, drawn from the whole row, if the filters allow it, else one drawn from what they allow.
+    """`token`, drawn from the whole row, if the filters allow it, else one drawn from what they
+    allow.
 
-    sub_peaks, sub_masses # [SUBS] f32: of each group, masses relative to `peak`; listed_ptr # [subs] int32, left_ptr
-    # [subs] f32 and kept_ptr # [POOL] f32 are the row's to write. READ tokens are read at a time, TILE where they are
-    pooled.
+    sub_peaks, sub_masses [SUBS] f32: of each group, masses relative to `peak`; listed_ptr [subs]
+    int32, left_ptr [subs] f32 and kept_ptr [POOL] f32 are the row's to write. READ tokens are read
+    at a time, TILE where they are pooled.
     """
     threshold = tl.full([], _LOWEST, tl.float32)
     if min_p > 0:
@@ -84,7 +88,8 @@ def draw_filtered(
         if (below | need_total) == 0:
             bound = _next_above(token_logit)
         reaching = sub_peaks >= bound
-        # Most tokens need no reading: what their betters' groups hold altogether is too little to exclude them.
+        # Most tokens need no reading: what their betters' groups hold altogether is too little to
+        # exclude them.
         if ((below | need_total) == 0) & (tl.sum(tl.where(reaching, left, 0.0), 0) < top_p * total * _SURELY):
             scanning = False
         else:
@@ -148,7 +153,8 @@ def _top_k_threshold(
         num_kept += tl.sum(hit.to(tl.int32), 0)
     tl.debug_barrier()
 
-    # The same over logits. If they are too many (a huge k, or equal logits), they are counted where they are.
+    # The same over logits. If they are too many (a huge k, or equal logits), they are counted where
+    # they are.
     size = num_kept
     if num_kept > POOL:
         size = count * SUB

@@ -1,8 +1,10 @@
-"""What happens to logits before a draw, in Triton, on one tile in registers: mask, bias, penalties, temperature.
+"""What happens to logits before a draw, in Triton, on one tile in registers: mask, bias, penalties,
+temperature.
 
-Nothing is written back: the sampling kernels process each tile as they read it, so the raw logits stay for logprobs.
-Every kernel that calls this must be compiled without fused multiply-adds (`enable_fp_fusion=False`): a logit that two
-kernels compute has to be the same number. Twin: `process` of `reference/draw.py`.
+Nothing is written back: the sampling kernels process each tile as they read it, so the raw logits
+stay for logprobs. Every kernel that calls this must be compiled without fused multiply-adds
+(`enable_fp_fusion=False`): a logit that two kernels compute has to be the same number. Twin:
+`process` of `reference/draw.py`.
 """
 
 import triton

@@ -1,9 +1,9 @@
-"""Log-probabilities of drawn tokens and of the top tokens, in Triton, from the sub-tile peaks of `sample.py`'s only
-pass.
+"""Log-probabilities of drawn tokens and of the top tokens, in Triton, from the sub-tile peaks of
+`sample.py`'s only pass.
 
-The top list is taken one by one: the highest peak names the sub-tile, the sub-tile's `SUB` logits the token, and what
-is left of the sub-tile its next peak. The rank of the drawn token is counted in the sub-tiles whose peak reaches it.
-Twin: `reference_logprobs.write_logprobs`.
+The top list is taken one by one: the highest peak names the sub-tile, the sub-tile's `SUB` logits
+the token, and what is left of the sub-tile its next peak. The rank of the drawn token is counted in
+the sub-tiles whose peak reaches it. Twin: `reference_logprobs.write_logprobs`.
 """
 
 import triton
@@ -37,11 +37,12 @@ def write_logprobs(
     tile: int,
     sub: int,
 ) -> None:
-    """Fills the logprob columns of the result for the valid tokens of rows with `LOGPROBS`; leaves other places as they
-    are.
+    """Fills the logprob columns of the result for the valid tokens of rows with `LOGPROBS`; leaves
+    other places as they are.
 
-    raw_peaks [num_logits, subs] f32: highest raw logit of each sub-tile; raw_tiles [2, num_logits, tiles] f32: highest
-    raw logit of each tile, and its sum of exponentials relative to that; words: the plan as int32.
+    raw_peaks [num_logits, subs] f32: highest raw logit of each sub-tile; raw_tiles [2, num_logits,
+    tiles] f32: highest raw logit of each tile, and its sum of exponentials relative to that; words:
+    the plan as int32.
     """
     length, top = plan.decode_query_len, plan.max_logprobs
     num_logits, subs = raw_peaks.shape

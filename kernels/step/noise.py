@@ -1,7 +1,8 @@
-"""The noise of a draw, in Triton: a hash of (seed, output index, token or group id), the same in every batch, slot and
-device.
+"""The noise of a draw, in Triton: a hash of (seed, output index, token or group id), the same in
+every batch, slot and device.
 
-Twin: `noise_key` and `gumbel` of `reference/draw.py`, which tell the hash's source and why it has this form.
+Twin: `noise_key` and `gumbel` of `reference/draw.py`, which tell the hash's source and why it has
+this form.
 """
 
 import triton
@@ -37,8 +38,8 @@ def gumbel(ids, first, second):
     x = (x ^ (x >> 15)) * 0x735A2D97
     x = x ^ (x >> 15)
     v = tl.minimum(((x >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.99999994)
-    # -log(1 - v). For small v, where the largest noise comes from, 1 - v would lose v's digits; six terms of the series
-    # leave a relative error of v^6 / 7 < 1e-8.
+    # -log(1 - v). For small v, where the largest noise comes from, 1 - v would lose v's digits; six
+    # terms of the series leave a relative error of v^6 / 7 < 1e-8.
     series = tl.fma(v, tl.fma(v, tl.fma(v, tl.fma(v, tl.fma(v, 1 / 6, 1 / 5), 1 / 4), 1 / 3), 1 / 2), 1.0) * v
     exponential = tl.where(v < 0.0625, series, _log2(1 - v) * -_LN_2)
     return _log2(exponential) * -_LN_2
@@ -46,8 +47,9 @@ def gumbel(ids, first, second):
 
 @triton.jit
 def _log2(x):
-    """The card's own logarithm, one instruction, where `tl.log2` is a polynomial of some twenty. Its absolute error is
-    2^-22; the caller keeps away from arguments near 1 from below, where that would be much.
+    """The card's own logarithm, one instruction, where `tl.log2` is a polynomial of some twenty.
+    Its absolute error is 2^-22; the caller keeps away from arguments near 1 from below, where that
+    would be much.
     """
     if _INTERPRETED:
         return tl.log2(x)

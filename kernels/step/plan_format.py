@@ -1,7 +1,9 @@
-"""Places of the words in a plan and in a result, and the values of flags and statuses: docs/plan.md.
+"""Places of the words in a plan and in a result, and the values of flags and statuses:
+docs/plan.md.
 
-A plan is a buffer of little-endian 32-bit words that begins with its header, `Plan`. Shared by the kernels and their
-twins; a test compares everything here with the core's own names (`octavo._core.PLAN_FORMAT`).
+A plan is a buffer of little-endian 32-bit words that begins with its header, `Plan`. Shared by the
+kernels and their twins; a test compares everything here with the core's own names
+(`octavo._core.PLAN_FORMAT`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import numpy.typing as npt
 class Plan(NamedTuple):
     """The header of a plan: the numbers of one step, a 32-bit word a field, in order.
 
-    Counts of rows and tokens include padding where they do not say otherwise. Offsets are bytes from the plan's start.
+    Counts of rows and tokens include padding where they do not say otherwise. Offsets are bytes
+    from the plan's start.
     """
 
     step_id_low: int
@@ -121,7 +124,8 @@ GREEDY_TEMPERATURE = 1e-5  # below it the highest logit wins, as in vLLM
 def result_columns(positions: int, top: int) -> tuple[int, int, int, int, int]:
     """First word of tokens, logprobs, ranks, top ids and top logprobs in a result record.
 
-    `positions` is 1 + k tokens a row, `top` is T = `max_logprobs`. Without logprobs only the first is meaningful.
+    `positions` is 1 + k tokens a row, `top` is T = `max_logprobs`. Without logprobs only the first
+    is meaningful.
     """
     logprobs = RESULT_TOKENS + positions
     ranks = logprobs + positions

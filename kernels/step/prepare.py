@@ -1,7 +1,8 @@
-"""`prepare` in Triton: what the plan says becomes device state and the inputs of the forward pass, in two small
-launches.
+"""`prepare` in Triton: what the plan says becomes device state and the inputs of the forward pass,
+in two small launches.
 
-The host decides grids from the plan's scalars only; it never reads a row. Twin: `reference.step.prepare`.
+The host decides grids from the plan's scalars only; it never reads a row. Twin:
+`reference.step.prepare`.
 """
 
 from typing import Any
@@ -47,7 +48,8 @@ def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_s
         state.require_penalty_counts()
     if plan.num_enters and state.penalty_counts is not None:
         vocab = state.vocab_size
-        # Also where the newcomer has no penalties: whoever held the slot before may have left counts behind.
+        # Also where the newcomer has no penalties: whoever held the slot before may have left
+        # counts behind.
         _clear_counts_kernel[(plan.num_enters, triton.cdiv(vocab, COUNTS_TILE))](
             words,
             state.penalty_counts,
@@ -76,15 +78,17 @@ def prepare(plan: Plan, plan_device: Tensor, state: Any, inputs: Any, *, block_s
     )  # fmt: skip
 
 
-# Offsets and counts change from step to step. Triton would compile a kernel anew for each pattern of their
-# divisibility.
+# Offsets and counts change from step to step. Triton would compile a kernel anew for each pattern
+# of their divisibility.
 @triton.jit(do_not_specialize=["enters_at", "blocks_at", "num_enters", "num_blocks"])
 def _apply_kernel(
     words_ptr, records_ptr, table_ptr,
     enters_at, blocks_at, num_enters, num_blocks, slots, max_blocks,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The first `num_enters` programs copy one `enters` record each, the others `TILE` `blocks` records each."""
+    """The first `num_enters` programs copy one `enters` record each, the others `TILE` `blocks`
+    records each.
+    """
     program = tl.program_id(0)
     if program < num_enters:
         record_ptr = words_ptr + enters_at + program * _ENTER_WORDS
@@ -166,7 +170,8 @@ def _rows_kernel(
     if decode:
         tl.store(sample_index_ptr + token, token.to(tl.int64), mask=inside)
         tl.store(sample_rows_ptr + token, tl.zeros([TILE], tl.int32) + row, mask=inside)
-        # Only a padding row has more tokens; they must not write into blocks that the row does not hold.
+        # Only a padding row has more tokens; they must not write into blocks that the row does not
+        # hold.
         used = used & (place <= num_drafts)
         # Each row before this one has one token that is no draft.
         draft_ptr = words_ptr + drafts_at + query_start - row + place - 1

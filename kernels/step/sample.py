@@ -1,13 +1,14 @@
-"""`sample` in Triton: one pass over the logits, then one program a row that chooses, accepts drafts and advances the
-state.
+"""`sample` in Triton: one pass over the logits, then one program a row that chooses, accepts drafts
+and advances the state.
 
-Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and keeps the peak and the
-mass of every group of `GROUP` tokens, in which a sick number becomes NaN. Pass 2, `_choose_kernel`, one program a row:
-the first step of a draw needs those figures only, the second reads one group again, the filters (`filters.py`) some. A
-batch that is greedy throughout keeps the highest logit of each tile instead.
+Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and
+keeps the peak and the mass of every group of `GROUP` tokens, in which a sick number becomes NaN.
+Pass 2, `_choose_kernel`, one program a row: the first step of a draw needs those figures only, the
+second reads one group again, the filters (`filters.py`) some. A batch that is greedy throughout
+keeps the highest logit of each tile instead.
 
-All sums have an order that depends on the vocabulary alone, so a row's draw is the same in any batch. Twin:
-`reference.step.sample`, with the rules for order and ties in `reference/draw.py`.
+All sums have an order that depends on the vocabulary alone, so a row's draw is the same in any
+batch. Twin: `reference.step.sample`, with the rules for order and ties in `reference/draw.py`.
 """
 
 from typing import Any
@@ -29,7 +30,8 @@ from octavo.kernels.step.plan_format import Plan
 SUB = GROUP  # tokens that share one kept peak and mass
 TILE = 2048  # tokens of one program of the first pass
 SCAN_WARPS = 8
-# Penalties and biases take 61 registers a thread; at 40 nothing spills, and six programs share a multiprocessor.
+# Penalties and biases take 61 registers a thread; at 40 nothing spills, and six programs share a
+# multiprocessor.
 SCAN_REGISTERS = 40
 READ = 2048  # tokens that one program of the second pass reads at a time
 POOL_TILE = 2048  # the same where it puts them into a pool
@@ -66,7 +68,8 @@ _LOWEST = tl.constexpr(-3.4028234663852886e38)  # below every logit that can be 
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
-# Planes of the per-tile figures [planes, num_logits, tiles], and of the per-group ones [planes, num_logits, subs].
+# Planes of the per-tile figures [planes, num_logits, tiles], and of the per-group ones [planes,
+# num_logits, subs].
 _BEST, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(3))
 _BEST_ID, _SICK = (tl.constexpr(plane) for plane in range(2))
 _PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
@@ -125,8 +128,8 @@ def sample(
 
 
 def sample_peak_rehearsal(logits: Tensor) -> None:
-    """Allocates and drops what sampling may need at most beside `logits` [rows, vocab]: a table of penalty counts and
-    the figures of the first pass.
+    """Allocates and drops what sampling may need at most beside `logits` [rows, vocab]: a table of
+    penalty counts and the figures of the first pass.
     """
     rows, vocab = logits.shape
     tiles = triton.cdiv(vocab, TILE)
@@ -142,7 +145,9 @@ def _scan_kernel(
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
     GREEDY: tl.constexpr, WITH_LOGPROBS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile, row of logits). GREEDY: the plan's `all_greedy`, so nothing but the peak counts."""
+    """Program (tile, row of logits). GREEDY: the plan's `all_greedy`, so nothing but the peak
+    counts.
+    """
     wait_for_inputs(PDL)
     let_successor_start(PDL)
     tile = tl.program_id(0)
@@ -207,7 +212,9 @@ def _choose_kernel(
     GREEDY: tl.constexpr, TILES: tl.constexpr, SUBS: tl.constexpr,
     READ: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr, POOL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: draws place by place while the drafts hold, then writes the record and advances the slot."""
+    """One program a row: draws place by place while the drafts hold, then writes the record and
+    advances the slot.
+    """
     let_successor_start(PDL)
     wait_for_inputs(PDL)
     row = tl.program_id(0)

@@ -20,7 +20,8 @@ def float_of(key):
 
 @triton.jit
 def list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS: tl.constexpr):
-    """Writes the numbers of the sub-tiles whose peak is >= bound, in order, and returns how many; safe to read at once.
+    """Writes the numbers of the sub-tiles whose peak is >= bound, in order, and returns how many;
+    safe to read at once.
 
     sub_peaks # [SUBS] f32
     """
@@ -32,7 +33,8 @@ def list_sub_tiles(sub_peaks, bound, listed_ptr, SUBS: tl.constexpr):
 
 @triton.jit
 def listed_ids(listed_ptr, start, count, vocab, TILE: tl.constexpr, SUB: tl.constexpr):
-    """Token ids of the listed sub-tiles, `TILE` from position `start` of their concatenation on: # [TILE] int32.
+    """Token ids of the listed sub-tiles, `TILE` from position `start` of their concatenation on: #
+    [TILE] int32.
 
     Past the end of the list they are `vocab`, as they may be past the end of the vocabulary.
     """

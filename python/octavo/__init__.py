@@ -1,6 +1,7 @@
 """Octavo: an LLM inference engine and server. Rust decides, Python executes.
 
-Names are loaded when they are first used: `import octavo` itself loads neither torch nor the extension.
+Names are loaded when they are first used: `import octavo` itself loads neither torch nor the
+extension.
 """
 
 import importlib

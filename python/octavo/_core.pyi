@@ -32,8 +32,9 @@ __all__ = [
 __version__: str
 
 PLAN_FORMAT: dict[str, dict[str, int]]
-"""The words of a plan and of a result (docs/plan.md), named in Rust: for each kind of record ("header", "row", ...) the
-place of each of its words, and the values by name of "row_flag" and "status".
+"""The words of a plan and of a result (docs/plan.md), named in Rust: for each kind of record
+("header", "row", ...) the place of each of its words, and the values by name of "row_flag" and
+"status".
 """
 
 class RefusedError(ValueError):
@@ -57,7 +58,9 @@ class KvCapacityError(RefusedError):
     """The request can never fit into the KV pool, however long it waits."""
 
 class TemplateError(RefusedError):
-    """A chat template does not parse, ran out of fuel, or refused the messages with `raise_exception`."""
+    """A chat template does not parse, ran out of fuel, or refused the messages with
+    `raise_exception`.
+    """
 
 class GgufError(RefusedError):
     """A GGUF file is truncated or inconsistent. The message names file, field, value and limit."""
@@ -72,13 +75,17 @@ class GgufFile:
     @property
     def architecture(self) -> str: ...
     def metadata(self) -> dict[str, Any]:
-        """All scalar, string and short-array (up to 1,024 items) values by key; long arrays are left out."""
+        """All scalar, string and short-array (up to 1,024 items) values by key; long arrays are
+        left out.
+        """
     def tensors(self) -> list[tuple[str, str, list[int], int, int]]:
-        """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte offset in the file,
-        byte length).
+        """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte
+        offset in the file, byte length).
         """
     def check_types(self) -> None:
-        """Raises `GgufError` if a tensor has a type that cannot be loaded; names it and the types that can."""
+        """Raises `GgufError` if a tensor has a type that cannot be loaded; names it and the types
+        that can.
+        """
 
 @final
 class Prompt:
@@ -101,7 +108,9 @@ class Tokenizer:
         """Builds the tokenizer from a GGUF vocabulary (`tokenizer.ggml.*`)."""
     @staticmethod
     def bytes_only(vocab_size: int = 256) -> Tokenizer:
-        """One id per byte; for tests and models without a tokenizer. Ids from 256 on decode to nothing."""
+        """One id per byte; for tests and models without a tokenizer. Ids from 256 on decode to
+        nothing.
+        """
     @property
     def vocab_size(self) -> int: ...
     @property
@@ -122,13 +131,17 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
     ) -> Prompt:
-        """Renders and tokenises. Message content can never produce a special token; only the template can."""
+        """Renders and tokenises. Message content can never produce a special token; only the
+        template can.
+        """
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
 
 @final
 class ChatTemplate:
-    """A Jinja chat template under fuel, with Hugging Face's `raise_exception`, `strftime_now` and `tojson`."""
+    """A Jinja chat template under fuel, with Hugging Face's `raise_exception`, `strftime_now` and
+    `tojson`.
+    """
 
     def __new__(cls, source: str, bos_token: str = "", eos_token: str = "") -> ChatTemplate: ...
     def render(
@@ -143,7 +156,9 @@ class ChatTemplate:
 
 @final
 class SamplingParams:
-    """Checked sampling parameters in the form the scheduler uses. Users meet `octavo.SamplingParams`."""
+    """Checked sampling parameters in the form the scheduler uses. Users meet
+    `octavo.SamplingParams`.
+    """
 
     def __new__(
         cls,
@@ -174,8 +189,8 @@ class SamplingParams:
 
 @final
 class ReplyFormat:
-    """How the reply to one call is written: by which protocol, as a stream or in one piece, and what
-    is particular to the call.
+    """How the reply to one call is written: by which protocol, as a stream or in one piece, and
+    what is particular to the call.
     """
 
     @staticmethod
@@ -222,7 +237,9 @@ class ChoiceDelta:
     def token_ids(self) -> list[int]: ...
     @property
     def logprobs(self) -> list[list[tuple[int, float, int]]] | None:
-        """Per new token: the sampled token first, then the top ones: (token id, logprob, rank from 1)."""
+        """Per new token: the sampled token first, then the top ones: (token id, logprob, rank from
+        1).
+        """
     @property
     def finish_reason(self) -> str | None:
         """None, "stop", "length", "abort" or "error"."""
@@ -253,7 +270,9 @@ class RequestProgress:
         """Of each choice: (tokens so far, time of the first, time of the latest)."""
     @property
     def finish_reason(self) -> str | None:
-        """None while it runs; then "error" if a choice failed, "length" if one was cut there, else "stop"."""
+        """None while it runs; then "error" if a choice failed, "length" if one was cut there, else
+        "stop".
+        """
 
 @final
 class Failure:
@@ -280,19 +299,22 @@ class ReplyDelta:
     @property
     def token_gaps(self) -> list[tuple[float, int]]:
         """Of each choice that gained tokens: seconds between two of its tokens, and how many times.
-        Gaps that differ by less than 9 % may be one entry, with their mean, so a whole answer has few.
+        Gaps that differ by less than 9 % may be one entry, with their mean, so a whole answer has
+        few.
         """
     @property
     def finished(self) -> bool: ...
     @property
     def error(self) -> Failure | None:
-        """Set where an error ended it. A call without a `ReplyFormat` goes on with its other choices."""
+        """Set where an error ended it. A call without a `ReplyFormat` goes on with its other
+        choices.
+        """
     @property
     def is_long(self) -> bool:
         """Whether `write` may take longer than an event loop should wait."""
     def write(self) -> bytes:
-        """The bytes for the client: events of a stream, or the whole answer at its end. Empty without
-        a `ReplyFormat`, and for a whole answer that failed. Runs detached where it is long.
+        """The bytes for the client: events of a stream, or the whole answer at its end. Empty
+        without a `ReplyFormat`, and for a whole answer that failed. Runs detached where it is long.
         """
 
 @final
@@ -329,14 +351,17 @@ class EngineCore:
         seed: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> EngineCore:
-        """kv_windows: one entry a KV group, 0 for full attention, else the sliding window in tokens.
+        """kv_windows: one entry a KV group, 0 for full attention, else the sliding window in
+        tokens.
 
-        graph_sizes: rows of the captured steps of decodes only. A step with prompt tokens is padded to the smallest
-        pair of prefill_graph_tokens and prefill_graph_decodes that holds it, with prefill_graph_rows prefill rows.
-        Where some row has drafts, draft_graphs and prefill_draft_graphs, (decode rows, their tokens), stand in for
-        graph_sizes and prefill_graph_decodes; one of the rows is always padding.
+        graph_sizes: rows of the captured steps of decodes only. A step with prompt tokens is padded
+        to the smallest pair of prefill_graph_tokens and prefill_graph_decodes that holds it, with
+        prefill_graph_rows prefill rows. Where some row has drafts, draft_graphs and
+        prefill_draft_graphs, (decode rows, their tokens), stand in for graph_sizes and
+        prefill_graph_decodes; one of the rows is always padding.
 
-        hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no seed.
+        hash_secret keys the prefix cache's hashes; seed feeds the draws of requests that bring no
+        seed.
         """
     @property
     def plan_bytes(self) -> int:
@@ -345,7 +370,9 @@ class EngineCore:
     def result_bytes(self) -> int: ...
     @property
     def longest_request(self) -> int:
-        """Prompt and output tokens of the longest request that the KV pool can hold, at most `max_model_len`."""
+        """Prompt and output tokens of the longest request that the KV pool can hold, at most
+        `max_model_len`.
+        """
     def bind(self, slot: int, plan_bytes: npt.NDArray[np.uint8], result_bytes: npt.NDArray[np.uint8]) -> None: ...
     def add_call(
         self,
@@ -361,18 +388,19 @@ class EngineCore:
         seconds of a clock that does not go back. Raises `RefusedError` or `OverloadedError`.
         """
     def check_queue(self, before: int = 0) -> None:
-        """Raises `OverloadedError` unless a request may wait behind `before` others that are about to
-        be added.
+        """Raises `OverloadedError` unless a request may wait behind `before` others that are about
+        to be added.
         """
     def abort(self, reply_id: int) -> None:
         """Ends what of the call has not ended, and forgets the reply."""
     def wait(self, timeout: float, now: float) -> bool:
-        """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a static batch's time).
-        False on timeout.
+        """Sleeps, detached, until there may be something to schedule (an arrival, an abort, a
+        static batch's time). False on timeout.
         """
     def schedule(self, slot: int, now: float) -> int | None:
-        """Plans a step into the slot's plan buffer, which then begins with the step's numbers. Returns the step's id,
-        or None where nothing can run before a commit, an arrival or a later `now`.
+        """Plans a step into the slot's plan buffer, which then begins with the step's numbers.
+        Returns the step's id, or None where nothing can run before a commit, an arrival or a later
+        `now`.
         """
     def commit(self, slot: int, now: float) -> None:
         """Takes the result of the step planned in `slot`: the oldest that is not committed."""
@@ -383,16 +411,20 @@ class EngineCore:
         end only.
         """
     def take(self, reply_id: int) -> ReplyDelta | None:
-        """What the reply gained since the last call; forgets one that has finished. None for one that
-        is not there.
+        """What the reply gained since the last call; forgets one that has finished. None for one
+        that is not there.
         """
     def has_unfinished(self) -> bool: ...
     def stats(self) -> dict[str, float]: ...
     def reset_prefix_cache(self) -> None: ...
     def check_integrity(self) -> None: ...
     def fail_step(self, slot: int, code: str, message: str) -> None:
-        """The step planned in `slot` did not run: its requests end with an error, which clients see."""
+        """The step planned in `slot` did not run: its requests end with an error, which clients
+        see.
+        """
     def fail_all(self, code: str, message: str) -> None:
         """Nothing runs any more: every request ends with an error, which clients see."""
     def shutdown(self) -> None:
-        """Ends every request with an error and lets go of the bound buffers: no step can be planned any more."""
+        """Ends every request with an error and lets go of the bound buffers: no step can be planned
+        any more.
+        """

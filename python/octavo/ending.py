@@ -1,9 +1,11 @@
-"""How a command ends: an exit code and at most one line, whatever closed, filled up or was interrupted on the way.
+"""How a command ends: an exit code and at most one line, whatever closed, filled up or was
+interrupted on the way.
 
-0: done. 1: it broke while it ran. 2: the user can mend it. 128 + the signal's number for an interrupt (130) and for a
-reader of the output that has left (141), as a shell would say.
+0: done. 1: it broke while it ran. 2: the user can mend it. 128 + the signal's number for an
+interrupt (130) and for a reader of the output that has left (141), as a shell would say.
 
-Imports only what Python has loaded when it starts: an interrupt before `run_command` ends with a traceback.
+Imports only what Python has loaded when it starts: an interrupt before `run_command` ends with a
+traceback.
 """
 
 import errno
@@ -22,7 +24,8 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 
 
 def run_command(program: str, command: "Callable[[], int]") -> int:
-    """Runs `command` and returns the exit code; `program` begins the line that says what went wrong.
+    """Runs `command` and returns the exit code; `program` begins the line that says what went
+    wrong.
 
     `SystemExit` (of argparse) passes through, unless its help could not be written.
     """
@@ -60,7 +63,8 @@ def run_command(program: str, command: "Callable[[], int]") -> int:
 def open_closed_streams() -> None:
     """Puts /dev/null where standard input, output or error is closed.
 
-    Else the next file or socket to be opened would be one of them, and what some library prints would go into it.
+    Else the next file or socket to be opened would be one of them, and what some library prints
+    would go into it.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -72,7 +76,9 @@ def open_closed_streams() -> None:
 
 
 def describe(error: OSError) -> str:
-    """What failed and where; for a cache folder that cannot be written also the variable that moves it."""
+    """What failed and where; for a cache folder that cannot be written also the variable that moves
+    it.
+    """
     if error.strerror is None:
         return str(error)
     if not isinstance(error.filename, (str, bytes)):
@@ -85,7 +91,9 @@ def describe(error: OSError) -> str:
 
 
 def _variable_of(path: str) -> str | None:
-    """The environment variable that moves `path`, if that is in a cache, or a folder that a cache still lacks."""
+    """The environment variable that moves `path`, if that is in a cache, or a folder that a cache
+    still lacks.
+    """
     home = os.path.expanduser("~")
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
     for variable, folder in (

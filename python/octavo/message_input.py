@@ -1,8 +1,9 @@
 """Messages that a person types into a terminal, or that come line by line through a pipe.
 
-On a terminal the line is edited with Python's readline, where Python has it, and earlier messages come back with the
-arrow keys. A paste is one message however many lines it has, and is sent by the Enter after it: GNU readline brackets
-pastes; elsewhere (libedit, no readline) lines that come faster than a person types are one.
+On a terminal the line is edited with Python's readline, where Python has it, and earlier messages
+come back with the arrow keys. A paste is one message however many lines it has, and is sent by the
+Enter after it: GNU readline brackets pastes; elsewhere (libedit, no readline) lines that come
+faster than a person types are one.
 """
 
 import asyncio
@@ -24,7 +25,9 @@ _BRACKETS_ON, _BRACKETS_OFF = "\x1b[?2004h", "\x1b[?2004l"
 
 
 class MessageInput:
-    """Reads messages. `with` it, so that Ctrl-C means what `Interrupts` says and the terminal is left as it was."""
+    """Reads messages. `with` it, so that Ctrl-C means what `Interrupts` says and the terminal is
+    left as it was.
+    """
 
     def __init__(self, prompt: str) -> None:
         self.interactive = sys.stdin.isatty()
@@ -33,8 +36,8 @@ class MessageInput:
         self._brackets = self.interactive and sys.stdout.isatty() and _edit_lines()
 
     def read(self) -> str:
-        """The next message. Raises `EOFError` after the last, `KeyboardInterrupt` on Ctrl-C, and `ValueError` for what
-        is no text.
+        """The next message. Raises `EOFError` after the last, `KeyboardInterrupt` on Ctrl-C, and
+        `ValueError` for what is no text.
         """
         with self.interrupts.raised():
             try:
@@ -54,7 +57,8 @@ class MessageInput:
             except UnicodeError as error:
                 raise ValueError(f"the standard input is not UTF-8: {error}") from None
         if self._brackets:
-            # readline turned them off. What is pasted while an answer runs waits for the next line, with its brackets.
+            # readline turned them off. What is pasted while an answer runs waits for the next line,
+            # with its brackets.
             print(_BRACKETS_ON, end="", flush=True)
         return text
 
@@ -94,7 +98,9 @@ def _rest_of_paste() -> list[str]:
 
 
 def _more_is_here() -> bool:
-    """Whether something waits in the terminal, also an unfinished line, which is not to be had while it edits lines."""
+    """Whether something waits in the terminal, also an unfinished line, which is not to be had
+    while it edits lines.
+    """
     before = termios.tcgetattr(sys.stdin)
     single = list(before)
     single[3] &= ~(termios.ICANON | termios.ECHO)
@@ -106,10 +112,11 @@ def _more_is_here() -> bool:
 
 
 class Interrupts:
-    """What Ctrl-C does: it raises `KeyboardInterrupt` where a message is read, cancels the task that answers it, and is
-    nothing in the moments between.
+    """What Ctrl-C does: it raises `KeyboardInterrupt` where a message is read, cancels the task
+    that answers it, and is nothing in the moments between.
 
-    A handler of its own, because asyncio's would remember an interrupt at the prompt for the answer that follows.
+    A handler of its own, because asyncio's would remember an interrupt at the prompt for the answer
+    that follows.
     """
 
     def __init__(self) -> None:

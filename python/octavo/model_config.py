@@ -10,12 +10,16 @@ from typing import Any
 
 
 class ModelError(ValueError):
-    """A model's files cannot be used. The message is one line that names the file, the field and what is wrong."""
+    """A model's files cannot be used. The message is one line that names the file, the field and
+    what is wrong.
+    """
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one kind of layer. `factors` divides each frequency (GGUF's `rope_freqs.weight`)."""
+    """Rotary embedding of one kind of layer. `factors` divides each frequency (GGUF's
+    `rope_freqs.weight`).
+    """
 
     theta: float
     scaling: str = "default"  # "default", "linear", "llama3" or "factors"
@@ -75,8 +79,9 @@ class KvGroup:
 def kv_groups(config: ModelConfig) -> list[KvGroup]:
     """Cuts the layers into groups of equal size, one window a group. DESIGN.md says why.
 
-    The size is the number of layers of the rarest kind, as in vLLM's hybrid allocator; when kinds are nearly as
-    frequent, the largest, since a few unused places cost less than twice as many block tables.
+    The size is the number of layers of the rarest kind, as in vLLM's hybrid allocator; when kinds
+    are nearly as frequent, the largest, since a few unused places cost less than twice as many
+    block tables.
     """
     kinds: dict[int, list[int]] = {}
     for layer, window in enumerate(config.layer_windows):
@@ -91,7 +96,9 @@ def kv_groups(config: ModelConfig) -> list[KvGroup]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `ModelError` where it is missing, unreadable or not an object."""
+    """The object in a JSON file. Raises `ModelError` where it is missing, unreadable or not an
+    object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

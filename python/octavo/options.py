@@ -1,8 +1,10 @@
-"""Options: dataclass fields that carry their own documentation, and command-line flags derived from them.
+"""Options: dataclass fields that carry their own documentation, and command-line flags derived from
+them.
 
-A configuration is written down once, as a frozen dataclass whose fields are made by `option(default, help)`.
-`add_flags` turns each field into `--field-name` and `from_flags` turns the parsed flags back into the dataclass, so
-flags and fields cannot drift apart. Knows nothing about what an option means; the dataclass itself checks values.
+A configuration is written down once, as a frozen dataclass whose fields are made by
+`option(default, help)`. `add_flags` turns each field into `--field-name` and `from_flags` turns the
+parsed flags back into the dataclass, so flags and fields cannot drift apart. Knows nothing about
+what an option means; the dataclass itself checks values.
 """
 
 import argparse
@@ -29,8 +31,9 @@ def option(
 ) -> Any:
     """A dataclass field with its flag's documentation.
 
-    parse: turns one command-line word into the value; its `ValueError` text reaches the user.
-    A bool field becomes `--name / --no-name`; a tuple field takes one or more words and may be repeated.
+    parse: turns one command-line word into the value; its `ValueError` text reaches the user. A
+    bool field becomes `--name / --no-name`; a tuple field takes one or more words and may be
+    repeated.
     """
     flags = [short] if short else []
     metadata = {"help": help, "parse": parse, "choices": choices, "flags": flags, "aliases": tuple(aliases)}
@@ -38,7 +41,9 @@ def option(
 
 
 def parse_count(text: str) -> int:
-    """An integer as vLLM reads it: `25k` is 25,000 (lower case decimal), `25K` is 25,600 (upper case binary)."""
+    """An integer as vLLM reads it: `25k` is 25,000 (lower case decimal), `25K` is 25,600 (upper
+    case binary).
+    """
     match = re.fullmatch(r"(-?\d+(?:\.\d+)?)([kmgtKMGT]?)", text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a number such as 4096, 25k or 4K")
@@ -63,7 +68,9 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_with(parse: Callable[[str], T]) -> Callable[[str], T]:
-    """`parse` as the `type` of an argparse argument, which would swallow the text of its `ValueError`."""
+    """`parse` as the `type` of an argparse argument, which would swallow the text of its
+    `ValueError`.
+    """
 
     def read(text: str) -> T:
         try:
@@ -106,7 +113,8 @@ def from_flags(config: type[T], args: argparse.Namespace, **overrides: Any) -> T
 def check_types(config: Any) -> None:
     """Raises `ValueError` for the first field of the dataclass whose value is not of its type.
 
-    Numbers of other libraries count. A tuple field takes any list, and one of texts also a single text.
+    Numbers of other libraries count. A tuple field takes any list, and one of texts also a single
+    text.
     """
     types = get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -135,7 +143,9 @@ def _is(value: object, kind: type) -> bool:
 
 
 class _ListAction(argparse.Action):
-    """Extends the list, and keeps each use of the flag in `list_flags`: one may have taken what was meant otherwise."""
+    """Extends the list, and keeps each use of the flag in `list_flags`: one may have taken what was
+    meant otherwise.
+    """
 
     def __call__(
         self,

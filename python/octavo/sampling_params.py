@@ -1,7 +1,8 @@
-"""How a request's tokens are chosen and when it ends, as users write it. Fields and defaults are vLLM's.
+"""How a request's tokens are chosen and when it ends, as users write it. Fields and defaults are
+vLLM's.
 
-The Rust core checks every value when the object is made, so a bad one fails here and not in a step; ranges are written
-there, in one place.
+The Rust core checks every value when the object is made, so a bad one fails here and not in a step;
+ranges are written there, in one place.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,9 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time it was output; -2 to 2."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and the output; 1: off."""
+    """Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and
+    the output; 1: off.
+    """
     temperature: float = 1.0
     """0: always the likeliest token."""
     top_p: float = 1.0
@@ -70,7 +73,9 @@ class SamplingParams:
     min_tokens: int = 0
     """End tokens cannot be drawn before this many."""
     logprobs: int | None = None
-    """Log-probabilities of the drawn token and of this many of the likeliest ones; 0: the drawn one only."""
+    """Log-probabilities of the drawn token and of this many of the likeliest ones; 0: the drawn one
+    only.
+    """
     detokenize: bool = True
     """Make text; without it only token ids come out and `stop` cannot be used."""
     skip_special_tokens: bool = True
@@ -121,7 +126,9 @@ class SamplingParams:
                 _check_number(f"logit_bias[{token}]", bias)
 
     def fitting(self, room: int) -> "SamplingParams":
-        """The same with at most `room` output tokens, if there is room at all: a default must not cause a refusal."""
+        """The same with at most `room` output tokens, if there is room at all: a default must not
+        cause a refusal.
+        """
         if self.max_tokens is None or not self.min_tokens <= room < self.max_tokens or room < 1:
             return self
         return replace(self, max_tokens=room)

@@ -1,7 +1,7 @@
 """`octavo chat` and `octavo generate`: a model in the terminal, without a server.
 
-Text is printed as it comes; the standard output gets that alone. In a conversation Ctrl-C ends the answer or clears
-the line, and Ctrl-D leaves.
+Text is printed as it comes; the standard output gets that alone. In a conversation Ctrl-C ends the
+answer or clears the line, and Ctrl-D leaves.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ Ctrl-C ends an answer, or clears the line. A paste of many lines is one message.
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the terminal draws: what was asked for, else the model's own defaults, else these. Fields of
-    `SamplingParams`.
+    """How the terminal draws: what was asked for, else the model's own defaults, else these. Fields
+    of `SamplingParams`.
     """
 
     defaults: Mapping[str, Any]
@@ -153,10 +153,11 @@ class Conversation:
         return True
 
     async def answer(self, text: str) -> bool:
-        """Prints the answer to a message. Returns whether it was cancelled, and so stopped where it was.
+        """Prints the answer to a message. Returns whether it was cancelled, and so stopped where it
+        was.
 
-        Raises `ValueError` where the message cannot be served, for example because the conversation has become too
-        long, and `RuntimeError` if the engine ended the answer with an error.
+        Raises `ValueError` where the message cannot be served, for example because the conversation
+        has become too long, and `RuntimeError` if the engine ended the answer with an error.
         """
         message = {"role": "user", "content": text}
         start = [{"role": "system", "content": self._system}] if self._system else []
@@ -200,7 +201,8 @@ class Answer:
     async def show(self, engine: "AsyncEngine", prompt: "_core.Prompt", params: SamplingParams) -> None:
         """To the end, or until the task is cancelled.
 
-        Raises `ValueError` if it cannot be served, `RuntimeError` if the engine ended it with an error.
+        Raises `ValueError` if it cannot be served, `RuntimeError` if the engine ended it with an
+        error.
         """
         stream = engine.submit([prompt], params.to_core())
         texts: list[str] = []

@@ -1,8 +1,9 @@
 """Flags of vLLM's command line that Octavo has no option for, and what becomes of each.
 
-People bring their deploy lines along. A flag that asks for nothing but what happens here anyway, or that only tunes
-vLLM's own machinery, is accepted, the latter with a line that says what happens instead. A flag that asks for
-something else is refused by name: ignoring it would serve another thing than was asked for.
+People bring their deploy lines along. A flag that asks for nothing but what happens here anyway, or
+that only tunes vLLM's own machinery, is accepted, the latter with a line that says what happens
+instead. A flag that asks for something else is refused by name: ignoring it would serve another
+thing than was asked for.
 """
 
 import argparse
@@ -33,7 +34,9 @@ SWITCHES = {
     "--use-tqdm-on-load": "loading shows a progress bar on a terminal, and elsewhere none",
     "--use-v2-block-manager": "there is one block manager",
 }
-"""Without a value. Their `--no-` form is an effect we do not have, so it is refused, but for `_BOTH_WAYS`."""
+"""Without a value. Their `--no-` form is an effect we do not have, so it is refused, but for
+`_BOTH_WAYS`.
+"""
 
 _BOTH_WAYS = {"--trust-remote-code", "--use-tqdm-on-load", "--disable-cascade-attn", "--disable-custom-all-reduce"}
 """Switches of things that are not here: turned on or off, the same happens."""
@@ -122,8 +125,9 @@ _UNSUPPORTED = """
 --trust-request-chat-template --uds --worker-cls --worker-extension-cls
 """
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())
-"""Refused by name. `--no-enable-...` of them asks for what happens, and is accepted: in silence, but for
-`--no-enable-log-requests`, which people set on purpose."""
+"""Refused by name. `--no-enable-...` of them asks for what happens, and is accepted: in silence,
+but for `--no-enable-log-requests`, which people set on purpose.
+"""
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
@@ -149,8 +153,8 @@ def warnings_of(args: argparse.Namespace) -> list[str]:
 
 
 def is_unsupported(flag: str) -> bool:
-    """Whether `flag` is one of vLLM's, in either form and with or without a key (`--config.key`), that has no meaning
-    here.
+    """Whether `flag` is one of vLLM's, in either form and with or without a key (`--config.key`),
+    that has no meaning here.
     """
     flag = flag.partition(".")[0]
     known = UNSUPPORTED | SWITCHES.keys() | SETTINGS.keys() | NEUTRAL.keys()

@@ -34,14 +34,16 @@ impl GgufFile {
     /// [`Error::Gguf`] names the file, the field, its value and its limit.
     pub fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|error| in_file(path, error))?;
-        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a model file that is in
-        // use ends this process with SIGBUS, as with every engine that maps its weights.
+        // SAFETY: the mapping is read-only and only bytes are read from it. Whoever truncates a
+        // model file that is in use ends this process with SIGBUS, as with every engine that maps
+        // its weights.
         #[allow(unsafe_code)]
         let bytes = unsafe { Mmap::map(&file) }.map_err(|error| in_file(path, error))?;
         Self::checked(path, bytes)
     }
 
-    /// Copies a file's bytes and checks its header whole; errors call it by `path`. For fuzzing, which has no files.
+    /// Copies a file's bytes and checks its header whole; errors call it by `path`. For fuzzing,
+    /// which has no files.
     ///
     /// # Errors
     /// As [`Self::open`].

@@ -1,18 +1,21 @@
-//! How large the plans and results of one configuration can become: the size of the buffers that cross the boundary.
+//! How large the plans and results of one configuration can become: the size of the buffers that
+//! cross the boundary.
 
 use super::words::{bias, block, copy, enter, penalty, row, HEADER};
 use super::{align, ResultLayout};
 use crate::config::CoreConfig;
 use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
 
-/// The largest sections that one configuration can produce; the scheduler stops admitting before it would pass them.
+/// The largest sections that one configuration can produce; the scheduler stops admitting before it
+/// would pass them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PlanCapacity {
     /// Records of `rows`, padding included.
     pub rows: usize,
     /// Words of `prefill_tokens`.
     pub prefill_tokens: usize,
-    /// Records of `blocks` that sequences may bring along when they enter, from prefix hits and forks.
+    /// Records of `blocks` that sequences may bring along when they enter, from prefix hits and
+    /// forks.
     pub entered_blocks: usize,
     /// Records of `blocks` in all.
     pub blocks: usize,
@@ -36,7 +39,8 @@ impl PlanCapacity {
         let tokens = config.max_num_batched_tokens as usize;
         let block_size = config.block_size as usize;
         let entered_blocks = config.num_groups() * config.max_blocks_per_seq() * Self::LONG_HITS.min(rows);
-        // Beyond what it brings along, a row of q tokens touches at most q / block_size + 1 new blocks of each group.
+        // Beyond what it brings along, a row of q tokens touches at most q / block_size + 1 new
+        // blocks of each group.
         let new_blocks = config.num_groups() * (tokens / block_size + rows);
         Self {
             rows,

@@ -3,7 +3,8 @@
 use super::word;
 use super::words::result::{NUM_VALID, STATUS, TOKENS};
 
-/// Where the parts of one result record lie, in words: status, number valid, tokens, then log probabilities.
+/// Where the parts of one result record lie, in words: status, number valid, tokens, then log
+/// probabilities.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ResultLayout {
     /// Tokens a row may bring: the plan's `decode_query_len`.
@@ -24,7 +25,8 @@ impl ResultLayout {
         rows * self.width() * 4
     }
 
-    /// The record of one row. Panics where `result` is shorter than [`Self::bytes`] of more than `row` rows.
+    /// The record of one row. Panics where `result` is shorter than [`Self::bytes`] of more than
+    /// `row` rows.
     pub fn row<'a>(&self, result: &'a [u8], row: usize) -> RowResult<'a> {
         let bytes = self.bytes(1);
         RowResult { layout: *self, record: &result[row * bytes..(row + 1) * bytes] }
@@ -70,7 +72,8 @@ pub struct TokenLogprobs<'a> {
 }
 
 impl<'a> TokenLogprobs<'a> {
-    /// The same, with at most `wanted` top entries: a row may ask for fewer than the step's `max_logprobs`.
+    /// The same, with at most `wanted` top entries: a row may ask for fewer than the step's
+    /// `max_logprobs`.
     #[must_use]
     pub fn limited(self, wanted: u32) -> Self {
         Self { wanted: wanted as usize, ..self }

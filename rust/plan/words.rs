@@ -1,6 +1,7 @@
-//! Every word of a plan and of a result, named once. [`PlanWriter`](super::PlanWriter) and [`PlanView`](super::PlanView)
-//! use these places; the binding hands them to Python as `PLAN_FORMAT`, with which a test compares
-//! `kernels/step/plan_format.py` and the tables of `docs/plan.md`.
+//! Every word of a plan and of a result, named once. [`PlanWriter`](super::PlanWriter) and
+//! [`PlanView`](super::PlanView) use these places; the binding hands them to Python as
+//! `PLAN_FORMAT`, with which a test compares `kernels/step/plan_format.py` and the tables of
+//! `docs/plan.md`.
 
 /// Bytes at whose multiples sections begin.
 pub const SECTION_ALIGNMENT: usize = 16;
@@ -46,8 +47,9 @@ impl HeaderWord for Option<u32> {
 /// Makes the header: the struct, its words in order, and both ways between them.
 macro_rules! header {
     ($($(#[$doc:meta])* $field:ident: $kind:ty,)+) => {
-        /// The numbers of one planned step, and where its sections lie: what a plan begins with. Counts of rows and
-        /// tokens include padding where they do not say otherwise; offsets are bytes from the plan's start.
+        /// The numbers of one planned step, and where its sections lie: what a plan begins with.
+        /// Counts of rows and tokens include padding where they do not say otherwise; offsets are
+        /// bytes from the plan's start.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
         #[allow(missing_docs)] // Counts of sections and their offsets are named after them.
         pub struct PlanInfo {
@@ -85,7 +87,8 @@ header! {
     /// Decode rows without padding.
     num_decodes: u32,
     padded_decodes: u32,
-    /// Tokens of the longest decode row that is no padding, at least 1: the places of a result record.
+    /// Tokens of the longest decode row that is no padding, at least 1: the places of a result
+    /// record.
     decode_query_len: u32,
     /// Tokens of all decode rows.
     num_decode_tokens: u32,

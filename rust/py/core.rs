@@ -1,8 +1,9 @@
 //! `EngineCore`: the scheduler and the outbox as Python sees them.
 //!
-//! One lock holds both, for calls of microseconds; what is long (`wait`) runs detached and without it. No Python code runs
-//! while it is held, nor is an array borrowed then (numpy imports a module at the first borrow) or dropped: Python code may
-//! hand the GIL to a thread that waits for the lock with the GIL in its hands, or call this object again.
+//! One lock holds both, for calls of microseconds; what is long (`wait`) runs detached and without
+//! it. No Python code runs while it is held, nor is an array borrowed then (numpy imports a module
+//! at the first borrow) or dropped: Python code may hand the GIL to a thread that waits for the
+//! lock with the GIL in its hands, or call this object again.
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -358,7 +359,8 @@ fn decode_shapes(pairs: Vec<(u32, u32)>) -> Vec<DecodeShape> {
 }
 
 impl EngineCore {
-    /// A panic in another thread leaves the state as it was at that moment; `fail_all` must still be able to tell everybody.
+    /// A panic in another thread leaves the state as it was at that moment; `fail_all` must still
+    /// be able to tell everybody.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,5 @@
-//! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is its contract.
+//! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is
+//! its contract.
 
 mod core;
 mod delta;

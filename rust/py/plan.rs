@@ -1,11 +1,13 @@
-//! `PLAN_FORMAT`: the words of plans and results by name, for those who read and write them outside of Rust.
+//! `PLAN_FORMAT`: the words of plans and results by name, for those who read and write them outside
+//! of Rust.
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::plan::words;
 
-/// By kind of record, then by name in lower case: the place of each word, or the value of each flag and status.
+/// By kind of record, then by name in lower case: the place of each word, or the value of each flag
+/// and status.
 pub fn plan_format(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let format = PyDict::new(py);
     for (record, names) in [

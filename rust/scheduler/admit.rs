@@ -9,7 +9,8 @@ use crate::policy::{HEAD_BYPASS_LIMIT, LOOKAHEAD};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Admission {
     Admitted,
-    /// It would fit once the steps in flight are committed, or in a plan with more room: nobody goes first.
+    /// It would fit once the steps in flight are committed, or in a plan with more room: nobody
+    /// goes first.
     NextStep,
     /// It does not fit.
     TooBig,
@@ -37,7 +38,8 @@ struct Brought {
 impl Scheduler {
     /// Admits waiting sequences in order, as long as budget, slots and blocks last.
     ///
-    /// One that does not fit lets others pass, but only [`HEAD_BYPASS_LIMIT`] of them; then everything waits for it.
+    /// One that does not fit lets others pass, but only [`HEAD_BYPASS_LIMIT`] of them; then
+    /// everything waits for it.
     pub(super) fn admit(&mut self) {
         // A step that took blocks away from someone does not give them to another.
         if self.planned.preempted || self.ready.is_empty() {
@@ -77,7 +79,8 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that a running sequence was admitted with but has not taken yet: those of its later chunks.
+    /// Blocks that a running sequence was admitted with but has not taken yet: those of its later
+    /// chunks.
     fn promised(&self, number: u32) -> usize {
         let sequence = &self.sequences[number];
         if sequence.decoding || sequence.reservation.is_some() {
@@ -91,8 +94,8 @@ impl Scheduler {
         if self.sequences[number].in_flight > 0 {
             return Admission::NextStep;
         }
-        // Blocks of a window can be given back without becoming free (they may be shared), so no reservation can be
-        // counted out there: with windows, who has one runs alone.
+        // Blocks of a window can be given back without becoming free (they may be shared), so no
+        // reservation can be counted out there: with windows, who has one runs alone.
         if self.num_reservations > 0 && self.kv.has_windows() {
             return Admission::NextStep;
         }
@@ -147,10 +150,11 @@ impl Scheduler {
         Admission::Admitted
     }
 
-    /// None if this sequence may join without a reservation; else the others that must get one with it.
+    /// None if this sequence may join without a reservation; else the others that must get one with
+    /// it.
     ///
-    /// It must have one if it has been preempted often enough, or if it would stand before one that has one; and then
-    /// everyone before it must, so that whoever is first can advance.
+    /// It must have one if it has been preempted often enough, or if it would stand before one that
+    /// has one; and then everyone before it must, so that whoever is first can advance.
     fn reserving_to_admit(&self, number: u32) -> Option<Vec<u32>> {
         let sequence = &self.sequences[number];
         let order = sequence.order;

@@ -1,4 +1,5 @@
-//! A request arrives: it is refused, or waits; where the policy has batches, it waits for its batch to open.
+//! A request arrives: it is refused, or waits; where the policy has batches, it waits for its batch
+//! to open.
 
 use std::sync::Arc;
 
@@ -134,7 +135,8 @@ impl Scheduler {
         if self.longest_sequence == max_model_len {
             return max_model_len;
         }
-        // The last output token is never computed, so it needs no place in a block; drafts tried at the end do.
+        // The last output token is never computed, so it needs no place in a block; drafts tried at
+        // the end do.
         (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
     }
 
@@ -218,7 +220,8 @@ impl Scheduler {
     }
 }
 
-/// The seed of a request that gives none: `SplitMix64` of the configured seed and the request's number.
+/// The seed of a request that gives none: `SplitMix64` of the configured seed and the request's
+/// number.
 fn derived_seed(seed: u64, number: u64) -> u64 {
     let mut z = seed.wrapping_add(number.wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);

@@ -1,4 +1,5 @@
-//! A step or a request ends: tokens are appended, stop rules applied, blocks registered and given back.
+//! A step or a request ends: tokens are appended, stop rules applied, blocks registered and given
+//! back.
 
 use super::{Scheduler, Sequence, State, StepRow};
 use crate::error::Error;
@@ -10,7 +11,8 @@ impl Scheduler {
     /// Takes the result of the oldest step in flight.
     ///
     /// # Errors
-    /// [`Error::StepOrder`] where `step_id` is not that step, [`Error::BufferTooSmall`]; nothing changes then.
+    /// [`Error::StepOrder`] where `step_id` is not that step, [`Error::BufferTooSmall`]; nothing
+    /// changes then.
     pub fn commit(&mut self, step_id: u64, result: &[u8], now: f64, sink: &mut impl OutputSink) -> Result<(), Error> {
         let Some(step) = self.in_flight.front().filter(|step| step.id == step_id) else {
             return Err(Error::StepOrder { step_id, reason: "it is not the oldest step in flight" });
@@ -33,7 +35,8 @@ impl Scheduler {
     }
 
     /// A step in flight (either of them) did not run: every request with a row in it ends with
-    /// [`SequenceError::StepFailed`], and the step counts as committed as soon as those before it are.
+    /// [`SequenceError::StepFailed`], and the step counts as committed as soon as those before it
+    /// are.
     ///
     /// # Errors
     /// [`Error::StepOrder`] where `step_id` is not in flight.
@@ -57,8 +60,8 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Ends every request with [`SequenceError::StepFailed`], and takes all steps in flight as committed: nothing runs
-    /// any more.
+    /// Ends every request with [`SequenceError::StepFailed`], and takes all steps in flight as
+    /// committed: nothing runs any more.
     pub fn fail_all(&mut self, sink: &mut impl OutputSink) {
         let mut requests: Vec<(RequestId, u32)> = self.by_id.iter().map(|(id, request)| (*id, *request)).collect();
         requests.sort_unstable();

@@ -50,7 +50,8 @@ impl Scheduler {
         }
     }
 
-    /// Recounts everything from scratch and compares: references, lists, index, slots, queues, counters.
+    /// Recounts everything from scratch and compares: references, lists, index, slots, queues,
+    /// counters.
     ///
     /// # Errors
     /// What is inconsistent, with ids.

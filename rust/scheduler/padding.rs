@@ -1,6 +1,8 @@
-//! A step is padded to the size of a captured one, so that the device can replay that instead of launching anew.
+//! A step is padded to the size of a captured one, so that the device can replay that instead of
+//! launching anew.
 //!
-//! Padding rows are of the reserved slot, whose block table is all null block: what they write goes where nobody reads.
+//! Padding rows are of the reserved slot, whose block table is all null block: what they write goes
+//! where nobody reads.
 
 use super::{PlannedStep, Scheduler};
 use crate::config::DecodeShape;
@@ -18,8 +20,9 @@ pub(super) struct Padding {
 }
 
 impl Padding {
-    /// Tokens of one of the `decode_rows`: one, unless some row of the step has drafts. Then the first has all that are
-    /// missing: it has no keys, so that attention does not care how many they are.
+    /// Tokens of one of the `decode_rows`: one, unless some row of the step has drafts. Then the
+    /// first has all that are missing: it has no keys, so that attention does not care how many
+    /// they are.
     pub fn decode_row_len(&self, row: u32) -> u32 {
         match (self.has_drafts, row) {
             (false, _) => 1,
@@ -78,8 +81,8 @@ impl Scheduler {
         (num_tokens <= config.max_num_batched_tokens).then_some(padding)
     }
 
-    /// The smallest captured decode rows that hold those of the step: `sizes` rows of one token, or of `shapes` where
-    /// some row has drafts.
+    /// The smallest captured decode rows that hold those of the step: `sizes` rows of one token, or
+    /// of `shapes` where some row has drafts.
     fn decode_shape(&self, planned: &PlannedStep, sizes: &[u32], shapes: &[DecodeShape]) -> Option<DecodeShape> {
         let num_decodes = planned.decodes.len() as u32;
         if planned.longest_decode > 1 {
@@ -92,7 +95,8 @@ impl Scheduler {
         }
     }
 
-    /// A padding row behind the prefill rows. It is not flagged as one: its slot must not seem to move on.
+    /// A padding row behind the prefill rows. It is not flagged as one: its slot must not seem to
+    /// move on.
     pub(super) fn write_prefill_padding(&mut self, query_len: u32, info: &mut PlanInfo) {
         self.write_decode_padding(query_len, info);
         self.writer.push_prefill_padding(query_len);

@@ -1,4 +1,5 @@
-//! A step is planned: rows for running sequences, oldest first, then admissions; then it is written down.
+//! A step is planned: rows for running sequences, oldest first, then admissions; then it is written
+//! down.
 
 use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
@@ -28,11 +29,12 @@ enum Blocks {
 }
 
 impl Scheduler {
-    /// Plans a step into `plan`, or returns None where nothing can run before a commit, an arrival or a later `now`.
+    /// Plans a step into `plan`, or returns None where nothing can run before a commit, an arrival
+    /// or a later `now`.
     ///
     /// # Errors
-    /// [`Error::StepOrder`] while two steps are in flight, [`Error::BufferTooSmall`] where `plan` has fewer than
-    /// [`Self::plan_bytes`] bytes; nothing changes then.
+    /// [`Error::StepOrder`] while two steps are in flight, [`Error::BufferTooSmall`] where `plan`
+    /// has fewer than [`Self::plan_bytes`] bytes; nothing changes then.
     pub fn schedule(&mut self, plan: &mut [u8], now: f64) -> Result<Option<PlanInfo>, Error> {
         if self.in_flight.len() == MAX_STEPS_IN_FLIGHT {
             return Err(Error::StepOrder { step_id: self.next_step, reason: "two steps are in flight already" });
@@ -60,8 +62,8 @@ impl Scheduler {
         Ok(Some(self.write(plan)))
     }
 
-    /// Gives each running sequence a row, oldest first. Decode rows have their tokens set aside before any prompt gets
-    /// the rest, so a long prompt does not hold up the others' next tokens.
+    /// Gives each running sequence a row, oldest first. Decode rows have their tokens set aside
+    /// before any prompt gets the rest, so a long prompt does not hold up the others' next tokens.
     fn plan_running(&mut self) {
         let max_model_len = self.config.max_model_len;
         let running = self.running.iter().map(|number| &self.sequences[*number]);
@@ -117,8 +119,8 @@ impl Scheduler {
         }
     }
 
-    /// Shortens a chunk to what free blocks can take; where they can take none of it, to what one more block of each
-    /// group can.
+    /// Shortens a chunk to what free blocks can take; where they can take none of it, to what one
+    /// more block of each group can.
     fn fit_chunk(&self, number: u32, len: u32) -> u32 {
         let sequence = &self.sequences[number];
         let free = self.kv.pool().num_free().saturating_sub(self.spoken_for(number));
@@ -138,10 +140,11 @@ impl Scheduler {
         }
     }
 
-    /// Sees to it that the running sequence at `place` can get blocks for `len` tokens, by preempting from the end.
+    /// Sees to it that the running sequence at `place` can get blocks for `len` tokens, by
+    /// preempting from the end.
     ///
-    /// What a victim gives back may be held until a step in flight is committed. That counts as enough: preempting more
-    /// would free nothing sooner.
+    /// What a victim gives back may be held until a step in flight is committed. That counts as
+    /// enough: preempting more would free nothing sooner.
     fn secure(&mut self, place: usize, len: u32) -> Blocks {
         let number = self.running[place];
         if len <= self.sequences[number].covered_len {
@@ -283,7 +286,8 @@ impl Scheduler {
         info.max_query_len = info.max_query_len.max(row.len);
         info.max_seq_len = info.max_seq_len.max(row.start + row.len);
 
-        // From here on the sequence counts the row as run; the commit corrects what drafts leave open.
+        // From here on the sequence counts the row as run; the commit corrects what drafts leave
+        // open.
         sequence.least_len += if prefill { row.len } else { 1 };
         sequence.most_len += row.len;
         sequence.pending += u32::from(row.sample);

@@ -21,8 +21,8 @@ pub(super) enum State {
     Finished,
 }
 
-/// What every step asks of the sampling parameters, beside the sequence's own state: they lie elsewhere in memory, and a
-/// step of a thousand rows is bound by that.
+/// What every step asks of the sampling parameters, beside the sequence's own state: they lie
+/// elsewhere in memory, and a step of a thousand rows is bound by that.
 #[derive(Debug, Clone, Copy)]
 #[allow(clippy::struct_excessive_bools)] // Independent answers, each asked on its own.
 pub(super) struct Traits {
@@ -74,14 +74,16 @@ pub(super) struct Sequence {
     pub covered_len: u32,
     /// The tables have entries that the device has not been told about.
     pub has_unsent: bool,
-    /// Chained hashes of its full blocks, as far as they have been needed; the root is that of an empty prefix.
+    /// Chained hashes of its full blocks, as far as they have been needed; the root is that of an
+    /// empty prefix.
     pub hashes: Vec<u128>,
     pub root: u128,
     /// Leading blocks that are findable, or were offered.
     pub num_registered: usize,
     /// Tokens whose keys and values are in its blocks, by the steps committed.
     pub computed_len: u32,
-    /// The same once the steps in flight have run: at least, and at most. They differ while drafts are undecided.
+    /// The same once the steps in flight have run: at least, and at most. They differ while drafts
+    /// are undecided.
     pub least_len: u32,
     pub most_len: u32,
     /// Tokens that the steps in flight will draw, at least.
@@ -109,12 +111,14 @@ impl Sequence {
         (self.prompt.len() + self.outputs.len()) as u32
     }
 
-    /// The longest it can become, in tokens that lie in blocks, with `num_draft_tokens` tried at its end.
+    /// The longest it can become, in tokens that lie in blocks, with `num_draft_tokens` tried at
+    /// its end.
     pub fn final_len(&self, num_draft_tokens: u32, max_model_len: u32) -> u32 {
         (self.prompt.len() as u32 + self.max_tokens - 1 + 2 * num_draft_tokens).min(max_model_len)
     }
 
-    /// Whether another decode row can bring it forward, by what is known: `max_tokens` may be reached in flight.
+    /// Whether another decode row can bring it forward, by what is known: `max_tokens` may be
+    /// reached in flight.
     pub fn wants_decode(&self, max_model_len: u32) -> bool {
         self.decoding && self.outputs.len() as u32 + self.pending < self.max_tokens && self.most_len < max_model_len
     }
@@ -142,7 +146,8 @@ impl Sequence {
         }
     }
 
-    /// Hashes its blocks up to `count`, which must be full. `scratch` is for a block that spans prompt and output.
+    /// Hashes its blocks up to `count`, which must be full. `scratch` is for a block that spans
+    /// prompt and output.
     pub fn hash_blocks(&mut self, hasher: &PrefixHasher, block_size: usize, count: usize, scratch: &mut Vec<u32>) {
         while self.hashes.len() < count {
             let parent = self.hashes.last().copied().unwrap_or(self.root);

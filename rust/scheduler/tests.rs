@@ -1,4 +1,5 @@
-//! The scheduler against a scripted device, event by event. The seeded simulation has the exact model and the mixes.
+//! The scheduler against a scripted device, event by event. The seeded simulation has the exact
+//! model and the mixes.
 
 use std::sync::Arc;
 
@@ -231,7 +232,8 @@ fn refusals_are_typed_and_leave_no_trace() {
     bench.add(&counted(30), max_tokens(3));
     assert_eq!(error(&mut bench, &[1], 1), Error::QueueFull { limit: 1 });
     bench.run(1);
-    // Left open, the length is what model and pool allow: 8 blocks of 4 tokens, and the last token needs no place.
+    // Left open, the length is what model and pool allow: 8 blocks of 4 tokens, and the last token
+    // needs no place.
     bench.add(&counted(30), SamplingOptions::default());
     bench.run(1);
     assert_eq!(bench.told.tokens.len(), 3 + 3);
@@ -681,7 +683,8 @@ fn config() -> impl Strategy<Value = CoreConfig> {
 }
 
 proptest! {
-    /// Whatever happens in whatever order: the books balance after each event, and afterwards everything drains.
+    /// Whatever happens in whatever order: the books balance after each event, and afterwards
+    /// everything drains.
     #[test]
     fn any_history_keeps_the_books_and_drains(config in config(), events in prop::collection::vec(event(), 1..120)) {
         let mut bench = Bench::new(config);

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 GAP = 1e-3
-"""Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32 logits by under 1e-4 on
-CPUs.
+"""Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32
+logits by under 1e-4 on CPUs.
 """
 
 
@@ -23,7 +23,9 @@ class Reference:
     judged: dict[tuple[int, ...], tuple[list[int], torch.return_types.topk]] = field(default_factory=dict)
 
     def disagreement(self, prompt: list[int], output: list[int]) -> str | None:
-        """Where a greedy output leaves the reference at a position whose two best logits differ by more than GAP."""
+        """Where a greedy output leaves the reference at a position whose two best logits differ by
+        more than GAP.
+        """
         best = self.best_two(prompt, output)
         for position, token in enumerate(output):
             gap = float(best.values[position, 0] - best.values[position, 1])
@@ -35,8 +37,9 @@ class Reference:
     def best_two(self, prompt: list[int], output: list[int]) -> torch.return_types.topk:
         """The two best logits at each place of `output` and beyond, and their tokens.
 
-        The reference reads prompt and output in one pass, so every position is judged on the very context it was drawn
-        in. What it said of a prompt serves every output that begins as the one it has read, and most do.
+        The reference reads prompt and output in one pass, so every position is judged on the very
+        context it was drawn in. What it said of a prompt serves every output that begins as the one
+        it has read, and most do.
         """
         read, best = self.judged.get(tuple(prompt), ([], None))
         if best is None or read[: len(output)] != output:
@@ -59,7 +62,9 @@ def reference(smollm2_path: Path) -> Reference:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[str]:
-    """32 varied prompts: lengths from one token to hundreds, code, lists, other scripts, odd characters."""
+    """32 varied prompts: lengths from one token to hundreds, code, lists, other scripts, odd
+    characters.
+    """
     texts = [
         "The capital of France is",
         "Once upon a time",

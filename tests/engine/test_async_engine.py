@@ -94,7 +94,9 @@ def test_outputs_stay_as_they_were_yielded(engine: AsyncEngine) -> None:
 
 
 def test_a_default_length_gives_way_to_the_prompt(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 tokens of prompt leave room for 28: `max_new_tokens` of the model is a default, not a limit."""
+    """100 tokens of prompt leave room for 28: `max_new_tokens` of the model is a default, not a
+    limit.
+    """
     monkeypatch.setattr(engine, "generation_defaults", {"max_tokens": 100, "ignore_eos": True})
 
     async def last() -> RequestOutput:

@@ -1,8 +1,8 @@
-"""An engine that ends gives everything back: its threads, and the memory of model, KV cache and buffers. So several may
-live in a process one after another.
+"""An engine that ends gives everything back: its threads, and the memory of model, KV cache and
+buffers. So several may live in a process one after another.
 
-What is watched: weak references to the objects that hold the memory, the threads, and the resident memory of the
-process as the kernel counts it.
+What is watched: weak references to the objects that hold the memory, the threads, and the resident
+memory of the process as the kernel counts it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ SHORT = SamplingParams(max_tokens=4, ignore_eos=True)
 
 
 def holders(engine: Engine) -> dict[str, weakref.ref[Any]]:
-    """Weak references to all that holds an engine's memory, from the first layer's weights to the plan's buffers."""
+    """Weak references to all that holds an engine's memory, from the first layer's weights to the
+    plan's buffers.
+    """
     runner = engine.runner
     attention = runner.model.decoder_layers[0].attention
     held = {
@@ -211,7 +213,9 @@ def test_benchmarks_close_each_engine_before_the_next(
 
 @pytest.mark.gpu
 def test_device_memory_is_given_back() -> None:
-    """Each engine takes most of the card, as by default: the second can only start in what the first gave back."""
+    """Each engine takes most of the card, as by default: the second can only start in what the
+    first gave back.
+    """
     options = TINY | {"device": "cuda", "dtype": "bfloat16", "gpu_memory_utilization": 0.8}
     after = []
     for _ in range(3):

@@ -1,14 +1,17 @@
-"""One core under four threads, with the GIL handed over at every chance: three are clients (add, abort, take_news,
-take, stats), one is the engine (schedule, commit, fail_step) with a scripted device.
+"""One core under four threads, with the GIL handed over at every chance: three are clients (add,
+abort, take_news, take, stats), one is the engine (schedule, commit, fail_step) with a scripted
+device.
 
-The device executes the packed plans, read from DESIGN.md's table, on a paged pool that holds one 64-bit number a slot.
-What a token stores depends on the token, its position and all that it attends to through the block table, and so does
-the token that follows; an oracle computes each request alone over a plain list. So every stream must be exact, and what
-an abort or a failed step cut off must be its beginning. A client takes only what `take_news` announced, to it or to
-another client: news that got lost would leave its request unfinished.
+The device executes the packed plans, read from DESIGN.md's table, on a paged pool that holds one
+64-bit number a slot. What a token stores depends on the token, its position and all that it attends
+to through the block table, and so does the token that follows; an oracle computes each request
+alone over a plain list. So every stream must be exact, and what an abort or a failed step cut off
+must be its beginning. A client takes only what `take_news` announced, to it or to another client:
+news that got lost would leave its request unfinished.
 
-`OCTAVO_TEST_ROUNDS=200 pytest tests/engine/test_core_stress.py` runs more rounds; `OCTAVO_TEST_SEED=n` begins with the
-round that failed (threads still meet as they like).
+`OCTAVO_TEST_ROUNDS=200 pytest
+tests/engine/test_core_stress.py` runs more rounds; `OCTAVO_TEST_SEED=n` begins with the round that
+failed (threads still meet as they like).
 """
 
 from __future__ import annotations
@@ -52,7 +55,9 @@ def mix(value: int) -> int:
 
 
 def stored(token: int, position: int, attended: Sequence[Sequence[int]]) -> int:
-    """What a token leaves in its slots, from what the slots before it hold: of each group, those that it can see."""
+    """What a token leaves in its slots, from what the slots before it hold: of each group, those
+    that it can see.
+    """
     state = mix(mix(token) ^ position)
     for values in attended:
         for value in values:
@@ -77,7 +82,9 @@ def alone(prompt: list[int], count: int) -> list[int]:
 
 
 class Device:
-    """Executes plans on paged memory. A slot nobody has written holds None, which ends the test when it is read."""
+    """Executes plans on paged memory. A slot nobody has written holds None, which ends the test
+    when it is read.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.pool: list[list[int | None]] = [[None] * BLOCK_SIZE for _ in range(num_blocks)]

@@ -30,8 +30,8 @@ for other in others:
 
 
 def test_a_first_step_while_others_ask() -> None:
-    """The first borrow of an array has numpy import a module, which lets other threads run in the middle of the call:
-    they must not wait for the core with the GIL held.
+    """The first borrow of an array has numpy import a module, which lets other threads run in the
+    middle of the call: they must not wait for the core with the GIL held.
     """
     for _ in range(3):
         subprocess.run([sys.executable, "-c", FIRST_STEP], check=True, timeout=600)

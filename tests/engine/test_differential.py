@@ -1,15 +1,18 @@
-"""Whole engines on tiny random models of every family, in random worlds, against transformers alone with each request.
+"""Whole engines on tiny random models of every family, in random worlds, against transformers alone
+with each request.
 
-A seed picks a small pool, a budget and the requests: they share beginnings, fork, are aborted, preempted, and some
-steps fail. None of that may change a token. Before each step the blocks that change hands in it are filled with NaN,
-and so is the null block, so that whoever reads a slot before it is written ends with `numerical_error`.
+A seed picks a small pool, a budget and the requests: they share beginnings, fork, are aborted,
+preempted, and some steps fail. None of that may change a token. Before each step the blocks that
+change hands in it are filled with NaN, and so is the null block, so that whoever reads a slot
+before it is written ends with `numerical_error`.
 
-The oracle reads prompt and output in one pass. Greedy tokens must agree where its two best logits differ by more than
-`GAP`, and where a request asked for logprobs, these must agree at every token: a wrong slot moves them even where it
-does not move the best token.
+The oracle reads prompt and output in one pass. Greedy tokens must agree where its two best logits
+differ by more than `GAP`, and where a request asked for logprobs, these must agree at every token:
+a wrong slot moves them even where it does not move the best token.
 
-`OCTAVO_TEST_ROUNDS=50 pytest tests/engine/test_differential.py` runs 50 worlds a family; `OCTAVO_TEST_SEED=n` begins
-with the world that failed.
+`OCTAVO_TEST_ROUNDS=50 pytest
+tests/engine/test_differential.py` runs 50 worlds a family; `OCTAVO_TEST_SEED=n` begins with the
+world that failed.
 """
 
 from __future__ import annotations
@@ -137,8 +140,8 @@ class World:
         self.hook()
 
     def engine_of_few_blocks(self, config: EngineConfig) -> Engine:
-        """The least pool that holds the longest request (with windows it is less than its tokens), or one that also
-        keeps what others have computed.
+        """The least pool that holds the longest request (with windows it is less than its tokens),
+        or one that also keeps what others have computed.
         """
         enough = self.family.num_groups * (MAX_MODEL_LEN // self.block_size) + 1
         least = 2 * enough if self.seed % 2 else max(2, enough // 4)
@@ -193,8 +196,9 @@ class World:
         runner.model.forward = hooked_forward  # type: ignore[method-assign]
 
     def poison(self, plan: Plan, words: np.ndarray) -> None:
-        """NaN into every block that a table gains in this step, but for those that hold what their new reader has
-        computed already: prefix hits, and what forks share. A block that this step copies to is written by that copy.
+        """NaN into every block that a table gains in this step, but for those that hold what their
+        new reader has computed already: prefix hits, and what forks share. A block that this step
+        copies to is written by that copy.
         """
         blocks = records(words, plan.blocks_offset, plan.num_blocks, fmt.BLOCK_WORDS)
         enters = records(words, plan.enters_offset, plan.num_enters, fmt.ENTER_WORDS)
@@ -248,7 +252,9 @@ class World:
             pass
 
     def check(self) -> None:
-        """Every stream against the oracle; what failed is what was in a failed step; nothing is left behind."""
+        """Every stream against the oracle; what failed is what was in a failed step; nothing is
+        left behind.
+        """
         for number, asked in enumerate(self.asked):
             output = asked.output
             if output is None:

@@ -1,5 +1,5 @@
-"""Decode rows of different numbers of drafts side by side, through the whole runner from plan bytes alone: what they
-bring is what steps of one token bring.
+"""Decode rows of different numbers of drafts side by side, through the whole runner from plan bytes
+alone: what they bring is what steps of one token bring.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play (E1-E5 of
-docs/invariants.md).
+"""Greedy tokens equal transformers' on SmolLM2 in float32, alone and with every mechanism in play
+(E1-E5 of docs/invariants.md).
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def check(reference: Reference, outputs: list[RequestOutput], tokens: int) -> No
 
 
 def test_preempted(reference: Reference, prompts: list[str]) -> None:
-    """First, because its outputs are the longest: what the reference says of them serves the other tests."""
+    """First, because its outputs are the longest: what the reference says of them serves the other
+    tests.
+    """
     # 34 blocks of 16 tokens: one request of the full length fits, 32 together do not.
     memory = 34 * 30 * 2 * 3 * 16 * 64 * 4
     with engine(max_num_seqs=32, max_model_len=512, kv_cache_memory=memory, enable_prefix_caching=False) as llm:
@@ -96,7 +98,8 @@ def test_seeded_draws_do_not_depend_on_company(batched: LLM, single: LLM, prompt
     together = batched.generate(prompts, seeded, use_tqdm=False)
     again = batched.generate(prompts[::-1], seeded[::-1], use_tqdm=False)[::-1]
     alone = single.generate(prompts, seeded, use_tqdm=False)
-    # Float32 rounding differs between batch shapes, and a draw may sit on a border: nearly all must agree, not all.
+    # Float32 rounding differs between batch shapes, and a draw may sit on a border: nearly all must
+    # agree, not all.
     for other in (again, alone):
         same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(together, other, strict=True))
         assert same >= len(prompts) - 1

@@ -131,7 +131,9 @@ def test_an_error_of_the_runner_is_the_one_that_is_raised(llm: LLM, monkeypatch:
 
 
 def poison(llm: LLM, monkeypatch: pytest.MonkeyPatch, token: int) -> None:
-    """The embedding of one token becomes NaN. The head is tied to the table, so it gets a whole copy of its own."""
+    """The embedding of one token becomes NaN. The head is tied to the table, so it gets a whole
+    copy of its own.
+    """
     embedding = llm._engine.runner.model.embedding
     table = embedding.weight.clone()
     table[token] = float("nan")
@@ -156,7 +158,8 @@ def test_nan_in_one_prompt_costs_that_prompt_only(
         assert all(output.error is None and output.outputs[0].finish_reason == "length" for output in others)
         assert f"2 of {len(neighbours) + 2} requests ended with an error; the first: numerical_error" in caplog.text
         check_empty(llm)
-    # The blocks that held NaN are used again, but what the cache kept of the prompt would still be NaN.
+    # The blocks that held NaN are used again, but what the cache kept of the prompt would still be
+    # NaN.
     llm.core.reset_prefix_cache()
     assert tokens(llm, neighbours) == expected
     assert llm.generate(bad, GREEDY, use_tqdm=False)[0].outputs[0].finish_reason == "length"

@@ -1,5 +1,5 @@
-"""The whole engine on a GPU, in bfloat16, against transformers in float32 over the same weights: overlap, graphs,
-kernels, sampling.
+"""The whole engine on a GPU, in bfloat16, against transformers in float32 over the same weights:
+overlap, graphs, kernels, sampling.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from octavo import LLM, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
-# bfloat16 keeps 8 bits: logits of a 4-layer model of this width move by a few hundredths against float32. A wrong page,
-# position or
-# mask moves them by whole units.
+# bfloat16 keeps 8 bits: logits of a 4-layer model of this width move by a few hundredths against
+# float32. A wrong page, position or mask moves them by whole units.
 TOLERANCE = 0.15
 
 
@@ -49,7 +48,9 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @torch.inference_mode()
 def check(model: torch.nn.Module, outputs: list[Any]) -> None:
-    """Every drawn token is the reference's best within TOLERANCE, and its logprob is the reference's."""
+    """Every drawn token is the reference's best within TOLERANCE, and its logprob is the
+    reference's.
+    """
     for output in outputs:
         for choice in output.outputs:
             ids = torch.tensor([output.prompt_token_ids + choice.token_ids], device="cuda")
@@ -133,7 +134,9 @@ def test_nothing_is_compiled_while_requests_run(folder: Path, monkeypatch: pytes
 
 
 def test_memory_stays_within_its_share(folder: Path) -> None:
-    """KV blocks are what the share leaves after a rehearsed worst step: a full load then needs no more."""
+    """KV blocks are what the share leaves after a rehearsed worst step: a full load then needs no
+    more.
+    """
     share, total = 0.15, torch.cuda.get_device_properties(0).total_memory
     llm = LLM(str(folder), dtype="bfloat16", device="cuda", max_num_seqs=64, gpu_memory_utilization=share)
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,6 @@
-"""The module's surface on a tiny random model: shapes of outputs, errors that name the prompt, streams that abort."""
+"""The module's surface on a tiny random model: shapes of outputs, errors that name the prompt,
+streams that abort.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Steps padded to captured shapes compute the same, and the warm-up leaves nothing behind; both on the CPU."""
+"""Steps padded to captured shapes compute the same, and the warm-up leaves nothing behind; both on
+the CPU.
+"""
 
 from __future__ import annotations
 

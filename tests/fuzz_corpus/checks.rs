@@ -1,4 +1,5 @@
-//! What must hold for any bytes: `fuzz/` looks for bytes that break it, `main.rs` replays those that once were new.
+//! What must hold for any bytes: `fuzz/` looks for bytes that break it, `main.rs` replays those
+//! that once were new.
 //!
 //! A panic, a hang and an allocation out of proportion are findings; an error is an answer.
 
@@ -7,13 +8,15 @@ use std::path::Path;
 use _core::gguf::{GgufFile, Kind, Value};
 use _core::text::{ChatTemplate, RenderOptions, Specials, Tokenizer};
 
-/// Text that a render can make with its fuel: 64 bytes a unit, and one unit a byte of input beyond the first million.
+/// Text that a render can make with its fuel: 64 bytes a unit, and one unit a byte of input beyond
+/// the first million.
 const MAX_RENDERED_BYTES: usize = 64 << 20;
 const MESSAGES: &str = r#"[{"role":"system","content":"Be brief."},{"role":"user","content":"Hi, <b>you</b>\n"},
     {"role":"assistant","content":null,"tool_calls":[{"function":{"name":"f","arguments":{"x":[1,2.5,true]}}}]}]"#;
 const TOOLS: &str = r#"[{"type":"function","function":{"name":"f","parameters":{"type":"object"}}}]"#;
 
-/// A GGUF file is refused, or all it names lies inside it and can be read; the same goes for a vocabulary in it.
+/// A GGUF file is refused, or all it names lies inside it and can be read; the same goes for a
+/// vocabulary in it.
 pub fn gguf(bytes: &[u8]) {
     let Ok(file) = GgufFile::parse(Path::new("fuzzed.gguf"), bytes) else { return };
     for tensor in file.tensors() {
@@ -35,7 +38,8 @@ pub fn gguf(bytes: &[u8]) {
     }
 }
 
-/// A template is refused, or its render ends within its fuel. bytes: the source, and after a zero byte the messages.
+/// A template is refused, or its render ends within its fuel. bytes: the source, and after a zero
+/// byte the messages.
 pub fn template(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let (source, messages) = text.split_once('\0').unwrap_or((text, MESSAGES));

@@ -1,4 +1,5 @@
-//! Replays the corpus of `make fuzz`: inputs that reached code which no other input had reached, and past findings.
+//! Replays the corpus of `make fuzz`: inputs that reached code which no other input had reached,
+//! and past findings.
 
 mod checks;
 

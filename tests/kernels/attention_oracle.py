@@ -18,8 +18,9 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: floa
 def paged_attention(
     q: Tensor, rows: Any, query_lens: Sequence[int], scale: float, window: int, soft_cap: float
 ) -> Tensor:
-    """q [T, Hq, D], row by row, the last `query_lens` positions of each of `rows` (conftest's `PagedRows`); each key is
-    looked up through its row's block table. A token that sees nothing gets zeros.
+    """q [T, Hq, D], row by row, the last `query_lens` positions of each of `rows` (conftest's
+    `PagedRows`); each key is looked up through its row's block table. A token that sees nothing
+    gets zeros.
     """
     cache, block_size = rows.kv_cache, rows.kv_cache.shape[3]
     group = q.shape[1] // cache.shape[2]
@@ -40,8 +41,8 @@ def paged_attention(
 
 
 def forget_before_window(rows: Any, query_lens: Sequence[int], window: int) -> None:
-    """Makes NaN of all keys and values that lie before what each row's first new token sees: such pages belong to
-    others by then.
+    """Makes NaN of all keys and values that lie before what each row's first new token sees: such
+    pages belong to others by then.
     """
     block_size = rows.kv_cache.shape[3]
     for slot, seq_len, query_len in zip(rows.row_slots.tolist(), rows.seq_lens.tolist(), query_lens, strict=True):

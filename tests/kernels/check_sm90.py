@@ -1,4 +1,6 @@
-"""What the tests `test_compile_sm90_*.py` ask of a module of cases: a file each, as workers share files out."""
+"""What the tests `test_compile_sm90_*.py` ask of a module of cases: a file each, as workers share
+files out.
+"""
 
 import json
 import os
@@ -10,7 +12,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 SHARED_LIMIT = 227 * 1024  # bytes a program may use on sm_90
-# Bytes a thread. A few scalars around a loop cost nothing (the Gluon kernels have 128); an accumulator has 256 or more.
+# Bytes a thread. A few scalars around a loop cost nothing (the Gluon kernels have 128); an
+# accumulator has 256 or more.
 STACK_LIMIT = 192
 
 # A minute of work each: the limit is for what hangs, and no busy machine may reach it.
@@ -18,8 +21,8 @@ patient = pytest.mark.timeout(900)
 
 
 def check_variants(module: str, at_least: int) -> None:
-    """Every variant of a module's cases compiles for an H100, fits its shared memory and keeps its registers; there are
-    `at_least` so many.
+    """Every variant of a module's cases compiles for an H100, fits its shared memory and keeps its
+    registers; there are `at_least` so many.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY / "python")

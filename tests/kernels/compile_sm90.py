@@ -1,10 +1,13 @@
-"""Compiles kernel variants for an H100 without having one: registers, stack and shared memory of each.
+"""Compiles kernel variants for an H100 without having one: registers, stack and shared memory of
+each.
 
-The modules `compile_sm90_*.py` have the cases. `python -m tests.kernels.compile_sm90_decode [name part ...]` prints a
-table of them, and the test of the same name runs it with `--json`. The launchers are called with tensors that have
-shapes but no memory, and what they would launch is compiled: so exactly the variants that exist are tested, with their
-real tile sizes, warps and stages. Triton keeps what it compiled, by source, options and version (`TRITON_CACHE_DIR`): a
-second run of all modules takes 20 seconds of a processor, the first one more than four minutes.
+The modules `compile_sm90_*.py` have the cases.
+`python -m tests.kernels.compile_sm90_decode [name part ...]` prints a table of them, and the test
+of the same name runs it with `--json`. The launchers are called with tensors that have shapes but
+no memory, and what they would launch is compiled: so exactly the variants that exist are tested,
+with their real tile sizes, warps and stages. Triton keeps what it compiled, by source, options and
+version (`TRITON_CACHE_DIR`): a second run of all modules takes 20 seconds of a processor, the first
+one more than four minutes.
 """
 
 import json
@@ -93,8 +96,8 @@ _COMPILED: dict[str, dict[str, int]] = {}  # many shapes share a variant
 
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
-    """Of a compiled kernel: registers a thread, bytes of stack a thread (what is spilled lies there), shared bytes a
-    program, matrix instructions, warps.
+    """Of a compiled kernel: registers a thread, bytes of stack a thread (what is spilled lies
+    there), shared bytes a program, matrix instructions, warps.
     """
     with tempfile.TemporaryDirectory() as folder:
         (cubin := Path(folder) / "kernel.cubin").write_bytes(kernel.asm["cubin"])
@@ -112,9 +115,9 @@ def resources(kernel: CompiledKernel) -> dict[str, int]:
 
 
 def report(cases: Cases, *, launches_a_case: int | None = 1) -> None:
-    """Calls each case that has all words of the command line in its name, compiles what it launches, and prints a line
-    a launch, or with `--json` one object. Raises if a case launches more or less than it says (None: any number, each
-    named after its kernel too).
+    """Calls each case that has all words of the command line in its name, compiles what it
+    launches, and prints a line a launch, or with `--json` one object. Raises if a case launches
+    more or less than it says (None: any number, each named after its kernel too).
     """
     as_json = "--json" in sys.argv
     wanted = [argument for argument in sys.argv[1:] if not argument.startswith("--")]

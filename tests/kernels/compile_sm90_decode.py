@@ -1,6 +1,8 @@
-"""Decode attention, compiled for an H100 without one (`compile_sm90.py`): every way to cut its tiles in each dtype.
+"""Decode attention, compiled for an H100 without one (`compile_sm90.py`): every way to cut its
+tiles in each dtype.
 
-Other shapes differ in numbers that are multiplied and divided by; (64, 8, 128) x4 has the tiles of (32, 8, 128) x8.
+Other shapes differ in numbers that are multiplied and divided by; (64, 8, 128) x4 has the tiles of
+(32, 8, 128) x8.
 """
 
 import functools
@@ -25,7 +27,8 @@ def decode_case(
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     starts = {"query_start_loc": ints(33)}
-    # heads (of queries, of keys, their size), page, dtype of q, dtype of the cache, tokens a row, options
+    # heads (of queries, of keys, their size), page, dtype of q, dtype of the cache, tokens a row,
+    # options
     for heads, block_size, dtype, kv, query_lens, options in (
         ((32, 8, 128), 64, bf16, bf16, (1, 4, 8), {}),
         ((32, 8, 128), 64, bf16, bf16, (1, 4, 8), starts),

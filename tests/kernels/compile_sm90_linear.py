@@ -1,4 +1,6 @@
-"""The linears with 16-bit and int4 weights, compiled for an H100 without one (`compile_sm90.py`): all plans."""
+"""The linears with 16-bit and int4 weights, compiled for an H100 without one (`compile_sm90.py`):
+all plans.
+"""
 
 import dataclasses
 import functools

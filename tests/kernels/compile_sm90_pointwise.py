@@ -1,4 +1,6 @@
-"""Norms, activations, quantising, rotary and block copies, compiled for an H100 without one (`compile_sm90.py`)."""
+"""Norms, activations, quantising, rotary and block copies, compiled for an H100 without one
+(`compile_sm90.py`).
+"""
 
 import itertools
 from collections.abc import Callable, Iterator

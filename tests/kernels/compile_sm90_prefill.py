@@ -1,4 +1,5 @@
-"""Prefill attention in Triton, compiled for an H100 without one (`compile_sm90.py`): every tile size in each dtype.
+"""Prefill attention in Triton, compiled for an H100 without one (`compile_sm90.py`): every tile
+size in each dtype.
 
 How many query heads share a KV head is divided by and no more, so one group and none stand for all.
 """

@@ -1,5 +1,6 @@
-"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter (with small shapes, and not in
-bf16)."""
+"""Where the kernels run: on the GPU if there is one, else in Triton's interpreter (with small
+shapes, and not in bf16).
+"""
 
 import os
 import zlib
@@ -20,14 +21,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With a GPU every test of this folder is a GPU test."""
     for item in items:
         if item.path.parent == Path(__file__).parent:
-            # numpy warns of what the kernels mean: infinities, NaN that is only reported, the logarithm of no mass.
+            # numpy warns of what the kernels mean: infinities, NaN that is only reported, the
+            # logarithm of no mass.
             item.add_marker(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
             if torch.cuda.is_available():
                 item.add_marker(pytest.mark.gpu)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`kernel_dtype`: what kernels are tested in. The interpreter's bf16 products are garbage: bf16 waits for a GPU."""
+    """`kernel_dtype`: what kernels are tested in. The interpreter's bf16 products are garbage: bf16
+    waits for a GPU.
+    """
     if "kernel_dtype" in metafunc.fixturenames:
         dtypes = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
         metafunc.parametrize("kernel_dtype", dtypes, ids=[str(dtype).removeprefix("torch.") for dtype in dtypes])
@@ -35,7 +39,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(autouse=True)
 def seed_by_name(request: pytest.FixtureRequest) -> None:
-    """A test has the same random numbers whichever tests ran before it, in its process or in others."""
+    """A test has the same random numbers whichever tests ran before it, in its process or in
+    others.
+    """
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
 
 
@@ -61,7 +67,9 @@ def return_large_memory() -> Iterator[None]:
 
 @dataclass
 class PagedRows:
-    """Rows with random keys and values scattered over a paged cache; everything outside their lengths is NaN."""
+    """Rows with random keys and values scattered over a paged cache; everything outside their
+    lengths is NaN.
+    """
 
     kv_cache: Tensor  # [num_blocks, 2, Hkv, block_size, D]
     block_table: Tensor  # [slots, max_blocks] int32

@@ -16,7 +16,9 @@ KV_DTYPES = [
 
 
 def quantise_rows(rows: Any, dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """`make_rows`' fp32 rows with codes for a cache, and their scales: NaN where no key is, as the fp8 codes are."""
+    """`make_rows`' fp32 rows with codes for a cache, and their scales: NaN where no key is, as the
+    fp8 codes are.
+    """
     unused = rows.kv_cache.isnan().any(-1)
     codes, scales = reference.quantise_kv(rows.kv_cache.nan_to_num(0.0), dtype)
     if dtype == torch.float8_e4m3fn:

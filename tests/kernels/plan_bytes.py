@@ -1,5 +1,6 @@
-"""Writes plans as docs/plan.md has them, with struct and numpy alone: an independent stand-in for the core in the
-kernels' tests."""
+"""Writes plans as docs/plan.md has them, with struct and numpy alone: an independent stand-in for
+the core in the kernels' tests.
+"""
 
 import struct
 from dataclasses import dataclass, field
@@ -63,8 +64,9 @@ def write_plan(
     max_logprobs: int = -1,
     device: str = "cpu",
 ) -> tuple[Plan, Tensor]:
-    """A plan's header as the engine reads it, and its bytes on `device`. `padding` rows of `padding_slot` follow the
-    decode rows, one token each, or the first of them with all `padding_tokens`.
+    """A plan's header as the engine reads it, and its bytes on `device`. `padding` rows of
+    `padding_slot` follow the decode rows, one token each, or the first of them with all
+    `padding_tokens`.
     """
     decodes, prefills, enters, blocks = decodes or [], prefills or [], enters or [], blocks or []
     pads = [Row(padding_slot, flags=PADDING) for _ in range(padding)]

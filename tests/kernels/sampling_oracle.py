@@ -1,4 +1,6 @@
-"""Sampling by its definition in numpy float64, and a step of prepare and sample for the tests to hold against it."""
+"""Sampling by its definition in numpy float64, and a step of prepare and sample for the tests to
+hold against it.
+"""
 
 from dataclasses import dataclass, field
 
@@ -39,8 +41,9 @@ def noise(ids: np.ndarray, seed: tuple[int, int], output_index: int) -> np.ndarr
 
 
 def allowed(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Which tokens may be drawn, naively: min-p, then top-k of those, then top-p of those; equals together. # [vocab]
-    bool."""
+    """Which tokens may be drawn, naively: min-p, then top-k of those, then top-p of those; equals
+    together. # [vocab] bool.
+    """
     weights = np.exp(scaled - scaled.max())
     keep = weights >= min_p * weights.max()
     if 0 < top_k < keep.sum():
@@ -54,8 +57,9 @@ def allowed(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.nd
 
 
 def expected_token(logits: np.ndarray, enter: Enter, place: int = 0, *, least_gap: float = 1e-4) -> int | None:
-    """The token to draw from processed logits, or None where two scores are so close that float32 may decide either
-    way."""
+    """The token to draw from processed logits, or None where two scores are so close that float32
+    may decide either way.
+    """
     logits = logits.astype(np.float64)
     if enter.temperature < 1e-5:
         return winner(logits, least_gap)

@@ -1,5 +1,5 @@
-"""Decode attention against its twin in fp32, over pages whose unused part is NaN; ragged rows against the definition
-in float64 too.
+"""Decode attention against its twin in fp32, over pages whose unused part is NaN; ragged rows
+against the definition in float64 too.
 """
 
 import pytest
@@ -10,7 +10,8 @@ from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 from octavo.kernels.attention import decode as kernels
 from octavo.kernels.reference import layers as reference
 
-# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
+# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of
+# sums and exp2.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 gpu = pytest.mark.gpu
 
@@ -49,8 +50,9 @@ def check(rows, q, query_len, window, soft_cap, tolerance, kv_scales=None) -> No
     settings = (query_len, scale, window, soft_cap)
     arguments = (rows.kv_cache, rows.block_table, rows.row_slots, rows.seq_lens)
     out = kernels.decode_attention(q, *arguments, *settings, kv_scales)
-    # The twin runs on the CPU, since torch's own attention answers wrongly on an H100 for some masked views (torch
-    # 2.11). It pads every row to the longest: row by row, a skewed batch fits into memory.
+    # The twin runs on the CPU, since torch's own attention answers wrongly on an H100 for some
+    # masked views (torch 2.11). It pads every row to the longest: row by row, a skewed batch fits
+    # into memory.
     cache, table, slots, lens = (x.cpu() for x in arguments)
     cache, scales = (cache.float(), None) if kv_scales is None else (cache, kv_scales.cpu())
     expected = [
@@ -113,7 +115,8 @@ def test_quantised_pages(
     check(rows, q, query_len, window, soft_cap, TOLERANCE[kernel_dtype], scales)
 
 
-# (seq_lens, tokens of each row, most tokens of a row, Hq, Hkv, D, block_size); rows of length 0 are padding
+# (seq_lens, tokens of each row, most tokens of a row, Hq, Hkv, D, block_size); rows of length 0 are
+# padding
 RAGGED = [
     ([40, 0, 17, 3], [1, 6, 3, 2], 4, 4, 2, 64, 16),
     ([15, 0, 130], [1, 3, 1], 1, 4, 4, 64, 16),

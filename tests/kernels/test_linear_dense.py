@@ -7,7 +7,8 @@ from octavo.kernels.linear import dense
 from octavo.kernels.linear.dense_table import DENSE_PLANS, DensePlan
 
 ON_GPU = torch.cuda.is_available()
-# Sums are kept in fp32: one rounding of the output remains, and what fp32 loses where large terms cancel.
+# Sums are kept in fp32: one rounding of the output remains, and what fp32 loses where large terms
+# cancel.
 TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 2e-3)}
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the interpreter's bf16 products are garbage
 

@@ -15,10 +15,12 @@ ON_GPU = torch.cuda.is_available()
 # The interpreter's bf16 products are garbage, and so are some of its fp8 casts.
 HALVES = [torch.float16] + [torch.bfloat16] * ON_GPU
 EIGHT_BITS = [torch.int8] + [torch.float8_e4m3fn] * ON_GPU
-# fp32 sums, one rounding of the output; the matrix unit keeps about 13 bits of an fp8 product's sum.
+# fp32 sums, one rounding of the output; the matrix unit keeps about 13 bits of an fp8 product's
+# sum.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 8e-3}
 
-# tokens, channels, size: one each side of the blocks, sizes that no block divides, an unaligned one.
+# tokens, channels, size: one each side of the blocks, sizes that no block divides, an unaligned
+# one.
 SHAPES = [(1, 64, 256), (1, 70, 528), (3, 130, 144), (8, 48, 1040), (17, 96, 272), (33, 65, 100), (70, 130, 528)]
 LARGE = [(1, 4096, 4096), (8, 4096, 11008), (16, 6144, 4096), (65, 4096, 4096), (130, 1024, 11008), (300, 1536, 1536)]
 LARGE += [(1, 576, 576), (9, 49152, 576), (1000, 1024, 4096), (1024, 1024, 2048), (1, 28672, 8192), (2048, 512, 4096)]
@@ -29,7 +31,9 @@ def eight_bits(rows: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 
 def assert_close(out: Tensor, expected: Tensor) -> None:
-    """Within a rounding of the output and a rounding of its neighbours' magnitude: sums cancel, their terms do not."""
+    """Within a rounding of the output and a rounding of its neighbours' magnitude: sums cancel,
+    their terms do not.
+    """
     spread = expected.float().square().mean().sqrt().item()
     tolerance = TOLERANCE[out.dtype]
     torch.testing.assert_close(out.cpu().float(), expected.float(), atol=tolerance * spread, rtol=tolerance)
@@ -127,7 +131,9 @@ def test_every_kernel(device, monkeypatch, config, dtype, w8a8) -> None:
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_library(device, monkeypatch, dtype, half, per_tensor) -> None:
-    """torch where it serves, else a kernel: int8 with quantised activations, fp16 from a scale a row."""
+    """torch where it serves, else a kernel: int8 with quantised activations, fp16 from a scale a
+    row.
+    """
     monkeypatch.setattr(eight_bit, "choose", lambda *_: Library())
     for check in (check_w8a16, check_w8a8):
         check(device, (300, 512, 1024), dtype, half, bias=True, per_tensor=per_tensor)

@@ -1,4 +1,6 @@
-"""The int4 linear layer against its twin in float64, and its layout against the checkpoints' formats."""
+"""The int4 linear layer against its twin in float64, and its layout against the checkpoints'
+formats.
+"""
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from octavo.kernels.linear.int4_table import Int4Plan, int4_plan
 from octavo.kernels.reference import int4 as twin
 
 ON_GPU = torch.cuda.is_available()
-# One rounding of the output; and from many tokens on one of every weight, which adds up to a tenth of an output's
-# rounding where terms cancel: outputs here are about 1.
+# One rounding of the output; and from many tokens on one of every weight, which adds up to a tenth
+# of an output's rounding where terms cancel: outputs here are about 1.
 TOLERANCE = {torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 6e-3)}
 DTYPES = [torch.float16, torch.bfloat16] if ON_GPU else [torch.float16]  # the interpreter's bf16 products are garbage
 

@@ -1,4 +1,6 @@
-"""The words of plans and results: the kernels' constants and docs/plan.md against the names in the core."""
+"""The words of plans and results: the kernels' constants and docs/plan.md against the names in the
+core.
+"""
 
 import re
 from pathlib import Path

@@ -11,7 +11,8 @@ from octavo.kernels.arrivals import arrivals
 from octavo.kernels.attention import prefill as kernels
 from octavo.kernels.reference import layers as reference
 
-# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of sums and exp2.
+# Rounding of the output and, before the second product, of the probabilities; fp32 has the order of
+# sums and exp2.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 gpu = pytest.mark.gpu
 
@@ -48,7 +49,8 @@ def check(rows, q, query_lens, window, soft_cap, tolerance, kv_scales=None) -> N
     tensors = (rows.kv_cache, rows.block_table, rows.row_slots, query_start_loc, rows.seq_lens)
     settings = (max(query_lens), 1.3 * q.shape[2] ** -0.5, window, soft_cap)
     out = kernels.prefill_attention(q, *tensors, *settings, kv_scales)
-    # On the CPU: torch's own attention answers wrongly on an H100 for some of these strided, masked views (torch 2.11).
+    # On the CPU: torch's own attention answers wrongly on an H100 for some of these strided, masked
+    # views (torch 2.11).
     cache, *others = (x.cpu() for x in tensors)
     cache, scales = (cache.float(), None) if kv_scales is None else (cache, kv_scales.cpu())
     expected = reference.prefill_attention(q.float().cpu(), cache, *others, *settings, scales)
@@ -79,8 +81,9 @@ def test_prefill_attention(
 )
 @pytest.mark.parametrize(("num_q", "num_kv", "dim"), [(8, 2, 128), (3, 3, 64)])
 def test_gluon_kernel(monkeypatch, make_rows, num_q, num_kv, dim, block_size, window, dtype) -> None:
-    """Lengths around its tile of 128 keys and its block of 128 tokens; what the table says past a row's pages, it
-    must not follow."""
+    """Lengths around its tile of 128 keys and its block of 128 tokens; what the table says past a
+    row's pages, it must not follow.
+    """
     if not kernels.has_gluon(torch.device("cuda")):
         pytest.skip("written for Hopper")
     monkeypatch.setattr(kernels, "_prefill_attention_kernel", None)

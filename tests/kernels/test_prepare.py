@@ -39,8 +39,9 @@ def inputs(device) -> StepInputs:
 
 
 def expect(inputs: StepInputs, state: DeviceState, rows: list[Row], padding_tokens: int = 1) -> None:
-    """`rows` in order, decodes first (padding has `padding_tokens` each); compares every derived tensor with the rules
-    applied one token at a time."""
+    """`rows` in order, decodes first (padding has `padding_tokens` each); compares every derived
+    tensor with the rules applied one token at a time.
+    """
     token = logits_row = 0
     computed, last, tables = state.computed_len.tolist(), state.last_token.tolist(), state.block_table.tolist()
     for index, row in enumerate(rows):
@@ -122,7 +123,9 @@ def test_rows_of_different_numbers_of_drafts(prepare, state, inputs, device):
 
 
 def test_a_padding_row_has_all_missing_tokens(prepare, state, inputs, device):
-    """Beside rows with drafts: more tokens than the longest row, than a tile, and than the block table has places."""
+    """Beside rows with drafts: more tokens than the longest row, than a tile, and than the block
+    table has places.
+    """
     state.last_token.fill_(9)
     state.computed_len[:2] = torch.tensor([7, 3])
     state.block_table.copy_(torch.randint(1, 90, state.block_table.shape))

@@ -1,4 +1,6 @@
-"""Quantisation to 8 bits, alone and in the epilogue of norm and activation, against the twins in fp32."""
+"""Quantisation to 8 bits, alone and in the epilogue of norm and activation, against the twins in
+fp32.
+"""
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ def random(*shape: int, device: str, dtype: torch.dtype) -> Tensor:
 
 
 def assert_quantised(ours: tuple[Tensor, Tensor], twins: tuple[Tensor, Tensor]) -> None:
-    """The same scales but for the order of a sum; every value the same or its neighbour, and few neighbours.
+    """The same scales but for the order of a sum; every value the same or its neighbour, and few
+    neighbours.
 
-    A neighbour is right where the twin sits on the edge between two values, which a last bit of a norm decides.
+    A neighbour is right where the twin sits on the edge between two values, which a last bit of a
+    norm decides.
     """
     (q, scale), (twin_q, twin_scale) = ours, twins
     assert q.dtype == twin_q.dtype and scale.dtype == torch.float32

@@ -12,7 +12,8 @@ from torch import Tensor
 from octavo.kernels import ops
 from octavo.kernels.reference import layers as reference
 
-# One rounding of the output, plus (attention) the rounding of probabilities before the second product.
+# One rounding of the output, plus (attention) the rounding of probabilities before the second
+# product.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 DTYPES = list(TOLERANCE)
 

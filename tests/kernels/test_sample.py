@@ -1,4 +1,6 @@
-"""`sample` against definitions in numpy float64 and transformers' own processors, for the twin and for Triton."""
+"""`sample` against definitions in numpy float64 and transformers' own processors, for the twin and
+for Triton.
+"""
 
 import math
 from collections.abc import Callable
@@ -71,7 +73,8 @@ FILTERS = {
     "top_k 5": {"top_k": 5},
     "top_k 40": {"top_k": 40},
     "top_k most": {"top_k": 1499},
-    # Nearly flat, so that the last token that stays, and the first that goes, matter as much as any.
+    # Nearly flat, so that the last token that stays, and the first that goes, matter as much as
+    # any.
     "top_k 2 flat": {"top_k": 2, "temperature": 50.0},
     "top_k 1100 flat": {"top_k": 1100, "temperature": 50.0},
     "top_k over the vocabulary": {"top_k": 10**6},
@@ -131,7 +134,8 @@ def test_equal_logits_stay_together(sampler):
     for options in ({"top_k": 3}, {"top_p": 0.35}, {"min_p": 1.0}):
         enters = [Enter(slot, temperature=1.0, seed=(slot, 3), **options) for slot in range(len(rows))]
         drawn = set(tokens_of(sampler().step(logits, rows, enters=enters)))
-        # 32 draws miss one of ten tokens more often than not; the oracle knows which these seeds give.
+        # 32 draws miss one of ten tokens more often than not; the oracle knows which these seeds
+        # give.
         assert drawn == {expected_token(logits[0].numpy(), enter) for enter in enters}, options
         assert drawn <= set(high.tolist()), options
         assert len(drawn) > 3, options
@@ -163,7 +167,9 @@ def test_bfloat16_logits(sampler):
 
 
 def test_same_draw_in_any_company(sampler):
-    """Alone in slot 0, and in a batch in another order and other slots, beside other parameters and padding."""
+    """Alone in slot 0, and in a batch in another order and other slots, beside other parameters and
+    padding.
+    """
     wanted = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
     many = sampler.many
     logits = random_logits(many)
@@ -187,8 +193,10 @@ def test_same_draw_in_any_company(sampler):
 @pytest.mark.parametrize("spread", [1, 150], ids=["one group", "many groups"])
 @pytest.mark.parametrize("options", [{}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str)
 def test_draws_follow_the_distribution(options, spread):
-    """Chi-square over draws of one request with a fixed seed: consecutive output indices are independent, both steps of
-    a draw have the right shares, and so has what is drawn instead of a token that the filters exclude."""
+    """Chi-square over draws of one request with a fixed seed: consecutive output indices are
+    independent, both steps of a draw have the right shares, and so has what is drawn instead of a
+    token that the filters exclude.
+    """
     from tests.kernels.sampling_oracle import allowed, twin
 
     rounds, some = 50, torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 1.5, -2.0, 0.0])
@@ -208,7 +216,8 @@ def test_draws_follow_the_distribution(options, spread):
     counts = counts[::spread]
     assert counts[~keep].sum() == 0
     statistic = ((counts - expected)[keep] ** 2 / expected[keep]).sum()
-    # 7 degrees of freedom at most: exceeded once in a thousand; the seed is fixed, so it never flickers
+    # 7 degrees of freedom at most: exceeded once in a thousand; the seed is fixed, so it never
+    # flickers
     assert statistic < 24.3
 
 
@@ -407,7 +416,9 @@ def test_padding_rows_change_nothing(sampler, all_greedy):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafts_are_accepted_while_they_equal_the_draw(sampler, temperature):
-    """Whatever is drafted, the tokens are those that steps of one token would have drawn from the same logits."""
+    """Whatever is drafted, the tokens are those that steps of one token would have drawn from the
+    same logits.
+    """
     places, rows = 4, 5
     all_logits = random_logits(rows * places + 1)
     options = {"temperature": temperature, "top_k": 20, "top_p": 0.9}
@@ -445,7 +456,9 @@ def test_drafts_are_accepted_while_they_equal_the_draw(sampler, temperature):
 
 
 def test_penalties_count_accepted_drafts(sampler):
-    """Frequency penalty over drafts: place j sees the drafts before it, as if they were output already."""
+    """Frequency penalty over drafts: place j sees the drafts before it, as if they were output
+    already.
+    """
     logits = random_logits(1).expand(3, -1).contiguous()
     best = logits[0].argsort(descending=True)[:3].tolist()
     one = sampler()
@@ -470,8 +483,9 @@ def test_a_sick_place_ends_the_row_where_it_counts(sampler):
 
 
 def check_logprobs(record, raws: torch.Tensor, top: int) -> None:
-    """Against log-softmax in float64 and a full stable sort. 2e-6 relative: a float32 sum of 1,500 terms and one
-    logarithm."""
+    """Against log-softmax in float64 and a full stable sort. 2e-6 relative: a float32 sum of 1,500
+    terms and one logarithm.
+    """
     for place, token in enumerate(record.tokens):
         raw = raws[place].double().numpy()
         logprobs = raw - raw.max() - np.log(np.exp(raw - raw.max()).sum())

@@ -1,4 +1,6 @@
-"""Drives a model over pages without an engine: shuffled block ids, one slot a sequence, any mix of rows in a step."""
+"""Drives a model over pages without an engine: shuffled block ids, one slot a sequence, any mix of
+rows in a step.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ class Sequence:
 
 
 class Runner:
-    """Pages for `max_seqs` sequences of up to `max_len` tokens; `step` runs rows and returns logits of all their
-    tokens.
+    """Pages for `max_seqs` sequences of up to `max_len` tokens; `step` runs rows and returns logits
+    of all their tokens.
     """
 
     def __init__(self, model: Model, dtype: torch.dtype, *, max_seqs: int = 4, max_len: int = 128, block_size: int = 4):

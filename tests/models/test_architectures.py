@@ -1,5 +1,5 @@
-"""Logits of every architecture against transformers, on tiny random models: one prefill, chunks, and decodes in
-company.
+"""Logits of every architecture against transformers, on tiny random models: one prefill, chunks,
+and decodes in company.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ OTHER = [int(x) for x in torch.randint(3, 199, (19,), generator=torch.Generator(
 
 
 def make(case: str, folder: Path, **shape: Any) -> torch.nn.Module:
-    """A random model whose biases and norms are random too: transformers starts them at constants that hide
-    mistakes.
+    """A random model whose biases and norms are random too: transformers starts them at constants
+    that hide mistakes.
     """
     family, options = CASES[case]
     config = getattr(transformers, f"{family}Config")(**{**SHAPE, **options, **shape})
@@ -152,5 +152,6 @@ def test_only_weights_are_rounded_to_bfloat16(name: str, tmp_path: Path) -> None
     parts = runner.step([], [(sequence, PROMPT[:30])])
     for token in PROMPT[30:]:
         parts += runner.step([(sequence, token)], [])
-    # Weights under 6e-5 move in float16 (`HalfScheme`); a hidden state in bfloat16 would be off by 1e-2.
+    # Weights under 6e-5 move in float16 (`HalfScheme`); a hidden state in bfloat16 would be off by
+    # 1e-2.
     torch.testing.assert_close(torch.cat(parts), expected, atol=5e-4, rtol=5e-4)

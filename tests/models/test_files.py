@@ -1,4 +1,6 @@
-"""Model folders as users have them: sharded, incomplete, pickled, hostile. Errors are one line with file and field."""
+"""Model folders as users have them: sharded, incomplete, pickled, hostile. Errors are one line with
+file and field.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""GGUF against the `gguf` package: block formats bit for bit, names and permutation by its own converter's rules."""
+"""GGUF against the `gguf` package: block formats bit for bit, names and permutation by its own
+converter's rules.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,8 @@ def write(
     control: Sequence[str] = (),
     ordinary: Sequence[str] = (),
 ) -> tuple[Any, Path]:
-    """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil the metadata.
+    """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil
+    the metadata.
 
     control and ordinary: texts of the tokens from id 100 on.
     """
@@ -145,7 +148,9 @@ def test_logits_from_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("layers", "scaled_by"), [(34, 256), (62, 168)])
 def test_gemmas_scale_of_attention(layers: int, scaled_by: int) -> None:
-    """llama.cpp, `llama_model_gemma3`: 1 / sqrt(head size), but for the 27B 1 / sqrt(embedding size / heads)."""
+    """llama.cpp, `llama_model_gemma3`: 1 / sqrt(head size), but for the 27B 1 / sqrt(embedding size
+    / heads).
+    """
 
     class Header:
         path, architecture = "gemma.gguf", "gemma3"
@@ -202,7 +207,9 @@ def test_vocabulary_of_another_length_than_the_embedding(extra: int, tmp_path: P
 
 
 def test_end_tokens_are_found_by_key_and_by_text(tmp_path: Path) -> None:
-    """The texts that llama.cpp takes for ends (`special_eog_ids` in llama-vocab.cpp), where they are control tokens."""
+    """The texts that llama.cpp takes for ends (`special_eog_ids` in llama-vocab.cpp), where they
+    are control tokens.
+    """
     control = ["<|eot_id|>", "<|start|>", "<|im_end|>", "<end_of_turn>", "<|end|>", "<|endoftext|>"]
 
     def ends(**keys: int) -> set[int]:

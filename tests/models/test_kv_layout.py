@@ -1,5 +1,5 @@
-"""KV pages as bytes: sizes and strides of plain pages, and models over int8 pages against transformers with a cache
-that rounds in the same way.
+"""KV pages as bytes: sizes and strides of plain pages, and models over int8 pages against
+transformers with a cache that rounds in the same way.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What the architecture tests cannot see: the plain schemes by themselves, which of them is chosen, and how layers are
-cut into KV groups.
+"""What the architecture tests cannot see: the plain schemes by themselves, which of them is chosen,
+and how layers are cut into KV groups.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def test_cpu_product_equals_float64(kind: type[PlainScheme], dtype: torch.dtype,
     expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double() if biased else None)
     actual = scheme(x)
     assert actual.dtype == dtype
-    # float32: sums of 64 products in another order. 16 bits: one rounding of the result, to 2^-9 or 2^-12 of itself,
-    # and what torch's own row loop loses where a processor takes that.
+    # float32: sums of 64 products in another order. 16 bits: one rounding of the result, to 2^-9 or
+    # 2^-12 of itself, and what torch's own row loop loses where a processor takes that.
     tolerance = {"atol": 1e-4, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.02, "rtol": 2**-8}
     torch.testing.assert_close(actual.double(), expected, **tolerance)
 

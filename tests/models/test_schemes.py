@@ -1,5 +1,6 @@
-"""The seam for quantised weights, with schemes made here: loading keeps one layer at a time in two forms, parts may lie
-along either dimension and have any dtype, and activations come in the form that a scheme asks for.
+"""The seam for quantised weights, with schemes made here: loading keeps one layer at a time in two
+forms, parts may lie along either dimension and have any dtype, and activations come in the form
+that a scheme asks for.
 
 The oracle is transformers with the same numbers in its weights.
 """
@@ -143,8 +144,8 @@ def test_the_layer_before_quantises_what_a_scheme_wants_quantised(case: str, tmp
     with torch.inference_mode():
         expected = reference(torch.tensor([PROMPT])).logits[0]
         actual = logits(model)
-    # A sum in another order may move an activation to the next of 127 steps: rare, and then 1 % of its row's largest.
-    # Without any rounding of activations the means are 0.008 and 0.02.
+    # A sum in another order may move an activation to the next of 127 steps: rare, and then 1 % of
+    # its row's largest. Without any rounding of activations the means are 0.008 and 0.02.
     difference = (actual - expected).abs() / expected.std()
     assert difference.mean() < 0.001 and difference.max() < 0.05
 
@@ -200,7 +201,9 @@ def test_loading_peaks_at_the_quantised_model_and_one_layer(dummy: bool) -> None
 
 
 class PackedAlongInputs(Scheme):
-    """As GPTQ lays weights out: eight k of one output a word, outputs side by side, and a group of each k."""
+    """As GPTQ lays weights out: eight k of one output a word, outputs side by side, and a group of
+    each k.
+    """
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix

@@ -56,7 +56,9 @@ class Served:
 
 
 def parse_events(text: str) -> list[Any]:
-    """As strict clients do: `data: ` with the space, events end with an empty line, comments are skipped."""
+    """As strict clients do: `data: ` with the space, events end with an empty line, comments are
+    skipped.
+    """
     import msgspec
 
     assert text.endswith("\n\n")

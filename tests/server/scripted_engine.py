@@ -1,7 +1,8 @@
-"""An `AsyncEngine` without a model: the real core, outbox and streams, over a thread that writes scripted results.
+"""An `AsyncEngine` without a model: the real core, outbox and streams, over a thread that writes
+scripted results.
 
-Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down, fail
-a row, or kill it; a test that wants to choose what comes when calls `Script.step` itself.
+Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down,
+fail a row, or kill it; a test that wants to choose what comes when calls `Script.step` itself.
 """
 
 import threading
@@ -28,7 +29,9 @@ TEMPLATE = (
 
 
 class Script:
-    """Stands where `Engine` and its parts stand: plans with the core, and answers each plan from the script."""
+    """Stands where `Engine` and its parts stand: plans with the core, and answers each plan from
+    the script.
+    """
 
     def __init__(self, config: EngineConfig, max_model_len: int) -> None:
         self.parts = self

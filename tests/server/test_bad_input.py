@@ -2,7 +2,8 @@
 
 After each row a plain request works.
 
-The letters are groups: B JSON, C types and nulls, D sampling, E prompts, F messages and tools, H streaming.
+The letters are groups: B JSON, C types and nulls, D sampling, E prompts, F messages and tools, H
+streaming.
 """
 
 import json

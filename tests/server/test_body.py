@@ -1,4 +1,6 @@
-"""The look at a body before it is parsed: nesting, against a scanner that reads one character after the other."""
+"""The look at a body before it is parsed: nesting, against a scanner that reads one character after
+the other.
+"""
 
 import json
 
@@ -44,7 +46,9 @@ def test_nesting_of_valid_json(value: object) -> None:
 
 @given(st.text(alphabet='[]{}"\\a', max_size=60))
 def test_nesting_of_anything(text: str) -> None:
-    """Invalid JSON may be judged differently after its fault, but what is deep before any quote is seen as deep."""
+    """Invalid JSON may be judged differently after its fault, but what is deep before any quote is
+    seen as deep.
+    """
     body = "[" * (MAX_DEPTH + 1) + text
     assert nesting(body.encode()) >= MAX_DEPTH + 1
 

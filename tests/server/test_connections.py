@@ -1,4 +1,6 @@
-"""What raw sockets send: broken HTTP, and headers and bodies that never end. Every answer has the shape of an error."""
+"""What raw sockets send: broken HTTP, and headers and bodies that never end. Every answer has the
+shape of an error.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""The default model over HTTP, by the official client: 32 streams at once, and half of them cut midway."""
+"""The default model over HTTP, by the official client: 32 streams at once, and half of them cut
+midway.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
@@ -18,7 +20,8 @@ QUESTIONS = [f"Name {count} {things}." for count in (1, 2, 3, 4) for things in T
 
 @pytest.fixture(scope="module")
 def engine(smollm2_path: Path) -> Iterator[AsyncEngine]:
-    # float32: in bfloat16 the company in a batch may turn a near tie, and texts are compared exactly here.
+    # float32: in bfloat16 the company in a batch may turn a near tie, and texts are compared
+    # exactly here.
     config = EngineConfig(
         model=str(smollm2_path),
         served_model_name=("smollm2",),

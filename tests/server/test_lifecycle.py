@@ -19,14 +19,16 @@ LONG = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True}
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = 120.0) -> None:
-    """Waits until something holds; fails loudly where it never does, which a busy machine must not look like."""
+    """Waits until something holds; fails loudly where it never does, which a busy machine must not
+    look like.
+    """
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.005)
 
 
-# ---- clients that leave ----------------------------------------------------------------------------------------------
+# ---- clients that leave --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -123,7 +125,7 @@ async def test_a_slow_reader_does_not_slow_others(served: Served) -> None:
         assert (await slow.read()).endswith(b"data: [DONE]\n\n")
 
 
-# ---- refusals and failures -------------------------------------------------------------------------------------------
+# ---- refusals and failures -----------------------------------------------------------------------
 
 
 async def test_queue_overflow(served_narrowly: Served) -> None:
@@ -146,7 +148,9 @@ async def test_queue_overflow(served_narrowly: Served) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_text_work_counts_towards_the_queue(served_narrowly: Served, path: str) -> None:
-    """While nothing can be tokenised, four calls wait for it and the others are refused at once, without text work."""
+    """While nothing can be tokenised, four calls wait for it and the others are refused at once,
+    without text work.
+    """
     go = threading.Event()
     pool = served_narrowly.engine._text_pool
     busy = [pool.submit(go.wait, 30) for _ in range(2)]
@@ -214,7 +218,7 @@ async def test_stuck_engine_is_unhealthy(served: Served) -> None:
     assert (await served.get("/health"))[0] == 503
 
 
-# ---- the life of the process -----------------------------------------------------------------------------------------
+# ---- the life of the process ---------------------------------------------------------------------
 
 
 class Process:

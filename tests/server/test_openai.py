@@ -1,4 +1,6 @@
-"""OpenAI's routes over a scripted engine: every answer, whole and streamed, in the shape that clients read."""
+"""OpenAI's routes over a scripted engine: every answer, whole and streamed, in the shape that
+clients read.
+"""
 
 import asyncio
 import json

@@ -1,6 +1,7 @@
 """What a client reads, byte for byte: one transcript for each form of a stream, written by hand.
 
-The core is driven step by step and taken after each, so that what leaves together does not depend on time.
+The core is driven step by step and taken after each, so that what leaves together does not depend
+on time.
 """
 
 import json

@@ -1,8 +1,8 @@
-//! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11, S13, and the bounds of
-//! L3 and L4.
+//! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11,
+//! S13, and the bounds of L3 and L4.
 //!
-//! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with another count, and with
-//! what the device saw.
+//! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with
+//! another count, and with what the device saw.
 
 use crate::packed::{ensure, Header};
 use _core::config::CoreConfig;
@@ -90,7 +90,8 @@ fn table_lengths(config: &CoreConfig, sequence: &SequenceView) -> Result<(), Str
     Ok(())
 }
 
-/// What a step touches, against the core's books right after it was planned: S5, and no use of what is free.
+/// What a step touches, against the core's books right after it was planned: S5, and no use of what
+/// is free.
 pub fn step_blocks(seen: &Inspection, written: &[u32], read: &[u32]) -> Result<(), String> {
     for &block in written {
         let view = &seen.blocks[block as usize];
@@ -107,7 +108,8 @@ pub fn step_blocks(seen: &Inspection, written: &[u32], read: &[u32]) -> Result<(
     Ok(())
 }
 
-/// Plans in a row without the oldest running sequence: its victims' blocks may be held for both steps in flight.
+/// Plans in a row without the oldest running sequence: its victims' blocks may be held for both
+/// steps in flight.
 const MAX_IDLE_PLANS: u32 = 2;
 
 /// Rules about who gets a turn, over several steps.
@@ -135,7 +137,8 @@ impl Fairness {
         self.the_head_gets_its_turn(before, after)
     }
 
-    /// L3: the oldest running sequence has a row in every plan, but for the plan in which all its tokens are in flight.
+    /// L3: the oldest running sequence has a row in every plan, but for the plan in which all its
+    /// tokens are in flight.
     fn oldest_advances(&mut self, after: &Inspection, seqs: &[SeqRef]) -> Result<(), String> {
         let oldest = after.sequences.iter().find(|sequence| sequence.phase == Phase::Running);
         let oldest = oldest.filter(|sequence| !sequence.is_fully_planned).map(|sequence| sequence.seq);
@@ -153,8 +156,8 @@ impl Fairness {
         Ok(())
     }
 
-    /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k before it, at most k + 1
-    /// times as often.
+    /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k
+    /// before it, at most k + 1 times as often.
     fn the_head_gets_its_turn(&mut self, before: &Inspection, after: &Inspection) -> Result<(), String> {
         let waits = |sequence: &&SequenceView| sequence.phase == Phase::Waiting;
         let still: Vec<SeqRef> = after.sequences.iter().filter(waits).map(|sequence| sequence.seq).collect();
@@ -168,7 +171,8 @@ impl Fairness {
         Ok(())
     }
 
-    /// L7: in one planning, at most as many sequences are preempted as give blocks back, and one that does not.
+    /// L7: in one planning, at most as many sequences are preempted as give blocks back, and one
+    /// that does not.
     pub fn preempted(&mut self, before: &Inspection, stats: &Stats) -> Result<(), String> {
         let now = stats.preemptions - self.preemptions;
         self.preemptions = stats.preemptions;

@@ -1,10 +1,12 @@
-//! A device that executes packed plans on the hash model: block tables, KV pool and per-slot state as docs/plan.md gives
-//! them.
+//! A device that executes packed plans on the hash model: block tables, KV pool and per-slot state
+//! as docs/plan.md gives them.
 //!
-//! It reads nothing but the plan's bytes, so it is a second reading of the format, and it trusts nothing: every
-//! index is checked (S12), and each block remembers which request wrote and read it in which step, which shows
+//! It reads nothing but the plan's bytes, so it is a second reading of the format, and it trusts
+//! nothing: every index is checked (S12), and each block remembers which request wrote and read it
+//! in which step, which shows
 //!
-//! * S5: a block written by one row and touched by another in the same step, or by another request in a step in flight;
+//! * S5: a block written by one row and touched by another in the same step, or by another request
+//!   in a step in flight;
 //! * S6: a block read before the step that wrote it was fenced, by any request but the writer;
 //! * S7: a block handed to a new owner while a step that touches it is still in flight;
 //! * reads through table entries that this request was never given, and reads of the null block.
@@ -54,15 +56,17 @@ struct Slot {
     penalty_counts: BTreeMap<u32, (u32, bool)>,
     /// Counts `enters`; tells the requests that held this slot apart. 0: none yet.
     occupant: u64,
-    /// A step of its present request was lost, or NaN: the request will end with an error. Until the core knows, rows in
-    /// flight run one position too early, and touch what may be given back already. That is no broken rule by itself:
-    /// steps run in order, so a later owner writes after them; if they harm anybody's data, the hashes show it.
+    /// A step of its present request was lost, or NaN: the request will end with an error. Until
+    /// the core knows, rows in flight run one position too early, and touch what may be given back
+    /// already. That is no broken rule by itself: steps run in order, so a later owner writes after
+    /// them; if they harm anybody's data, the hashes show it.
     is_doomed: bool,
 }
 
 pub struct Device {
     shape: Shape,
-    /// `[num_blocks * block_size]`; a block belongs to one group at a time, so one word a slot serves all groups.
+    /// `[num_blocks * block_size]`; a block belongs to one group at a time, so one word a slot
+    /// serves all groups.
     pool: Vec<u64>,
     written: Vec<Touch>,
     read: Vec<Touch>,
@@ -136,7 +140,8 @@ impl Device {
         }
     }
 
-    /// Step `step` has completed, or failed: once all steps before it have too, its effects are settled.
+    /// Step `step` has completed, or failed: once all steps before it have too, its effects are
+    /// settled.
     pub fn fence(&mut self, step: u64) {
         self.settled.push(step);
         while let Some(place) = self.settled.iter().position(|&settled| settled == self.fenced + 1) {
@@ -177,7 +182,8 @@ impl Device {
         block as usize * self.shape.block_size as usize
     }
 
-    /// A block that comes to be written holds garbage until it is: what it held before is nobody's business.
+    /// A block that comes to be written holds garbage until it is: what it held before is nobody's
+    /// business.
     fn poison_new_blocks(&mut self, view: &View) -> Result<(), Violation> {
         for words in view.blocks.chunks_exact(4) {
             ensure!(words[1] < self.shape.max_num_seqs, "S12: blocks: slot {}", words[1]);
@@ -251,7 +257,8 @@ impl Device {
         Ok(())
     }
 
-    /// A copy reads its source for the source's owner and writes its target for the request that was given it.
+    /// A copy reads its source for the source's owner and writes its target for the request that
+    /// was given it.
     fn record_copies(&mut self, view: &View) -> Result<(), Violation> {
         for pair in view.copies.chunks_exact(2) {
             let (source, target) = (pair[0] as usize, pair[1] as usize);
@@ -329,7 +336,8 @@ impl Device {
         Ok(tokens)
     }
 
-    /// Writes a token's KV slots and returns its hidden state after attention over the slots, its own included.
+    /// Writes a token's KV slots and returns its hidden state after attention over the slots, its
+    /// own included.
     fn run_token(&mut self, slot: usize, token: u32, position: u32, is_lost: bool) -> Result<u64, Violation> {
         let num_groups = self.shape.windows.len();
         let mut sums = [0u64; 8];
@@ -410,7 +418,8 @@ impl Device {
         Ok(())
     }
 
-    /// Draws a row's tokens: one, and one more for each draft that equals the token drawn before it.
+    /// Draws a row's tokens: one, and one more for each draft that equals the token drawn before
+    /// it.
     fn draw(&mut self, view: &View, row: &Row, tokens: &[u32], states: &[u64]) -> Result<Drawn, Violation> {
         let (start, len) = (row.bias_start as usize, row.bias_len as usize);
         let biases: Vec<(u32, f32)> = view.bias[start * 2..(start + len) * 2]

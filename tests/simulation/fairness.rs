@@ -1,4 +1,5 @@
-//! L5: equal clients are served equally. Each client sends its next request when the last one has ended.
+//! L5: equal clients are served equally. Each client sends its next request when the last one has
+//! ended.
 
 use crate::device::{Device, Faults};
 use crate::packed::Shape;
@@ -80,8 +81,9 @@ fn largest_lead(config: CoreConfig, num_clients: usize, num_steps: u32) -> u32 {
     lead
 }
 
-/// With requests of one size, first come, first served alternates between clients: nobody is ever more than one request
-/// ahead, plus what those of a batch that started earlier are ahead within it.
+/// With requests of one size, first come, first served alternates between clients: nobody is ever
+/// more than one request ahead, plus what those of a batch that started earlier are ahead within
+/// it.
 #[test]
 fn equal_clients_stay_within_two_requests_of_one_another() {
     let base = || CoreConfig { block_size: 4, max_model_len: 64, ..CoreConfig::default() };

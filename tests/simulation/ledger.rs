@@ -1,4 +1,5 @@
-//! What was asked of the core and what came out, request by request: each token is held against the oracle as it arrives.
+//! What was asked of the core and what came out, request by request: each token is held against the
+//! oracle as it arrives.
 //!
 //! Knows no blocks and no steps in detail: a step is the list of sequences that have a row in it.
 
@@ -150,7 +151,8 @@ impl Ledger {
             let cached = progress.num_cached_tokens as usize;
             let found = request.asked.prompt.get(..cached).ok_or("S8: more cached tokens than the prompt has")?;
             let key = prefix_key(request.asked.salt.as_deref(), found);
-            // With windows of 1 only, nothing before a block's border is ever seen: any length can be skipped.
+            // With windows of 1 only, nothing before a block's border is ever seen: any length can
+            // be skipped.
             let sees_back = self.windows.iter().any(|window| *window != 1);
             if cached > 0 && sees_back && self.prefixes.get(&key).copied().unwrap_or_default() < 2 {
                 return Err(format!("S8: {cached} tokens found in the cache that nobody computed under this salt"));
@@ -275,8 +277,8 @@ impl OutputSink for Ledger {
 
 /// How much of the pool one sequence needs, at most.
 pub trait PoolNeed {
-    /// Whether a sequence of this many tokens leaves no block for another token, or might; drafts tried at its end
-    /// need places too, and those of two steps may be undecided at once.
+    /// Whether a sequence of this many tokens leaves no block for another token, or might; drafts
+    /// tried at its end need places too, and those of two steps may be undecided at once.
     fn pool_is_full_with(&self, num_tokens: usize) -> bool;
 }
 

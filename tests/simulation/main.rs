@@ -1,4 +1,5 @@
-//! Seeded simulation of the core on an exact model of the device: the proof that requests do not disturb one another.
+//! Seeded simulation of the core on an exact model of the device: the proof that requests do not
+//! disturb one another.
 //!
 //! | file | one idea |
 //! | --- | --- |
@@ -14,8 +15,9 @@
 //! | `trace.rs` | events and counts for the reader |
 //! | `planted_faults.py` | breaks the core in known ways and shows that each is found |
 //!
-//! `OCTAVO_SIM_SECONDS=60 cargo test --profile fast --test simulation -- --nocapture` runs fresh seeds for a minute;
-//! `OCTAVO_SIM_SEED=n` runs that one and prints its whole trace. A seed that ever failed goes into `kept_seeds.txt`.
+//! `OCTAVO_SIM_SECONDS=60 cargo test --profile fast --test simulation --
+//! --nocapture` runs fresh seeds for a minute; `OCTAVO_SIM_SEED=n` runs that one and prints its
+//! whole trace. A seed that ever failed goes into `kept_seeds.txt`.
 
 mod checks;
 mod device;

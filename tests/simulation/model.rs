@@ -1,12 +1,13 @@
 //! The exact hash model: what the simulation runs in place of a neural network.
 //!
-//! Each KV slot holds a 64-bit hash of (group, token, position, everything the token attends to), and the next token is a
-//! function of the hashes that a row attends to. As in a transformer with several layers, the value stored at a position
-//! depends on all groups' values at the positions before it, so one wrong, stale, shared, zeroed or shifted slot changes
-//! every later token of the request. There is no rounding: equal means equal.
+//! Each KV slot holds a 64-bit hash of (group, token, position, everything the token attends to),
+//! and the next token is a function of the hashes that a row attends to. As in a transformer with
+//! several layers, the value stored at a position depends on all groups' values at the positions
+//! before it, so one wrong, stale, shared, zeroed or shifted slot changes every later token of the
+//! request. There is no rounding: equal means equal.
 //!
-//! This file has the arithmetic only. `device.rs` applies it to a paged pool through block tables, `oracle.rs` to a plain
-//! array of one request; they share nothing else. See docs/invariants.md.
+//! This file has the arithmetic only. `device.rs` applies it to a paged pool through block tables,
+//! `oracle.rs` to a plain array of one request; they share nothing else. See docs/invariants.md.
 
 /// Spreads every input bit over the word (the finaliser of `splitmix64`).
 pub fn mix(value: u64) -> u64 {
@@ -21,13 +22,15 @@ pub fn mix2(left: u64, right: u64) -> u64 {
     mix(mix(left) ^ right)
 }
 
-/// One attention read: adds the value of the slot at `position` to the sum of a group. Exchanged slots change the sum.
+/// One attention read: adds the value of the slot at `position` to the sum of a group. Exchanged
+/// slots change the sum.
 pub fn attend(sum: u64, position: u32, value: u64) -> u64 {
     let key = u64::from(position).wrapping_mul(0xa076_1d64_78bd_642f);
     sum.wrapping_add((value ^ key).wrapping_mul(0xe703_7ed1_a0b4_28db))
 }
 
-/// First position that a token at `position` attends to in a group with this window (0: full attention).
+/// First position that a token at `position` attends to in a group with this window (0: full
+/// attention).
 pub fn first_visible(position: u32, window: u32) -> u32 {
     if window == 0 {
         0
@@ -36,7 +39,8 @@ pub fn first_visible(position: u32, window: u32) -> u32 {
     }
 }
 
-/// Hidden state of a token: the token, its position and, per group, the sum over the slots before it.
+/// Hidden state of a token: the token, its position and, per group, the sum over the slots before
+/// it.
 pub fn hidden(token: u32, position: u32, sums: &[u64]) -> u64 {
     let start = mix2(u64::from(token), u64::from(position));
     sums.iter().fold(start, |state, &sum| mix2(state, sum))
@@ -47,7 +51,8 @@ pub fn kv_value(hidden: u64, group: usize) -> u64 {
     mix2(hidden, group as u64 + 1)
 }
 
-/// What shapes the next token besides the KV cache. Maps and lists enter as sums, so their order does not matter.
+/// What shapes the next token besides the KV cache. Maps and lists enter as sums, so their order
+/// does not matter.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sampling {
     pub temperature: f32,
@@ -70,7 +75,8 @@ pub fn bias_term(token: u32, bias: f32) -> u64 {
     mix2(u64::from(token) | 1 << 40, u64::from(bias.to_bits()))
 }
 
-/// Contribution of one token that penalties look at: how often it was output, and whether the prompt has it.
+/// Contribution of one token that penalties look at: how often it was output, and whether the
+/// prompt has it.
 pub fn penalty_term(token: u32, times_output: u32, in_prompt: bool) -> u64 {
     mix2(u64::from(token) | 1 << 41, u64::from(times_output) << 1 | u64::from(in_prompt))
 }
@@ -103,13 +109,15 @@ impl Logits<'_> {
             state = mix2(state, u64::from(self.sampling.top_k));
             state = mix2(mix2(state, self.sampling.seed), u64::from(self.output_index));
         }
-        // 4,096 candidates: with at most half of the vocabulary banned, running out is out of the question.
+        // 4,096 candidates: with at most half of the vocabulary banned, running out is out of the
+        // question.
         (0..4096u64)
             .map(|attempt| (mix2(state, attempt) % u64::from(self.vocab_size)) as u32)
             .find(|&token| !is_banned(token))
     }
 
-    /// The log-probability that the model reports for a token; made up, but a function of what the draw depends on.
+    /// The log-probability that the model reports for a token; made up, but a function of what the
+    /// draw depends on.
     pub fn logprob(&self, token: u32) -> f32 {
         -((mix2(self.state, u64::from(token)) >> 48) as f32) / 4096.0
     }

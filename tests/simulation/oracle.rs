@@ -1,6 +1,8 @@
-//! What a request must output, computed from its prompt and parameters alone: no batch, no blocks, no cache, no preemption.
+//! What a request must output, computed from its prompt and parameters alone: no batch, no blocks,
+//! no cache, no preemption.
 //!
-//! All of E1-E8 reduce to one comparison: whatever happened to a request in the world, its stream equals this one.
+//! All of E1-E8 reduce to one comparison: whatever happened to a request in the world, its stream
+//! equals this one.
 
 use crate::model::{attend, bias_term, first_visible, hidden, kv_value, penalty_term, Logits, Sampling};
 
@@ -11,7 +13,8 @@ pub struct Request<'a> {
     pub bias: &'a [(u32, f32)],
     pub max_tokens: u32,
     pub min_tokens: u32,
-    /// Tokens that end the request and are themselves output: end-of-sequence ids (unless ignored) and stop ids.
+    /// Tokens that end the request and are themselves output: end-of-sequence ids (unless ignored)
+    /// and stop ids.
     pub stop_tokens: &'a [u32],
 }
 

@@ -1,5 +1,5 @@
-//! The packed plan read a second time, straight from the tables of docs/plan.md: header and sections as words,
-//! rows checked one by one.
+//! The packed plan read a second time, straight from the tables of docs/plan.md: header and
+//! sections as words, rows checked one by one.
 //!
 //! It uses none of the core's readers and writers, so a slip in them shows.
 

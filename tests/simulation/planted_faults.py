@@ -1,10 +1,12 @@
-"""Does the net catch? Plants one fault after another into a copy of the core and runs the simulation until it finds it.
+"""Does the net catch? Plants one fault after another into a copy of the core and runs the
+simulation until it finds it.
 
     python tests/simulation/planted_faults.py [--seconds 60] [name ...]
 
-The core's own `check_integrity` is switched off in the copy, so each fault is found from outside: by the device, the
-oracle or the recount. A fault that outlives its seconds, or whose line is no longer in the file, fails the run.
-The builds have a target folder of their own: cargo would take the planted crate for the real one in a shared folder.
+The core's own `check_integrity` is switched off in the copy, so each fault is found from outside:
+by the device, the oracle or the recount. A fault that outlives its seconds, or whose line is no
+longer in the file, fails the run. The builds have a target folder of their own: cargo would take
+the planted crate for the real one in a shared folder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-//! What one 64-bit seed picks: the sizes of the core, the requests, and which of the troubles happen in this world.
+//! What one 64-bit seed picks: the sizes of the core, the requests, and which of the troubles
+//! happen in this world.
 //!
-//! Each seed switches on another subset of the features, so that rare mixes are met: with everything on at once, the loud
-//! troubles (failures, aborts) would end most requests before the quiet ones could show.
+//! Each seed switches on another subset of the features, so that rare mixes are met: with
+//! everything on at once, the loud troubles (failures, aborts) would end most requests before the
+//! quiet ones could show.
 
 use _core::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
 use _core::request::{SamplingOptions, SamplingParams};
@@ -37,7 +39,8 @@ pub struct Scenario {
     pub cache_reset: f64,
     pub clock_jump: f64,
     pub fail_all: f64,
-    /// Chance that the executor is slow, so that the oldest step is not ready when the next is planned.
+    /// Chance that the executor is slow, so that the oldest step is not ready when the next is
+    /// planned.
     pub slow_executor: f64,
     /// Chances per request.
     shared_prefix: f64,
@@ -68,7 +71,8 @@ impl Scenario {
         let mut longest_output = rng.random_range(1..=(max_len as u32).min(48));
         let is_storm = rng.random_bool(0.25);
         if is_storm {
-            // Many short prompts with long outputs in a pool for hardly more than one: preemption after preemption.
+            // Many short prompts with long outputs in a pool for hardly more than one: preemption
+            // after preemption.
             config.num_blocks = blocks_of_one(&config) + rng.random_range(2..=4);
             config.max_num_seqs = rng.random_range(2..=12);
             config.batching = Batching::Continuous;
@@ -184,7 +188,8 @@ impl Scenario {
             options.stop_token_ids = (0..3).map(|_| rng.random_range(0..vocab_size)).collect();
         }
         if rng.random_bool(self.biased) {
-            // Not the tokens that `min_tokens` may ban: which of two entries of one token wins is the device's affair.
+            // Not the tokens that `min_tokens` may ban: which of two entries of one token wins is
+            // the device's affair.
             let free: Vec<i64> = (0..vocab_size)
                 .filter(|token| !options.stop_token_ids.contains(token))
                 .filter(|token| !self.config.eos_token_ids.contains(&(*token as u32)))

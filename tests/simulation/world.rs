@@ -1,7 +1,9 @@
-//! Drives the core and the device through a scenario as the engine would, and checks the rules after every turn.
+//! Drives the core and the device through a scenario as the engine would, and checks the rules
+//! after every turn.
 //!
-//! A step is executed when it is planned, in the order of planning; its result is delivered when it is committed. So the
-//! core sees what it would see of a real device: up to two steps in flight, and no word of them until they are done.
+//! A step is executed when it is planned, in the order of planning; its result is delivered when it
+//! is committed. So the core sees what it would see of a real device: up to two steps in flight,
+//! and no word of them until they are done.
 
 use crate::checks::{recount, step_blocks, Fairness};
 use crate::device::{Device, Faults};
@@ -238,7 +240,8 @@ impl World {
         self.ledger.call = Call::Abort(id);
         self.core.abort(id, &mut self.ledger);
         self.told()?;
-        // L6: it is gone at once, and `recount` sees that its blocks are held no longer than the steps in flight.
+        // L6: it is gone at once, and `recount` sees that its blocks are held no longer than the
+        // steps in flight.
         let is_left = self.core.inspect().sequences.iter().any(|sequence| sequence.seq.request == id);
         match self.ledger.requests.get(&id) {
             Some(request) if is_left || !request.has_ended() => Err(format!("L6: request {} outlives its abort", id.0)),
@@ -324,8 +327,9 @@ impl World {
         .collect()
     }
 
-    /// A row carries what was offered for it, however many the others have: all of it, unless its sequence ends before,
-    /// or must not stop yet. A wrong draft would cost nothing but its place, so the streams would not show it.
+    /// A row carries what was offered for it, however many the others have: all of it, unless its
+    /// sequence ends before, or must not stop yet. A wrong draft would cost nothing but its place,
+    /// so the streams would not show it.
     fn drafts_are_the_rows_own(
         &self,
         rows: &[PlannedRow],
@@ -408,7 +412,8 @@ impl World {
         Ok(offered)
     }
 
-    /// Delivers the result of the oldest step, or its failure; a failure may also come before older results.
+    /// Delivers the result of the oldest step, or its failure; a failure may also come before older
+    /// results.
     fn settle_oldest(&mut self) -> Result<(), String> {
         let newest_is_lost = self.in_flight.back().is_some_and(|step| step.is_lost);
         let step = if newest_is_lost && self.rng.random_bool(0.5) {

@@ -32,7 +32,9 @@ def smollm2(smollm2_path: Path) -> Pair:
 
 @pytest.fixture(scope="session")
 def make_pair(corpus: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """(ours from a GGUF file, the oracle) for a pre-tokenizer or for "llama"; vocabularies trained on the corpus."""
+    """(ours from a GGUF file, the oracle) for a pre-tokenizer or for "llama"; vocabularies trained
+    on the corpus.
+    """
     made: dict[str, Pair] = {}
 
     def make(kind: str) -> Pair:

@@ -1,4 +1,6 @@
-"""Conversations that a chat template meets: roles, rounds, tools, tool calls, parts, odd characters."""
+"""Conversations that a chat template meets: roles, rounds, tools, tool calls, parts, odd
+characters.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Chat templates as `transformers` renders them: its own jinja2 environment, at a time of the test's choice."""
+"""Chat templates as `transformers` renders them: its own jinja2 environment, at a time of the
+test's choice.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The text of an output: what decoding prompt and output together adds to the decoded prompt, by `tokenizers`."""
+"""The text of an output: what decoding prompt and output together adds to the decoded prompt, by
+`tokenizers`.
+"""
 
 from __future__ import annotations
 

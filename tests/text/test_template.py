@@ -1,4 +1,6 @@
-"""Chat templates against jinja2 set up as `transformers` does, and hostile ones against their limits."""
+"""Chat templates against jinja2 set up as `transformers` does, and hostile ones against their
+limits.
+"""
 
 from __future__ import annotations
 

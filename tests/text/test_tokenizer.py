@@ -1,4 +1,6 @@
-"""Encoding, decoding and chats against pipelines built with the `tokenizers` package (see vocabularies.py)."""
+"""Encoding, decoding and chats against pipelines built with the `tokenizers` package (see
+vocabularies.py).
+"""
 
 from __future__ import annotations
 
@@ -238,7 +240,9 @@ def test_tokenizer_json(tmp_path: Path, smollm2: Pair, corpus: tuple[str, ...]) 
 
 
 def test_tokenizer_json_with_stripping_and_normalised_tokens(tmp_path: Path, make_pair: Callable[[str], Pair]) -> None:
-    """lstrip, rstrip, single_word and normalized added tokens, Metaspace that prepends at the very start only."""
+    """lstrip, rstrip, single_word and normalized added tokens, Metaspace that prepends at the very
+    start only.
+    """
     base = make_pair("llama")[1]
     oracle = Tokenizer.from_str(base.to_str())
     oracle.normalizer = None  # type: ignore[assignment]
@@ -255,7 +259,9 @@ def test_tokenizer_json_with_stripping_and_normalised_tokens(tmp_path: Path, mak
 
 
 def test_ignored_merges_cannot_spell_a_special_token(tmp_path: Path) -> None:
-    """A vocabulary that lists a special token as a word, and a model that takes whole words as they are."""
+    """A vocabulary that lists a special token as a word, and a model that takes whole words as they
+    are.
+    """
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))} | {"stop": 256}
     oracle = Tokenizer(models.BPE(vocab, [], ignore_merges=True))
     oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

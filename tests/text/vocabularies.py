@@ -1,7 +1,8 @@
 """Vocabularies for tests, and the pipelines of the `tokenizers` package that are their oracles.
 
-Nothing here comes from our own code: GGUF files are read and written by the `gguf` package, vocabularies are trained by
-`tokenizers` and `sentencepiece`, and each pipeline is put together from what the model family published.
+Nothing here comes from our own code: GGUF files are read and written by the `gguf` package,
+vocabularies are trained by `tokenizers` and `sentencepiece`, and each pipeline is put together from
+what the model family published.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def smollm2_vocabulary(path: Path) -> tuple[list[str], list[tuple[str, str]], li
 
 @functools.cache
 def trained_byte_level(lines: tuple[str, ...], pre: str) -> tuple[list[str], list[tuple[str, str]], list[int]]:
-    """A byte-level BPE vocabulary of 3,000 tokens trained on `lines`, then control and user-defined tokens."""
+    """A byte-level BPE vocabulary of 3,000 tokens trained on `lines`, then control and user-defined
+    tokens.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = byte_level_pre_tokenizer(pre)
     trainer = trainers.BpeTrainer(
@@ -105,7 +108,8 @@ def trained_byte_level(lines: tuple[str, ...], pre: str) -> tuple[list[str], lis
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merges = [tuple(merge) for merge in model["merges"]]
     types = [NORMAL] * len(tokens)
-    # A word that merges never make, for `ignore_merges`: it must win as a whole, and only with Llama 3.
+    # A word that merges never make, for `ignore_merges`: it must win as a whole, and only with
+    # Llama 3.
     extra = [
         ("Humanerklärung".replace("ä", "Ã¤"), NORMAL),
         ("<|begin|>", CONTROL),
@@ -155,7 +159,9 @@ def sentence_piece_vocabulary(model: bytes) -> tuple[list[str], list[float], lis
 
 
 def llama_pipeline(tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> Tokenizer:
-    """As `transformers` converts a SentencePiece model for LlamaTokenizerFast (legacy: a space after specials)."""
+    """As `transformers` converts a SentencePiece model for LlamaTokenizerFast (legacy: a space
+    after specials).
+    """
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = []
     for token, score, kind in zip(tokens, scores, types, strict=True):

@@ -1,8 +1,9 @@
-"""A bounded load client for any OpenAI-compatible server: streams `/v1/completions` with token-id prompts.
+"""A bounded load client for any OpenAI-compatible server: streams `/v1/completions` with token-id
+prompts.
 
-TTFT: request sent to first content event. TPOT: (last event - first) / (tokens - 1) of a request. ITL: gap between
-events. Every request asks for exactly `--output-len` tokens; a short answer, an HTTP error or a time-out counts as
-failed.
+TTFT: request sent to first content event. TPOT: (last event - first) / (tokens - 1) of a request.
+ITL: gap between events. Every request asks for exactly `--output-len` tokens; a short answer, an
+HTTP error or a time-out counts as failed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ class Record:
 async def stream_once(
     session: aiohttp.ClientSession, options: argparse.Namespace, model: str, prompt: list[int], record: Record
 ) -> None:
-    """Sends one request and reads its stream to the end. Raises `RuntimeError` for an answer that is none or short."""
+    """Sends one request and reads its stream to the end. Raises `RuntimeError` for an answer that
+    is none or short.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -69,7 +72,9 @@ async def refusal(response: aiohttp.ClientResponse) -> str:
 
 
 async def first_model(session: aiohttp.ClientSession, url: str) -> str:
-    """The name of the first model that the server lists. Raises `ValueError` that says what to do instead."""
+    """The name of the first model that the server lists. Raises `ValueError` that says what to do
+    instead.
+    """
     try:
         async with session.get(url + "/v1/models") as response:
             if response.status != 200:

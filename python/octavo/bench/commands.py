@@ -1,4 +1,6 @@
-"""The five commands of `octavo bench`. Each prints a table for people, or one JSON object with `--json`."""
+"""The five commands of `octavo bench`. Each prints a table for people, or one JSON object with
+`--json`.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ LENGTH_SPREAD = 24
 
 
 def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds the sub-commands; `add_engine_flags` gives those that load a model the flags of `EngineConfig`."""
+    """Adds the sub-commands; `add_engine_flags` gives those that load a model the flags of
+    `EngineConfig`.
+    """
     commands = parser.add_subparsers(dest="bench", required=True, metavar="COMMAND")
     count = parse_with(at_least(1))
     workloads = ", ".join(NAMES) + "; decodeN and prefillN take any N"
@@ -201,7 +205,9 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
 
 
 def batching_items(options: argparse.Namespace, vocab_size: int) -> list[Item]:
-    """Random prompts, and output lengths spread evenly over the logarithm, as those of people's requests are skewed."""
+    """Random prompts, and output lengths spread evenly over the logarithm, as those of people's
+    requests are skewed.
+    """
     rng = random.Random(options.workload_seed)
     shortest = max(1, options.output_len // LENGTH_SPREAD)
     items = []

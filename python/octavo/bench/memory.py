@@ -1,7 +1,8 @@
-"""How many requests fit into the same KV memory: pages against whole reservations, GQA against MHA, windows against
-full attention.
+"""How many requests fit into the same KV memory: pages against whole reservations, GQA against MHA,
+windows against full attention.
 
-Runs the real scheduler and block pool over a workload with tokens made up on the spot: no model, no device.
+Runs the real scheduler and block pool over a workload with tokens made up on the spot: no model, no
+device.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def paged_requests(
     block_size: int = BLOCK_SIZE,
     windows: tuple[int, ...] = (0,),
 ) -> tuple[int, float]:
-    """(largest number of requests that ran at once, mean number over the steps) as the real scheduler packs the
-    workload.
+    """(largest number of requests that ran at once, mean number over the steps) as the real
+    scheduler packs the workload.
 
-    `windows` has one entry for each group of `layers / len(windows)` layers: 0 for full attention, else its window in
-    tokens.
+    `windows` has one entry for each group of `layers / len(windows)` layers: 0 for full attention,
+    else its window in tokens.
     """
     group_bytes = shape.bytes_per_token // len(windows) * block_size
     core = _core.EngineCore(

@@ -25,8 +25,8 @@ def poisson_arrivals(count: int, rate: float, seed: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Summary:
-    """Times in seconds, rates in tokens a second. Latency is from arrival to the last token. None: there was nothing to
-    measure.
+    """Times in seconds, rates in tokens a second. Latency is from arrival to the last token. None:
+    there was nothing to measure.
     """
 
     requests: int

@@ -22,10 +22,10 @@ def known_workload(name: str) -> str:
 def workload(name: str, vocab_size: int = 32000, seed: int = 0) -> list[Item]:
     """The items of a workload.
 
-    decodeB: B prompts of 128 tokens, 256 out. prefillN: one prompt of N, one token out. uniform: 512
-    requests of 512 in, 256 out. chat: 1,000 requests with a ShareGPT-like spread of lengths. long: 16
-    of 8,192 in, 256 out. mixed: 64 chats of 256 with a prompt of 6,000 every eighth. prefix: 256
-    requests that share 2,048 tokens. Raises `ValueError` for another name.
+    decodeB: B prompts of 128 tokens, 256 out. prefillN: one prompt of N, one token out. uniform:
+    512 requests of 512 in, 256 out. chat: 1,000 requests with a ShareGPT-like spread of lengths.
+    long: 16 of 8,192 in, 256 out. mixed: 64 chats of 256 with a prompt of 6,000 every eighth.
+    prefix: 256 requests that share 2,048 tokens. Raises `ValueError` for another name.
     """
     known_workload(name)
     rng = random.Random(f"{name}/{seed}")

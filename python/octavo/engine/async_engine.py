@@ -1,7 +1,8 @@
 """The engine for asyncio: one engine thread, and streams that wake when the core has news for them.
 
-The core's eventfd becomes readable once for any number of tokens; the loop's reader takes the ids with news and sets
-one event a stream. What a stream has not taken yet stays in the core, coalesced, so a slow client grows no queue here.
+The core's eventfd becomes readable once for any number of tokens; the loop's reader takes the ids
+with news and sets one event a stream. What a stream has not taken yet stays in the core, coalesced,
+so a slow client grows no queue here.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from octavo.sampling_params import SamplingParams
 T = TypeVar("T")
 
 GIL_SWITCH_SECONDS = 0.0002
-"""How long a busy thread may keep the GIL from one that waits for it. At Python's 5 ms the engine thread, back from its
-wait for the device, would lose that much of a step to a busy event loop."""
+"""How long a busy thread may keep the GIL from one that waits for it. At Python's 5 ms the engine
+thread, back from its wait for the device, would lose that much of a step to a busy event loop.
+"""
 
 TEXT_THREADS = 2
 """Threads for templates, tokenising and long answers. Their work is detached Rust: two keep two
@@ -45,7 +47,9 @@ class ReplyStream:
         self._open = True
 
     async def next(self) -> _core.ReplyDelta:
-        """Waits for news and takes all of it; `finished` is true on the last. At most one caller at a time."""
+        """Waits for news and takes all of it; `finished` is true on the last. At most one caller at
+        a time.
+        """
         while True:
             await self._news.wait()
             self._news.clear()
@@ -60,7 +64,8 @@ class ReplyStream:
         self._news.set()
 
     def close(self) -> _core.ReplyDelta | None:
-        """Aborts the call unless it has finished: its blocks are free by the next committed step. Idempotent.
+        """Aborts the call unless it has finished: its blocks are free by the next committed step.
+        Idempotent.
 
         Returns what nobody waited for any more, None if the end was taken.
         """
@@ -78,7 +83,9 @@ class ReplyStream:
 
 
 class AsyncEngine:
-    """Submit prompts, await their tokens. Build it with `from_config`, then `attach_loop` with the running loop."""
+    """Submit prompts, await their tokens. Build it with `from_config`, then `attach_loop` with the
+    running loop.
+    """
 
     def __init__(self, engine: Engine) -> None:
         parts = engine.parts
@@ -101,7 +108,9 @@ class AsyncEngine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> AsyncEngine:
-        """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in an executor."""
+        """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in
+        an executor.
+        """
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
         engine = cls(Engine.from_config(config))
         engine._thread.start()
@@ -110,8 +119,8 @@ class AsyncEngine:
     def attach_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Has `loop` watch the core's eventfd. All streams must be awaited on this loop.
 
-        A loop that has ended gives way to the next one, as under one `asyncio.run` after another. Raises `RuntimeError`
-        while another loop runs.
+        A loop that has ended gives way to the next one, as under one `asyncio.run` after another.
+        Raises `RuntimeError` while another loop runs.
         """
         earlier = self._loop
         if earlier is loop:
@@ -129,10 +138,12 @@ class AsyncEngine:
             if stream is not None:
                 stream.wake()
 
-    # ---- requests ----------------------------------------------------------------------------------------------------
+    # ---- requests --------------------------------------------------------------------------------
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> _core.Prompt:
-        """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's completions."""
+        """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's
+        completions.
+        """
         return await self._detached(self._need_tokenizer().encode_text, text, add_special_tokens)
 
     async def encode_chat(
@@ -142,7 +153,9 @@ class AsyncEngine:
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
     ) -> _core.Prompt:
-        """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the template refuses."""
+        """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the
+        template refuses.
+        """
         encode = functools.partial(
             self._need_tokenizer().encode_chat,
             self._need_chat_template(),
@@ -177,11 +190,11 @@ class AsyncEngine:
     async def generate(
         self, prompt: PromptInput, sampling_params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncIterator[RequestOutput]:
-        """Yields the growing output of one prompt, each time as an object of its own; the request is aborted when the
-        iterator is dropped.
+        """Yields the growing output of one prompt, each time as an object of its own; the request
+        is aborted when the iterator is dropped.
 
-        Raises `OverloadedError` where the queue is full, `EngineDeadError` if the engine is lost, and
-        `RuntimeError` if it ended the request with an error.
+        Raises `OverloadedError` where the queue is full, `EngineDeadError` if the engine is lost,
+        and `RuntimeError` if it ended the request with an error.
         """
         self._check_alive()
         self.attach_loop(asyncio.get_running_loop())
@@ -203,7 +216,8 @@ class AsyncEngine:
             stream.close()
 
     async def _detached(self, work: Callable[..., T], *args: object) -> T:
-        """Runs text work of one request on the pool. Such a request waits already: it counts towards the queue's bound.
+        """Runs text work of one request on the pool. Such a request waits already: it counts
+        towards the queue's bound.
 
         Raises `OverloadedError` where the queue is full, `EngineDeadError`.
         """
@@ -222,7 +236,9 @@ class AsyncEngine:
             raise EngineDeadError("the engine has been shut down")
 
     def error_of(self, failure: str) -> RuntimeError:
-        """What to raise where a request ended with `failure`: with the reason if it was the engine's end."""
+        """What to raise where a request ended with `failure`: with the reason if it was the
+        engine's end.
+        """
         return EngineDeadError(self._engine.failure) if self.is_dead else RuntimeError(failure)
 
     async def run_beside(self, work: Callable[[], T]) -> T:
@@ -232,7 +248,9 @@ class AsyncEngine:
         return await asyncio.get_running_loop().run_in_executor(self._text_pool, work)
 
     def _text_done(self, _: Future[Any]) -> None:
-        """Called on the pool's thread, or by who cancels a job that waits; one that runs goes on without its client."""
+        """Called on the pool's thread, or by who cancels a job that waits; one that runs goes on
+        without its client.
+        """
         with self._text_lock:
             self._in_text -= 1
 
@@ -248,7 +266,7 @@ class AsyncEngine:
             )
         return self.chat_template
 
-    # ---- state -------------------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------
 
     @property
     def is_dead(self) -> bool:
@@ -271,8 +289,8 @@ class AsyncEngine:
         return self.core.stats()
 
     def shutdown(self) -> None:
-        """Ends the engine thread and gives its memory back; requests still running end with an error, which wakes their
-        streams.
+        """Ends the engine thread and gives its memory back; requests still running end with an
+        error, which wakes their streams.
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """

@@ -1,9 +1,10 @@
 """CUDA graphs of the forward pass, one a shape of step: so many rows, so many tokens.
 
-A graph covers embedding to the last norm over the static inputs that `prepare` fills, so replaying it costs the host
-one call instead of hundreds of launches. Attention reads the real lengths on the device, so one graph serves all
-lengths and how decode rows share their tokens; the core pads steps to the captured shapes. The logits stay outside:
-every graph would keep its own, of rows x vocabulary.
+A graph covers embedding to the last norm over the static inputs that `prepare` fills, so replaying
+it costs the host one call instead of hundreds of launches. Attention reads the real lengths on the
+device, so one graph serves all lengths and how decode rows share their tokens; the core pads steps
+to the captured shapes. The logits stay outside: every graph would keep its own, of rows x
+vocabulary.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from octavo.models.registry import Model
 
 PREFILL_ROWS = 8  # of each captured step with prompt tokens, one of them always padding
 PREFILL_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
-"""Beyond about a thousand tokens a 7B computes for longer than the host needs to launch its kernels one by one."""
+"""Beyond about a thousand tokens a 7B computes for longer than the host needs to launch its kernels
+one by one.
+"""
 DRAFT_TOKENS = (
     *(2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256),
     *(320, 384, 448, 512, 640, 768, 896, 1024),
 )
-"""Tokens of decode rows of which some have drafts. Where tokens decide a step's time, from some 250 on, no step gains
-more than a quarter."""
+"""Tokens of decode rows of which some have drafts. Where tokens decide a step's time, from some 250
+on, no step gains more than a quarter.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,8 @@ class GraphSizes:
     decodes: list[int] = field(default_factory=list)  # rows of steps of decodes only
     prefill_tokens: list[int] = field(default_factory=list)
     prefill_decodes: list[int] = field(default_factory=list)  # decode rows beside prompt tokens
-    # (decode rows, their tokens) where some row has drafts: of steps of decodes only, and beside prompt tokens. One row
-    # is always padding, which takes the tokens that a step lacks.
+    # (decode rows, their tokens) where some row has drafts: of steps of decodes only, and beside
+    # prompt tokens. One row is always padding, which takes the tokens that a step lacks.
     drafts: list[tuple[int, int]] = field(default_factory=list)
     prefill_drafts: list[tuple[int, int]] = field(default_factory=list)
     max_tokens: int = 0  # of one step, in all
@@ -53,8 +57,8 @@ class GraphSizes:
         decodes: list[int] | None = None,
         num_draft_tokens: int = 0,
     ) -> GraphSizes:
-        """Fine where padding would cost most: every shape costs a tenth of a second of start-up. decodes: instead of
-        the ladder.
+        """Fine where padding would cost most: every shape costs a tenth of a second of start-up.
+        decodes: instead of the ladder.
         """
         most = min(max_num_seqs * (1 + num_draft_tokens), max_num_batched_tokens)
 
@@ -128,7 +132,8 @@ class StepGraphs:
         self._inputs.rehearse(decode_lens, prefill_lens, slot=self._state.padding_slot)
 
         def run() -> Tensor:
-            # A context of its own: it keeps what the layers derive from it, which belongs to one run.
+            # A context of its own: it keeps what the layers derive from it, which belongs to one
+            # run.
             context = step_context(
                 self._inputs,
                 self._state,
@@ -152,8 +157,8 @@ class StepGraphs:
         return StepShape.of(plan) in self._graphs
 
     def replay(self, plan: Plan) -> Tensor:
-        """Hidden states of all tokens of decode rows and of the last token of each prefill row [n, hidden_size], of the
-        step whose inputs `prepare` has just filled.
+        """Hidden states of all tokens of decode rows and of the last token of each prefill row [n,
+        hidden_size], of the step whose inputs `prepare` has just filled.
         """
         graph, hidden = self._graphs[StepShape.of(plan)]
         graph.replay()

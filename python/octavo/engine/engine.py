@@ -1,8 +1,9 @@
 """The engine: one Rust core, one model runner, and the loop that keeps the device fed.
 
-A step is planned by the core, launched in two halves (the forward pass, the sample), and committed once its results are
-there. The device is never without work: the forward pass of step N+1 is in its queue before the loop waits for step N.
-What step N+1 needs of step N's tokens it finds on the device, since the sample of N is launched before.
+A step is planned by the core, launched in two halves (the forward pass, the sample), and committed
+once its results are there. The device is never without work: the forward pass of step N+1 is in its
+queue before the loop waits for step N. What step N+1 needs of step N's tokens it finds on the
+device, since the sample of N is launched before.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ IDLE_WAIT_SECONDS = 1.0
 
 
 class Engine:
-    """Steps the core and the runner. Not thread-safe but for the core itself: one thread calls `step` (or `run`)."""
+    """Steps the core and the runner. Not thread-safe but for the core itself: one thread calls
+    `step` (or `run`).
+    """
 
     def __init__(self, parts: EngineParts) -> None:
         self.parts = parts
@@ -38,7 +41,8 @@ class Engine:
         self.runner = parts.runner
         for slot, buffers in enumerate(parts.buffers):
             self.core.bind(slot, buffers.plan_array, buffers.result_array)
-        # On a CPU a step has run when it is launched: there it is finished in the turn that began it.
+        # On a CPU a step has run when it is launched: there it is finished in the turn that began
+        # it.
         self._overlap = parts.runner.device.type == "cuda"
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
@@ -49,14 +53,17 @@ class Engine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
-        """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what the user can mend."""
+        """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what
+        the user can mend.
+        """
         return cls(build_engine(config))
 
     def step(self) -> bool:
         """One turn: launches the next step, commits the one before. False: there was nothing to do.
 
-        An exception, also one from outside such as `KeyboardInterrupt`, leaves the turn half done; the next call drops
-        what was under way, ends its requests with an error, and goes on with the others.
+        An exception, also one from outside such as `KeyboardInterrupt`, leaves the turn half done;
+        the next call drops what was under way, ends its requests with an error, and goes on with
+        the others.
         """
         if self.is_closed:
             raise RuntimeError("this engine has been closed, and its model is gone: make a new one")
@@ -79,7 +86,8 @@ class Engine:
             if step is not None:
                 self.runner.launch_forward(step)
             self._finish_current()
-            # Here grammar masks of `step` will be filled: they need the tokens just committed, and the device is busy.
+            # Here grammar masks of `step` will be filled: they need the tokens just committed, and
+            # the device is busy.
             if step is not None:
                 self.runner.launch_sample(step)
             self._current = step
@@ -106,7 +114,9 @@ class Engine:
             self.core.commit(step.slot, time.monotonic())
 
     def _drop(self, step: Step, error: torch.OutOfMemoryError) -> None:
-        """Fails a step that does not fit into memory: its requests end with an error, and the others go on."""
+        """Fails a step that does not fit into memory: its requests end with an error, and the
+        others go on.
+        """
         torch.cuda.empty_cache()
         logger.error("step %d ran out of memory: %s", step.plan.step_id, error)
         self._wait_for_device()
@@ -114,7 +124,9 @@ class Engine:
         self.core.fail_step(step.slot, "out_of_memory", f"step {step.plan.step_id} did not fit into device memory")
 
     def _drop_interrupted(self) -> None:
-        """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of them have run."""
+        """Fails whatever steps the core holds: of a turn that was cut short, nothing tells which of
+        them have run.
+        """
         self._wait_for_device()
         self._current = None
         for slot in range(len(self.parts.buffers)):
@@ -123,13 +135,15 @@ class Engine:
         self._interrupted = False
 
     def _wait_for_device(self) -> None:
-        """Until no copy to or from the buffers is under way, also of a step that was not launched whole."""
+        """Until no copy to or from the buffers is under way, also of a step that was not launched
+        whole.
+        """
         if self.runner.device.type == "cuda":
             torch.cuda.synchronize(self.runner.device)
 
     def run(self) -> None:
-        """The engine thread: steps until `stop`. An error that is not one step's ends every request and marks the
-        engine dead.
+        """The engine thread: steps until `stop`. An error that is not one step's ends every request
+        and marks the engine dead.
         """
         try:
             while not self._stop.is_set():
@@ -154,10 +168,12 @@ class Engine:
         self.core.shutdown()
 
     def close(self) -> None:
-        """Gives back the memory of model, KV pool, graphs and buffers; requests still running end with an error.
+        """Gives back the memory of model, KV pool, graphs and buffers; requests still running end
+        with an error.
 
-        Idempotent. Call it on the thread that steps, or after `run` has returned. What a caller still refers to (the
-        runner, its tensors) stays; the core stays for its statistics and for deltas that nobody has taken yet.
+        Idempotent. Call it on the thread that steps, or after `run` has returned. What a caller
+        still refers to (the runner, its tensors) stays; the core stays for its statistics and for
+        deltas that nobody has taken yet.
         """
         if self.is_closed:
             return
@@ -166,7 +182,8 @@ class Engine:
         device = self.runner.device
         with self._device_may_be_lost():
             self._wait_for_device()
-        # Whoever keeps the closed engine keeps what it is made of in words (config, tokenizer, report).
+        # Whoever keeps the closed engine keeps what it is made of in words (config, tokenizer,
+        # report).
         self._current = None
         del self.runner, self.parts.runner, self.parts.buffers
         # What the process keeps of a step and of a model besides its engine.
@@ -179,7 +196,9 @@ class Engine:
 
     @contextlib.contextmanager
     def _device_may_be_lost(self) -> Iterator[None]:
-        """After an error of the device every call to it fails, and what it held is lost with the process."""
+        """After an error of the device every call to it fails, and what it held is lost with the
+        process.
+        """
         try:
             yield
         except RuntimeError:

@@ -1,5 +1,5 @@
-"""The forward pass of one step over the static inputs: the same for a launch, for a capture and for the rehearsal of
-the largest step.
+"""The forward pass of one step over the static inputs: the same for a launch, for a capture and for
+the rehearsal of the largest step.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def step_context(
     max_query_len: int,
     max_seq_len: int,
 ) -> StepContext:
-    """What attention needs to know of a step, as views of the static inputs. `max_decode_len` bounds the tokens of a
-    decode row in any step: a kernel is compiled for that number, and not for the longest row of this one.
+    """What attention needs to know of a step, as views of the static inputs. `max_decode_len`
+    bounds the tokens of a decode row in any step: a kernel is compiled for that number, and not for
+    the longest row of this one.
     """
     rows, num_tokens = shape.num_decodes + shape.num_prefills, shape.num_tokens
     return StepContext(
@@ -68,7 +69,9 @@ def step_context(
 
 
 def hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Tensor:
-    """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each prefill row."""
+    """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each
+    prefill row.
+    """
     set_context(context)
     tokens = context.slot_mapping[0].shape[0]
     hidden = model.forward(inputs.token_ids[:tokens], inputs.positions[:tokens])

@@ -14,8 +14,8 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def total_bytes() -> int:
-    """Of the machine, or of its container where that has a limit (cgroup v2). What is free of it bounds nothing: much
-    of the rest may be page cache.
+    """Of the machine, or of its container where that has a limit (cgroup v2). What is free of it
+    bounds nothing: much of the rest may be page cache.
     """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
@@ -25,8 +25,8 @@ def total_bytes() -> int:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """As `torch.zeros`, which writes every page (2 to 4 s for 2 GiB); here the kernel hands out zero pages as they are
-    first used.
+    """As `torch.zeros`, which writes every page (2 to 4 s for 2 GiB); here the kernel hands out
+    zero pages as they are first used.
     """
     count = torch.Size(shape).numel()
     pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -1,7 +1,8 @@
-"""The paged KV cache in bytes: how large a block is, the pool's tensors, and what the layers see of them.
+"""The paged KV cache in bytes: how large a block is, the pool's tensors, and what the layers see of
+them.
 
-All that depends on how keys and values are kept is `dtype` here and the views of `split_cache`: blocks
-are counted and copied as bytes, and attention takes numbers, or codes and their scales.
+All that depends on how keys and values are kept is `dtype` here and the views of `split_cache`:
+blocks are counted and copied as bytes, and attention takes numbers, or codes and their scales.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from octavo.models.registry import Model
 
 @dataclass(frozen=True)
 class KvLayout:
-    """One pool of blocks that all groups of layers draw from; a block has room in every layer of its group."""
+    """One pool of blocks that all groups of layers draw from; a block has room in every layer of
+    its group.
+    """
 
     num_groups: int
     layers_per_group: int

@@ -25,11 +25,13 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A model in this process. The calling thread runs the engine, so calls return when all prompts are done.
+    """A model in this process. The calling thread runs the engine, so calls return when all prompts
+    are done.
 
     `close` gives its memory back, as does leaving `with LLM(...) as llm:`.
 
-    Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`: `LLM("a/model", dtype="bfloat16")`.
+    Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`:
+    `LLM("a/model", dtype="bfloat16")`.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -39,12 +41,13 @@ class LLM:
                 "it bounds the queue of AsyncEngine and of the server"
             )
         config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
-        # All prompts of a call are queued at once: the bound protects servers, not lists that the caller already holds.
+        # All prompts of a call are queued at once: the bound protects servers, not lists that the
+        # caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
 
     def close(self) -> None:
-        """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing can be generated
-        afterwards.
+        """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing
+        can be generated afterwards.
         """
         self._engine.close()
 
@@ -69,7 +72,9 @@ class LLM:
         return self._engine.parts.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What is used where none are given: the model's own defaults, see `EngineConfig.generation_config`."""
+        """What is used where none are given: the model's own defaults, see
+        `EngineConfig.generation_config`.
+        """
         return SamplingParams(**self._engine.parts.generation_defaults)
 
     def generate(
@@ -79,10 +84,12 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order of the prompts.
+        """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order
+        of the prompts.
 
-        Raises `ValueError` naming the prompt's number and field before anything runs. A request that fails while it
-        runs costs no other: its output has the `finish_reason` "error" and says why in `error`.
+        Raises `ValueError` naming the prompt's number and field before anything runs. A request
+        that fails while it runs costs no other: its output has the `finish_reason` "error" and says
+        why in `error`.
         """
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]

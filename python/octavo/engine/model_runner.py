@@ -1,7 +1,7 @@
 """Runs planned steps on one device: plan bytes in, result bytes out.
 
-Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are facts of the Rust core,
-which names request slots and blocks in the plan (docs/plan.md).
+Knows tensors, the model and CUDA graphs. Does not know requests, text or scheduling: those are
+facts of the Rust core, which names request slots and blocks in the plan (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from octavo.weights.load import LoadedModel
 
 
 class ModelRunner:
-    """Owns the model, the KV pool and the device state; executes one plan at a time, asynchronously on a GPU."""
+    """Owns the model, the KV pool and the device state; executes one plan at a time, asynchronously
+    on a GPU.
+    """
 
     def __init__(
         self,
@@ -51,7 +53,8 @@ class ModelRunner:
             vocab_size=self.vocab_size,
             device=device,
         )
-        # A step of decodes only may be padded beyond the token budget's last row, never beyond one row a sequence.
+        # A step of decodes only may be padded beyond the token budget's last row, never beyond one
+        # row a sequence.
         self.inputs = StepInputs(
             max_tokens=max(max_num_batched_tokens, max_num_seqs),
             max_rows=max(max_num_seqs, graph_sizes.most_decodes) + graph_sizes.prefill_rows,
@@ -63,7 +66,7 @@ class ModelRunner:
             self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
         )
 
-    # ---- memory ------------------------------------------------------------------------------------------------------
+    # ---- memory ----------------------------------------------------------------------------------
 
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pages."""
@@ -74,8 +77,8 @@ class ModelRunner:
     def profile_peak_bytes(self) -> int:
         """Device memory in use at the peak of the largest step, in bytes (CUDA only).
 
-        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows, over a pool of one
-        block: every block table entry is the null block, which is safe to write.
+        The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows,
+        over a pool of one block: every block table entry is the null block, which is safe to write.
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -104,13 +107,14 @@ class ModelRunner:
         torch.cuda.empty_cache()
         return peak
 
-    # ---- one step ----------------------------------------------------------------------------------------------------
+    # ---- one step --------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def launch_forward(self, step: Step) -> None:
         """Enqueues the step on the current stream up to its logits, which then are `step.logits`.
 
-        It reads what the sample of the step before has written on the device, so that one must have been launched.
+        It reads what the sample of the step before has written on the device, so that one must have
+        been launched.
         """
         plan, plan_device = step.plan, step.buffers.upload(step.plan.num_bytes)
         if plan.num_copies:
@@ -121,8 +125,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch_sample(self, step: Step) -> None:
-        """Enqueues what follows the logits: the draw, and the copy of the results to the host, for which
-        `step.buffers.wait` waits.
+        """Enqueues what follows the logits: the draw, and the copy of the results to the host, for
+        which `step.buffers.wait` waits.
         """
         plan, buffers, logits = step.plan, step.buffers, step.logits
         assert logits is not None, "launch_forward comes before launch_sample"
@@ -131,7 +135,9 @@ class ModelRunner:
         buffers.download(plan.padded_rows * plan.result_width * 4)
 
     def forward(self, plan: Plan) -> Tensor:
-        """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each prefill row."""
+        """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each
+        prefill row.
+        """
         if self.graphs.fits(plan):
             hidden = self.graphs.replay(plan)
         else:

@@ -1,4 +1,6 @@
-"""From the core's deltas to vLLM-shaped outputs: one builder a request, fed with what `take` returned."""
+"""From the core's deltas to vLLM-shaped outputs: one builder a request, fed with what `take`
+returned.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from octavo.sampling_params import SamplingParams
 
 
 class OutputBuilder:
-    """Accumulates the choices of one request: the whole output so far, as vLLM's generators give it."""
+    """Accumulates the choices of one request: the whole output so far, as vLLM's generators give
+    it.
+    """
 
     def __init__(
         self,
@@ -56,7 +60,9 @@ class OutputBuilder:
         return output
 
     def snapshot(self) -> RequestOutput:
-        """The output so far, which stays as it is. Lists are copied, what is in them is shared: it never changes."""
+        """The output so far, which stays as it is. Lists are copied, what is in them is shared: it
+        never changes.
+        """
         return dataclasses.replace(
             self._output,
             outputs=[

@@ -1,7 +1,7 @@
 """Building an engine: device, model, KV memory, core, graphs; and the report that start-up prints.
 
-KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of the largest step,
-on a CPU from `kv_cache_memory`.
+KV memory is taken last: on a GPU from what is left of `gpu_memory_utilization` after a rehearsal of
+the largest step, on a CPU from `kv_cache_memory`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ from octavo.weights.load import LoadedModel, load_model
 logger = logging.getLogger(__name__)
 
 GRAPH_BYTES = 16 << 20
-"""Memory set aside for one captured graph's own bookkeeping; its activations are shared with the rehearsed step's."""
+"""Memory set aside for one captured graph's own bookkeeping; its activations are shared with the
+rehearsed step's.
+"""
 
 
 NUM_DRAFT_TOKENS = 0
-"""Most draft tokens of a decode row, for which core, block tables, graphs and memory are sized. Nothing drafts yet."""
+"""Most draft tokens of a decode row, for which core, block tables, graphs and memory are sized.
+Nothing drafts yet.
+"""
 
 MEMORY_FLAG = {"cuda": "--gpu-memory-utilization", "cpu": "--kv-cache-memory"}
 
@@ -84,7 +88,9 @@ class EngineParts:
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
-    """Loads and sizes everything. Raises `ValueError` naming the field or file for what the user can mend."""
+    """Loads and sizes everything. Raises `ValueError` naming the field or file for what the user
+    can mend.
+    """
     started = time.monotonic()
     device = pick_device(config.device)
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
@@ -137,7 +143,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
         draft_graphs=graph_sizes.drafts,
         prefill_draft_graphs=graph_sizes.prefill_drafts,
         num_draft_tokens=NUM_DRAFT_TOKENS,
-        # A secret of this process, so that nobody can make two prompts share cached blocks by crafting a collision.
+        # A secret of this process, so that nobody can make two prompts share cached blocks by
+        # crafting a collision.
         hash_secret=os.urandom(32),
         seed=config.seed,
         tokenizer=loaded.tokenizer,
@@ -219,8 +226,8 @@ def known(value: int | None) -> int:
 
 
 def pick_max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
-    """The model's own length unless the user asks for less. Asking for more is refused: positions past it were never
-    trained.
+    """The model's own length unless the user asks for less. Asking for more is refused: positions
+    past it were never trained.
     """
     limit = loaded.config.max_position_embeddings
     if config.max_model_len is None or config.max_model_len == AUTO_LENGTH:

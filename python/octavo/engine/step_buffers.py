@@ -1,9 +1,10 @@
-"""The tensors of a step: what a request slot remembers, what a forward pass reads, and the buffers that cross to and
-from the core.
+"""The tensors of a step: what a request slot remembers, what a forward pass reads, and the buffers
+that cross to and from the core.
 
-Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over it. The file knows
-shapes only: `kernels/step/prepare.py` and `kernels/step/sample.py` fill and advance these tensors, and the core (Rust)
-decides what the plan says. docs/plan.md has the format of a plan and of a result.
+Everything here has a fixed address for the life of the engine, so CUDA graphs may be captured over
+it. The file knows shapes only: `kernels/step/prepare.py` and `kernels/step/sample.py` fill and
+advance these tensors, and the core (Rust) decides what the plan says. docs/plan.md has the format
+of a plan and of a result.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from octavo.kernels.step.plan_format import Plan
 class DeviceState:
     """What the device remembers of each request slot between steps.
 
-    There are `max_num_seqs + 1` slots; the last one is the padding slot, whose state stays zero. The parameters of a
-    slot are kept as the very record that entered it, so entering a request is one copy; the named attributes are views
-    of the record's columns.
+    There are `max_num_seqs + 1` slots; the last one is the padding slot, whose state stays zero.
+    The parameters of a slot are kept as the very record that entered it, so entering a request is
+    one copy; the named attributes are views of the record's columns.
     """
 
     def __init__(
@@ -58,8 +59,8 @@ class DeviceState:
         self.penalty_counts: Tensor | None = None
 
     def require_penalty_counts(self) -> Tensor:
-        """[slots, vocab_size] int32: 2 x (times the token was output) + (1 if it is in the prompt). Allocated when
-        first asked for.
+        """[slots, vocab_size] int32: 2 x (times the token was output) + (1 if it is in the prompt).
+        Allocated when first asked for.
         """
         if self.penalty_counts is None:
             slots = self.last_token.shape[0]
@@ -70,8 +71,8 @@ class DeviceState:
 
 
 class StepInputs:
-    """What the forward pass of a step reads; `prepare` fills the leading part, the rest is left over from earlier
-    steps.
+    """What the forward pass of a step reads; `prepare` fills the leading part, the rest is left
+    over from earlier steps.
     """
 
     def __init__(self, *, max_tokens: int, max_rows: int, num_groups: int, device: torch.device) -> None:
@@ -82,16 +83,16 @@ class StepInputs:
         self.row_slots = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.query_start_loc = torch.zeros(max_rows + 1, dtype=torch.int32, device=device)
-        # Token whose hidden state each row of logits comes from: all tokens of decode rows, the last one of each
-        # prefill row.
+        # Token whose hidden state each row of logits comes from: all tokens of decode rows, the
+        # last one of each prefill row.
         self.sample_index = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.sample_rows = torch.zeros(
             max_tokens, dtype=torch.int32, device=device
         )  # their rows; where rows have drafts
 
     def rehearse(self, decode_lens: Sequence[int], prefill_lens: Sequence[int], *, slot: int) -> None:
-        """Makes the inputs those of a step that does no harm: decode rows, then prefill rows of the given lengths, all
-        of `slot`, whose block table must be all null block.
+        """Makes the inputs those of a step that does no harm: decode rows, then prefill rows of the
+        given lengths, all of `slot`, whose block table must be all null block.
         """
         lens = torch.tensor([*decode_lens, *prefill_lens], dtype=torch.int32)
         rows, tokens = len(lens), int(lens.sum())
@@ -109,7 +110,9 @@ class StepInputs:
 
 
 class StepBuffers:
-    """One host slot: the plan the core writes, the result it reads, and their device twins (on a CPU: themselves)."""
+    """One host slot: the plan the core writes, the result it reads, and their device twins (on a
+    CPU: themselves).
+    """
 
     def __init__(self, plan_bytes: int, result_bytes: int, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -122,7 +125,8 @@ class StepBuffers:
         self.plan_device = torch.zeros_like(self._plan_host, device=device) if self._on_gpu else self._plan_host
         result_device = torch.zeros_like(self._result_host, device=device) if self._on_gpu else self._result_host
         self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
-        # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would hold it.
+        # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would
+        # hold it.
         self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
     def read_plan(self) -> Plan:
@@ -136,8 +140,8 @@ class StepBuffers:
         return self.plan_device
 
     def download(self, num_bytes: int) -> None:
-        """Enqueues the copy of the first `num_bytes` result bytes to the host and records the event that `wait` waits
-        for.
+        """Enqueues the copy of the first `num_bytes` result bytes to the host and records the event
+        that `wait` waits for.
         """
         if self._on_gpu:
             words = num_bytes // 4
@@ -152,7 +156,9 @@ class StepBuffers:
 
 @dataclass(slots=True)
 class Step:
-    """One planned step on its way through the device: the plan's numbers, and the host slot that has the rest."""
+    """One planned step on its way through the device: the plan's numbers, and the host slot that
+    has the rest.
+    """
 
     slot: int
     plan: Plan

@@ -1,8 +1,8 @@
 """Made-up requests before the first real one, so that no kernel is compiled while somebody waits.
 
-Triton compiles a variant of a kernel when it is first launched with new constants: one or two seconds that would stop
-every stream. Which variants a step needs follows from what its requests ask for, so the warm-up asks for all of it,
-through a core of its own on the real device buffers.
+Triton compiles a variant of a kernel when it is first launched with new constants: one or two
+seconds that would stop every stream. Which variants a step needs follows from what its requests ask
+for, so the warm-up asks for all of it, through a core of its own on the real device buffers.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROMPT_LENS = (3, 40)  # `prepare` has a variant for short rows and one for long
 
 @torch.inference_mode()
 def rehearse_layers(model: Model) -> None:
-    """Launches the layers' own kernels, each kind once. Before any graph is captured: the kernels' counters are made
-    by their first launch.
+    """Launches the layers' own kernels, each kind once. Before any graph is captured: the kernels'
+    counters are made by their first launch.
     """
     done: set[Hashable] = set()
     for layer in model.layers():
@@ -41,7 +41,9 @@ def rehearse_layers(model: Model) -> None:
 
 
 def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, Any]) -> None:
-    """Runs every kind of request to its end. `core_options`: those of the real core, whose pool must be unused yet."""
+    """Runs every kind of request to its end. `core_options`: those of the real core, whose pool
+    must be unused yet.
+    """
     core = EngineCore(**core_options | {"batching": "continuous"})
     core.bind(0, buffers.plan_array, buffers.result_array)
     for options in REQUESTS:

@@ -1,6 +1,8 @@
-"""Self-attention over paged keys and values: fused qkv, rotary and KV write in one op, decodes and prefills apart.
+"""Self-attention over paged keys and values: fused qkv, rotary and KV write in one op, decodes and
+prefills apart.
 
-The layer knows its pages and its KV group; which rows and pages a step touches is in the step's context.
+The layer knows its pages and its KV group; which rows and pages a step touches is in the step's
+context.
 """
 
 from typing import Any
@@ -19,7 +21,9 @@ from octavo.model_config import ModelConfig
 
 
 class Attention(Layer):
-    """Multi-head attention with grouped keys and values, with a window where the config gives this layer one."""
+    """Multi-head attention with grouped keys and values, with a window where the config gives this
+    layer one.
+    """
 
     # Set by the engine: numbers, or codes and their scales (`kernels/attention/kv_block.py`).
     kv_cache: Tensor  # [num_blocks, 2, num_kv_heads, block_size, head_dim (half of it: 4-bit codes)]
@@ -51,7 +55,9 @@ class Attention(Layer):
         self.k_norm_weight = self.k_norm.weight if self.k_norm else None
 
     def __call__(self, x: Any, positions: Tensor) -> Tensor:
-        """x [num_tokens, hidden_size] in the form of `qkv`, positions [num_tokens] int64 -> as x, plain."""
+        """x [num_tokens, hidden_size] in the form of `qkv`, positions [num_tokens] int64 -> as x,
+        plain.
+        """
         step = get_context()
         num_tokens = positions.shape[0]
         # Views into the fused output: a row of q is followed by its k and v.

@@ -1,4 +1,5 @@
-"""The attention metadata of the running step, so that model code keeps `forward(input_ids, positions)`.
+"""The attention metadata of the running step, so that model code keeps
+`forward(input_ids, positions)`.
 
 One plain global: only the engine thread runs a model. (The idea is nano-vllm's `utils/context.py`.)
 """
@@ -27,12 +28,16 @@ class StepContext:
 
     @cached_property
     def decode_start_loc(self) -> Tensor | None:
-        """[num_decodes + 1] int32: `query_start_loc` of the decode rows; None where each has one token."""
+        """[num_decodes + 1] int32: `query_start_loc` of the decode rows; None where each has one
+        token.
+        """
         return self.query_start_loc[: self.num_decodes + 1] if self.decode_query_len > 1 else None
 
     @cached_property
     def prefill_start_loc(self) -> Tensor:
-        """[num_prefills + 1] int32: `query_start_loc` of the prefill rows, counted from their own first token."""
+        """[num_prefills + 1] int32: `query_start_loc` of the prefill rows, counted from their own
+        first token.
+        """
         return self.query_start_loc[self.num_decodes :] - self.num_decode_tokens
 
 

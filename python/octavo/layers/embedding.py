@@ -1,4 +1,6 @@
-"""Token embedding, and the head that turns hidden states into logits (its own matrix or the embedding's)."""
+"""Token embedding, and the head that turns hidden states into logits (its own matrix or the
+embedding's).
+"""
 
 from collections.abc import Hashable, Iterable, Iterator
 
@@ -26,7 +28,9 @@ class Embedding(Layer):
         yield WeightPart(f"{self.name}.weight", self, "weight", tuple(self.weight.shape))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """input_ids [num_tokens] -> [num_tokens, size] of `activation_dtype`, which all hidden states have."""
+        """input_ids [num_tokens] -> [num_tokens, size] of `activation_dtype`, which all hidden
+        states have.
+        """
         hidden = F.embedding(input_ids, self.weight).to(self.activation_dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
@@ -35,7 +39,9 @@ class LogitsHead(Layer):
     """Logits of the real vocabulary in float32."""
 
     def __init__(self, scheme: Scheme, *, soft_cap: float = 0.0) -> None:
-        """scheme: of the matrix [vocab_size, size]. soft_cap: logits stay between -soft_cap and soft_cap; 0: any."""
+        """scheme: of the matrix [vocab_size, size]. soft_cap: logits stay between -soft_cap and
+        soft_cap; 0: any.
+        """
         self.scheme = scheme
         self.soft_cap = soft_cap
 
@@ -60,8 +66,9 @@ class TiedHead(LogitsHead):
         return iter(())  # the embedding belongs to the model, and the scheme is filled with the embedding's table
 
     def finish(self) -> None:
-        # In packed form it is a second copy of the table, which a CPU's largest product repays: SmolLM2's takes 3.1 ms
-        # instead of 6.2 for one row and 4.0 instead of 23 for four (bf16, one core).
+        # In packed form it is a second copy of the table, which a CPU's largest product repays:
+        # SmolLM2's takes 3.1 ms instead of 6.2 for one row and 4.0 instead of 23 for four (bf16,
+        # one core).
         self.scheme.weight = self.embedding.weight
         self.scheme.finish()
 

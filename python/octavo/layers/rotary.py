@@ -1,8 +1,8 @@
 """The table of cosines and sines for rotary position embedding (Su et al. 2021), NeoX layout.
 
-Scalings as in transformers' `modeling_rope_utils.py`: linear (positions divided by a factor) and Llama 3 (low
-frequencies divided, high ones kept, a smooth ramp between). The rotation itself is fused with the KV write in
-`kernels/`.
+Scalings as in transformers' `modeling_rope_utils.py`: linear (positions divided by a factor) and
+Llama 3 (low frequencies divided, high ones kept, a smooth ramp between). The rotation itself is
+fused with the KV write in `kernels/`.
 """
 
 import math

@@ -1,10 +1,11 @@
-"""How a layer says which checkpoint tensors its own tensors are made of, before any memory is taken.
+"""How a layer says which checkpoint tensors its own tensors are made of, before any memory is
+taken.
 
-A layer starts with tensors on the `meta` device and lists a `WeightPart` for every checkpoint tensor
-it wants. The loader checks all parts against the files; then, layer by layer, it calls `allocate`,
-fills each `WeightPart.destination()` and lets the layer `finish`. So at most one layer is in memory
-both as the file has it and as the layer wants it. Several parts may be ranges of one tensor: that is
-how q, k and v become one matrix without a second copy.
+A layer starts with tensors on the `meta` device and lists a `WeightPart` for every checkpoint
+tensor it wants. The loader checks all parts against the files; then, layer by layer, it calls
+`allocate`, fills each `WeightPart.destination()` and lets the layer `finish`. So at most one layer
+is in memory both as the file has it and as the layer wants it. Several parts may be ranges of one
+tensor: that is how q, k and v become one matrix without a second copy.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -15,7 +16,9 @@ from torch import Tensor
 
 
 def normal(tensor: Tensor, generator: torch.Generator) -> None:
-    """Variance 1 / (last dimension): a matrix of such weights keeps the scale of what it multiplies."""
+    """Variance 1 / (last dimension): a matrix of such weights keeps the scale of what it
+    multiplies.
+    """
     tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
 
 
@@ -60,17 +63,18 @@ class Layer:
         return sum(getattr(self, attribute).nbytes for attribute in {part.attribute for part in self.own_parts()})
 
     def finish(self) -> None:
-        """Called once, when this layer's parts are filled and before the next layer's are allocated.
+        """Called once, when this layer's parts are filled and before the next layer's are
+        allocated.
 
-        Packs or quantises them into what the forward pass uses, and lets go of what that replaces. The
-        layers below this one have finished.
+        Packs or quantises them into what the forward pass uses, and lets go of what that replaces.
+        The layers below this one have finished.
         """
 
     def rehearse(self, done: set[Hashable]) -> None:
         """Launches this layer's own kernels in every variant that a step may ask for (GPU only).
 
-        done: the kinds of kernels that were launched already. A layer adds its own, and does nothing
-        if an equal one was here before.
+        done: the kinds of kernels that were launched already. A layer adds its own, and does
+        nothing if an equal one was here before.
         """
 
     def children(self) -> Iterator["Layer"]:
@@ -93,7 +97,9 @@ class Layer:
 
 
 def allocate(layer: Layer, device: torch.device) -> list[WeightPart]:
-    """Replaces the layer's own meta tensors by uninitialised ones on `device`; returns the parts to fill."""
+    """Replaces the layer's own meta tensors by uninitialised ones on `device`; returns the parts to
+    fill.
+    """
     parts = list(layer.own_parts())
     for attribute in {part.attribute for part in parts}:
         tensor: Tensor = getattr(layer, attribute)

@@ -1,8 +1,9 @@
 """From the keys of a `config.json` to a `ModelConfig`, checked field by field.
 
-A GGUF header is first renamed to the keys of `config.json`, so that both kinds of file go through the
-same reading and the same checks; errors name the file and the field as that file spells it. Only keys
-named here and in the families' files are ever read: nothing in a config file can choose code.
+A GGUF header is first renamed to the keys of `config.json`, so that both kinds of file go through
+the same reading and the same checks; errors name the file and the field as that file spells it.
+Only keys named here and in the families' files are ever read: nothing in a config file can choose
+code.
 """
 
 import math
@@ -19,8 +20,8 @@ _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh
 
 
 class Fields:
-    """Typed reading of one file's fields. `spelling` maps the keys of config.json to those of the file; others are
-    named with `prefix` before them.
+    """Typed reading of one file's fields. `spelling` maps the keys of config.json to those of the
+    file; others are named with `prefix` before them.
     """
 
     def __init__(
@@ -146,7 +147,9 @@ def read_decoder(fields: Fields, **own: Any) -> ModelConfig:
 
 
 def read_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int, ...]:
-    """Per layer: `sliding_window` in tokens, or 0. `layer_types` says which where a file has it, else `has_window`."""
+    """Per layer: `sliding_window` in tokens, or 0. `layer_types` says which where a file has it,
+    else `has_window`.
+    """
     num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
     if fields.get("sliding_window") is None:
         return (0,) * num_layers
@@ -163,7 +166,9 @@ def read_windows(fields: Fields, has_window: Callable[[int], bool]) -> tuple[int
 
 
 def read_rope(fields: Fields, key: str, table: Mapping[str, Any]) -> RopeConfig:
-    """The rotary settings in `table`, which the file has under `key`. Older files have `rope_theta` outside of it."""
+    """The rotary settings in `table`, which the file has under `key`. Older files have `rope_theta`
+    outside of it.
+    """
     inner = Fields(fields.source, without_none(table), prefix=f"{key}.")
     theta = inner.number("rope_theta") if "rope_theta" in inner.values else fields.number("rope_theta")
     kind = inner.text("rope_type", inner.text("type", "default"))

@@ -1,7 +1,8 @@
-"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`; and what reading its
-files takes.
+"""What the engine needs of every family: layers and their KV groups, `forward`, `compute_logits`;
+and what reading its files takes.
 
-Opens no files and knows no steps: weights come through parts, pages and metadata through the step's context.
+Opens no files and knows no steps: weights come through parts, pages and metadata through the step's
+context.
 """
 
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,9 @@ class Model(Layer):
         """Adds to a GGUF header, under config.json's keys, what llama.cpp has in its code instead."""
 
     def __init__(self, config: ModelConfig, schemes: Schemes) -> None:
-        """Takes no memory for weights: all of them are on the `meta` device until a loader places them."""
+        """Takes no memory for weights: all of them are on the `meta` device until a loader places
+        them.
+        """
         self.config = config
         self.kv_groups: list[KvGroup] = kv_groups(config)
         group_of = {layer: index for index, group in enumerate(self.kv_groups) for layer in group.layers}
@@ -91,7 +94,9 @@ class Model(Layer):
         self.norm = hidden_norm("model.norm", config, schemes)
 
     def bind_kv_caches(self, pages: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`, `Attention.kv_scales`)."""
+        """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`,
+        `Attention.kv_scales`).
+        """
         for group in self.kv_groups:
             for place, layer in enumerate(group.layers):
                 attention = self.decoder_layers[layer].attention
@@ -102,7 +107,9 @@ class Model(Layer):
         return sum(layer.own_bytes() for layer in self.layers())
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids [num_tokens], positions [num_tokens] int64 -> hidden states [num_tokens, hidden_size], normed."""
+        """input_ids [num_tokens], positions [num_tokens] int64 -> hidden states [num_tokens,
+        hidden_size], normed.
+        """
         residual = self.embedding(input_ids)
         x = self.decoder_layers[0].input_norm(residual)
         x = self.decoder_layers[0](x, residual, positions)

@@ -1,4 +1,5 @@
-"""Gemma 3, text part: norms before and after each block, norms on q and k, windowed and full layers mixed 5 to 1.
+"""Gemma 3, text part: norms before and after each block, norms on q and k, windowed and full layers
+mixed 5 to 1.
 
 Gemma team 2025; tensor names of transformers' `Gemma3ForCausalLM`.
 """
@@ -33,7 +34,9 @@ class Gemma3DecoderLayer(DecoderLayer):
 
 
 class Gemma3ForCausalLM(Model):
-    """Embeddings scaled by sqrt(hidden_size), two rotary bases; files keep the weights of norms minus one."""
+    """Embeddings scaled by sqrt(hidden_size), two rotary bases; files keep the weights of norms
+    minus one.
+    """
 
     architectures = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")  # of the latter the text part
     defaults: ClassVar = {  # published files leave out nearly everything

@@ -33,7 +33,8 @@ def config_from_folder(folder: Path) -> ModelConfig:
 
 
 def config_from_dict(values: Mapping[str, Any], source: str, spelling: Mapping[str, str] | None = None) -> ModelConfig:
-    """Checks the keys of a `config.json`. `source` is the file's name in errors, `spelling` its names of our keys.
+    """Checks the keys of a `config.json`. `source` is the file's name in errors, `spelling` its
+    names of our keys.
 
     Raises `ModelError`.
     """

@@ -1,7 +1,7 @@
 """From the bytes of a request to a checked msgspec struct.
 
-Sizes and nesting are looked at before anything is parsed, since msgspec recurses, also through fields that nobody
-reads.
+Sizes and nesting are looked at before anything is parsed, since msgspec recurses, also through
+fields that nobody reads.
 """
 
 import asyncio
@@ -70,8 +70,8 @@ def nesting(body: bytes) -> int:
 def decode(struct: type[T], body: bytes, unsupported: dict[str, tuple[Any, ...]]) -> tuple[T, int]:
     """The struct, and the number of fields that it does not know (they are accepted and ignored).
 
-    unsupported: fields that would change the answer if they worked, with the values that change nothing, besides null.
-    Raises `ApiError` 400.
+    unsupported: fields that would change the answer if they worked, with the values that change
+    nothing, besides null. Raises `ApiError` 400.
     """
     if nesting(body) > MAX_DEPTH:
         raise bad_request(f"The JSON is nested more than {MAX_DEPTH} deep.", code="json_too_deep")
@@ -97,7 +97,9 @@ def _harmless(value: Any, values: tuple[Any, ...]) -> bool:
 
 
 def _from_validation(text: str) -> ApiError:
-    """From msgspec's ``Expected `int`, got `str` - at `$.max_tokens` `` to a message that begins with the field."""
+    """From msgspec's ``Expected `int`, got `str` - at `$.max_tokens` `` to a message that begins
+    with the field.
+    """
     what, _, where = text.partition(" - at ")
     path = re.search(r"\$\.?([^`]*)", where)
     full = path.group(1) if path else ""

@@ -55,7 +55,9 @@ class EventWriter:
         self._keep_alive_interval = keep_alive_interval
 
     async def write(self, data: bytes) -> None:
-        """Waits while the client does not read. Raises `ConnectionResetError` after a minute without progress."""
+        """Waits while the client does not read. Raises `ConnectionResetError` after a minute
+        without progress.
+        """
         if self._transport is None:
             raise ConnectionResetError("the client has left")
         if self._transport.get_write_buffer_size() + len(data) < UNREAD_BYTES:
@@ -68,7 +70,9 @@ class EventWriter:
             raise ConnectionResetError("the client does not read its stream") from None
 
     async def keep_alive(self, first: Coroutine[Any, Any, T]) -> T:
-        """Waits for the first delta; comment lines meanwhile keep proxies from cutting a long queue."""
+        """Waits for the first delta; comment lines meanwhile keep proxies from cutting a long
+        queue.
+        """
         waiting = asyncio.ensure_future(first)
         try:
             while True:
@@ -114,7 +118,9 @@ class CallServer:
             raise shutting_down()
 
     def refusal(self, error: ValueError | _core.OverloadedError | EngineDeadError, prompt_field: str) -> ApiError:
-        """The 429 for a call that found the queue full, or the 400 for one that can never be served."""
+        """The 429 for a call that found the queue full, or the 400 for one that can never be
+        served.
+        """
         if isinstance(error, EngineDeadError):
             return engine_dead()
         if isinstance(error, _core.OverloadedError):
@@ -191,5 +197,7 @@ class CallServer:
         return response
 
     async def _written(self, delta: _core.ReplyDelta) -> bytes:
-        """What to send of a delta. A long one is written beside the loop, which other clients wait for."""
+        """What to send of a delta. A long one is written beside the loop, which other clients wait
+        for.
+        """
         return await self._engine.run_beside(delta.write) if delta.is_long else delta.write()

@@ -1,8 +1,9 @@
-"""What happens on a connection before there is a request: a time limit for its headers, and errors of the protocol in
-the one shape that all errors have.
+"""What happens on a connection before there is a request: a time limit for its headers, and errors
+of the protocol in the one shape that all errors have.
 
-aiohttp answers what it cannot parse with plain text, and lets headers trickle in for as long as an idle connection
-lives. Bodies have their own limit (`body.BODY_TIMEOUT`), since those of a request are read by its handler.
+aiohttp answers what it cannot parse with plain text, and lets headers trickle in for as long as an
+idle connection lives. Bodies have their own limit (`body.BODY_TIMEOUT`), since those of a request
+are read by its handler.
 """
 
 import asyncio
@@ -34,11 +35,14 @@ class Connection(web.RequestHandler):
         self._header_timer: asyncio.TimerHandle | None = None
 
     def data_received(self, data: bytes) -> None:
-        """Bytes while no request is being answered begin a request, until aiohttp has read its headers."""
+        """Bytes while no request is being answered begin a request, until aiohttp has read its
+        headers.
+        """
         super().data_received(data)
         running = self._current_request
         if running is not None and self._messages and isinstance(self._messages[-1][0], _ErrInfo):
-            # aiohttp forgets the body that broke, and its reader would wait for the rest until the time limit.
+            # aiohttp forgets the body that broke, and its reader would wait for the rest until the
+            # time limit.
             running.content.set_exception(web.RequestPayloadError("broken chunks"))
         if not self._awaits_headers():
             self._stop_timer()
@@ -53,7 +57,9 @@ class Connection(web.RequestHandler):
     def handle_error(
         self, request: web.BaseRequest, status: int = 500, exc: BaseException | None = None, message: str | None = None
     ) -> web.StreamResponse:
-        """The answer to what aiohttp could not parse or what broke outside of every handler; the connection closes."""
+        """The answer to what aiohttp could not parse or what broke outside of every handler; the
+        connection closes.
+        """
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun: it cannot become an error")
         if status >= 500:
@@ -93,7 +99,9 @@ class Connection(web.RequestHandler):
 
 
 async def listen(runner: web.AppRunner, listener: socket.socket, backlog: int) -> asyncio.Server:
-    """Has the application of a runner that is set up answer on a bound socket. Close the result before the runner."""
+    """Has the application of a runner that is set up answer on a bound socket. Close the result
+    before the runner.
+    """
     server, loop = runner.server, asyncio.get_running_loop()
     assert server is not None
 

@@ -1,8 +1,9 @@
-"""The error contract: `{"error": {"message", "type", "param", "code"}}`, always JSON, under every status.
+"""The error contract: `{"error": {"message", "type", "param", "code"}}`, always JSON, under every
+status.
 
-`type` follows from the status; `code` is a stable word that clients may rely on. Messages name the field, its value
-and the limit, and never paths, addresses or tracebacks. A request that would fail again must not be a 5xx: OpenAI's
-clients retry those.
+`type` follows from the status; `code` is a stable word that clients may rely on. Messages name the
+field, its value and the limit, and never paths, addresses or tracebacks. A request that would fail
+again must not be a 5xx: OpenAI's clients retry those.
 """
 
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ _CUT = 500  # characters of a message; a value that a client sent must not come 
 
 
 class ApiError(Exception):
-    """An answer that is not a success. `status` decides `type`: other 4xx are `invalid_request_error`."""
+    """An answer that is not a success. `status` decides `type`: other 4xx are
+    `invalid_request_error`.
+    """
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
-"""Prometheus metrics under vLLM's names, so that its dashboards and autoscalers work (octavo's own ones begin with
-`octavo:`).
+"""Prometheus metrics under vLLM's names, so that its dashboards and autoscalers work (octavo's own
+ones begin with `octavo:`).
 
-Gauges and the engine's counters are read from `engine.stats()` when somebody scrapes; the server adds what only it
-sees: the times of each request and how it ended. Histograms are counted here rather than by the client library: an
-observation costs a bisection, and there is one for every token.
+Gauges and the engine's counters are read from `engine.stats()` when somebody scrapes; the server
+adds what only it sees: the times of each request and how it ended. Histograms are counted here
+rather than by the client library: an observation costs a bisection, and there is one for every
+token.
 """
 
 import bisect
@@ -192,7 +193,9 @@ class Metrics(Collector):
         self._finish_times.append(time.monotonic())
 
     def retry_after(self) -> int:
-        """Seconds until the queue, at the rate of the last requests, will have drained: from 1 to 60."""
+        """Seconds until the queue, at the rate of the last requests, will have drained: from 1 to
+        60.
+        """
         waiting = self._engine.stats().get("num_requests_queued", 0.0)
         if len(self._finish_times) < 2:
             return 1

@@ -1,5 +1,5 @@
-"""What every request passes through: a request id, the check of host and key, and errors in one shape, JSON also for
-404 and 500.
+"""What every request passes through: a request id, the check of host and key, and errors in one
+shape, JSON also for 404 and 500.
 """
 
 import asyncio
@@ -21,15 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""Answered without a key, so that probes and Prometheus need none, as with vLLM. Every other route needs one, also
-those that are added later.
+"""Answered without a key, so that probes and Prometheus need none, as with vLLM. Every other route
+needs one, also those that are added later.
 """
 
 _CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Before the headers go out: they carry the client's `X-Request-Id`, or one of ours if that is none or odd."""
+    """Before the headers go out: they carry the client's `X-Request-Id`, or one of ours if that is
+    none or odd.
+    """
     given = request.headers.get("X-Request-Id", "")
     known = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
     response.headers["Server"] = "octavo"  # rather than the versions of Python and aiohttp
@@ -61,8 +63,9 @@ def json_errors(metrics: Metrics) -> Middleware:
 
 
 def check_host_and_key(config: ServerConfig) -> Middleware:
-    """With keys: every route but `OPEN_PATHS` needs one. Without, on a loopback address: only local `Host` names are
-    answered, so that a web page cannot reach the server by having its name resolve to 127.0.0.1.
+    """With keys: every route but `OPEN_PATHS` needs one. Without, on a loopback address: only local
+    `Host` names are answered, so that a web page cannot reach the server by having its name resolve
+    to 127.0.0.1.
     """
     digests = [hashlib.sha256(key.encode()).digest() for key in config.api_key]
     local_only = not digests and _is_loopback(config.host)

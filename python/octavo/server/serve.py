@@ -1,7 +1,7 @@
 """The life of a server: take the port, load the model, serve, drain on SIGTERM, end.
 
-The exit code is 0 after a drain and 1 when the engine died. The port is taken before the model is loaded, so that a
-port in use is said at once; nothing is answered on it until the model is ready.
+The exit code is 0 after a drain and 1 when the engine died. The port is taken before the model is
+loaded, so that a port in use is said at once; nothing is answered on it until the model is ready.
 """
 
 import asyncio
@@ -33,7 +33,9 @@ LAST_WORDS = 5.0  # seconds for handlers to send their last event after the engi
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
-    """Serves until a signal comes; returns the exit code. Raises `ValueError` or `OSError` for what users can mend."""
+    """Serves until a signal comes; returns the exit code. Raises `ValueError` or `OSError` for what
+    users can mend.
+    """
     listener = open_socket(config)
     _raise_file_limit()
     from octavo.engine.async_engine import AsyncEngine  # loads torch
@@ -74,7 +76,9 @@ def open_socket(config: ServerConfig) -> socket.socket:
 
 
 async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: socket.socket) -> int:
-    """Serves a loaded engine on a bound socket until a signal comes or the engine dies; returns the exit code."""
+    """Serves a loaded engine on a bound socket until a signal comes or the engine dies; returns the
+    exit code.
+    """
     app = build_app(engine, config)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS)
     await runner.setup()

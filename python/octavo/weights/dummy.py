@@ -1,4 +1,6 @@
-"""Seeded random weights of the size a trained model has, made on the device: benchmarks and tests without files."""
+"""Seeded random weights of the size a trained model has, made on the device: benchmarks and tests
+without files.
+"""
 
 import torch
 
@@ -7,7 +9,8 @@ from octavo.models.registry import Model
 
 
 def fill_with_random(model: Model, device: torch.device, seed: int) -> None:
-    """Matrices get variance 1 / (input features), so that activations keep their scale; norms 1; biases 0.
+    """Matrices get variance 1 / (input features), so that activations keep their scale; norms 1;
+    biases 0.
 
     Layer by layer, as from files.
     """

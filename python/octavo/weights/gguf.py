@@ -1,7 +1,8 @@
 """GGUF files: metadata as a config, tensors dequantised in torch from a memory map.
 
-The header is read and checked by the Rust core (`_core.GgufFile`), so offsets and lengths can be trusted here. Block
-layouts are those of ggml's `ggml-quants`; the names and the permutation of q and k those of llama.cpp's converter.
+The header is read and checked by the Rust core (`_core.GgufFile`), so offsets and lengths can be
+trusted here. Block layouts are those of ggml's `ggml-quants`; the names and the permutation of q
+and k those of llama.cpp's converter.
 """
 
 import mmap
@@ -97,7 +98,8 @@ class GgufSource:
                 raise ModelError(f"{self.name}: {stored}: type {kind} is not one of {', '.join(_BLOCKS)}")
             self._tensors[hugging_face_name(stored, family.gguf_blocks)] = (kind, tuple(shape), offset, length)
         with open(header.path, "rb") as file:
-            # A private map: torch wants writable memory, and pages are still read only when touched.
+            # A private map: torch wants writable memory, and pages are still read only when
+            # touched.
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -122,7 +124,9 @@ def _chunks(raw: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 
 def undo_permutation(rows: Tensor, heads: int) -> Tensor:
-    """llama.cpp's `llama` files interleave the two rotary halves of each head; puts the rows back. rows [out, any]."""
+    """llama.cpp's `llama` files interleave the two rotary halves of each head; puts the rows back.
+    rows [out, any].
+    """
     half = rows.shape[0] // heads // 2
     return rows.view(heads, half, 2, -1).transpose(1, 2).reshape(rows.shape)
 

@@ -1,4 +1,6 @@
-"""Models by hub id, through `huggingface_hub` (an optional extra) and its cache. Weights in safetensors only."""
+"""Models by hub id, through `huggingface_hub` (an optional extra) and its cache. Weights in
+safetensors only.
+"""
 
 import glob
 import re
@@ -16,8 +18,9 @@ _TEXTS = [
     "chat_template.jinja",
     INDEX,
 ]
-"""What a model's folder is read for besides its weights. Of those many repositories hold a second copy in another form
-(`consolidated.safetensors`, subfolders), so only what the index names is fetched.
+"""What a model's folder is read for besides its weights. Of those many repositories hold a second
+copy in another form (`consolidated.safetensors`, subfolders), so only what the index names is
+fetched.
 """
 
 
@@ -27,7 +30,9 @@ def is_hub_id(model: str) -> bool:
 
 
 def download(model: str) -> Path:
-    """The local folder of a hub model, fetched where the cache lacks it. Raises `ModelError` that says what to do."""
+    """The local folder of a hub model, fetched where the cache lacks it. Raises `ModelError` that
+    says what to do.
+    """
     try:
         import huggingface_hub
     except ImportError:

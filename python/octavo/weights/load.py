@@ -1,7 +1,7 @@
 """From the model argument to a model in memory with its tokenizer and chat template.
 
-The argument is a folder, a `.gguf` file, a hub id, a preset's name (with dummy weights) or the default model. The
-Rust core is imported only where text or GGUF needs it.
+The argument is a folder, a `.gguf` file, a hub id, a preset's name (with dummy weights) or the
+default model. The Rust core is imported only where text or GGUF needs it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ GENERATION_FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Fields of generation_config.json that are sampling defaults, and their names in `SamplingParams`; vLLM's choice."""
+"""Fields of generation_config.json that are sampling defaults, and their names in `SamplingParams`;
+vLLM's choice.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,9 @@ class LoadedModel:
 
 
 def load_model(config: EngineConfig, *, device: torch.device) -> LoadedModel:
-    """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and field."""
+    """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and
+    field.
+    """
     place = resolve(config.model, config.load_format)
     if place is None:
         return _load(preset_config(config.model), None, None, config, device, None)
@@ -117,14 +121,15 @@ def _load(
     device: torch.device,
     generation_folder: Path | None,
 ) -> LoadedModel:
-    """Text, then weights; `source` None means random weights, `place` None a preset, `generation_folder` None a model
-    that brings no generation_config.json.
+    """Text, then weights; `source` None means random weights, `place` None a preset,
+    `generation_folder` None a model that brings no generation_config.json.
     """
     config, defaults = _read_generation(config, wanted.generation_config, generation_folder)
     text = read_text(place, wanted.tokenizer, wanted.chat_template)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
-        # Published models do this (Gemma 3 text has an image token, finetunes add one for padding): never drawn, and a
-        # prompt that holds such an id is refused by the core like any other id out of range.
+        # Published models do this (Gemma 3 text has an image token, finetunes add one for padding):
+        # never drawn, and a prompt that holds such an id is refused by the core like any other id
+        # out of range.
         logger.warning(
             "%s: the tokenizer has %d tokens, but the model's vocab_size is %d: prompts that contain the others are "
             "refused",
@@ -160,8 +165,8 @@ def pick_dtype(wanted: str, checkpoint: str | None) -> torch.dtype:
 def _read_generation(config: ModelConfig, wanted: str, own: Path | None) -> tuple[ModelConfig, dict[str, Any]]:
     """What `generation_config.json` adds: end tokens, and the author's sampling defaults.
 
-    wanted: `EngineConfig.generation_config`; own: the model's folder, None where it has none. With neutral defaults the
-    model's end tokens still count.
+    wanted: `EngineConfig.generation_config`; own: the model's folder, None where it has none. With
+    neutral defaults the model's end tokens still count.
     """
     folder = own
     if wanted not in (GENERATION_AUTO, GENERATION_NEUTRAL):

@@ -1,4 +1,6 @@
-"""GGUF's names for what Hugging Face names otherwise: metadata keys and tensors (llama.cpp's `gguf-py`)."""
+"""GGUF's names for what Hugging Face names otherwise: metadata keys and tensors (llama.cpp's
+`gguf-py`).
+"""
 
 import re
 from collections.abc import Mapping
@@ -39,7 +41,8 @@ _IN_BLOCK = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def hugging_face_name(stored: str, blocks: Mapping[str, str]) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Names nobody knows stay as they are.
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`. Names nobody knows stay as
+    they are.
 
     blocks: `Model.gguf_blocks` of the family.
     """

@@ -1,8 +1,8 @@
 """Hugging Face folders: `model.safetensors`, or shards named by `model.safetensors.index.json`.
 
-The index is not trusted: a shard's name must be a plain file name, and the file it leads to must lie in the folder
-(or in the hub cache's `blobs`, where the cache's own links lead). Header checks are those of the `safetensors`
-package (Rust).
+The index is not trusted: a shard's name must be a plain file name, and the file it leads to must
+lie in the folder (or in the hub cache's `blobs`, where the cache's own links lead). Header checks
+are those of the `safetensors` package (Rust).
 """
 
 from collections.abc import Mapping
@@ -66,7 +66,9 @@ class SafetensorsSource:
 
 
 def text_model_name(stored: str) -> str | None:
-    """Name of a tensor in the text model; None for the vision part of a checkpoint that has both (Gemma 3)."""
+    """Name of a tensor in the text model; None for the vision part of a checkpoint that has both
+    (Gemma 3).
+    """
     if stored.startswith(
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
     ):

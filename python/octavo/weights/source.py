@@ -1,4 +1,5 @@
-"""Filling a model from a checkpoint: everything is compared first, memory is taken afterwards, layer by layer.
+"""Filling a model from a checkpoint: everything is compared first, memory is taken afterwards,
+layer by layer.
 
 Knows no file format; `safetensors.py`, `gguf.py` and `dummy.py` do.
 """
@@ -31,7 +32,8 @@ class Source(Protocol):
 
 
 def fill_model(model: Model, source: Source, device: torch.device) -> None:
-    """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after another.
+    """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after
+    another.
 
     Raises `ModelError` listing all that differs.
     """
@@ -57,7 +59,9 @@ def _fill(part: WeightPart, source: Source) -> None:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Small copies gain nothing from torch's thread team, and on a busy machine each waits for its slowest member."""
+    """Small copies gain nothing from torch's thread team, and on a busy machine each waits for its
+    slowest member.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,6 +86,8 @@ def check(model: Model, source: Source) -> None:
 
 
 def _harmless(name: str, model: Model) -> bool:
-    """Tensors that files carry and nobody needs: a tied head's copy, and rotary tables of old checkpoints."""
+    """Tensors that files carry and nobody needs: a tied head's copy, and rotary tables of old
+    checkpoints.
+    """
     tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
     return tied_copy or name.endswith(("rotary_emb.inv_freq", "rope_freqs.weight"))

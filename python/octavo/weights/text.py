@@ -1,7 +1,8 @@
-"""The text side of a model: tokenizer and chat template out of a folder, a GGUF file, or what the user names instead.
+"""The text side of a model: tokenizer and chat template out of a folder, a GGUF file, or what the
+user names instead.
 
-All parsing is the Rust core's, which is imported only when there is something to parse. Read before the weights, so
-that a bad vocabulary is found before memory is taken.
+All parsing is the Rust core's, which is imported only when there is something to parse. Read before
+the weights, so that a bad vocabulary is found before memory is taken.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ END_TOKENS = (
     "<|end_of_text|>",
     "<EOT>",
 )
-"""Control tokens of GGUF files that end an answer whatever the file's keys say, as in llama.cpp: many files name only
-the token that ends a text, not the one that ends a turn.
+"""Control tokens of GGUF files that end an answer whatever the file's keys say, as in llama.cpp:
+many files name only the token that ends a text, not the one that ends a turn.
 """
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20  # published templates stay under 30 KB
@@ -65,8 +66,8 @@ class _Parts:
 def read_text(place: Path | None, tokenizer: str | None, template: str | None) -> Text:
     """Text of a model's folder or file (None: a preset, which has none).
 
-    tokenizer: the user's folder, tokenizer.json or .gguf file in its place; the model's template stays unless that
-    brings its own. template: the user's template, as text or as a file.
+    tokenizer: the user's folder, tokenizer.json or .gguf file in its place; the model's template
+    stays unless that brings its own. template: the user's template, as text or as a file.
     """
     parts = _Parts() if place is None else _read(place)
     where = str(place)

@@ -1,4 +1,6 @@
-"""vLLM's deploy command with the package's name changed: `python -m octavo.entrypoints.openai.api_server`."""
+"""vLLM's deploy command with the package's name changed:
+`python -m octavo.entrypoints.openai.api_server`.
+"""
 
 import sys
 

@@ -18,8 +18,9 @@ class Schemes:
         """dtype: of plain weights, and of hidden states unless `activation_dtype` says otherwise."""
         self.dtype = dtype
         self.device = device
-        # A product that is float32 inside takes and gives float32 for nothing, and rounding around each of them costs
-        # 4 ms of SmolLM2's 28 ms a token (two cores); so there only weights and KV pages are 16-bit.
+        # A product that is float32 inside takes and gives float32 for nothing, and rounding around
+        # each of them costs 4 ms of SmolLM2's 28 ms a token (two cores); so there only weights and
+        # KV pages are 16-bit.
         self.activation_dtype = torch.float32 if device.type == "cpu" and widens_half(dtype) else dtype
 
     def linear(self, matrix: Matrix) -> Scheme:

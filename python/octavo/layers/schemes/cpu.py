@@ -1,8 +1,8 @@
 """How a CPU multiplies by plain weights, by their dtype and by what the processor can do.
 
-Without AVX-512 or AMX torch's own 16-bit product is a loop over rows. FBGEMM's packs 16-bit weights as float16, widens
-them in registers and accumulates in float32. Measured on one core with AVX2 and no more (torch 2.15, weights cold, the
-gate-up matrix of SmolLM2, 576 -> 3072):
+Without AVX-512 or AMX torch's own 16-bit product is a loop over rows. FBGEMM's packs 16-bit weights
+as float16, widens them in registers and accumulates in float32. Measured on one core with AVX2 and
+no more (torch 2.15, weights cold, the gate-up matrix of SmolLM2, 576 -> 3072):
 
 | rows | bf16 `F.linear` | widened at each call | FBGEMM | fp32 `F.linear` | fp32 oneDNN packed |
 | --- | --- | --- | --- | --- | --- |

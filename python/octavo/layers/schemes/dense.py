@@ -30,7 +30,9 @@ class PlainScheme(Scheme):
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [num_tokens, in_features] by weight and bias as they are -> [num_tokens, out_features] of x's dtype."""
+    """x [num_tokens, in_features] by weight and bias as they are -> [num_tokens, out_features] of
+    x's dtype.
+    """
     # On a CPU a matrix that FBGEMM cannot hold may stand among those that take float32.
     return ops.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 

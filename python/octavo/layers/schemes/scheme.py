@@ -1,8 +1,8 @@
 """What a scheme is: a layer that holds one weight matrix in its own form and multiplies by it.
 
 A scheme is chosen when the model is built, so that it says itself which checkpoint tensors it is
-made of (`own_parts`: names, shapes, dtypes, places), takes their memory only when its turn comes, and
-packs or quantises them in `finish` before the next layer is loaded.
+made of (`own_parts`: names, shapes, dtypes, places), takes their memory only when its turn comes,
+and packs or quantises them in `finish` before the next layer is loaded.
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,9 @@ from octavo.layers.weight import Layer
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [out_features, in_features]: projections of one input, one below the other (q, k, v; gate, up)."""
+    """A weight [out_features, in_features]: projections of one input, one below the other (q, k, v;
+    gate, up).
+    """
 
     projections: Mapping[str, int]  # name in the checkpoint, without ".weight" -> output features
     in_features: int

@@ -1,7 +1,8 @@
 """From the messages and tools of a chat request to the JSON that the chat template sees.
 
-Content parts are joined to one text, `developer` becomes `system` (templates know only that), and the arguments of
-earlier tool calls become objects, as templates of Hugging Face expect them. Knows nothing of templates themselves.
+Content parts are joined to one text, `developer` becomes `system` (templates know only that), and
+the arguments of earlier tool calls become objects, as templates of Hugging Face expect them. Knows
+nothing of templates themselves.
 """
 
 import re
@@ -120,7 +121,9 @@ def template_tools(tools: list[Tool] | None) -> str | None:
 
 
 def template_kwargs(kwargs: dict[str, Any] | None) -> str | None:
-    """Further variables of the template. What the renderer itself sets, and Python's own names, are refused."""
+    """Further variables of the template. What the renderer itself sets, and Python's own names, are
+    refused.
+    """
     if not kwargs:
         return None
     for name in kwargs:

@@ -1,6 +1,7 @@
 """OpenAI's routes: `/v1/completions`, `/v1/chat/completions`, `/v1/models`.
 
-A request becomes a `Call` here: body, struct, checks, prompts (tokenised off the loop). `calls.py` answers it.
+A request becomes a `Call` here: body, struct, checks, prompts (tokenised off the loop). `calls.py`
+answers it.
 """
 
 import time
@@ -74,7 +75,7 @@ class OpenAIRoutes:
             web.get("/v1/models/{model:.+}", self.model),
         ]
 
-    # ---- models ------------------------------------------------------------------------------------------------------
+    # ---- models ----------------------------------------------------------------------------------
 
     async def models(self, _: web.Request) -> web.Response:
         """`GET /v1/models`."""
@@ -106,7 +107,7 @@ class OpenAIRoutes:
         shown = name if len(name) <= 100 else name[:100] + "..."
         return ApiError(404, "model_not_found", f"The model {shown!r} is not served here.", param="model")
 
-    # ---- generation --------------------------------------------------------------------------------------------------
+    # ---- generation ------------------------------------------------------------------------------
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""

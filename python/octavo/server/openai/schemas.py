@@ -1,8 +1,9 @@
-"""What clients send: OpenAI's and vLLM's field names as msgspec structs, and their way to `SamplingParams`.
+"""What clients send: OpenAI's and vLLM's field names as msgspec structs, and their way to
+`SamplingParams`.
 
-Types are strict (no "5", 5.0 or true for a number) and every optional field may be null. Bounds here are only those
-of the integers that Rust can hold; what a value may be is written in Rust, once, and its refusals name the field.
-Fields that nobody knows are accepted.
+Types are strict (no "5", 5.0 or true for a number) and every optional field may be null. Bounds
+here are only those of the integers that Rust can hold; what a value may be is written in Rust,
+once, and its refusals name the field. Fields that nobody knows are accepted.
 """
 
 from collections.abc import Mapping
@@ -98,7 +99,8 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     def sampling_params(
         self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
     ) -> SamplingParams:
-        """The parameters as the engine has them; what the client leaves out comes from `defaults`, the model's.
+        """The parameters as the engine has them; what the client leaves out comes from `defaults`,
+        the model's.
 
         Raises `ValueError` that names a field.
         """
@@ -150,7 +152,9 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
         return self.prompt  # type: ignore[return-value]  # no ints, as just checked
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI has it."""
+        """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI
+        has it.
+        """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
         return self.sampling_params({"max_tokens": 16, **defaults}, self.max_tokens, self.logprobs)
@@ -216,7 +220,9 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     add_generation_prompt: bool | None = None
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
-        """Output goes up to the model's length unless the client or the model's defaults say otherwise."""
+        """Output goes up to the model's length unless the client or the model's defaults say
+        otherwise.
+        """
         if self.top_logprobs is not None and self.top_logprobs != 0 and not self.logprobs:
             raise bad_request("top_logprobs: only allowed when logprobs is true.", "top_logprobs")
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
