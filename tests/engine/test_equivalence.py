@@ -64,7 +64,9 @@ def test_alone_and_prefix_cached(single: LLM, reference: Reference, prompts: lis
     cold = single.generate(prompts, greedy(4), use_tqdm=False)
     check(reference, cold, 4)
     assert not any(output.num_cached_tokens for output in cold[:2])
-    warm = single.generate(prompts, greedy(4), use_tqdm=False)
+    # A shorter prompt fills no block that it could find again.
+    longer = [output.prompt for output in cold if len(output.prompt_token_ids) > 16]
+    warm = single.generate(longer, greedy(4), use_tqdm=False)
     check(reference, warm, 4)
     assert sum(output.num_cached_tokens for output in warm) > 350
     assert max(output.num_cached_tokens for output in warm) < max(len(output.prompt_token_ids) for output in warm)
@@ -88,8 +90,8 @@ def test_forked(batched: LLM, reference: Reference, prompts: list[str]) -> None:
 
 @pytest.mark.parametrize("batching", ["none", "static"])
 def test_batching_policies_agree(reference: Reference, prompts: list[str], batching: str) -> None:
-    with engine(max_num_seqs=8, batching=batching) as llm:
-        check(reference, llm.generate(prompts[:12], greedy(8), use_tqdm=False), 8)
+    with engine(max_num_seqs=4, batching=batching) as llm:
+        check(reference, llm.generate(prompts[:6], greedy(8), use_tqdm=False), 8)
 
 
 def test_seeded_draws_do_not_depend_on_company(batched: LLM, single: LLM, prompts: list[str]) -> None:
@@ -97,9 +99,9 @@ def test_seeded_draws_do_not_depend_on_company(batched: LLM, single: LLM, prompt
     batched.core.reset_prefix_cache()
     together = batched.generate(prompts, seeded, use_tqdm=False)
     again = batched.generate(prompts[::-1], seeded[::-1], use_tqdm=False)[::-1]
-    alone = single.generate(prompts, seeded, use_tqdm=False)
+    alone = single.generate(prompts[::3], seeded[::3], use_tqdm=False)
     # Float32 rounding differs between batch shapes, and a draw may sit on a border: nearly all must
     # agree, not all.
-    for other in (again, alone):
-        same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(together, other, strict=True))
-        assert same >= len(prompts) - 1
+    for first, other in ((together, again), (together[::3], alone)):
+        same = sum(a.outputs[0].token_ids == b.outputs[0].token_ids for a, b in zip(first, other, strict=True))
+        assert same >= len(first) - 1
