@@ -64,7 +64,8 @@ class EngineConfig:
     )
     dtype: str = option(
         "auto",
-        f"Type of weights and activations: {', '.join(DTYPES)}; auto: the checkpoint's.",
+        f"Type of weights and activations: {', '.join(DTYPES)}; auto: the checkpoint's (float64 as float32), but "
+        "bfloat16 for quantised weights and, on a GPU, for float32.",
         parse=_parse_dtype,
     )
     load_format: str = option(

@@ -4,30 +4,45 @@ How a `config.json` becomes one is `models/config_reader.py` and the families' o
 """
 
 import json
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+MAX_ERROR_BYTES = 2048
+"""Of a `ModelError`: what a file holds goes into the message, and a file may hold anything."""
+
 
 class ModelError(ValueError):
     """A model's files cannot be used. The message is one line that names the file, the field and
-    what is wrong.
+    what is wrong; what is beyond `MAX_ERROR_BYTES` is cut.
     """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(letter if letter.isprintable() else " " for letter in message)
+        encoded = line.encode("utf-8", "replace")
+        if len(encoded) > MAX_ERROR_BYTES:
+            line = encoded[: MAX_ERROR_BYTES - 4].decode("utf-8", "ignore") + " ..."
+        super().__init__(line)
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding of one kind of layer. `factors` divides each frequency (GGUF's
-    `rope_freqs.weight`).
-    """
+    """Rotary embedding of one kind of layer. `layers/rotary.py` says what each scaling computes."""
 
     theta: float
-    scaling: str = "default"  # "default", "linear", "llama3" or "factors"
+    scaling: str = "default"  # "default", "linear", "llama3", "yarn", "longrope" or "proportional"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-    factors: tuple[float, ...] = ()
+    original_max_position: int = 8192  # llama3, yarn, longrope: the length before it was extended
+    beta_fast: float = 32.0  # yarn: rotations within that length from which a frequency is kept
+    beta_slow: float = 1.0  # and up to which it is divided by `factor`
+    truncate: bool = True  # yarn: the ramp between the two begins and ends at whole dimensions
+    rotated_part: float = 1.0  # proportional: of the dimensions of a head; the others stay as they are
+    factors: tuple[float, ...] = ()  # each divides its frequency; of longrope the short ones
+    long_factors: tuple[float, ...] = ()  # longrope: in their place where more than the original length is served
+    attention_factor: float = 1.0  # multiplies cosines and sines
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class ModelConfig:
     embedding_scale: float = 1.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    checkpoint_dtype: str | None = None  # "float32", "float16", "bfloat16", or None where the file does not say
+    checkpoint_dtype: str | None = None  # "float32", "float16", "bfloat16", or None where the config does not say
 
     def num_parameters(self) -> int:
         """Weights of the linear layers and embeddings, norms left out."""
@@ -100,6 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     object.
     """
     try:
+        refuse_special_file(path)
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
@@ -108,3 +124,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
+
+
+def refuse_special_file(path: Path) -> None:
+    """Reading a pipe or a device may wait or go on for ever. Raises `ModelError`, or the `OSError`
+    of a file that is not there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ModelError(f"{path}: not a regular file")

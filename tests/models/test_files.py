@@ -162,7 +162,7 @@ def test_truncated_safetensors(folder: Path, kept: float) -> None:
         ({"rms_norm_eps": -1.0}, "rms_norm_eps: -1.0 must be"),
         ({"hidden_act": "relu"}, "hidden_act: 'relu' is not one of"),
         ({"eos_token_id": 199}, "eos_token_id: 199 is not a token id below 199"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type: 'yarn'"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "rope_parameters.rope_type: 'su'"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters.factor: missing"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta: 0 must be"),
         ({"rope_parameters": 3}, "rope_parameters: 3 is not an object"),
@@ -218,8 +218,29 @@ def test_auto_dtype_is_that_of_the_checkpoint(folder: Path) -> None:
     del config["dtype"]
     (folder / "config.json").write_text(json.dumps(config))
     assert load(folder).dtype == torch.float16
-    assert pick_dtype("float32", "bfloat16") == torch.float32
-    assert pick_dtype("auto", None) == torch.bfloat16
+    for config["dtype"], held_as in (("float64", torch.float32), ("float8_e4m3fn", torch.float16)):
+        (folder / "config.json").write_text(json.dumps(config))
+        assert load(folder).dtype == held_as
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+    assert load(folder).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("wanted", "checkpoint", "device", "dtype", "reason"),
+    [
+        ("float32", "bfloat16", "cuda", torch.float32, "as asked for"),
+        ("auto", "float32", "cpu", torch.float32, "the checkpoint's"),
+        ("auto", "float32", "cuda", torch.bfloat16, "the checkpoint's is float32"),
+        ("auto", "float16", "cuda", torch.float16, "the checkpoint's"),
+        ("auto", None, "cpu", torch.bfloat16, "its weights are quantised"),
+    ],
+)
+def test_dtype_and_why(wanted: str, checkpoint: str | None, device: str, dtype: torch.dtype, reason: str) -> None:
+    picked = pick_dtype(wanted, checkpoint, torch.device(device))
+    assert picked[0] == dtype and picked[1].startswith(reason)
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])

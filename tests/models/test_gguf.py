@@ -4,7 +4,7 @@ converter's rules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 from octavo import _core
 from octavo.config import EngineConfig
 from octavo.model_config import ModelError
-from octavo.weights.gguf import GgufSource, config_from_gguf, dequantise
+from octavo.weights.gguf import GgufSource, dequantise
+from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.load import load_model
 from tests.models import harness
 from tests.models.harness import Runner
@@ -80,13 +81,18 @@ def write(
     extra_tokens: int = 0,
     control: Sequence[str] = (),
     ordinary: Sequence[str] = (),
+    extra_tensors: Mapping[str, np.ndarray] | None = None,
+    split_max_tensors: int = 0,
+    kind: str = "F32",
+    **shape: Any,
 ) -> tuple[Any, Path]:
     """A tiny random model in float32 GGUF as llama.cpp's converter lays it out; `change` may spoil
     the metadata.
 
-    control and ordinary: texts of the tokens from id 100 on.
+    control and ordinary: texts of the tokens from id 100 on. split_max_tensors: of each part, of
+    which the first is returned. kind: of matrices. shape: keys of the model's config.
     """
-    model = make(case, folder)
+    model = make(case, folder, **shape)
     config, arch = model.config, ARCHITECTURES[case]
     name = gguf.MODEL_ARCH_NAMES[arch]
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
@@ -108,9 +114,10 @@ def write(
         fields[f"{name}.attention.sliding_window"] = config.sliding_window
     change(fields)
     path = folder / "model.gguf"
-    writer = gguf.GGUFWriter(path, name)
+    writer = gguf.GGUFWriter(path, name, split_max_tensors=split_max_tensors)
     for key, value in fields.items():
-        writer.add_float32(key, value) if isinstance(value, float) else writer.add_uint32(key, value)
+        kinds = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        kinds.get(type(value), writer.add_uint32)(key, value)
     pieces = ["a", "b", "ab", *(f"t{index}" for index in range(3, config.vocab_size + extra_tokens))]
     named = [*control, *ordinary]
     pieces[100 : 100 + len(named)] = named
@@ -129,12 +136,17 @@ def write(
             values = permute(values, kv_heads)
         elif arch == gguf.MODEL_ARCH.GEMMA3 and key.endswith("norm.weight"):
             values = values + 1
-        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), values)
+        stored = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
+        stored_values = gguf.quantize(values, stored) if kind != "F32" else values
+        writer.add_tensor(names.get_name(key, try_suffixes=(".weight", ".bias")), stored_values, raw_dtype=stored)
+    for key, values in (extra_tensors or {}).items():
+        writer.add_tensor(key, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model, path
+    parts = sorted(folder.glob("model-*.gguf"))
+    return model, parts[0] if parts else path
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
@@ -157,7 +169,8 @@ def test_gemmas_scale_of_attention(layers: int, scaled_by: int) -> None:
 
         def metadata(self) -> dict[str, Any]:
             sizes = {"embedding_length": 5376, "block_count": layers, "feed_forward_length": 21504}
-            heads = {"head_count": 32, "head_count_kv": 16, "key_length": 256}
+            sizes |= {"context_length": 131072}
+            heads = {"head_count": 32, "head_count_kv": 16, "key_length": 256, "layer_norm_rms_epsilon": 1e-6}
             return {f"gemma3.{k}": v for k, v in sizes.items()} | {f"gemma3.attention.{k}": v for k, v in heads.items()}
 
         def tensors(self) -> list[tuple[str, str, list[int], int, int]]:

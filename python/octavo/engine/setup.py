@@ -46,6 +46,7 @@ class StartupReport:
 
     device: str
     dtype: str
+    dtype_reason: str
     weight_bytes: int
     kv_bytes: int
     num_blocks: int
@@ -60,7 +61,7 @@ class StartupReport:
     def lines(self) -> list[str]:
         """The report as a person reads it."""
         return [
-            f"device       {self.device}, {self.dtype}",
+            f"device       {self.device}, {self.dtype} ({self.dtype_reason})",
             f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
             f"KV cache     {self.kv_bytes / 2**30:.2f} GiB, "
             f"{self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
@@ -176,6 +177,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         if device.type == "cuda"
         else f"cpu, {torch.get_num_threads()} threads",
         dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype_reason=loaded.dtype_reason,
         weight_bytes=weight_bytes,
         kv_bytes=num_blocks * runner.kv_layout.block_bytes,
         num_blocks=num_blocks,

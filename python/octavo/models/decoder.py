@@ -18,7 +18,7 @@ from octavo.layers.schemes.choice import Schemes
 from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix
 from octavo.layers.weight import Layer
 from octavo.model_config import KvGroup, ModelConfig, kv_groups
-from octavo.models.config_reader import Fields, read_decoder
+from octavo.models.config_reader import Fields
 
 
 def hidden_norm(name: str, config: ModelConfig, schemes: Schemes, form: InputForm = PLAIN) -> RMSNorm:
@@ -55,20 +55,24 @@ class Model(Layer):
     """A decoder-only language model. A family is a subclass that says what is its own."""
 
     architectures: ClassVar[tuple[str, ...]]  # its names in config.json
-    defaults: ClassVar[Mapping[str, Any]]  # what transformers takes where a config.json leaves a field out
+    model_type: ClassVar[str]  # its kind of config.json, by which transformers chooses
+    defaults: ClassVar[dict[str, Any]]  # what transformers takes where a config.json leaves a key out
     gguf_architecture: ClassVar[str] = ""  # its name in GGUF files, where it has one of its own
     gguf_blocks: ClassVar[Mapping[str, str]] = {}  # GGUF's tensors of a block -> ours, where it differs from others
     gguf_interleaves_heads: ClassVar[bool] = False  # GGUF files have the rotary halves of q and k interleaved
+    gguf_rope_factors: ClassVar[bool] = False  # GGUF files may divide each rotary frequency by a factor of its own
     decoder_layer: ClassVar[type[DecoderLayer]] = DecoderLayer
 
     @classmethod
     def read_config(cls, fields: Fields) -> ModelConfig:
-        """The family's config out of a file's fields, `defaults` among them. Raises `ModelError`."""
-        return read_decoder(fields)
+        """The family's config out of a file's fields. Raises `ModelError`."""
+        raise NotImplementedError
 
     @classmethod
-    def complete_gguf(cls, values: dict[str, Any]) -> None:
-        """Adds to a GGUF header, under config.json's keys, what llama.cpp has in its code instead."""
+    def complete_gguf(cls, values: dict[str, Any], header: Fields) -> None:
+        """Adds to a GGUF header, under config.json's keys, what is the family's own or what
+        llama.cpp has in its code instead. header: by metadata keys without the architecture.
+        """
 
     def __init__(self, config: ModelConfig, schemes: Schemes) -> None:
         """Takes no memory for weights: all of them are on the `meta` device until a loader places

@@ -1,4 +1,4 @@
-"""GGUF files: metadata as a config, tensors dequantised in torch from a memory map.
+"""The tensors of GGUF files, dequantised in torch from a memory map.
 
 The header is read and checked by the Rust core (`_core.GgufFile`), so offsets and lengths can be
 trusted here. Block layouts are those of ggml's `ggml-quants`; the names and the permutation of q
@@ -6,15 +6,16 @@ and k those of llama.cpp's converter.
 """
 
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from octavo.model_config import ModelConfig, ModelError
-from octavo.models.registry import GGUF_FAMILIES, config_from_dict
-from octavo.weights.names import GGUF_KEYS, hugging_face_name
+from octavo.models.registry import GGUF_FAMILIES
+from octavo.weights.names import hugging_face_name
 
 CHUNK_ELEMENTS = 1 << 18  # dequantised at once: 1 MB in float32, inside the caches; with 1 << 22 it takes 6x as long
 
@@ -30,84 +31,42 @@ class GgufHeader(Protocol):
     def tensors(self) -> list[tuple[str, str, list[int], int, int]]: ...
 
 
-def config_from_gguf(header: GgufHeader) -> ModelConfig:
-    """Renames the metadata to the keys of `config.json` and checks them there. Raises `ModelError`."""
-    architecture = header.architecture
-    family = GGUF_FAMILIES.get(architecture)
-    if family is None:
-        raise ModelError(
-            f"{header.path}: general.architecture: {architecture!r} is not supported; supported are "
-            f"{', '.join(GGUF_FAMILIES)}"
-        )
-    metadata = header.metadata()
-    tensors = {name: shape for name, _, shape, _, _ in header.tensors()}
-    spelling = {key: suffix.replace("{arch}", architecture) for key, suffix in GGUF_KEYS.items()}
-    values = {key: metadata[field] for key, field in spelling.items() if field in metadata}
-    embedding = tensors.get("token_embd.weight")
-    if embedding is None or len(embedding) != 2:
-        raise ModelError(f"{header.path}: token_embd.weight: missing or not a matrix")
-    values |= {
-        "architectures": [family.architectures[0]],
-        "vocab_size": embedding[0],
-        "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": "blk.0.attn_q.bias" in tensors,
-    }
-    # More are found by their text (see `weights/text.py`).
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    values["eos_token_id"] = [token for token in ends if token is not None]
-    rotary, head = metadata.get(f"{architecture}.rope.dimension_count"), values.get("head_dim")
-    if head is None:
-        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
-        head = hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads > 0 else None
-    if rotary is not None and rotary != head:
-        raise ModelError(f"{header.path}: {architecture}.rope.dimension_count: {rotary} is not the head size {head}")
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if "rope_freqs.weight" in tensors:
-        values["rope_scaling"] = {"rope_type": "factors", "factors": _rope_factors(header)}
-    elif scaling != "none":
-        values["rope_scaling"] = {"rope_type": scaling, "factor": metadata.get(f"{architecture}.rope.scaling.factor")}
-    family.complete_gguf(values)
-    return config_from_dict(values, header.path, spelling)
-
-
-def _rope_factors(header: GgufHeader) -> list[float]:
-    source = GgufSource(header)
-    (length,) = source.shapes()["rope_freqs.weight"]
-    factors = torch.empty(length)
-    source.fill("rope_freqs.weight", factors)
-    if not (factors > 0).all():
-        raise ModelError(f"{header.path}: rope_freqs.weight: holds factors that are not above 0")
-    return factors.tolist()
-
-
 class GgufSource:
-    """The tensors of one file under Hugging Face's names."""
+    """The tensors of one file, or of all parts of a split one, under Hugging Face's names."""
 
     norms_include_one = True  # llama.cpp's converter adds it
 
-    def __init__(self, header: GgufHeader, config: ModelConfig | None = None) -> None:
+    def __init__(
+        self, header: GgufHeader, config: ModelConfig | None = None, other_parts: Sequence[GgufHeader] = ()
+    ) -> None:
         """config: needed to undo the permutation of q and k, which depends on the number of heads."""
         self.name = header.path
-        self._tensors: dict[str, tuple[str, tuple[int, ...], int, int]] = {}
+        self._tensors: dict[str, _Stored] = {}
         self._heads = {}
         family = GGUF_FAMILIES[header.architecture]
         if config is not None and family.gguf_interleaves_heads:
             self._heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-        for stored, kind, shape, offset, length in header.tensors():
-            if kind not in _BLOCKS:
-                raise ModelError(f"{self.name}: {stored}: type {kind} is not one of {', '.join(_BLOCKS)}")
-            self._tensors[hugging_face_name(stored, family.gguf_blocks)] = (kind, tuple(shape), offset, length)
-        with open(header.path, "rb") as file:
-            # A private map: torch wants writable memory, and pages are still read only when
-            # touched.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for part in (header, *other_parts):
+            with open(part.path, "rb") as file:
+                # A private map: torch wants writable memory, and pages are still read only when
+                # touched.
+                memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            for stored, kind, shape, offset, length in part.tensors():
+                if kind not in _BLOCKS:
+                    raise ModelError(f"{part.path}: {stored}: type {kind} is not one of {', '.join(_BLOCKS)}")
+                name = hugging_face_name(stored, family.gguf_blocks)
+                if name in self._tensors:
+                    raise ModelError(f"{part.path}: {stored}: also in another part")
+                self._tensors[name] = _Stored(kind, tuple(shape), offset, length, memory)
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape, _, _) in self._tensors.items()}
+        return {name: stored.shape for name, stored in self._tensors.items()}
 
     def fill(self, name: str, destination: Tensor) -> None:
-        kind, shape, offset, length = self._tensors[name]
-        raw = torch.frombuffer(self._map, dtype=torch.uint8, count=length, offset=offset).view(shape[0], -1)
+        stored = self._tensors[name]
+        kind, shape = stored.kind, stored.shape
+        raw = torch.frombuffer(stored.memory, dtype=torch.uint8, count=stored.length, offset=stored.offset)
+        raw = raw.view(shape[0], -1)
         heads = self._heads.get(name.split(".")[-2]) if "." in name else None
         if heads:
             raw = undo_permutation(raw, heads)
@@ -116,6 +75,17 @@ class GgufSource:
         for start, part in _chunks(raw, rows):
             values = dequantise(part.reshape(-1), kind)
             destination[start : start + part.shape[0]].copy_(values.view(part.shape[0], *shape[1:]))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor lies: its blocks' type, its shape, its bytes in the map of its file."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    memory: mmap.mmap
 
 
 def _chunks(raw: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:

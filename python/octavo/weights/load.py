@@ -16,7 +16,7 @@ import torch
 
 from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
 from octavo.layers.schemes.choice import Schemes
-from octavo.model_config import ModelConfig, ModelError, read_json
+from octavo.model_config import ModelConfig, ModelError, read_json, refuse_special_file
 from octavo.models.config_reader import read_token_ids
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
@@ -24,10 +24,13 @@ from octavo.sampling_params import SamplingParams
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path
 from octavo.weights.dummy import fill_with_random
-from octavo.weights.gguf import GgufSource, config_from_gguf
+from octavo.weights.gguf import GgufSource
+from octavo.weights.gguf_config import config_from_gguf
+from octavo.weights.gguf_split import open_other_parts
 from octavo.weights.safetensors import SafetensorsSource
 from octavo.weights.source import Source, fill_model
 from octavo.weights.text import open_gguf, read_text
+from octavo.weights.tied import settle_head
 
 if TYPE_CHECKING:
     from octavo import _core
@@ -54,6 +57,7 @@ class LoadedModel:
     model: Model
     config: ModelConfig
     dtype: torch.dtype
+    dtype_reason: str  # in words, for the report
     tokenizer: _core.Tokenizer | None
     chat_template: _core.ChatTemplate | None
     eos_token_ids: tuple[int, ...]
@@ -67,14 +71,17 @@ def load_model(config: EngineConfig, *, device: torch.device) -> LoadedModel:
     place = resolve(config.model, config.load_format)
     if place is None:
         return _load(preset_config(config.model), None, None, config, device, None)
-    if place.suffix == ".gguf":
-        return _load_gguf(place, config, device)
-    return _load_folder(place, config, device)
+    try:
+        return _load_gguf(place, config, device) if place.suffix == ".gguf" else _load_folder(place, config, device)
+    except OSError as error:  # of whichever file: unreadable, gone in between, on a broken disk
+        raise ModelError(f"{error.filename or place}: {error.strerror or error}") from None
 
 
 def resolve(model: str, load_format: str) -> Path | None:
     """The folder or `.gguf` file that a model argument means; None for a preset. May download."""
     path = Path(model).expanduser()
+    if path.exists():
+        refuse_special_file(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: a model file must be a .gguf file; for safetensors give the folder")
@@ -97,10 +104,15 @@ def resolve(model: str, load_format: str) -> Path | None:
 def _load_folder(folder: Path, config: EngineConfig, device: torch.device) -> LoadedModel:
     if config.load_format == "gguf":
         raise ModelError(f"{folder}: load_format gguf needs a .gguf file, not a folder")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".safetensors") and path.exists():
+            refuse_special_file(path)
     model_config = config_from_folder(folder)
     source = None if config.load_format == "dummy" else SafetensorsSource(folder)
-    if source is not None and model_config.checkpoint_dtype is None:
-        model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
+    if source is not None:
+        model_config = settle_head(model_config, source)
+        if model_config.checkpoint_dtype is None:
+            model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
     return _load(model_config, source, folder, config, device, folder)
 
 
@@ -108,8 +120,9 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     if config.load_format == "safetensors":
         raise ModelError(f"{path}: load_format safetensors needs a folder, not a .gguf file")
     header = open_gguf(path)
-    model_config = config_from_gguf(header)
-    source = None if config.load_format == "dummy" else GgufSource(header, model_config)
+    other_parts = open_other_parts(path, header)
+    model_config = config_from_gguf(header, other_parts)
+    source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
     return _load(model_config, source, path, config, device, None)
 
 
@@ -144,22 +157,50 @@ def _load(
             place,
         )
     ends = tuple(dict.fromkeys(config.eos_token_ids + text.end_token_ids))
-    dtype = pick_dtype(wanted.dtype, config.checkpoint_dtype)
+    dtype, dtype_reason = pick_dtype(wanted.dtype, config.checkpoint_dtype, device)
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
+    _tell_rope_factors(config, place)
     model = MODELS[config.architecture](config, Schemes(dtype, device))
     if source is None:
         fill_with_random(model, device, wanted.seed)
     else:
         fill_model(model, source, device)
-    return LoadedModel(model, config, dtype, text.tokenizer, text.chat_template, ends, generation_defaults=defaults)
+    return LoadedModel(
+        model, config, dtype, dtype_reason, text.tokenizer, text.chat_template, ends, generation_defaults=defaults
+    )
 
 
-def pick_dtype(wanted: str, checkpoint: str | None) -> torch.dtype:
-    """`auto` is the checkpoint's; files that do not say (GGUF) run in bfloat16."""
-    name = checkpoint or "bfloat16" if wanted == "auto" else wanted
-    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+def pick_dtype(wanted: str, checkpoint: str | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type of weights and activations, and why. `auto` is the checkpoint's, but on a GPU
+    float32 runs in bfloat16, as in vLLM, and so do files that have no such type (quantised GGUF).
+    """
+    if wanted != "auto":
+        name, reason = wanted, "as asked for"
+    elif checkpoint is None:
+        name, reason = "bfloat16", "its weights are quantised or have no type"
+    elif checkpoint == "float32" and device.type == "cuda":
+        name, reason = "bfloat16", "the checkpoint's is float32; --dtype float32 keeps it"
+    else:
+        name, reason = checkpoint, "the checkpoint's"
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name], reason
+
+
+def _tell_rope_factors(config: ModelConfig, place: Path | None) -> None:
+    """LongRoPE's choice holds for all sequences, also those that another length would serve
+    otherwise.
+    """
+    rope, longest = config.rope, config.max_position_embeddings
+    if rope.long_factors:
+        kind = "long" if longest > rope.original_max_position else "short"
+        logger.info(
+            "%s: the %s factors of longrope for all lengths up to %d; --max-model-len over or up to %d chooses",
+            place,
+            kind,
+            longest,
+            rope.original_max_position,
+        )
 
 
 def _read_generation(config: ModelConfig, wanted: str, own: Path | None) -> tuple[ModelConfig, dict[str, Any]]:

@@ -5,20 +5,33 @@
 import re
 from collections.abc import Mapping
 
-# Key of config.json -> metadata key.
+# Key of config.json -> metadata key without its architecture.
 GGUF_KEYS = {
-    "hidden_size": "{arch}.embedding_length",
-    "intermediate_size": "{arch}.feed_forward_length",
-    "num_hidden_layers": "{arch}.block_count",
-    "num_attention_heads": "{arch}.attention.head_count",
-    "num_key_value_heads": "{arch}.attention.head_count_kv",
-    "head_dim": "{arch}.attention.key_length",
-    "max_position_embeddings": "{arch}.context_length",
-    "rms_norm_eps": "{arch}.attention.layer_norm_rms_epsilon",
-    "rope_theta": "{arch}.rope.freq_base",
-    "sliding_window": "{arch}.attention.sliding_window",
-    "bos_token_id": "tokenizer.ggml.bos_token_id",
-    "eos_token_id": "tokenizer.ggml.eos_token_id",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+
+_ROPE_KEYS = {
+    "rope_type": "rope.scaling.type",
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+}
+# The same, for errors alone, of what a family puts together itself.
+GGUF_OWN_KEYS = {
+    **{f"rope_parameters.{key}": suffix for key, suffix in _ROPE_KEYS.items()},
+    **{f"rope_parameters.full_attention.{key}": suffix for key, suffix in _ROPE_KEYS.items()},
+    "rope_parameters.sliding_attention.rope_theta": "rope.freq_base_swa",
+    "sliding_window": "attention.sliding_window",
+    "sliding_window_pattern": "attention.sliding_window_pattern",
+    "layer_types": "attention.sliding_window_pattern",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

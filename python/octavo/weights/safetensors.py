@@ -5,19 +5,23 @@ lie in the folder (or in the hub cache's `blobs`, where the cache's own links le
 are those of the `safetensors` package (Rust).
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.model_config import ModelError, read_json
 
+logger = logging.getLogger(__name__)
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # -> held as
 
 
 class SafetensorsSource:
@@ -30,10 +34,22 @@ class SafetensorsSource:
         self._files: dict[str, Any] = {}  # tensor -> its open shard
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, str] = {}  # our name -> the file's
-        for path in find_shards(folder):
-            self._open(path)
+        self._shards: dict[str, str] = {}  # our name -> name of its shard
+        stale: list[str] = []
+        paths, index = find_shards(folder)
+        for path in paths:
+            self._open(path, index, stale)
+        if stale:
+            logger.warning(
+                "%s: %d tensors are in two files, and taken from the one that the index names: %s%s",
+                folder,
+                len(stale),
+                ", ".join(stale[:5]),
+                ", ..." if len(stale) > 5 else "",
+            )
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, index: Mapping[str, str], stale: list[str]) -> None:
+        """index: tensor -> file. stale: takes the names of tensors that an earlier file had too."""
         try:
             file: Any = safe_open(path, framework="pt", device="cpu")
             for stored in file.keys():  # noqa: SIM118 - not a dict
@@ -41,14 +57,23 @@ class SafetensorsSource:
                 if name is None:
                     continue
                 if name in self._files:
-                    raise ModelError(f"{path}: {stored}: also in another shard")
+                    stale.append(name)
+                    if self._belongs_to_earlier(name, stored, path, index):
+                        continue
                 part = file.get_slice(stored)
                 if part.get_dtype() not in _DTYPES:
                     raise ModelError(f"{path}: {stored}: type {part.get_dtype()} is not one of {', '.join(_DTYPES)}")
-                self._files[name], self._stored[name] = file, stored
+                self._files[name], self._stored[name], self._shards[name] = file, stored, path.name
                 self._shapes[name] = tuple(part.get_shape())
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
+
+    def _belongs_to_earlier(self, name: str, stored: str, path: Path, index: Mapping[str, str]) -> bool:
+        """Of a tensor that an earlier file and this one have: which of the two the index names."""
+        earlier, named = self._shards[name], index.get(stored)
+        if earlier == path.name or named not in (earlier, path.name):
+            raise ModelError(f"{path}: {stored}: also in {earlier} as {self._stored[name]}")
+        return named == earlier
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
@@ -58,16 +83,27 @@ class SafetensorsSource:
 
     def dtype(self) -> str | None:
         """The type of the first matrix, for files whose config does not say."""
-        kinds = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
         for name, shape in self._shapes.items():
             if len(shape) == 2:
-                return kinds.get(self._files[name].get_slice(self._stored[name]).get_dtype())
+                return _DTYPES[self._files[name].get_slice(self._stored[name]).get_dtype()]
         return None
+
+    def call(self, name: str, other: str) -> None:
+        """The tensor `name` is found as `other` instead."""
+        self._files[other] = self._files.pop(name)
+        self._shapes[other] = self._shapes.pop(name)
+        self._stored[other] = self._stored.pop(name)
+        self._shards[other] = self._shards.pop(name)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors of one shape hold the same numbers."""
+        first, second = (self._files[name].get_tensor(self._stored[name]) for name in (one, other))
+        return first.dtype == second.dtype and torch.equal(first, second)
 
 
 def text_model_name(stored: str) -> str | None:
     """Name of a tensor in the text model; None for the vision part of a checkpoint that has both
-    (Gemma 3).
+    (Gemma 3). Files that were saved without the head lack the prefix `model.`.
     """
     if stored.startswith(
         ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -75,30 +111,41 @@ def text_model_name(stored: str) -> str | None:
         return None
     for prefix, replacement in (("language_model.", ""), ("model.language_model.", "model.")):
         if stored.startswith(prefix):
-            return replacement + stored[len(prefix) :]
-    return stored
+            stored = replacement + stored[len(prefix) :]
+            break
+    return f"model.{stored}" if stored.startswith(("embed_tokens.", "layers.", "norm.")) else stored
 
 
-def shard_names(index: Path) -> list[str]:
-    """The files that an index names, each a plain name. Raises `ModelError`."""
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says; each file a plain name. Raises `ModelError`."""
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise ModelError(f"{index}: weight_map: is not an object of file names")
-    names = sorted(set(table.values()))
-    for name in names:
+    for name in sorted(set(table.values())):
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file")
-    return names
+    return table
 
 
-def find_shards(folder: Path) -> list[Path]:
-    """The safetensors files of a folder. Raises `ModelError` that names what is missing or unsafe."""
-    index = folder / INDEX
-    if index.exists():
-        return [_shard(folder, name, index) for name in shard_names(index)]
-    single = folder / SINGLE
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names. Raises `ModelError`."""
+    return sorted(set(weight_map(index).values()))
+
+
+def find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The safetensors files of a folder, and which tensor the index says to be where (without an
+    index nothing). `model.safetensors` goes before an index, as in transformers.
+
+    Raises `ModelError` that names what is missing or unsafe.
+    """
+    index, single = folder / INDEX, folder / SINGLE
     if single.exists():
-        return [_shard(folder, single.name, folder)]
+        path = _shard(folder, single.name, folder)
+        if index.exists() and shard_names(index) != [SINGLE]:
+            logger.warning("%s: %s is read, and not the files that %s names", folder, SINGLE, INDEX)
+        return [path], {}
+    if index.exists():
+        return [_shard(folder, name, index) for name in shard_names(index)], weight_map(index)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED)
     if pickled:
         raise ModelError(

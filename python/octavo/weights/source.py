@@ -16,6 +16,7 @@ from tqdm import tqdm
 from octavo.layers.weight import WeightPart, allocate
 from octavo.model_config import ModelError
 from octavo.models.registry import Model
+from octavo.weights.finite import FiniteCheck
 
 
 class Source(Protocol):
@@ -35,19 +36,26 @@ def fill_model(model: Model, source: Source, device: torch.device) -> None:
     """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after
     another.
 
-    Raises `ModelError` listing all that differs.
+    Raises `ModelError` listing all that differs, or all that hold numbers nobody can compute with.
     """
     check(model, source)
-    with tqdm(
+    progress = tqdm(
         total=len(model.parts()), desc="Loading weights", unit=" tensors", disable=not sys.stderr.isatty(), leave=False
-    ) as progress:
+    )
+    with progress, FiniteCheck() as finite:
         for layer in model.layers():
             parts = allocate(layer, device)
             with _one_thread():
                 for part in parts:
                     _fill(part, source)
+                    finite.look(part.name, part.destination())
             layer.finish()
             progress.update(len(parts))
+        broken = finite.broken()
+    if broken:
+        raise ModelError(
+            f"{source.name}: NaN or infinite numbers in {len(broken)} tensors, as held in memory: {', '.join(broken)}"
+        )
 
 
 def _fill(part: WeightPart, source: Source) -> None:
@@ -90,4 +98,5 @@ def _harmless(name: str, model: Model) -> bool:
     checkpoints.
     """
     tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
-    return tied_copy or name.endswith(("rotary_emb.inv_freq", "rope_freqs.weight"))
+    read_with_the_config = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+    return tied_copy or name.endswith("rotary_emb.inv_freq") or name in read_with_the_config
