@@ -63,6 +63,7 @@ class Message(msgspec.Struct, frozen=True):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    reasoning_content: str | None = None
 
 
 class _Function(msgspec.Struct, frozen=True):
@@ -152,6 +153,8 @@ def _message(message: Message, where: str) -> dict[str, Any]:
         raise ChatError(f"{where}.content: required when role is {message.role}.", code="missing_required_parameter")
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     result["content"] = _text(message, where)
+    if message.reasoning_content is not None:
+        result["reasoning_content"] = message.reasoning_content
     if message.name is not None:
         result["name"] = message.name
     if message.tool_calls:

@@ -129,18 +129,18 @@ class SamplingParams:
     def with_defaults(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "SamplingParams":
         """Parameters from fields that a request gives and, for the others, defaults.
 
-        Biases of both count. A default length gives way to one that was given: a default must not
-        cause a refusal.
+        Biases of both count. A default length gives way to one that was given, and the longest to
+        the shortest: a default must not cause a refusal.
         """
         fields = {**defaults, **given}
         if "logit_bias" in defaults and isinstance(given.get("logit_bias"), Mapping):
             fields["logit_bias"] = {**defaults["logit_bias"], **given["logit_bias"]}
-        least, most = fields.get("min_tokens"), fields.get("max_tokens")
+        least, most = fields.get("min_tokens"), fields.get("max_tokens", cls.max_tokens)
         if isinstance(least, int) and isinstance(most, int) and least > most:
-            if "min_tokens" not in given:
-                fields["min_tokens"] = max(most, 0)
-            elif "max_tokens" not in given:
+            if "max_tokens" not in given:
                 fields["max_tokens"] = least
+            elif "min_tokens" not in given:
+                fields["min_tokens"] = max(most, 0)
         return cls(**fields)
 
     def fitting(self, room: int) -> "SamplingParams":

@@ -120,6 +120,8 @@ def test_a_request_goes_before_the_defaults() -> None:
 
     assert params() == (["a"], {5: -100.0, 7: -100.0}, 10, 20)
     assert params(stop=["b"], logit_bias={7: 1.0, 8: 2.0}) == (["b"], {5: -100.0, 7: 1.0, 8: 2.0}, 10, 20)
+    short = SamplingParams.with_defaults({"min_tokens": 20}, {})
+    assert (short.min_tokens, short.max_tokens) == (20, 20)
     assert params(max_tokens=4)[2:] == (4, 4)
     assert params(min_tokens=30)[2:] == (30, 30)
     with pytest.raises(ValueError, match="min_tokens is 30, but must be at most max_tokens = 4"):

@@ -110,6 +110,12 @@ def test_refusals_are_what_was_said(way: Any) -> None:
 
 
 @BOTH
+def test_earlier_thoughts_reach_the_template(way: Any) -> None:
+    expected = [USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}]
+    assert_seen(way, turn(reasoning_content="hm"), None, expected)
+
+
+@BOTH
 def test_developers_are_the_system(way: Any) -> None:
     given = [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
     assert_seen(way, given, None, [{"role": "system", "content": "a\nb"}])
@@ -155,7 +161,7 @@ def test_what_json_cannot_hold_is_refused() -> None:
 
 
 def test_keys_that_nobody_checks_reach_the_template_of_a_caller_in_python() -> None:
-    messages = [USER, {"role": "assistant", "content": "x", "reasoning_content": "hm", "n": BIG}]
+    messages = [USER, {"role": "assistant", "content": "x", "thinking": "hm", "n": BIG}]
     assert_seen(called, messages, None, messages)
 
 

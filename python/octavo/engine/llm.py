@@ -76,7 +76,7 @@ class LLM:
         """What is used where none are given: the model's own defaults, see
         `EngineConfig.generation_config`.
         """
-        return SamplingParams(**self._engine.parts.generation_defaults)
+        return SamplingParams.with_defaults(self._engine.parts.generation_defaults, {})
 
     def generate(
         self,
