@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from octavo import _core
 from octavo.model_config import ModelError
 from octavo.weights.text import Text, read_text
 from tests.text import vocabularies
-from tests.text.test_special_tokens import CONFIG, write_folder
+from tests.text.test_special_tokens import ADDED, CONFIG, SPECIAL_MAP, write_folder
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOOLS = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}]
@@ -119,6 +120,17 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     (folder / FILE).write_bytes(b"\xff")
     with pytest.raises(ModelError, match=r"chat_template.jinja: not readable as text"):
         read_text(folder, None, None)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", CONFIG, SPECIAL_MAP, ADDED, FILE, TOOL_FILE])
+def test_pipes_are_not_read(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "model", {CONFIG: {}, TOOL_FILE: "x"})
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=f"{name}: not a regular file"):
+        read_text(folder, None, None)
+    with pytest.raises(ModelError, match=f"{name}: not a regular file"):
+        read_text(None, None, str(folder / name))
 
 
 def test_a_gguf_file_has_a_template_for_tools_and_names_its_tokens(tmp_path: Path) -> None:

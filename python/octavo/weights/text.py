@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from octavo.model_config import ModelError, read_json
+from octavo.model_config import ModelError, read_json, refuse_special_file
 
 if TYPE_CHECKING:
     from octavo import _core
@@ -34,7 +34,6 @@ many files name only the token that ends a text, not the one that ends a turn.
 """
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20  # published templates stay under 30 KB
-MAX_ERROR_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ def _given_template(template: str) -> tuple[str, str]:
         return template, "chat_template"
     path = Path(template).expanduser()
     try:
+        refuse_special_file(path)
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
@@ -171,6 +171,9 @@ def _from_folder(folder: Path) -> _Parts:
     path = folder / "tokenizer.json"
     if not path.exists():
         return _Parts()
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).exists():
+            refuse_special_file(folder / name)
     from octavo import _core
 
     try:
@@ -191,6 +194,7 @@ def _templates_of_folder(folder: Path) -> _Templates | None:
         *((path.stem, path) for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))),
     ]:
         if path.exists():
+            refuse_special_file(path)
             try:
                 sources[name] = path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
@@ -219,6 +223,4 @@ def _naming(path: Path, error: Exception) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """What is wrong, in one line that no value of a file makes endless."""
-    line = " ".join(str(error).split())
-    return line if len(line) <= MAX_ERROR_CHARACTERS else line[:MAX_ERROR_CHARACTERS] + "..."
+    return " ".join(str(error).split())
