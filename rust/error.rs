@@ -90,6 +90,9 @@ pub enum Error {
     /// A GGUF file is truncated or inconsistent.
     #[error("{0}")]
     Gguf(String),
+    /// A panic in text work, by which a library's own check failed, or ours.
+    #[error("a text library panicked: {0}")]
+    Panicked(String),
 }
 
 /// Result of whatever a user can reach.
@@ -106,7 +109,7 @@ impl Error {
             Self::QueueFull { .. } => "queue_full",
             Self::Template(_) => "template_error",
             Self::Gguf(_) => "invalid_gguf",
-            Self::StepOrder { .. } | Self::BufferTooSmall { .. } => "internal_error",
+            Self::StepOrder { .. } | Self::BufferTooSmall { .. } | Self::Panicked(_) => "internal_error",
         }
     }
 
@@ -120,7 +123,8 @@ impl Error {
             | Self::StepOrder { .. }
             | Self::BufferTooSmall { .. }
             | Self::Tokenizer(_)
-            | Self::Gguf(_) => None,
+            | Self::Gguf(_)
+            | Self::Panicked(_) => None,
         }
     }
 

@@ -108,11 +108,22 @@ impl Failure {
     pub fn is_of_the_server(&self) -> bool {
         matches!(self.code.as_str(), "engine_dead" | "server_shutting_down")
     }
+
+    /// The field of the request that caused it, which would do so again.
+    pub fn param(&self) -> Option<&'static str> {
+        (self.code == SequenceError::AllMasked.code()).then_some("logit_bias")
+    }
 }
 
 impl From<SequenceError> for Failure {
     fn from(error: SequenceError) -> Self {
-        Self::new(error.code(), "the model's output for this request could not be used")
+        let message = match error {
+            SequenceError::AllMasked => {
+                "no token is left to draw: logit_bias, and min_tokens with stop_token_ids, rule out all of them"
+            }
+            _ => "the model's output for this request could not be used",
+        };
+        Self::new(error.code(), message)
     }
 }
 

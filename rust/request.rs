@@ -143,8 +143,8 @@ pub struct SamplingParams {
     pub top_p: f32,
     /// Keep tokens at least this likely relative to the likeliest, in \[0, 1\].
     pub min_p: f32,
-    /// Divides (or, if negative, multiplies) logits of tokens seen in prompt or output, in (0,
-    /// 100].
+    /// Divides (or, if negative, multiplies) logits of tokens seen in prompt or output, in \[0.01,
+    /// 100\]: less would make infinities of them.
     pub repetition_penalty: f32,
     /// Subtracted from logits of tokens that were output, in \[-2, 2\].
     pub presence_penalty: f32,
@@ -231,7 +231,7 @@ impl SamplingParams {
             top_k,
             top_p: above_zero("top_p", options.top_p, 1.0)?,
             min_p: number("min_p", options.min_p, 0.0, 1.0)?,
-            repetition_penalty: above_zero("repetition_penalty", options.repetition_penalty, 100.0)?,
+            repetition_penalty: number("repetition_penalty", options.repetition_penalty, 0.01, 100.0)?,
             presence_penalty: number("presence_penalty", options.presence_penalty, -2.0, 2.0)?,
             frequency_penalty: number("frequency_penalty", options.frequency_penalty, -2.0, 2.0)?,
             seed: options.seed,
@@ -327,6 +327,7 @@ mod tests {
             ("top_p", SamplingOptions { top_p: 1.1, ..options() }),
             ("min_p", SamplingOptions { min_p: 1.1, ..options() }),
             ("repetition_penalty", SamplingOptions { repetition_penalty: 0.0, ..options() }),
+            ("repetition_penalty", SamplingOptions { repetition_penalty: 1e-38, ..options() }),
             ("presence_penalty", SamplingOptions { presence_penalty: -2.1, ..options() }),
             ("frequency_penalty", SamplingOptions { frequency_penalty: 2.1, ..options() }),
             ("max_tokens", SamplingOptions { max_tokens: Some(0), ..options() }),

@@ -102,7 +102,7 @@ class Tokenizer:
 
     @staticmethod
     def from_file(path: str) -> Tokenizer:
-        """Reads a Hugging Face `tokenizer.json`."""
+        """Reads a Hugging Face `tokenizer.json`, and what the files beside it say of special tokens."""
     @staticmethod
     def from_gguf(file: GgufFile) -> Tokenizer:
         """Builds the tokenizer from a GGUF vocabulary (`tokenizer.ggml.*`)."""
@@ -119,6 +119,9 @@ class Tokenizer:
     def eos_token_id(self) -> int | None: ...
     @property
     def special_tokens(self) -> dict[str, int]: ...
+    @property
+    def named_tokens(self) -> dict[str, str]:
+        """Special tokens by the names under which templates know them, such as `bos_token`."""
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str | None: ...
     def encode_text(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> Prompt: ...
@@ -143,7 +146,15 @@ class ChatTemplate:
     `tojson`.
     """
 
-    def __new__(cls, source: str, bos_token: str = "", eos_token: str = "") -> ChatTemplate: ...
+    def __new__(
+        cls, source: str | None, special_tokens: dict[str, str] = ..., *, tool_use: str | None = None
+    ) -> ChatTemplate:
+        """tool_use: the template for conversations with tools, where it is another one. special_tokens:
+        as `Tokenizer.named_tokens` has them.
+        """
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the template for conversations with tools makes anything of them."""
     def render(
         self,
         messages_json: str,
@@ -283,6 +294,9 @@ class Failure:
         """Stable name, for clients and metrics."""
     @property
     def message(self) -> str: ...
+    @property
+    def param(self) -> str | None:
+        """The field of the request that caused it, which would do so again."""
 
 @final
 class ReplyDelta:

@@ -8,7 +8,7 @@ ranges are written there, in one place.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from octavo import _core
@@ -50,7 +50,7 @@ class SamplingParams:
     """Taken from a token's logit for each time it was output; -2 to 2."""
     repetition_penalty: float = 1.0
     """Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and
-    the output; 1: off.
+    the output; 0.01 to 100, 1: off.
     """
     temperature: float = 1.0
     """0: always the likeliest token."""
@@ -124,6 +124,24 @@ class SamplingParams:
             for token, bias in self.logit_bias.items():
                 _check_integer("logit_bias", token)
                 _check_number(f"logit_bias[{token}]", bias)
+
+    @classmethod
+    def with_defaults(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> "SamplingParams":
+        """Parameters from fields that a request gives and, for the others, defaults.
+
+        Biases of both count. A default length gives way to one that was given, and the longest to
+        the shortest: a default must not cause a refusal.
+        """
+        fields = {**defaults, **given}
+        if "logit_bias" in defaults and isinstance(given.get("logit_bias"), Mapping):
+            fields["logit_bias"] = {**defaults["logit_bias"], **given["logit_bias"]}
+        least, most = fields.get("min_tokens"), fields.get("max_tokens", cls.max_tokens)
+        if isinstance(least, int) and isinstance(most, int) and least > most:
+            if "max_tokens" not in given:
+                fields["max_tokens"] = least
+            elif "min_tokens" not in given:
+                fields["min_tokens"] = max(most, 0)
+        return cls(**fields)
 
     def fitting(self, room: int) -> "SamplingParams":
         """The same with at most `room` output tokens, if there is room at all: a default must not

@@ -42,7 +42,7 @@ class Sampling:
 
     def params(self, engine: "AsyncEngine", prompt: "_core.Prompt") -> SamplingParams:
         """For one prompt; a default length gives way to a long prompt."""
-        params = SamplingParams(**{**self.defaults, **engine.generation_defaults, **self.given})
+        params = SamplingParams.with_defaults({**self.defaults, **engine.generation_defaults}, self.given)
         return params if "max_tokens" in self.given else params.fitting(engine.max_model_len - len(prompt))
 
 

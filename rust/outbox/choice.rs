@@ -146,7 +146,7 @@ pub(super) struct Choice {
     /// None for a choice without text, and once its last text is out.
     text: Option<(Detokenizer, StopMatcher)>,
     stops: StopPatterns,
-    /// Stop strings do not count before this many tokens.
+    /// Stop strings do not count where they end within this many tokens.
     min_tokens: u32,
     /// Whether the text of a stop token stays.
     include_stop: bool,
@@ -199,11 +199,8 @@ impl Choice {
             scratch.clear();
             detokenizer.push(token.id, scratch);
             self.text_chars += scratch.chars().count() as u32;
-            if token.output_index < self.min_tokens {
-                self.pending.text.push_str(scratch);
-            } else {
-                hit = stops.push(scratch, &mut self.pending.text).map(|hit| hit.index as u32);
-            }
+            let may_stop = self.progress.num_tokens > self.min_tokens;
+            hit = stops.push(scratch, may_stop, &mut self.pending.text).map(|hit| hit.index as u32);
         }
         if hit.is_some() {
             self.text = None;
@@ -213,8 +210,7 @@ impl Choice {
     }
 
     /// Ends it, once.
-    pub(super) fn end(&mut self, reason: FinishReason, scratch: &mut String) {
-        self.ended = Some(reason);
+    pub(super) fn end(&mut self, mut reason: FinishReason, scratch: &mut String) {
         let mut stop_text = match reason {
             FinishReason::StopString(index) => Some(self.stops.text(index as usize).to_owned()),
             _ => None,
@@ -224,11 +220,18 @@ impl Choice {
             // is text after all.
             scratch.clear();
             detokenizer.finish(scratch);
-            match stops.push(scratch, &mut self.pending.text) {
-                Some(hit) => stop_text = Some(self.stops.text(hit.index).to_owned()),
+            let may_stop = self.progress.num_tokens > self.min_tokens;
+            match stops.push(scratch, may_stop, &mut self.pending.text) {
+                Some(hit) => {
+                    stop_text = Some(self.stops.text(hit.index).to_owned());
+                    if reason == FinishReason::Length {
+                        reason = FinishReason::StopString(hit.index as u32);
+                    }
+                }
                 None => stops.finish(&mut self.pending.text),
             }
         }
+        self.ended = Some(reason);
         self.pending.finish = Some(Finish { reason, stop_text });
     }
 

@@ -24,6 +24,7 @@ struct Script {
     n: usize,
     stops: Vec<String>,
     include_stop: bool,
+    min_tokens: usize,
     logprobs: Option<u32>,
     /// Of each choice the bytes that are drawn, a token each, and whether an end token follows
     /// them.
@@ -53,17 +54,29 @@ fn whole_characters(bytes: &[u8]) -> &str {
 impl Script {
     fn expected(&self, choice: usize) -> Expected {
         let (bytes, ends) = &self.outputs[choice];
-        // The text ends at the stop string that is completed first, of those the longest.
+        // The text ends at the stop string that is completed first, of those the longest; none counts
+        // that is completed by the first `min_tokens` tokens.
         let text = String::from_utf8_lossy(bytes);
-        let hits = self.stops.iter().filter_map(|stop| text.find(stop).map(|start| (start + stop.len(), start, stop)));
-        let hit = hits.min();
+        let least = match bytes.get(..self.min_tokens) {
+            Some(first) if self.min_tokens < bytes.len() + usize::from(*ends) => whole_characters(first).len(),
+            _ => usize::MAX,
+        };
+        let hits = self.stops.iter().flat_map(|stop| {
+            let starts = text.char_indices().map(|(at, _)| at).filter(|&at| text[at..].starts_with(stop.as_str()));
+            starts.map(move |start| (start + stop.len(), start, stop)).collect::<Vec<_>>()
+        });
+        let hit = hits.filter(|(end, ..)| *end > least).min();
+        // A character that was cut is known to be one at the end.
+        let at_end = hit.is_none_or(|(end, ..)| end > whole_characters(bytes).len());
         let drawn = match hit {
-            Some((end, ..)) => (0..=bytes.len()).find(|&len| whole_characters(&bytes[..len]).len() >= end).unwrap(),
-            None => bytes.len(),
+            Some((end, ..)) if !at_end => {
+                (0..=bytes.len()).find(|&len| whole_characters(&bytes[..len]).len() >= end).unwrap()
+            }
+            _ => bytes.len(),
         };
         let mut tokens: Vec<String> =
             bytes[..drawn].iter().map(|byte| String::from_utf8_lossy(&[*byte]).into_owned()).collect();
-        if hit.is_none() && *ends {
+        if at_end && *ends {
             tokens.push(String::new());
         }
         let offsets = (0..tokens.len()).map(|at| whole_characters(&bytes[..at]).chars().count() as u64).collect();
@@ -92,6 +105,7 @@ impl Script {
             n: self.n as i64,
             stop: self.stops.clone(),
             include_stop_str_in_output: self.include_stop,
+            min_tokens: self.min_tokens as i64,
             logprobs: self.logprobs.map(i64::from),
             ..SamplingOptions::default()
         })
@@ -286,7 +300,7 @@ fn script() -> impl Strategy<Value = Script> {
             });
         (
             Just((chat, prompt_lens, n)),
-            prop::collection::vec("[ab é€]{1,3}", 0..3),
+            (prop::collection::vec("[ab é€]{1,3}|\u{FFFD}", 0..3), 0usize..8),
             any::<bool>(),
             prop::option::of(0u32..=TOP as u32),
             prop::collection::vec(output, choices),
@@ -297,16 +311,19 @@ fn script() -> impl Strategy<Value = Script> {
                 let turn = (0..choices, prop::bool::weighted(takes));
                 (Just((shape, stops, include_stop, logprobs, outputs)), prop::collection::vec(turn, 0..choices * 80))
             })
-            .prop_map(|(((chat, prompt_lens, n), stops, include_stop, logprobs, outputs), turns)| Script {
-                chat,
-                prompt_lens,
-                n,
-                stops,
-                include_stop,
-                logprobs,
-                outputs,
-                turns,
-            })
+            .prop_map(
+                |(((chat, prompt_lens, n), (stops, min_tokens), include_stop, logprobs, outputs), turns)| Script {
+                    chat,
+                    prompt_lens,
+                    n,
+                    stops,
+                    include_stop,
+                    min_tokens,
+                    logprobs,
+                    outputs,
+                    turns,
+                },
+            )
     })
 }
 

@@ -113,9 +113,13 @@ impl<S: Shape> Protocol for OpenAi<S> {
     }
 
     fn error(&self, out: &mut Vec<u8>, failure: &Failure) {
-        let kind = if failure.is_of_the_server() { "overloaded_error" } else { "server_error" };
+        let kind = match failure.param() {
+            Some(_) => "invalid_request_error",
+            None if failure.is_of_the_server() => "overloaded_error",
+            None => "server_error",
+        };
         out.extend_from_slice(b"data: ");
-        write_error(out, &failure.message, kind, None, &failure.code);
+        write_error(out, &failure.message, kind, failure.param(), &failure.code);
         out.extend_from_slice(b"\n\ndata: [DONE]\n\n");
     }
 
@@ -239,15 +243,16 @@ pub(super) mod tests {
     #[test]
     fn a_stream_that_fails_ends_with_its_error_and_done() {
         let protocol = ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default())).protocol;
-        for (code, kind) in [
-            ("numerical_error", "server_error"),
-            ("engine_dead", "overloaded_error"),
-            ("server_shutting_down", "overloaded_error"),
+        for (code, kind, param) in [
+            ("numerical_error", "server_error", Value::Null),
+            ("all_tokens_masked", "invalid_request_error", json!("logit_bias")),
+            ("engine_dead", "overloaded_error", Value::Null),
+            ("server_shutting_down", "overloaded_error", Value::Null),
         ] {
             let end = written(|out| protocol.error(out, &Failure::new(code, "it \"broke\"")));
             assert_eq!(
                 event(end.strip_suffix("data: [DONE]\n\n").unwrap()),
-                json!({"error": {"message": "it \"broke\"", "type": kind, "param": null, "code": code}})
+                json!({"error": {"message": "it \"broke\"", "type": kind, "param": param, "code": code}})
             );
         }
     }

@@ -99,6 +99,11 @@ impl Failure {
     fn message(&self) -> &str {
         &self.0.message
     }
+
+    #[getter]
+    fn param(&self) -> Option<&'static str> {
+        self.0.param()
+    }
 }
 
 /// Everything a reply gained since the last `take`.

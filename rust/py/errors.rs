@@ -44,7 +44,9 @@ impl From<Error> for PyErr {
             Error::QueueFull { .. } => Exception::<OverloadedError>::of(error),
             Error::Template(_) => Exception::<TemplateError>::of(error),
             Error::Gguf(_) => Exception::<GgufError>::of(error),
-            Error::StepOrder { .. } | Error::BufferTooSmall { .. } => Exception::<PyRuntimeError>::of(error),
+            Error::StepOrder { .. } | Error::BufferTooSmall { .. } | Error::Panicked(_) => {
+                Exception::<PyRuntimeError>::of(error)
+            }
             Error::InvalidValue { .. } | Error::EmptyPrompt | Error::TokenOutOfRange { .. } | Error::Tokenizer(_) => {
                 Exception::<RefusedError>::of(error)
             }

@@ -6,6 +6,7 @@ mod delta;
 mod errors;
 mod event_fd;
 mod gguf;
+mod guard;
 mod params;
 mod plan;
 mod protocol;

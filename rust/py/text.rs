@@ -9,6 +9,7 @@ use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
 
 use super::gguf::GgufFile;
+use super::guard::detached;
 use crate::text::{self, RenderOptions, Specials};
 
 /// Token ids of a prompt, kept in Rust.
@@ -67,12 +68,12 @@ impl Tokenizer {
     #[staticmethod]
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn from_file(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
-        Ok(py.detach(|| text::Tokenizer::from_file(&path))?.into())
+        Ok(detached(py, || text::Tokenizer::from_file(&path))?.into())
     }
 
     #[staticmethod]
     fn from_gguf(py: Python<'_>, file: &GgufFile) -> PyResult<Self> {
-        Ok(py.detach(|| text::Tokenizer::from_gguf(&file.file))?.into())
+        Ok(detached(py, || text::Tokenizer::from_gguf(&file.file))?.into())
     }
 
     #[staticmethod]
@@ -101,6 +102,11 @@ impl Tokenizer {
         self.tokenizer.special_tokens().clone()
     }
 
+    #[getter]
+    fn named_tokens(&self) -> BTreeMap<String, String> {
+        self.tokenizer.named_tokens().clone()
+    }
+
     fn token_to_id(&self, token: &str) -> Option<u32> {
         self.tokenizer.token_to_id(token)
     }
@@ -118,7 +124,7 @@ impl Tokenizer {
         parse_special: bool,
     ) -> PyResult<Prompt> {
         let specials = if parse_special { Specials::Parse } else { Specials::Plain };
-        let ids = py.detach(|| self.tokenizer.encode_text(text, add_special_tokens, specials))?;
+        let ids = detached(py, || self.tokenizer.encode_text(text, add_special_tokens, specials))?;
         Ok(Prompt { token_ids: ids.into() })
     }
 
@@ -135,7 +141,7 @@ impl Tokenizer {
         kwargs_json: Option<&str>,
     ) -> PyResult<Prompt> {
         let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now: unix_time() };
-        let ids = py.detach(|| self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
+        let ids = detached(py, || self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
         Ok(Prompt { token_ids: ids.into() })
     }
 
@@ -160,9 +166,20 @@ pub struct ChatTemplate {
 #[pymethods]
 impl ChatTemplate {
     #[new]
-    #[pyo3(signature = (source, bos_token = "", eos_token = ""))]
-    fn new(source: &str, bos_token: &str, eos_token: &str) -> PyResult<Self> {
-        Ok(Self { template: text::ChatTemplate::new(source, bos_token, eos_token)? })
+    #[pyo3(signature = (source, special_tokens = BTreeMap::new(), *, tool_use = None))]
+    fn new(
+        py: Python<'_>,
+        source: Option<&str>,
+        special_tokens: BTreeMap<String, String>,
+        tool_use: Option<&str>,
+    ) -> PyResult<Self> {
+        let template = detached(py, || text::ChatTemplate::new(source, tool_use, special_tokens))?;
+        Ok(Self { template })
+    }
+
+    #[getter]
+    fn takes_tools(&self) -> bool {
+        self.template.takes_tools()
     }
 
     #[pyo3(signature = (
@@ -179,7 +196,7 @@ impl ChatTemplate {
     ) -> PyResult<String> {
         let now = now.unwrap_or_else(unix_time);
         let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now };
-        Ok(py.detach(|| self.template.render(messages_json, &options))?)
+        detached(py, || self.template.render(messages_json, &options))
     }
 }
 

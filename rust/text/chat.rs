@@ -10,11 +10,11 @@
 
 use std::collections::HashSet;
 
-use aho_corasick::AhoCorasick;
-use serde_json::Value as Json;
+use aho_corasick::{AhoCorasick, MatchKind};
 
 use crate::error::{Error, Result};
-use crate::text::added_tokens::AddedMatch;
+use crate::text::added_tokens::{automaton, AddedMatch};
+use crate::text::json::Json;
 use crate::text::python_methods::is_space;
 use crate::text::python_values::is_noncharacter;
 use crate::text::template::Inputs;
@@ -38,7 +38,7 @@ impl Tokenizer {
             let mut replace = |text: &mut String| finder.replace(text, &mut stand_ins);
             for_each_string(&mut inputs.messages, &mut replace)?;
             for_each_string(&mut inputs.tools, &mut replace)?;
-            for value in inputs.kwargs.values_mut() {
+            for (_, value) in &mut inputs.kwargs {
                 for_each_string(value, &mut replace)?;
             }
         }
@@ -52,9 +52,10 @@ impl Tokenizer {
 #[derive(Debug)]
 pub(crate) struct SpecialFinder {
     whole: AhoCorasick,
-    /// Beginnings of special tokens that are not whole ones.
-    beginnings: HashSet<Box<str>>,
-    ends: HashSet<Box<str>>,
+    /// All of them in order, so that those that begin with a text stand together.
+    forwards: Vec<Box<[u8]>>,
+    /// All of them read backwards, in order.
+    backwards: Vec<Box<[u8]>>,
     longest: usize,
 }
 
@@ -63,11 +64,12 @@ impl SpecialFinder {
     pub fn new<'a>(specials: impl Iterator<Item = &'a str> + Clone) -> Result<Option<Self>> {
         let specials = specials.filter(|special| !special.is_empty());
         let Some(longest) = specials.clone().map(str::len).max() else { return Ok(None) };
-        let whole =
-            AhoCorasick::new(specials.clone()).map_err(|error| Error::Tokenizer(format!("special tokens: {error}")))?;
-        let cuts = specials.flat_map(|special| special.char_indices().skip(1).map(move |(at, _)| special.split_at(at)));
-        let (beginnings, ends) = cuts.map(|(beginning, end)| (Box::from(beginning), Box::from(end))).unzip();
-        Ok(Some(Self { whole, beginnings, ends, longest }))
+        let texts: Vec<&str> = specials.collect();
+        let mut forwards: Vec<Box<[u8]>> = texts.iter().map(|special| special.as_bytes().into()).collect();
+        let mut backwards: Vec<Box<[u8]>> = texts.iter().map(|special| special.bytes().rev().collect()).collect();
+        forwards.sort_unstable();
+        backwards.sort_unstable();
+        Ok(Some(Self { whole: automaton(&texts, MatchKind::Standard)?, forwards, backwards, longest }))
     }
 
     fn replace(&self, text: &mut String, stand_ins: &mut StandIns) -> Result<()> {
@@ -75,11 +77,16 @@ impl SpecialFinder {
         // A template may trim what it puts next to its own text.
         for tail in [text.as_str(), text.trim_end_matches(is_space)] {
             let parts = tail.char_indices().rev().map(|(at, _)| at).take_while(|at| tail.len() - at <= self.longest);
-            starts.extend(parts.filter(|&at| self.beginnings.contains(&tail[at..])));
+            starts.extend(parts.filter(|&at| begins_one(&self.forwards, &tail.as_bytes()[at..])));
         }
         for head in [text.as_str(), text.trim_start_matches(is_space)] {
-            let mut parts = head.char_indices().map(|(at, c)| at + c.len_utf8()).take_while(|&end| end <= self.longest);
-            if parts.any(|end| self.ends.contains(&head[..end])) {
+            let mut longest = self.longest.min(head.len());
+            while !head.is_char_boundary(longest) {
+                longest -= 1;
+            }
+            let backwards: Vec<u8> = head[..longest].bytes().rev().collect();
+            let mut parts = head[..longest].char_indices().map(|(at, c)| at + c.len_utf8());
+            if parts.any(|end| begins_one(&self.backwards, &backwards[longest - end..])) {
                 starts.push(text.len() - head.len());
             }
         }
@@ -102,6 +109,13 @@ impl SpecialFinder {
     }
 }
 
+/// Whether one of `sorted` begins with `part` and is longer.
+fn begins_one(sorted: &[Box<[u8]>], part: &[u8]) -> bool {
+    // Those that begin with it follow it in the order.
+    let next = sorted.partition_point(|special| **special <= *part);
+    sorted.get(next).is_some_and(|special| special.starts_with(part))
+}
+
 /// Which noncharacter stands for which character.
 #[derive(Debug)]
 struct StandIns {
@@ -116,7 +130,7 @@ impl StandIns {
         let mut note = |text: &str| taken.extend(text.chars().filter(|&c| is_noncharacter(c)));
         visit_strings(&inputs.messages, &mut note);
         visit_strings(&inputs.tools, &mut note);
-        inputs.kwargs.values().for_each(|value| visit_strings(value, &mut note));
+        inputs.kwargs.iter().for_each(|(_, value)| visit_strings(value, &mut note));
         let in_planes = (0..=0x10).flat_map(|plane| [plane << 16 | 0xFFFE, plane << 16 | 0xFFFF]);
         let free = (0xFDD0..=0xFDEF).chain(in_planes).filter_map(char::from_u32).filter(|c| !taken.contains(c));
         Self { free: free.collect(), used: Vec::new() }
@@ -155,7 +169,7 @@ impl StandIns {
 /// Every string inside `json`, keys included.
 fn visit_strings(json: &Json, visit: &mut impl FnMut(&str)) {
     match json {
-        Json::String(text) => visit(text),
+        Json::Text(text) => visit(text),
         Json::Array(items) => items.iter().for_each(|item| visit_strings(item, visit)),
         Json::Object(pairs) => pairs.iter().for_each(|(key, value)| {
             visit(key);
@@ -168,16 +182,61 @@ fn visit_strings(json: &Json, visit: &mut impl FnMut(&str)) {
 /// Changes every string inside `json`, keys included.
 fn for_each_string(json: &mut Json, change: &mut impl FnMut(&mut String) -> Result<()>) -> Result<()> {
     match json {
-        Json::String(text) => change(text),
+        Json::Text(text) => change(text),
         Json::Array(items) => items.iter_mut().try_for_each(|item| for_each_string(item, change)),
         Json::Object(pairs) => {
-            for (mut key, mut value) in std::mem::take(pairs) {
-                change(&mut key)?;
-                for_each_string(&mut value, change)?;
-                pairs.insert(key, value);
+            for (key, value) in pairs {
+                change(key)?;
+                for_each_string(value, change)?;
             }
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Where a character must be exchanged, by what the rules say of every special token.
+    fn expected(specials: &[String], text: &str) -> Vec<usize> {
+        let boundaries = |text: &str| text.char_indices().map(|(at, _)| at).chain([text.len()]).collect::<Vec<_>>();
+        let mut starts = Vec::new();
+        for special in specials.iter().filter(|special| !special.is_empty()) {
+            starts.extend(boundaries(text).into_iter().filter(|&at| text[at..].starts_with(special.as_str())));
+            for cut in boundaries(special).into_iter().filter(|cut| (1..special.len()).contains(cut)) {
+                let (beginning, end) = special.split_at(cut);
+                for tail in [text, text.trim_end_matches(is_space)] {
+                    starts.extend(tail.ends_with(beginning).then(|| tail.len() - beginning.len()));
+                }
+                for head in [text, text.trim_start_matches(is_space)] {
+                    starts.extend(head.starts_with(end).then(|| text.len() - head.len()));
+                }
+            }
+        }
+        starts.sort_unstable();
+        starts.dedup();
+        starts
+    }
+
+    proptest! {
+        #[test]
+        fn characters_are_exchanged_where_a_special_token_could_arise(
+            specials in prop::collection::vec("[ab<é ]{0,4}", 0..4),
+            text in "[ab<é ]{0,8}",
+        ) {
+            let finder = SpecialFinder::new(specials.iter().map(String::as_str)).unwrap();
+            let inputs = Inputs::parse("[]", &RenderOptions::default()).unwrap();
+            let mut replaced = text.clone();
+            if let Some(finder) = finder {
+                finder.replace(&mut replaced, &mut StandIns::new(&inputs)).unwrap();
+            }
+            let pairs = text.char_indices().zip(replaced.chars());
+            let exchanged: Vec<usize> = pairs.filter(|((_, old), new)| old != new).map(|((at, _), _)| at).collect();
+            prop_assert_eq!(exchanged, expected(&specials, &text));
+        }
     }
 }

@@ -6,6 +6,8 @@
 //! `llama-vocab.cpp` for the meaning of the keys; the `tokenizer.json` published with each model
 //! family for the pre-tokenisers.
 
+use std::collections::BTreeMap;
+
 use serde_json::json;
 use tokenizers::models::bpe::{Vocab, BPE};
 use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper};
@@ -19,6 +21,15 @@ const NORMAL: i64 = 1;
 const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
+
+/// Names in templates, and those in the file's keys.
+const OTHER_NAMED: [(&str, &str); 5] = [
+    ("unk_token", "unknown"),
+    ("sep_token", "seperator"), // as llama.cpp spells it
+    ("pad_token", "padding"),
+    ("cls_token", "cls"),
+    ("mask_token", "mask"),
+];
 
 /// Longest piece that scores may build, in characters: finding the pairs that make it costs its
 /// length squared.
@@ -44,6 +55,7 @@ impl Tokenizer {
         };
         let (bos, eos) = (vocabulary.id("bos")?, vocabulary.id("eos")?);
         let mut tokenizer = Self::from_pipeline(pipeline, bos, eos)?;
+        tokenizer.set_named_tokens(vocabulary.named_tokens(bos, eos)?);
         let add = |key: &str, default: bool, id: Option<u32>| -> Result<Vec<u32>> {
             let add = file.get_bool(key)?.unwrap_or(default);
             Ok(id.filter(|_| add).into_iter().collect())
@@ -99,6 +111,21 @@ impl<'a> GgufVocabulary<'a> {
             return Err(self.file.error(format!("{key} is {id}, but the vocabulary has {limit} tokens")));
         }
         Ok(Some(id))
+    }
+
+    /// What templates know. BOS and EOS are empty text where there are none, as in llama.cpp; of the
+    /// others, which nothing else needs, an id that the vocabulary does not have is none.
+    fn named_tokens(&self, bos: Option<u32>, eos: Option<u32>) -> Result<BTreeMap<String, String>> {
+        let text = |id: u32| self.tokens.get(id as usize).map(|token| (*token).to_owned());
+        let mut named = BTreeMap::new();
+        for (name, id) in [("bos_token", bos), ("eos_token", eos)] {
+            named.insert(name.to_owned(), id.and_then(text).unwrap_or_default());
+        }
+        for (name, key) in OTHER_NAMED {
+            let id = self.file.get_u32(&format!("tokenizer.ggml.{key}_token_id"))?;
+            named.extend(id.and_then(text).map(|token| (name.to_owned(), token)));
+        }
+        Ok(named)
     }
 
     /// Whether BOS begins every text where the file does not say.

@@ -9,11 +9,14 @@ mod chat;
 mod clock;
 mod detokenize;
 mod gguf_vocab;
+mod json;
 mod pieces;
 mod python_methods;
 mod python_values;
+mod special_tokens;
 mod stop;
 mod template;
+mod template_limits;
 mod template_source;
 mod tokenizer;
 

@@ -9,6 +9,8 @@ use std::fmt::Write;
 use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
 
+use crate::text::template::LongInteger;
+
 /// Deepest nesting that is written. Deeper values can only be built by a hostile template.
 const MAX_DEPTH: usize = 128;
 
@@ -222,6 +224,7 @@ impl JsonWriter<'_, '_> {
                 self.end_items(pairs.len(), depth);
                 self.out.push('}');
             }
+            _ if value.downcast_object_ref::<LongInteger>().is_some() => push(&mut self.out, format_args!("{value}")),
             kind => return Err(not_serializable(&kind.to_string())),
         }
         Ok(())

@@ -51,11 +51,13 @@ impl StopMatcher {
     }
 
     /// Takes `delta` and appends to `out` what can no longer be part of a stop string. After a hit
-    /// `out` has the text up to the match and the sequence is over.
+    /// `out` has the text up to the match and the sequence is over. Where it `may_stop` not yet, a
+    /// stop string that ends here is text like any other, and one that has only begun can still
+    /// count.
     ///
     /// Of stop strings that are completed by the same character the longest wins, then the first
     /// given.
-    pub fn push(&mut self, delta: &str, out: &mut String) -> Option<StopHit> {
+    pub fn push(&mut self, delta: &str, may_stop: bool, out: &mut String) -> Option<StopHit> {
         if self.matched.is_empty() {
             out.push_str(delta);
             return None;
@@ -66,8 +68,11 @@ impl StopMatcher {
             // (index, length in bytes) of the stop string completed by this byte
             let mut hit: Option<(usize, usize)> = None;
             for (index, (pattern, matched)) in self.patterns.0.iter().zip(&mut self.matched).enumerate() {
-                if pattern.advance(matched, byte) && hit.is_none_or(|(_, longest)| pattern.text.len() > longest) {
-                    hit = Some((index, pattern.text.len()));
+                if pattern.advance(matched, byte) {
+                    if may_stop && hit.is_none_or(|(_, longest)| pattern.text.len() > longest) {
+                        hit = Some((index, pattern.text.len()));
+                    }
+                    *matched = pattern.failure[pattern.text.len() - 1] as usize;
                 }
             }
             if let Some((index, length)) = hit {
@@ -141,13 +146,22 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Cut at the stop string that ends first; of those the longest, then the first given.
-    fn cut(text: &str, stops: &[String], include: bool) -> (String, Option<usize>) {
+    /// Where `stop` begins in `text`.
+    fn starts<'a>(text: &'a str, stop: &'a str) -> impl Iterator<Item = usize> + 'a {
+        text.char_indices().map(|(at, _)| at).filter(move |&at| text[at..].starts_with(stop))
+    }
+
+    /// Cut at the stop string that ends first after `least` bytes; of those the longest, then the
+    /// first given.
+    fn cut(text: &str, stops: &[String], include: bool, least: usize) -> (String, Option<usize>) {
         let first = stops
             .iter()
             .enumerate()
             .filter(|(_, stop)| !stop.is_empty())
-            .filter_map(|(index, stop)| text.find(stop.as_str()).map(|start| (start + stop.len(), start, index)))
+            .filter_map(|(index, stop)| {
+                let start = starts(text, stop).find(|start| start + stop.len() > least)?;
+                Some((start + stop.len(), start, index))
+            })
             .min();
         match first {
             Some((end, start, index)) => (text[..if include { end } else { start }].to_owned(), Some(index)),
@@ -167,12 +181,14 @@ mod tests {
             deltas in prop::collection::vec("[abé]{0,4}", 0..12),
             stops in prop::collection::vec("[abé]{0,5}", 0..4),
             include: bool,
+            before in 0_usize..8,
         ) {
-            let (expected, index) = cut(&deltas.concat(), &stops, include);
+            let before = before.min(deltas.len());
+            let (expected, index) = cut(&deltas.concat(), &stops, include, deltas[..before].concat().len());
             let mut matcher = StopMatcher::new(StopPatterns::new(&stops), include);
             let (mut out, mut pushed, mut hit) = (String::new(), String::new(), None);
-            for delta in &deltas {
-                hit = matcher.push(delta, &mut out);
+            for (position, delta) in deltas.iter().enumerate() {
+                hit = matcher.push(delta, position >= before, &mut out);
                 pushed.push_str(delta);
                 if hit.is_some() {
                     break;

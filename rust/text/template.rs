@@ -6,17 +6,18 @@
 //! work, the recursion limit its stack, and nothing outside the messages can be reached from it.
 //! Where minijinja asks for no fuel, `template_source.rs` sees to it.
 
+use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::Arc;
-
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, ValueKind};
-use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
-use serde_json::Value as Json;
 
 use crate::error::{Error, Result};
 use crate::text::clock::strftime;
-use crate::text::template_source::{most_additions, rewrite, BOUND_FILTER, ITER_FILTER, MAX_ADDITIONS, PERCENT_FILTER};
-use crate::text::{python_methods, python_values};
+use crate::text::json::Json;
+use crate::text::template_source::{rewrite, BOUND_FILTER, ITER_FILTER, PERCENT_FILTER};
+use crate::text::{python_methods, python_values, template_limits};
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Object, ObjectRepr, ValueKind};
+use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 
 /// Longest source, in bytes; the longest known templates have about 20,000.
 const MAX_SOURCE_BYTES: usize = 1 << 18;
@@ -32,12 +33,19 @@ const RECURSION_LIMIT: usize = 200;
 const RESERVED: [&str; 5] = ["messages", "tools", "add_generation_prompt", "bos_token", "eos_token"];
 const NAME: &str = "chat_template";
 
-/// A compiled chat template.
+/// A model's compiled chat templates: the one it has for conversations with tools, or for all.
 #[derive(Debug)]
 pub struct ChatTemplate {
+    default: Option<Compiled>,
+    tool_use: Option<Compiled>,
+    /// By the names that templates know them by.
+    special_tokens: BTreeMap<String, String>,
+}
+
+#[derive(Debug)]
+struct Compiled {
     environment: Environment<'static>,
-    bos_token: Arc<str>,
-    eos_token: Arc<str>,
+    takes_tools: bool,
 }
 
 /// What a render depends on besides the messages.
@@ -58,7 +66,7 @@ pub struct RenderOptions<'a> {
 pub(crate) struct Inputs {
     pub messages: Json,
     pub tools: Json,
-    pub kwargs: serde_json::Map<String, Json>,
+    pub kwargs: Vec<(String, Json)>,
     add_generation_prompt: bool,
     num_bytes: usize,
     now: f64,
@@ -66,24 +74,22 @@ pub(crate) struct Inputs {
 
 impl Inputs {
     pub fn parse(messages_json: &str, options: &RenderOptions) -> Result<Self> {
-        let parse = |field: &str, json: &str| {
-            serde_json::from_str(json).map_err(|error| Error::Template(format!("{field}: {error}")))
-        };
-        let messages: Json = parse("messages", messages_json)?;
-        let Some(list) = messages.as_array() else {
+        let parse =
+            |field: &str, json: &str| Json::parse(json).map_err(|error| Error::Template(format!("{field}: {error}")));
+        let messages = parse("messages", messages_json)?;
+        let Json::Array(list) = &messages else {
             return Err(Error::Template("messages must be an array".to_owned()));
         };
-        if let Some(index) = list.iter().position(|message| !message.is_object()) {
+        if let Some(index) = list.iter().position(|message| !matches!(message, Json::Object(_))) {
             return Err(Error::Template(format!("messages[{index}] must be an object")));
         }
         let tools = options.tools_json.map_or(Ok(Json::Null), |json| parse("tools", json))?;
-        let kwargs = options
-            .kwargs_json
-            .map_or(Ok(Json::Object(serde_json::Map::new())), |json| parse("chat_template_kwargs", json))?;
+        let kwargs =
+            options.kwargs_json.map_or(Ok(Json::Object(Vec::new())), |json| parse("chat_template_kwargs", json))?;
         let Json::Object(kwargs) = kwargs else {
             return Err(Error::Template("chat_template_kwargs must be an object".to_owned()));
         };
-        if let Some(name) = RESERVED.iter().find(|name| kwargs.contains_key(**name)) {
+        if let Some((name, _)) = kwargs.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
             return Err(Error::Template(format!("chat_template_kwargs must not set {name}")));
         }
         let num_bytes =
@@ -94,27 +100,70 @@ impl Inputs {
 }
 
 impl ChatTemplate {
-    /// Compiles a template.
+    /// Compiles the templates. A model without a default one cannot answer without tools.
     ///
     /// # Errors
-    /// [`Error::Template`] says where it does not parse.
-    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
+    /// [`Error::Template`] says where one does not parse.
+    pub fn new(
+        default: Option<&str>,
+        tool_use: Option<&str>,
+        special_tokens: BTreeMap<String, String>,
+    ) -> Result<Self> {
+        Ok(Self {
+            default: default.map(Compiled::new).transpose()?,
+            tool_use: tool_use.map(Compiled::new).transpose()?,
+            special_tokens,
+        })
+    }
+
+    /// Whether tools reach the prompt: the template for them makes something of `tools`.
+    pub fn takes_tools(&self) -> bool {
+        self.tool_use.as_ref().or(self.default.as_ref()).is_some_and(|compiled| compiled.takes_tools)
+    }
+
+    /// Renders a conversation: a JSON array of messages.
+    ///
+    /// # Errors
+    /// [`Error::Template`]: the JSON is wrong, the template refused the messages, or it ran out of
+    /// fuel.
+    pub fn render(&self, messages_json: &str, options: &RenderOptions) -> Result<String> {
+        self.render_inputs(&Inputs::parse(messages_json, options)?)
+    }
+
+    pub(crate) fn render_inputs(&self, inputs: &Inputs) -> Result<String> {
+        let with_tools = match &inputs.tools {
+            Json::Array(tools) => !tools.is_empty(),
+            tools => *tools != Json::Null,
+        };
+        let compiled = match (&self.default, &self.tool_use) {
+            (_, Some(tool_use)) if with_tools => tool_use,
+            (Some(default), _) => default,
+            (None, _) => {
+                let message = "chat template: the model has one for conversations with tools only: send tools, or \
+                    name another with --chat-template";
+                return Err(Error::Template(message.to_owned()));
+            }
+        };
+        compiled.render(inputs, &self.special_tokens)
+    }
+}
+
+impl Compiled {
+    fn new(source: &str) -> Result<Self> {
         if source.len() > MAX_SOURCE_BYTES {
             let len = source.len();
             return Err(Error::Template(format!(
                 "chat template has {len} bytes, but must have at most {MAX_SOURCE_BYTES}"
             )));
         }
-        let additions = most_additions(source);
-        if additions > MAX_ADDITIONS {
-            return Err(Error::Template(format!(
-                "chat template adds {additions} times in one tag, but may do so at most {MAX_ADDITIONS} times"
-            )));
-        }
-        let mut environment = Environment::new();
         let mut syntax = SyntaxConfig::builder();
         syntax.trim_blocks(true).lstrip_blocks(true);
-        environment.set_syntax(syntax.build().expect("the default delimiters are valid"));
+        let syntax = syntax.build().expect("the default delimiters are valid");
+        template_limits::check(source, syntax.clone())?; // rewriting goes down chains too
+        let source = rewrite(source);
+        template_limits::check(&source, syntax.clone())?;
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax);
         environment.set_undefined_behavior(UndefinedBehavior::Lenient);
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
         environment.set_recursion_limit(RECURSION_LIMIT);
@@ -158,21 +207,14 @@ impl ChatTemplate {
             is_iterable(&value).then_some(()).ok_or_else(refusal).map(|()| value)
         });
         environment.add_function("raise_exception", raise_exception);
-        environment.add_template_owned(NAME, rewrite(source)).map_err(|error| template_error(&error))?;
-        Ok(Self { environment, bos_token: bos_token.into(), eos_token: eos_token.into() })
+        environment.add_template_owned(NAME, source).map_err(|error| template_error(&error))?;
+        let template = environment.get_template(NAME).map_err(|error| template_error(&error))?;
+        let takes_tools = template.undeclared_variables(false).contains("tools");
+        Ok(Self { environment, takes_tools })
     }
 
-    /// Renders a conversation: a JSON array of messages.
-    ///
-    /// # Errors
-    /// [`Error::Template`]: the JSON is wrong, the template refused the messages, or it ran out of
-    /// fuel.
-    pub fn render(&self, messages_json: &str, options: &RenderOptions) -> Result<String> {
-        self.render_inputs(&Inputs::parse(messages_json, options)?)
-    }
-
-    pub(crate) fn render_inputs(&self, inputs: &Inputs) -> Result<String> {
-        let num_messages = inputs.messages.as_array().map_or(0, Vec::len) as u64;
+    fn render(&self, inputs: &Inputs, special_tokens: &BTreeMap<String, String>) -> Result<String> {
+        let num_messages = if let Json::Array(messages) = &inputs.messages { messages.len() as u64 } else { 0 };
         let mut environment = self.environment.clone();
         environment
             .set_fuel(Some(FUEL + FUEL_PER_MESSAGE * num_messages + FUEL_PER_INPUT_BYTE * inputs.num_bytes as u64));
@@ -182,14 +224,15 @@ impl ChatTemplate {
                 minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now cannot format {format:?}"))
             })
         });
-        let mut variables = vec![
+        // Of two with one name the later counts.
+        let mut variables: Vec<(&str, Value)> =
+            special_tokens.iter().map(|(name, token)| (name.as_str(), Value::from(token.as_str()))).collect();
+        variables.extend([
             ("messages", to_value(&inputs.messages)),
             ("tools", to_value(&inputs.tools)),
             ("documents", Value::from(())),
             ("add_generation_prompt", Value::from(inputs.add_generation_prompt)),
-            ("bos_token", Value::from(&*self.bos_token)),
-            ("eos_token", Value::from(&*self.eos_token)),
-        ];
+        ]);
         variables.extend(inputs.kwargs.iter().map(|(name, value)| (name.as_str(), to_value(value))));
         let template = environment.get_template(NAME).map_err(|error| template_error(&error))?;
         template.render(Value::from_pairs(variables)).map_err(|error| template_error(&error))
@@ -225,14 +268,33 @@ fn to_value(json: &Json) -> Value {
     match json {
         Json::Null => Value::from(()),
         Json::Bool(flag) => Value::from(*flag),
-        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
-            (Some(integer), _) => Value::from(integer),
-            (None, Some(integer)) => Value::from(integer),
-            (None, None) => Value::from(number.as_f64().unwrap_or(f64::NAN)),
-        },
-        Json::String(text) => Value::from(text.as_str()),
+        Json::Number(number) => to_number(number),
+        Json::Text(text) => Value::from(text.as_str()),
         Json::Array(items) => items.iter().map(to_value).collect(),
         Json::Object(pairs) => Value::from_pairs(pairs.iter().map(|(key, value)| (key.as_str(), to_value(value)))),
+    }
+}
+
+/// An integer of any size, or a float.
+fn to_number(number: &str) -> Value {
+    if number.contains(['.', 'e', 'E']) {
+        return Value::from(number.parse::<f64>().unwrap_or(f64::NAN));
+    }
+    let integer = number.parse::<i64>().map(Value::from).or_else(|_| number.parse::<i128>().map(Value::from));
+    integer.unwrap_or_else(|_| Value::from_object(LongInteger(number.into())))
+}
+
+/// An integer that is only written out again: minijinja's have 128 bits.
+#[derive(Debug)]
+pub(crate) struct LongInteger(Box<str>);
+
+impl Object for LongInteger {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
     }
 }
 

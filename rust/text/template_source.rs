@@ -19,26 +19,6 @@ pub(crate) const BOUND_FILTER: &str = "bounded";
 /// Name of the filter that stands for `%` on strings.
 pub(crate) const PERCENT_FILTER: &str = "python_percent";
 
-/// Additions in one tag; more would let minijinja copy a list of any length (see above).
-pub(crate) const MAX_ADDITIONS: usize = 32;
-
-/// The largest number of `+` in a tag.
-pub(crate) fn most_additions(source: &str) -> usize {
-    let mut most = 0;
-    let mut rest = source;
-    while let Some(start) = rest.find('{') {
-        let tag = &rest[start..];
-        let Some(closing) = [("{%", "%}"), ("{{", "}}")].iter().find(|(open, _)| tag.starts_with(open)) else {
-            rest = &tag[1..];
-            continue;
-        };
-        let (inside, end) = scan_tag(&tag[2..], closing.1);
-        most = most.max(tokens(inside).filter(|token| *token == "+").count());
-        rest = &tag[2 + end..];
-    }
-    most
-}
-
 /// Rewrites a whole template.
 pub(crate) fn rewrite(source: &str) -> String {
     let mut out = String::with_capacity(source.len());
@@ -49,8 +29,8 @@ pub(crate) fn rewrite(source: &str) -> String {
         if let Some(after_raw) = raw_block_end(tag) {
             out.push_str(&tag[..after_raw]);
             rest = &tag[after_raw..];
-        } else if tag.starts_with("{#") {
-            let end = tag.find("#}").map_or(tag.len(), |end| end + 2);
+        } else if let Some(comment) = tag.strip_prefix("{#") {
+            let end = comment.find("#}").map_or(tag.len(), |end| end + 4);
             out.push_str(&tag[..end]);
             rest = &tag[end..];
         } else if tag.starts_with("{%") || tag.starts_with("{{") {
@@ -68,19 +48,25 @@ pub(crate) fn rewrite(source: &str) -> String {
     out
 }
 
-/// The statement inside `{% ... %}` without its whitespace control.
-fn statement(tag: &str) -> Option<&str> {
-    let inside = &tag.strip_prefix("{%")?;
-    Some(inside[..inside.find("%}")?].trim_matches(['-', '+']).trim())
+/// What follows if `tag` begins with `{% name %}`.
+fn after_bare_tag<'a>(tag: &'a str, name: &str) -> Option<&'a str> {
+    let control = ['-', '+'];
+    let inside = tag.strip_prefix("{%")?;
+    let word = inside.strip_prefix(control).unwrap_or(inside).trim_ascii_start().strip_prefix(name)?.trim_ascii_start();
+    word.strip_prefix(control).unwrap_or(word).strip_prefix("%}")
 }
 
 /// Where a `{% raw %}` block that begins `tag` ends.
 fn raw_block_end(tag: &str) -> Option<usize> {
-    if statement(tag)? != "raw" {
-        return None;
+    let mut rest = after_bare_tag(tag, "raw")?;
+    while let Some(at) = rest.find("{%") {
+        rest = &rest[at..];
+        if let Some(after) = after_bare_tag(rest, "endraw") {
+            return Some(tag.len() - after.len());
+        }
+        rest = &rest[2..];
     }
-    let ends = tag.match_indices("{%").find(|(at, _)| statement(&tag[*at..]) == Some("endraw"));
-    Some(ends.map_or(tag.len(), |(at, _)| at))
+    Some(tag.len())
 }
 
 fn rewrite_tag(inside: &str) -> String {
@@ -178,12 +164,17 @@ fn add_filter(inside: &str, before: &str, after: &[&str], filter: &str) -> Strin
     }
 }
 
-/// The inside of a tag and where it ends; a closing mark inside a string does not count.
+/// The inside of a tag and where it ends; a closing mark inside a string or brackets does not count.
 fn scan_tag<'a>(tag: &'a str, closing: &str) -> (&'a str, usize) {
-    let mut at = 0;
+    let (mut at, mut depth) = (0, 0);
     while at < tag.len() {
-        if tag[at..].starts_with(closing) {
+        if depth == 0 && tag[at..].starts_with(closing) {
             return (&tag[..at], at);
+        }
+        match tag.as_bytes()[at] {
+            b'(' | b'[' | b'{' => depth += 1,
+            b')' | b']' | b'}' => depth -= 1,
+            _ => {}
         }
         at += token_len(&tag[at..]);
     }
@@ -282,12 +273,7 @@ fn brackets_len(text: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{most_additions, rewrite};
-
-    #[test]
-    fn additions_are_counted_by_tag() {
-        assert_eq!(most_additions("a+b{{ a + b + '+' }}{% if a %}{# + + + + #}{{- x -}}{% set x = 1+2+3+4 %}"), 3);
-    }
+    use super::rewrite;
 
     #[test]
     fn percent_binds_as_in_python() {
@@ -301,6 +287,12 @@ mod tests {
             ),
             ("{% raw %}{{ '%s' % x }}{% endraw %}", "{% raw %}{{ '%s' % x }}{% endraw %}"),
             ("{# '%s' % x #}{", "{# '%s' % x #}{"),
+            ("{#}'%s' % {{ x }}#}{{ '%s' % x }}", "{#}'%s' % {{ x }}#}{{ '%s' | python_percent(x) }}"),
+            ("{{ {'a': {'b': 1}}, '%s' % x }}", "{{ {'a': {'b': 1}}, '%s' | python_percent(x) }}"),
+            (
+                "{%- raw +%}{% endraw x %}{{ '%s' % x }}{%+endraw-%}{{ '%s' % x }}",
+                "{%- raw +%}{% endraw x %}{{ '%s' % x }}{%+endraw-%}{{ '%s' | python_percent(x) }}",
+            ),
         ] {
             assert_eq!(rewrite(source), expected);
         }

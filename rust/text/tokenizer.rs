@@ -4,24 +4,26 @@
 //! taken here, because a chat needs special tokens recognised at given places only (see
 //! [`Specials`]). Decoding is concatenation of bytes.
 //!
-//! Knows nothing of templates, models or files other than `tokenizer.json` and the
-//! `tokenizer_config.json` beside it.
+//! Knows nothing of templates, models or files other than `tokenizer.json` and those beside it that
+//! name special tokens.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 
-use serde_json::Value;
 use tokenizers::normalizer::Range as NormalizedRange;
 use tokenizers::{
-    Encoding, Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
-    Token,
+    AddedToken, Encoding, Model, NormalizedString, Normalizer, OffsetReferential, OffsetType, PreTokenizedString,
+    PreTokenizer, Token,
 };
 
 use crate::error::{Error, Result};
 use crate::text::added_tokens::{AddedMatch, AddedTokens};
 use crate::text::chat::SpecialFinder;
 use crate::text::pieces::{ByteTable, PieceRules, Pieces};
+use crate::text::special_tokens;
+
+/// A text with something of everything.
+const PROBE: &str = "Hello wörld, 42! \n e\u{301} 你好 🦜";
 
 /// Which special tokens written out in a text count as such.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +46,7 @@ pub struct Tokenizer {
     drops_leading_space: bool,
     bos_token_id: Option<u32>,
     eos_token_id: Option<u32>,
+    named_tokens: BTreeMap<String, String>,
 }
 
 #[derive(Debug)]
@@ -70,28 +73,23 @@ struct Subwords {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`; BOS and EOS come from the `tokenizer_config.json` beside it, if
-    /// there is one.
+    /// Reads a `tokenizer.json`, and what the files beside it say of special tokens.
     ///
     /// # Errors
     /// [`Error::Tokenizer`]: a file that cannot be read, or a decoder that is not known (see
     /// `pieces`).
     pub fn from_file(path: &Path) -> Result<Self> {
-        let pipeline = tokenizers::Tokenizer::from_file(path)
+        let mut pipeline = tokenizers::Tokenizer::from_file(path)
             .map_err(|error| Error::Tokenizer(format!("{}: {error}", path.display())))?;
-        let config = path.with_file_name("tokenizer_config.json");
-        let config: Value = match fs::read(&config) {
-            Ok(bytes) => serde_json::from_slice(&bytes)
-                .map_err(|error| Error::Tokenizer(format!("{}: {error}", config.display())))?,
-            Err(_) => Value::Null,
-        };
-        // Written as text, or as an object with `content`.
-        let named = |key: &str| {
-            let token = config[key].as_str().or_else(|| config[key]["content"].as_str())?;
-            pipeline.token_to_id(token)
-        };
-        let (bos, eos) = (named("bos_token"), named("eos_token"));
-        Self::from_pipeline(pipeline, bos, eos)
+        let folder = path.parent().unwrap_or(Path::new(""));
+        let named_tokens = special_tokens::add_from_folder(&mut pipeline, folder)?;
+        let id = |name: &str| named_tokens.get(name).and_then(|token| pipeline.token_to_id(token));
+        let (bos, eos) = (id("bos_token"), id("eos_token"));
+        let mut tokenizer = Self::from_pipeline(pipeline, bos, eos)?;
+        tokenizer.set_named_tokens(named_tokens);
+        // What makes the library panic on any text is better found now. An error may be the text's.
+        let _ = tokenizer.encode_text(PROBE, true, Specials::Parse);
+        Ok(tokenizer)
     }
 
     /// Wraps a tokenizer of the `tokenizers` crate. Truncation and padding are switched off.
@@ -130,8 +128,12 @@ impl Tokenizer {
         for (id, token) in tokens.iter().enumerate() {
             match (added.get(&(id as u32)), token) {
                 (Some(added), _) => {
-                    // An added token is text as it stands, whatever the decoder.
-                    pieces.push(added.content.as_bytes());
+                    match normalized(&pipeline, added)? {
+                        // An added token is text as it stands, whatever the decoder,
+                        text if text == added.content => pieces.push(text.as_bytes()),
+                        // unless it is looked for in another form, which the decoder turns back.
+                        text => pieces.push(&rules.bytes(&text, &table)),
+                    }
                     is_special[id] = added.special;
                 }
                 (None, Some(token)) => pieces.push(&rules.bytes(token, &table)),
@@ -148,7 +150,12 @@ impl Tokenizer {
             drops_leading_space: rules.drop_leading_space,
             bos_token_id,
             eos_token_id,
+            named_tokens: BTreeMap::new(),
         })
+    }
+
+    pub(crate) fn set_named_tokens(&mut self, named_tokens: BTreeMap<String, String>) {
+        self.named_tokens = named_tokens;
     }
 
     /// Replaces what `add_special_tokens` puts before and after a text.
@@ -177,6 +184,7 @@ impl Tokenizer {
             drops_leading_space: false,
             bos_token_id: None,
             eos_token_id: None,
+            named_tokens: BTreeMap::new(),
         }
     }
 
@@ -193,6 +201,11 @@ impl Tokenizer {
     /// Id of the token that ends a sequence.
     pub fn eos_token_id(&self) -> Option<u32> {
         self.eos_token_id
+    }
+
+    /// Special tokens by the names under which templates know them, such as `bos_token`.
+    pub fn named_tokens(&self) -> &BTreeMap<String, String> {
+        &self.named_tokens
     }
 
     /// Special tokens by text.
@@ -288,7 +301,7 @@ impl Tokenizer {
 impl Subwords {
     fn new(pipeline: tokenizers::Tokenizer) -> Result<Self> {
         let mut raw = Vec::new();
-        let mut normalized = Vec::new();
+        let mut in_normalized = Vec::new();
         let mut written = Vec::new();
         let added = pipeline.get_added_tokens_decoder();
         let specials = added.values().filter(|token| token.special).map(|token| token.content.as_str());
@@ -301,18 +314,14 @@ impl Subwords {
                 raw.push((token.content.clone(), id, token));
                 continue;
             }
-            let mut text = NormalizedString::from(token.content.as_str());
-            if let Some(normalizer) = pipeline.get_normalizer() {
-                normalizer.normalize(&mut text).map_err(tokenizer_error)?;
-            }
-            normalized.push((text.get().to_owned(), id, token));
+            in_normalized.push((normalized(&pipeline, &token)?, id, token));
         }
         let (prefix, suffix) = surrounding_tokens(&pipeline)?;
         Ok(Self {
             specials,
             written_tokens: AddedTokens::new(written)?,
             raw_tokens: AddedTokens::new(raw)?,
-            normalized_tokens: AddedTokens::new(normalized)?,
+            normalized_tokens: AddedTokens::new(in_normalized)?,
             pipeline,
             prefix,
             suffix,
@@ -371,6 +380,15 @@ impl Subwords {
         tokens.retain(|token| !spelled(token));
         Ok(tokens)
     }
+}
+
+/// The form in which an added token is looked for.
+fn normalized(pipeline: &tokenizers::Tokenizer, token: &AddedToken) -> Result<String> {
+    let mut text = NormalizedString::from(token.content.as_str());
+    if let Some(normalizer) = pipeline.get_normalizer().filter(|_| token.normalized) {
+        normalizer.normalize(&mut text).map_err(tokenizer_error)?;
+    }
+    Ok(text.get().to_owned())
 }
 
 /// Cuts `part` at the added tokens found in it; a match outside it is left out.

@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from octavo import LLM, AsyncEngine, EngineConfig, SamplingParams
 from octavo._core import KvCapacityError, PromptTooLongError
+from tests.text.test_special_tokens import CONFIG, write_folder
 
 TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
 
@@ -173,3 +175,51 @@ def test_the_models_defaults_are_used_without_params(tmp_path: Path) -> None:
     greedy = SamplingParams(max_tokens=100, temperature=0.0), SamplingParams(max_tokens=8, temperature=0.0)
     expected = [output.outputs[0].token_ids for output in llm.generate(prompts, greedy, use_tqdm=False)]
     assert [output.outputs[0].token_ids for output in llm.generate(prompts, use_tqdm=False)] == expected
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A model whose tokenizer makes letters, with a template that shows roles and contents."""
+    folder = write_folder(tmp_path_factory.mktemp("talker") / "text", {CONFIG: {"eos_token": "</s>"}})
+    template = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}{{ m.extra }}{% endfor %}"
+    with LLM(**TINY, tokenizer=str(folder), chat_template=template) as engine:
+        yield engine
+
+
+def said(llm: LLM, messages: Any, **options: Any) -> list[str]:
+    """The prompts that conversations become."""
+    tokenizer = llm.get_tokenizer()
+    assert tokenizer is not None
+    outputs = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, **options)
+    return [tokenizer.decode(output.prompt_token_ids, False) for output in outputs]
+
+
+def test_chat_reads_messages_as_the_server_does(talker: LLM) -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert said(talker, [{"role": "developer", "content": parts}]) == ["sa\nb"]
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "extra": "x"}]
+    assert said(talker, [turns, turns[:1]]) == ["uhiax", "uhi"]
+    assert said(talker, turns, tools=[]) == ["uhiax"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "^messages: must not be empty"),
+        ([[]], "^conversation 0: messages: must not be empty"),
+        ([{"role": "king", "content": "x"}], r"^messages\[0\].role: must be one of"),
+        ([{"role": "user"}], r"^messages\[0\].content: required"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"messages\[0\].content\[0\].type: only text parts"),
+        ([[{"role": "user", "content": "x"}], [{"role": "user", "content": 5}]], r"^conversation 1: .*content"),
+        (["x"], "^conversation 0: messages or tools: "),
+    ],
+)
+def test_chat_makes_the_servers_checks(talker: LLM, messages: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        talker.chat(messages, use_tqdm=False)
+
+
+def test_chat_refuses_tools_that_the_template_does_not_take(talker: LLM) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    with pytest.raises(ValueError, match="tools: the model's chat template has no place for them"):
+        talker.chat([{"role": "user", "content": "x"}], use_tqdm=False, tools=[tool])

@@ -43,7 +43,8 @@ pub fn gguf(bytes: &[u8]) {
 pub fn template(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let (source, messages) = text.split_once('\0').unwrap_or((text, MESSAGES));
-    let Ok(template) = ChatTemplate::new(source, "<s>", "</s>") else { return };
+    let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, token)| (name.to_owned(), token.to_owned()));
+    let Ok(template) = ChatTemplate::new(Some(source), None, tokens.into()) else { return };
     let options = RenderOptions {
         tools_json: Some(TOOLS),
         add_generation_prompt: true,

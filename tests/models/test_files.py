@@ -305,6 +305,15 @@ def test_hub_fetches_what_the_model_needs_and_no_second_copy(
     byte_tokenizer(folder, 0)
     needed = {"config.json", "generation_config.json", "tokenizer.json"}
     needed |= {*shard(folder).values(), "model.safetensors.index.json"} if sharded else {"model.safetensors"}
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in (
+        ("special_tokens_map.json", "{}"),
+        ("added_tokens.json", "{}"),
+        ("chat_template.jinja", "x"),
+        ("additional_chat_templates/tool_use.jinja", "x"),
+    ):
+        (folder / name).write_text(text)
+        needed.add(name)
     (folder / "original").mkdir()
     for name in ("consolidated.safetensors", "original/model.safetensors", "original/config.json", "pytorch_model.bin"):
         (folder / name).write_bytes(b"x")

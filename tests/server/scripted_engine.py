@@ -20,6 +20,7 @@ VOCAB_SIZE = 300
 END = 256  # the first id that is no byte
 SAMPLE = 1  # flag of a row that draws a token
 NAN = 1  # status of a row with NaN in its logits
+MASKED = 2  # of one where every token is ruled out
 
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('Roles must alternate. ' * 100) }}{% endif %}"
@@ -49,6 +50,7 @@ class Script:
         self.first_delay = 0.0
         self.fail_after: int | None = None
         self.fail_slots: set[int] | None = None  # all of them
+        self.fail_status = NAN
         self.death: str | None = None
         self.go = threading.Event()
         self.go.set()
@@ -121,7 +123,7 @@ class Script:
             self._output_index[slot] += 1
             token = self.answer[index] if index < len(self.answer) else END
             fails = index == self.fail_after and (self.fail_slots is None or slot in self.fail_slots)
-            result[:3] = (NAN if fails else 0, 1, token)
+            result[:3] = (self.fail_status if fails else 0, 1, token)
             if plan.max_logprobs >= 0:
                 top = plan.max_logprobs
                 result.view(np.float32)[3] = -0.5

@@ -262,6 +262,8 @@ def tools(name: str, value: Any, status: int = 400) -> Row:
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "not json"}}
 
+REFUSAL = {"type": "refusal", "refusal": "No."}
+
 MESSAGE_ROWS: list[Row] = [
     ("F1 none", CHAT, {"messages": []}, 400, "invalid_value", "messages"),
     ("F2 a string", CHAT, {"messages": "Hi"}, 400, "invalid_type", "messages"),
@@ -306,7 +308,12 @@ MESSAGE_ROWS: list[Row] = [
     tools("15 twice", [tool("f"), tool("f")]),
     tools("good", [tool("f", description="d", parameters={"type": "object"})], 200),
     message("18 no tool_call_id", {"role": "tool", "content": "x"}),
-    message("19 arguments", USER, {"role": "assistant", "content": "", "tool_calls": [BAD_CALL]}),
+    tools("15 parameters", [tool("f", parameters=[1])]),
+    message(
+        "19 arguments", USER, {"role": "assistant", "content": "", "tool_calls": [BAD_CALL]}, status=200, code=None
+    ),
+    message("19 arguments", USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}),
+    message("refusal", USER, {"role": "assistant", "content": [REFUSAL]}, status=200, code=None),
     (
         "F21 continue",
         CHAT,

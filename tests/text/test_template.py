@@ -39,7 +39,7 @@ def test_published_templates_render_as_jinja2(shared_data: Path) -> None:
     rendered, different = 0, []
     for path in paths:
         source = path.read_text()
-        template = _core.ChatTemplate(source, "<s>", "</s>")
+        template = _core.ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
         for name, messages in CONVERSATIONS.items():
             for tools in (None, TOOLS):
                 for generate in (False, True):
@@ -105,7 +105,7 @@ SNIPPETS = [
 @pytest.mark.parametrize("source", SNIPPETS)
 def test_python_semantics(source: str) -> None:
     messages = [{"role": "user", "content": 'it\'s "x"\n'}, {"role": "assistant", "content": ODD}]
-    ours = render(_core.ChatTemplate(source, "<s>"), messages, TOOLS, True, {"odd": ODD})
+    ours = render(_core.ChatTemplate(source, {"bos_token": "<s>"}), messages, TOOLS, True, {"odd": ODD})
     oracle = jinja_oracle.render(
         source,
         NOW,
@@ -117,6 +117,33 @@ def test_python_semantics(source: str) -> None:
         bos_token="<s>",
     )
     assert ours == oracle
+
+
+NUMBERS = [
+    *(sign * value for value in (2**53 + 1, 2**63, 2**64 - 1, 2**64, 2**127, 2**128, 10**60 + 7) for sign in (1, -1)),
+    *(0.1, 1 / 3, 123456789.123456789, 5e-324, 1.7976931348623157e308, -0.0, 1e23, 9007199254740993.0, 2.5e-7),
+]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for n in messages[0].content %}{{ n }} {{ n|string }} {{ n|tojson }},{% endfor %}",
+        "{% for n in messages[0].content[:14] %}{{ 'n' ~ n }}{% endfor %}",
+        "{{ messages }}|{{ messages|tojson }}|{{ tools|tojson(indent=2) }}|{{ odd }}",
+    ],
+)
+def test_numbers_are_those_of_python(source: str) -> None:
+    """Integers of any size, and floats to the last digit, in messages, tools and variables."""
+    messages, tools = [{"role": "user", "content": NUMBERS}], [{"parameters": {"default": NUMBERS, "enum": [2**70]}}]
+    ours = render(_core.ChatTemplate(source), messages, tools, True, {"odd": NUMBERS})
+    oracle = jinja_oracle.render(source, NOW, messages=messages, tools=tools, odd=NUMBERS)
+    assert ours is not None and ours == oracle
+
+
+def test_keys_keep_their_order_and_the_last_of_two_counts() -> None:
+    text = '[{"z": 1, "a": 2, "z": {"y": 3, "b": 4, "y": 5}, "": null}]'
+    assert _core.ChatTemplate("{{ messages|tojson }}").render(text) == json.dumps(json.loads(text))
 
 
 HOSTILE = {
@@ -169,6 +196,30 @@ HOSTILE = {
     "unclosed": "{% if true %}",
     "no such filter": "{{ 1|no_such_filter }}",
     "pad": "{{ 'a'|center(1000000000) }}",
+    # Chains that make the compiler's tree as deep as they are long.
+    "minuses": "{{ " + "-" * 20_000 + "1 }}",
+    "elifs": "{% if a %}" + "{% elif b %}" * 7_500 + "{% endif %}",
+    "not": "{{ " + "not " * 20_000 + "1 }}",
+    "is not": "{{ a" + " is not none" * 20_000 + " }}",
+    "ternaries": "{{ " + "a if b else " * 20_000 + "1 }}",
+    "names in brackets": "{% for " + "(" * 20_000 + "x" + ")" * 20_000 + " in a %}{% endfor %}",
+    "minuses in a macro": "{% macro f(a=" + "-" * 20_000 + "1) %}{% endmacro %}",
+    "minuses behind a comment": "{# {{ ' #}{{ " + "-" * 20_000 + "1 }}{# ' }} #}",
+    "minuses behind braces": "{{ {'a': {'b': 1}} ~ " + "-" * 20_000 + "1 }}",
+    "minuses behind raw": "{% raw %}{{ '{% endraw %}{{ " + "-" * 20_000 + "1 }}",
+    **{
+        f"chain of {link}": "{{ a" + link * 20_000 + " }}"
+        for link in ("~1", ".b", "[0]", "[0:1]", "()", "|e", "*1", "**1", "//1", "-1", "<1", " in a", " and 1", " or 1")
+    },
+    **{
+        f"chain of filters in {tag}": f"{{% {tag} e{'|e' * 20_000} %}}x{{% end{tag.split()[0]} %}}"
+        for tag in ("filter", "set x |")
+    },
+    **{
+        f"blocks of {tag}": f"{{% {tag} %}}" * 5_000 + f"{{% end{tag.split()[0]} %}}" * 5_000
+        for tag in ("if a", "for a in b", "set a", "with a=1", "filter e", "autoescape true", "macro f()", "call f()")
+    },
+    "additions behind a comment": "{# {{ ' #}{{ " + "([1] * 1000000000) + " * 34 + "[1] }}{# ' }} #}",
 }
 
 

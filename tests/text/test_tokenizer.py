@@ -5,6 +5,7 @@ vocabularies.py).
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def test_parts_that_the_template_trims_and_completes(smollm2: Pair, content: str
 def test_ordinary_chats_equal_the_tokenised_rendering(smollm2: Pair, smollm2_path: Path) -> None:
     ours, oracle = smollm2
     source = _core.GgufFile(str(smollm2_path)).metadata()["tokenizer.chat_template"]
-    template = _core.ChatTemplate(source, "<|im_start|>", "<|im_end|>")
+    template = _core.ChatTemplate(source, {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
     compared = 0
     for messages in CONVERSATIONS.values():
         text = json.dumps(messages)
@@ -258,6 +259,20 @@ def test_tokenizer_json_with_stripping_and_normalised_tokens(tmp_path: Path, mak
     assert_equal_ids((ours, oracle), texts)
 
 
+def test_normalised_tokens_decode_as_they_were_found(tmp_path: Path, make_pair: Callable[[str], Pair]) -> None:
+    """Behind a normaliser that writes spaces in another way, and puts one before the text."""
+    oracle = Tokenizer.from_str(make_pair("llama")[1].to_str())
+    assert oracle.normalizer is not None
+    oracle.add_tokens([AddedToken("two words", normalized=True), AddedToken("<tool call>", normalized=False)])
+    oracle.save(str(tmp_path / "tokenizer.json"))
+    ours = _core.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("a two words b", "two words", "two wordstwo words x", "a <tool call> b<tool call>two words"):
+        ids = ours.encode_text(text).token_ids
+        assert ids == oracle.encode(text).ids
+        for skip in (False, True):
+            assert ours.decode(ids, skip) == oracle.decode(ids, skip_special_tokens=skip)
+
+
 def test_ignored_merges_cannot_spell_a_special_token(tmp_path: Path) -> None:
     """A vocabulary that lists a special token as a word, and a model that takes whole words as they
     are.
@@ -272,6 +287,23 @@ def test_ignored_merges_cannot_spell_a_special_token(tmp_path: Path) -> None:
     assert ours.encode_text("stop").token_ids == [256]
     assert ours.decode(ours.encode_text("stop", parse_special=False).token_ids) == "stop"
     assert 256 not in ours.encode_text("stop", parse_special=False).token_ids
+
+
+def test_special_tokens_may_be_very_long(tmp_path: Path) -> None:
+    """Memory and time that grow with the square of their length would be gigabytes and seconds."""
+    oracle = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    oracle.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    oracle.decoder = decoders.ByteLevel()
+    long = "<" + "x" * 40_000 + ">"
+    oracle.add_special_tokens([long, "<" + "x" * 5_000])
+    oracle.save(str(tmp_path / "tokenizer.json"))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ours = _core.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    template = _core.ChatTemplate("{{ messages[0].content }}{{ '" + long + "' }}")
+    for content in (long, long[:-1], long[1:], "x" * 40_000, f"a {long} b"):
+        ids = ours.encode_chat(template, json.dumps([{"role": "user", "content": content}])).token_ids
+        assert [token for token in ids if token >= 256] == [256] and ours.decode(ids, False) == content + long
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ class AsyncEngine:
         self.attach_loop(asyncio.get_running_loop())
         encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
         room = self.max_model_len - len(encoded)
-        params = sampling_params or SamplingParams(**self.generation_defaults).fitting(room)
+        params = sampling_params or SamplingParams.with_defaults(self.generation_defaults, {}).fitting(room)
         stream = self.submit([encoded], params.to_core(), priority=priority)
         builder = OutputBuilder(stream.reply_id, prompt, encoded, params, self.tokenizer)
         try:

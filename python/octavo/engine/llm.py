@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from octavo import _core
+from octavo.chat import read_chat
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
@@ -75,7 +76,7 @@ class LLM:
         """What is used where none are given: the model's own defaults, see
         `EngineConfig.generation_config`.
         """
-        return SamplingParams(**self._engine.parts.generation_defaults)
+        return SamplingParams.with_defaults(self._engine.parts.generation_defaults, {})
 
     def generate(
         self,
@@ -105,21 +106,34 @@ class LLM:
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation or a list of them, through the model's chat template."""
+        """Answers one conversation or a list of them, through the model's chat template.
+
+        Messages are those of OpenAI's chats, and checked like a request's; keys that these do not
+        have go to the template as they are. Raises `ValueError` that names the message.
+        """
         tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
         if tokenizer is None or template is None:
             raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], dict) else list(messages)
-        encoded = [
-            tokenizer.encode_chat(
-                template,
-                json.dumps(conversation),
-                tools_json=None if tools is None else json.dumps(tools),
-                add_generation_prompt=add_generation_prompt,
-                kwargs_json=None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
-            )
-            for conversation in conversations
-        ]
+        if not messages:
+            raise ValueError("messages: must not be empty")
+        single = isinstance(messages[0], dict)
+        conversations: list[Any] = [messages] if single else list(messages)
+        encoded = []
+        for number, conversation in enumerate(conversations):
+            try:
+                messages_json, tools_json = read_chat(conversation, tools, template.takes_tools)
+                prompt = tokenizer.encode_chat(
+                    template,
+                    messages_json,
+                    tools_json=tools_json,
+                    add_generation_prompt=add_generation_prompt,
+                    kwargs_json=None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
+                )
+            except ValueError as error:
+                if single:
+                    raise
+                raise type(error)(f"conversation {number}: {error}") from error
+            encoded.append(prompt)
         prompts: list[PromptInput] = [{"prompt_token_ids": prompt.token_ids} for prompt in encoded]
         return self._run(prompts, encoded, sampling_params, use_tqdm)
 

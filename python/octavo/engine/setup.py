@@ -218,7 +218,8 @@ def describe_defaults(defaults: Mapping[str, Any]) -> str:
     """The sampling defaults that come with the model, as the start-up report says them."""
     if not defaults:
         return "neutral defaults"
-    return "defaults of the model: " + ", ".join(f"{name} {value}" for name, value in defaults.items())
+    shown = {name: f"for {len(value)} tokens" if name == "logit_bias" else value for name, value in defaults.items()}
+    return "defaults of the model: " + ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def known(value: int | None) -> int:

@@ -87,7 +87,7 @@ def decode(struct: type[T], body: bytes, unsupported: dict[str, tuple[Any, ...]]
         known = set(struct.__struct_fields__)
         return msgspec.json.decode(body, type=struct), sum(name not in known for name in fields)
     except msgspec.ValidationError as error:
-        raise _from_validation(str(error)) from None
+        raise from_validation(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_request(f"The body is not valid JSON: {error}", code="json_invalid") from None
 
@@ -96,7 +96,7 @@ def _harmless(value: Any, values: tuple[Any, ...]) -> bool:
     return value is None or any(value == other and isinstance(value, type(other)) for other in values)
 
 
-def _from_validation(text: str) -> ApiError:
+def from_validation(text: str) -> ApiError:
     """From msgspec's ``Expected `int`, got `str` - at `$.max_tokens` `` to a message that begins
     with the field.
     """

@@ -103,4 +103,4 @@ def from_failure(failure: _core.Failure) -> ApiError:
         return engine_dead()
     if failure.code == "server_shutting_down":
         return shutting_down()
-    return ApiError(500, failure.code, failure.message)
+    return ApiError(500 if failure.param is None else 400, failure.code, failure.message, param=failure.param)

@@ -15,7 +15,10 @@ _TEXTS = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     INDEX,
 ]
 """What a model's folder is read for besides its weights. Of those many repositories hold a second

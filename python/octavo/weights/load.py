@@ -10,20 +10,19 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from octavo.config import DEFAULT_MODEL, GENERATION_AUTO, GENERATION_NEUTRAL, EngineConfig
+from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.layers.schemes.choice import Schemes
-from octavo.model_config import ModelConfig, ModelError, read_json, refuse_special_file
-from octavo.models.config_reader import read_token_ids
+from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
-from octavo.sampling_params import SamplingParams
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path
 from octavo.weights.dummy import fill_with_random
+from octavo.weights.generation_config import read_generation
 from octavo.weights.gguf import GgufSource
 from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.gguf_split import open_other_parts
@@ -36,18 +35,6 @@ if TYPE_CHECKING:
     from octavo import _core
 
 logger = logging.getLogger(__name__)
-
-GENERATION_FIELDS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-"""Fields of generation_config.json that are sampling defaults, and their names in `SamplingParams`;
-vLLM's choice.
-"""
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,7 @@ def _load(
     """Text, then weights; `source` None means random weights, `place` None a preset,
     `generation_folder` None a model that brings no generation_config.json.
     """
-    config, defaults = _read_generation(config, wanted.generation_config, generation_folder)
+    config, defaults = read_generation(config, wanted.generation_config, generation_folder)
     text = read_text(place, wanted.tokenizer, wanted.chat_template)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:
         # Published models do this (Gemma 3 text has an image token, finetunes add one for padding):
@@ -201,39 +188,3 @@ def _tell_rope_factors(config: ModelConfig, place: Path | None) -> None:
             longest,
             rope.original_max_position,
         )
-
-
-def _read_generation(config: ModelConfig, wanted: str, own: Path | None) -> tuple[ModelConfig, dict[str, Any]]:
-    """What `generation_config.json` adds: end tokens, and the author's sampling defaults.
-
-    wanted: `EngineConfig.generation_config`; own: the model's folder, None where it has none. With
-    neutral defaults the model's end tokens still count.
-    """
-    folder = own
-    if wanted not in (GENERATION_AUTO, GENERATION_NEUTRAL):
-        folder = Path(wanted).expanduser()
-        if not (folder / "generation_config.json").is_file():
-            raise ModelError(
-                f"generation_config = {wanted!r}: must be auto, vllm or a folder with a generation_config.json"
-            )
-    if folder is None or not (folder / "generation_config.json").exists():
-        return config, {}
-    path = folder / "generation_config.json"
-    values = read_json(path)
-    ids = read_token_ids(values.get("eos_token_id"), str(path), "eos_token_id", config.vocab_size)
-    config = dataclasses.replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + ids)))
-    if wanted == GENERATION_NEUTRAL:
-        return config, {}
-    defaults = {}
-    for key, name in GENERATION_FIELDS.items():
-        value = values.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ModelError(f"{path}: {key}: {value!r} is not a number")
-        try:
-            SamplingParams(**cast(dict[str, Any], {name: value}))
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ModelError(f"{path}: {key} = {value!r} cannot be a default: {error}") from None
-        defaults[name] = value
-    return config, defaults

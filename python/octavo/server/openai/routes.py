@@ -130,7 +130,8 @@ class OpenAIRoutes:
         parsed = await self._parse(request, ChatCompletionRequest, UNSUPPORTED_CHAT)
         messages = template_messages(parsed)
         self._check_characters(sum(len(message["content"]) for message in messages), "messages")
-        tools = template_tools(parsed.tools)
+        template = self._engine.chat_template
+        tools = template_tools(parsed, template is None or template.takes_tools)
         kwargs = template_kwargs(parsed.chat_template_kwargs)
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)

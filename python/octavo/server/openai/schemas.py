@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from octavo.chat import Message
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request
 
@@ -110,7 +111,9 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         if max_tokens is not None:
             given["max_tokens"] = max_tokens
-        return SamplingParams(**{"max_tokens": None, **defaults, "seed": self.seed, "logprobs": logprobs, **given})
+        return SamplingParams.with_defaults(
+            {"max_tokens": None, **defaults}, {"seed": self.seed, "logprobs": logprobs, **given}
+        )
 
     def check_stream_options(self) -> None:
         """`stream_options` makes sense in a stream only."""
@@ -157,55 +160,8 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
         """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
-        return self.sampling_params({"max_tokens": 16, **defaults}, self.max_tokens, self.logprobs)
-
-
-class FunctionCall(msgspec.Struct, frozen=True):
-    """A call that the assistant made in an earlier turn."""
-
-    name: str
-    arguments: str | dict[str, Any] = ""
-
-
-class ToolCall(msgspec.Struct, frozen=True):
-    """One entry of an assistant turn's `tool_calls`."""
-
-    function: FunctionCall
-    id: str | None = None
-    type: str | None = None
-
-
-class Part(msgspec.Struct, frozen=True):
-    """A piece of a message's content; only text is understood."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct, frozen=True):
-    """One turn of a conversation."""
-
-    role: str
-    content: str | list[Part] | None = None
-    name: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    tool_call_id: str | None = None
-
-
-class Function(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a tool's call looks like; passed to the template as it is."""
-
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-
-class Tool(msgspec.Struct, frozen=True):
-    """A tool that the model may call."""
-
-    type: str
-    function: Function
+        limit = 16 if self.max_tokens is None and "max_tokens" not in defaults else self.max_tokens
+        return self.sampling_params(defaults, limit, self.logprobs)
 
 
 class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
@@ -215,7 +171,8 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
-    tools: list[Tool] | None = None
+    tools: list[msgspec.Raw] | None = None
+    tool_choice: Any = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
 
