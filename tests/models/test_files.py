@@ -19,7 +19,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
-from octavo.layers.schemes.cpu import widens_half
 from octavo.model_config import ModelError
 from octavo.weights import default_model, hub
 from octavo.weights.load import load_model, pick_dtype, resolve
@@ -246,7 +245,7 @@ def test_dtype_and_why(wanted: str, checkpoint: str | None, device: str, dtype: 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_fused_weights_are_held_once(tmp_path: Path, dtype: str, width: int) -> None:
     make("llama-mha-untied", tmp_path)
-    of_norms = 4 if widens_half(getattr(torch, dtype)) else width  # float32 beside float32 hidden states
+    of_norms = 4  # float32 beside float32 hidden states
     tensors = load_file(tmp_path / "model.safetensors").values()
     stored = sum(tensor.numel() * (of_norms if tensor.dim() == 1 else width) for tensor in tensors)
     assert load(tmp_path, dtype=dtype).model.weight_bytes() == stored
