@@ -230,6 +230,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(job)
 
     def _check_alive(self) -> None:
+        self._engine.check_process()
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
         if self._engine.is_stopped:
@@ -294,6 +295,8 @@ class AsyncEngine:
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """
+        if not self._engine.is_of_this_process:  # whose threads and locks these are
+            return
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)

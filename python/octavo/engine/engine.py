@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 
 from octavo._core import EngineCore
 from octavo.config import EngineConfig
+from octavo.engine import process
 from octavo.engine.setup import EngineParts, build_engine
 from octavo.engine.step_buffers import Step
 from octavo.layers.context import set_context
@@ -47,6 +49,9 @@ class Engine:
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
+        self._process = os.getpid()
+        self.interrupted = threading.Event()
+        """Set by who waits for the thread that steps: its next step raises `KeyboardInterrupt`."""
         self.is_closed = False
         self.failure: str | None = None
         self.step_started_at: float | None = None
@@ -54,9 +59,25 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what
-        the user can mend.
+        the user can mend, and `RuntimeError` in a process forked from one that had loaded a model.
         """
+        process.claim()
         return cls(build_engine(config))
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a process that was forked from the engine's."""
+        return self._process == os.getpid()
+
+    def check_process(self) -> None:
+        """Raises `RuntimeError` where the engine belongs to another process."""
+        process.check(self._process)
+
+    def check_usable(self) -> None:
+        """Raises `RuntimeError` where the engine has been closed, or belongs to another process."""
+        self.check_process()
+        if self.is_closed:
+            raise RuntimeError("this LLM or engine has been closed, and its model is gone: make a new one")
 
     def step(self) -> bool:
         """One turn: launches the next step, commits the one before. False: there was nothing to do.
@@ -65,8 +86,10 @@ class Engine:
         the next call drops what was under way, ends its requests with an error, and goes on with
         the others.
         """
-        if self.is_closed:
-            raise RuntimeError("this engine has been closed, and its model is gone: make a new one")
+        self.check_usable()
+        if self.interrupted.is_set():
+            self.interrupted.clear()
+            raise KeyboardInterrupt
         self.step_started_at = time.monotonic()
         try:
             if self._interrupted:

@@ -17,6 +17,7 @@ from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 
@@ -26,10 +27,11 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A model in this process. The calling thread runs the engine, so calls return when all prompts
-    are done.
+    """A model in this process. Calls return when all prompts are done; those of several threads run
+    one after another.
 
-    `close` gives its memory back, as does leaving `with LLM(...) as llm:`.
+    `close` gives its memory back, as does leaving `with LLM(...) as llm:`. In a process that is
+    forked afterwards neither this object nor a new one works: start processes by spawn.
 
     Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`:
     `LLM("a/model", dtype="bfloat16")`.
@@ -45,12 +47,13 @@ class LLM:
         # All prompts of a call are queued at once: the bound protects servers, not lists that the
         # caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+        self._thread = StepThread(self._engine)
 
     def close(self) -> None:
         """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing
         can be generated afterwards.
         """
-        self._engine.close()
+        self._thread.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -92,6 +95,7 @@ class LLM:
         that fails while it runs costs no other: its output has the `finish_reason` "error" and says
         why in `error`.
         """
+        self._engine.check_usable()
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
         return self._run(listed, encoded, sampling_params, use_tqdm)
@@ -111,6 +115,7 @@ class LLM:
         Messages are those of OpenAI's chats, and checked like a request's; keys that these do not
         have go to the template as they are. Raises `ValueError` that names the message.
         """
+        self._engine.check_usable()
         tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
         if tokenizer is None or template is None:
             raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
@@ -150,8 +155,6 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self._engine.is_closed:
-            raise RuntimeError("this LLM has been closed, and its model is gone: make a new LLM")
         if sampling_params is None:
             defaults, longest = self.get_default_sampling_params(), self._engine.parts.max_model_len
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
@@ -166,6 +169,16 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
             )
+        return self._thread.run(lambda: self._complete(prompts, encoded, params, use_tqdm))
+
+    def _complete(
+        self,
+        prompts: list[PromptInput],
+        encoded: list[_core.Prompt],
+        params: list[SamplingParams],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Runs all of a call's requests to their end."""
         builders: dict[int, OutputBuilder] = {}
         outputs: dict[int, RequestOutput] = {}
         try:
