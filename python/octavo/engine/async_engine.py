@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from octavo import _core
 from octavo.config import EngineConfig
+from octavo.engine import process
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
@@ -230,7 +231,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(job)
 
     def _check_alive(self) -> None:
-        self._engine.check_process()
+        process.check()
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
         if self._engine.is_stopped:
@@ -295,7 +296,7 @@ class AsyncEngine:
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """
-        if not self._engine.is_of_this_process:  # whose threads and locks these are
+        if process.is_forked():  # from that whose threads and locks these are
             return
         self._engine.stop()
         if self._thread.is_alive():

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterator
@@ -49,7 +48,6 @@ class Engine:
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
-        self._process = os.getpid()
         self.interrupted = threading.Event()
         """Set by who waits for the thread that steps: its next step raises `KeyboardInterrupt`."""
         self.is_closed = False
@@ -64,18 +62,9 @@ class Engine:
         process.claim()
         return cls(build_engine(config))
 
-    @property
-    def is_of_this_process(self) -> bool:
-        """False in a process that was forked from the engine's."""
-        return self._process == os.getpid()
-
-    def check_process(self) -> None:
-        """Raises `RuntimeError` where the engine belongs to another process."""
-        process.check(self._process)
-
     def check_usable(self) -> None:
-        """Raises `RuntimeError` where the engine has been closed, or belongs to another process."""
-        self.check_process()
+        """Raises `RuntimeError` where the engine has been closed, or belongs to a parent process."""
+        process.check()
         if self.is_closed:
             raise RuntimeError("this LLM or engine has been closed, and its model is gone: make a new one")
 

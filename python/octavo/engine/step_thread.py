@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar
 
+from octavo.engine import process
 from octavo.engine.engine import Engine
 
 T = TypeVar("T")
@@ -30,7 +31,7 @@ class StepThread:
         """What `work` returns or raises. An interrupt of the caller (Ctrl-C) comes out of the next
         step of his work, which may tidy up before he gets it.
 
-        Raises `RuntimeError` where the engine has been closed, or belongs to another process.
+        Raises `RuntimeError` where the engine has been closed, or belongs to a parent process.
         """
         self.engine.check_usable()
         interrupted = threading.Event()
@@ -50,6 +51,6 @@ class StepThread:
 
     def close(self) -> None:
         """Closes the engine once the work of all threads is done, and ends this one. Idempotent."""
-        if not self.engine.is_closed and self.engine.is_of_this_process:
+        if not self.engine.is_closed and not process.is_forked():
             self._pool.submit(self.engine.close).result()
             self._pool.shutdown()
