@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sys
 import threading
 import time
@@ -108,10 +109,12 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> AsyncEngine:
-        """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in
-        an executor.
+    def from_config(cls, config: EngineConfig | str | os.PathLike[str]) -> AsyncEngine:
+        """Loads the model and starts the engine thread. A model's name or path stands for a
+        configuration of that alone. Blocks: call it before the loop runs, or in an executor.
         """
+        if isinstance(config, (str, os.PathLike)):
+            config = EngineConfig(model=os.fspath(config))
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
         engine = cls(Engine.from_config(config))
         engine._thread.start()

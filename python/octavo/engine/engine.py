@@ -59,6 +59,8 @@ class Engine:
         """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what
         the user can mend, and `RuntimeError` in a process forked from one that had loaded a model.
         """
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"config: expected an EngineConfig, got {type(config).__name__}")
         process.claim()
         return cls(build_engine(config))
 
@@ -94,6 +96,7 @@ class Engine:
         step = self._plan()
         if step is None and self._current is None:
             return False
+        failure = None
         try:
             if step is not None:
                 self.runner.launch_forward(step)
@@ -106,7 +109,9 @@ class Engine:
         except torch.OutOfMemoryError as error:
             if step is None:
                 raise
-            self._drop(step, error)
+            failure = str(error)
+        if step is not None and failure is not None:  # the error is gone, and with its frames what they held
+            self._drop(step, failure)
         if not self._overlap:
             self._finish_current()
         return True
@@ -125,7 +130,7 @@ class Engine:
             step.buffers.wait()
             self.core.commit(step.slot, time.monotonic())
 
-    def _drop(self, step: Step, error: torch.OutOfMemoryError) -> None:
+    def _drop(self, step: Step, error: str) -> None:
         """Fails a step that does not fit into memory: its requests end with an error, and the
         others go on.
         """

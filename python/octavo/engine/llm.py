@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from octavo.engine.prompts import PromptInput, encode_prompt
 from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.vllm_flags import without_vllm_options
 
 logger = logging.getLogger(__name__)
 
@@ -34,16 +36,23 @@ class LLM:
     forked afterwards neither this object nor a new one works: start processes by spawn.
 
     Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`:
-    `LLM("a/model", dtype="bfloat16")`.
+    `LLM("a/model", dtype="bfloat16")`. Those of vLLM's that ask for nothing here, such as
+    `trust_remote_code`, are accepted with a warning.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         if "max_waiting" in options:
             raise ValueError(
                 f"max_waiting = {options['max_waiting']!r}: not an option of LLM, which queues all prompts of a call; "
                 "it bounds the queue of AsyncEngine and of the server"
             )
-        config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
+        if model is not None:
+            options["model"] = model
+        known = [field.name for field in dataclasses.fields(EngineConfig)]
+        options, without_effect = without_vllm_options(options, known)
+        for line in without_effect:
+            logger.warning("%s", line)
+        config = EngineConfig(**options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the
         # caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
@@ -88,14 +97,16 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order
-        of the prompts.
+        """Completes each prompt: text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`. Outputs
+        come in the order of the prompts.
 
         Raises `ValueError` naming the prompt's number and field before anything runs. A request
         that fails while it runs costs no other: its output has the `finish_reason` "error" and says
         why in `error`.
         """
         self._engine.check_usable()
+        if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts: expected a prompt or a list of them, got {type(prompts).__name__}")
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
         return self._run(listed, encoded, sampling_params, use_tqdm)
@@ -160,6 +171,10 @@ class LLM:
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
         elif isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(prompts)
+        elif not isinstance(sampling_params, Sequence):
+            raise ValueError(
+                f"sampling_params: expected SamplingParams or a list of them, got {type(sampling_params).__name__}"
+            )
         else:
             params = list(sampling_params)
             for number, given in enumerate(params):

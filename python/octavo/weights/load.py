@@ -20,7 +20,7 @@ from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
 from octavo.weights import hub
-from octavo.weights.default_model import default_model_path
+from octavo.weights.default_model import default_model_path, sampling_defaults
 from octavo.weights.dummy import fill_with_random
 from octavo.weights.generation_config import read_generation
 from octavo.weights.gguf import GgufSource
@@ -110,7 +110,9 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     other_parts = open_other_parts(path, header)
     model_config = config_from_gguf(header, other_parts)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
-    return _load(model_config, source, path, config, device, None)
+    loaded = _load(model_config, source, path, config, device, None)
+    defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config)
+    return dataclasses.replace(loaded, generation_defaults=defaults)
 
 
 def _load(
