@@ -17,7 +17,7 @@ from octavo.chat import read_chat
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
-from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.engine.prompts import PromptInput, TokensPrompt, encode_prompt
 from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
@@ -150,7 +150,7 @@ class LLM:
                     raise
                 raise type(error)(f"conversation {number}: {error}") from error
             encoded.append(prompt)
-        prompts: list[PromptInput] = [{"prompt_token_ids": prompt.token_ids} for prompt in encoded]
+        prompts: list[PromptInput] = [TokensPrompt(prompt_token_ids=prompt.token_ids) for prompt in encoded]
         return self._run(prompts, encoded, sampling_params, use_tqdm)
 
     def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:

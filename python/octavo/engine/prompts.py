@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from octavo import _core
 
@@ -36,9 +36,8 @@ def encode_prompt(prompt: PromptInput, tokenizer: _core.Tokenizer | None) -> _co
         others = [key for key, value in prompt.items() if key not in _KEYS and value is not None]
         if others:
             raise ValueError(f"prompt: {others[0]!r} is not supported, {_EXPECTED}")
-        token_ids = prompt.get("prompt_token_ids")
-        if token_ids is not None:
-            return _core.Prompt(_checked(token_ids))
+        if prompt.get("prompt_token_ids") is not None:
+            return _core.Prompt(_checked(cast(TokensPrompt, prompt)["prompt_token_ids"]))
     text = prompt_text(prompt)
     if text is None:
         raise ValueError(f"prompt: {_EXPECTED}, got {type(prompt).__name__}")
