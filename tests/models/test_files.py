@@ -4,10 +4,12 @@ file and field.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,28 @@ def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ModelError, match=r"owner/name.*Name or service not known.*check the name and the network"):
         hub.download("owner/name")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_named(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ModelError, match=rf"hub cannot be written \({os.strerror(number)}\): set HF_HOME to"):
+        hub.download("owner/name")
+
+
+def test_a_full_disk_under_the_default_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = "import sys; sys.exit('OSError: [Errno 28] No space left on device: a -> b')"
+    run = default_model._run
+    monkeypatch.setattr(default_model, "_run", lambda _: run([sys.executable, "-c", full]))
+    with pytest.raises(ModelError, match=rf"no room to fetch .* into {tmp_path}/octavo or .*: set XDG_CACHE_HOME or"):
+        default_model.default_model_path()
+    assert list((tmp_path / "octavo").iterdir()) == []
 
 
 @pytest.mark.parametrize("sharded", [False, True])

