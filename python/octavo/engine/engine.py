@@ -48,7 +48,7 @@ class Engine:
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
-        self.interrupted = threading.Event()
+        self.interrupt_asked = threading.Event()
         """Set by who waits for the thread that steps: its next step raises `KeyboardInterrupt`."""
         self.is_closed = False
         self.failure: str | None = None
@@ -78,8 +78,8 @@ class Engine:
         the others.
         """
         self.check_usable()
-        if self.interrupted.is_set():
-            self.interrupted.clear()
+        if self.interrupt_asked.is_set():
+            self.interrupt_asked.clear()
             raise KeyboardInterrupt
         self.step_started_at = time.monotonic()
         try:

@@ -37,7 +37,7 @@ class StepThread:
         interrupted = threading.Event()
 
         def interruptible() -> T:
-            self.engine.interrupted = interrupted
+            self.engine.interrupt_asked = interrupted
             return work()
 
         job = self._pool.submit(interruptible)
