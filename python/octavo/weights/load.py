@@ -111,13 +111,14 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     model_config = config_from_gguf(header, other_parts)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
     loaded = _load(model_config, source, path, config, device, None)
-    packed = sorted({kind for _, kind, *_ in header.tensors()} - {"F32", "F16", "BF16"})
+    parts = (header, *other_parts)
+    packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
     if source is not None and packed:
         logger.info(
             "%s: its %s blocks are expanded: %.2f GiB in the file, %.2f GiB in memory",
             path,
             ", ".join(packed),
-            path.stat().st_size / 2**30,
+            sum(Path(part.path).stat().st_size for part in parts) / 2**30,
             loaded.model.weight_bytes() / 2**30,
         )
     defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config)
