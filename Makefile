@@ -24,11 +24,11 @@ $(VENV)/.uv:
 	@touch $@
 
 # The release build of the extension, installed in place: edits of Python files need no rebuild. Bytecode is made now, on
-# all cores, and not by the first start.
+# all cores, and not by the first start. Without a group maturin installs `dev`, which serving does not need.
 $(VENV)/.built: $(VENV)/.uv $(SOURCES)
 	@echo "== installing the dependencies and building the extension (the first time takes a few minutes)"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python "maturin>=1.14,<2"
-	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" UV_COMPILE_BYTECODE=1 $(BIN)/maturin develop --release --uv --extras uvloop,hub
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) $(UV) pip install --quiet --python $(BIN)/python --group build
+	@VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH="$(CURDIR)/$(BIN):$$PATH" UV_COMPILE_BYTECODE=1 $(BIN)/maturin develop --release --uv --extras uvloop,hub --group build
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.uv pyproject.toml

@@ -166,7 +166,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_nothing_is_left_of_it() -> None:
 def test_bad_options_are_refused_before_anything_is_loaded(
     line: str, said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "engine_of", lambda _: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(commands, "step_thread", lambda _: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as caught:
         cli.main(["bench", *line.split()])
     assert caught.value.code == 2

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -50,26 +51,57 @@ def shell(line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     )
 
 
+MAIN = "from octavo import cli; sys.exit(cli.main(["
+API_SERVER = "from octavo.entrypoints.openai import api_server as a; sys.exit(a.main(['--model', 'm', '--port', '0']))"
+INTERRUPT = (signal.SIGINT, 130, "interrupted")
+TERMINATE = (signal.SIGTERM, 143, "ended by SIGTERM")
+
+
 @pytest.mark.parametrize(
-    "start",
+    ("start", "number", "code", "words"),
     [
-        "from octavo import cli; sys.exit(cli.main(['serve', 'm', '--port', '0']))",
-        "from octavo import cli; sys.exit(cli.main(['chat', 'm']))",
-        "from octavo import cli; sys.exit(cli.main(['generate', 'Hi']))",
-        "from octavo.entrypoints.openai import api_server as a; sys.exit(a.main(['--model', 'm', '--port', '0']))",
+        (f"{MAIN}'serve', 'm', '--port', '0']))", *INTERRUPT),
+        (f"{MAIN}'serve', 'm', '--port', '0']))", *TERMINATE),
+        (f"{MAIN}'chat', 'm']))", *INTERRUPT),
+        (f"{MAIN}'chat', 'm']))", signal.SIGHUP, 129, "ended by SIGHUP"),
+        (f"{MAIN}'generate', 'Hi']))", *INTERRUPT),
+        (API_SERVER, *INTERRUPT),
+        (API_SERVER, *TERMINATE),
     ],
 )
-def test_ctrl_c_while_loading(start: str) -> None:
+def test_a_signal_while_loading(start: str, number: signal.Signals, code: int, words: str) -> None:
     command = [sys.executable, "-c", SLOW_LOAD + start]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=60)
     program = "api_server" if "api_server" in start else "octavo"
-    assert (process.returncode, error) == (130, f"{program}: interrupted\n")
+    assert (process.returncode, error) == (code, f"{program}: {words}\n")
+
+
+def test_sigterm_leaves_nothing_of_a_download(tmp_path: Path) -> None:
+    """Neither the folder that was being filled nor the installer that fills it."""
+    code = """
+import sys
+from octavo.ending import run_command
+from octavo.weights import default_model
+run = default_model._run
+def slow(_):
+    print("fetching", flush=True)
+    run([sys.executable, "-c", "import time; time.sleep(60)"])
+default_model._run = slow
+sys.exit(run_command("octavo", default_model.default_model_path))
+"""
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "fetching\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert list((tmp_path / "octavo").iterdir()) == []
 
 
 def test_ctrl_c_in_generate() -> None:
@@ -219,7 +251,9 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
         "prog: error: the engine is dead",
     ]
     assert ends_with(KeyboardInterrupt()) == 130
-    assert ends_with(BrokenPipeError()) == 141
+    capsys.readouterr()
+    assert ends_with(BrokenPipeError(errno.EPIPE, "Broken pipe", "/run/other")) == 2  # not the output's
+    assert capsys.readouterr().err == "prog: error: /run/other: Broken pipe\n"
     with pytest.raises(ZeroDivisionError):
         ends_with(ZeroDivisionError())
 

@@ -47,6 +47,14 @@ def test_make_serve_installs_every_extra() -> None:
     assert set(installed[1].split(",")) == {line.split(" = ")[0] for line in extras[1].splitlines()} >= {"hub"}
 
 
+def test_make_serve_installs_no_tools_for_development() -> None:
+    """Given no group, maturin installs the one named `dev`."""
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    command = re.search(r"maturin develop .*", (REPOSITORY / "Makefile").read_text())
+    assert command is not None and re.findall(r"--group (\S+)", command[0]) == ["build"]
+    assert re.search(r'^build = \["maturin[^",]*,[^",]*"\]$', project, re.M)
+
+
 def test_commands_of_the_readme_run_as_written() -> None:
     """What `make serve` installed is in `.venv`, not on the path."""
     readme = (REPOSITORY / "README.md").read_text()

@@ -18,7 +18,7 @@ ALLOWED = {
     "layers": {"layers", "kernels", "model_config"},
     "models": {"models", "layers", "kernels", "model_config"},
     "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
-    "engine": {"engine", "models", "layers", "kernels", "weights", "model_config"} | LEAVES,
+    "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "vllm_flags"} | LEAVES,
     "server": {"server"} | LEAVES,
 }
 

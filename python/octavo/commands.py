@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command of a command line and returns its exit code."""
     parser = build_parser()
     flag = argv[0].partition("=")[0] if argv else ""
-    if flag.startswith("-") and flag not in parser._option_string_actions:
+    if flag.startswith("-") and flag not in _shown_flags(parser):
         parser.error(f"{flag}: flags come after the command")
     args = parse(parser, argv)
     return int(args.run(args))
@@ -112,7 +112,10 @@ def _normalised(argv: Sequence[str]) -> list[str]:
 
 
 def _shown_flags(parser: argparse.ArgumentParser) -> list[str]:
-    return [flag for action in parser._actions if action.help != argparse.SUPPRESS for flag in action.option_strings]
+    """The flags that a command's help lists, out of the help: argparse does not tell otherwise."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", parser.format_help())  # Python 3.14 colours it
+    lines = re.findall(r"^  (-.*?)(?:  |$)", text, re.MULTILINE)
+    return [flag for line in lines for flag in re.findall(r"(?<!\S)--?[a-z][\w-]*", line)]
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser, skip: Sequence[str] = ()) -> None:

@@ -2,7 +2,9 @@
 interrupted on the way.
 
 0: done. 1: it broke while it ran. 2: the user can mend it. 128 + the signal's number for an
-interrupt (130) and for a reader of the output that has left (141), as a shell would say.
+interrupt (130), for SIGTERM (143) and SIGHUP (129) and for a reader of the output that has left
+(141), as a shell would say. A server that serves takes SIGTERM and interrupts as its own, and
+drains.
 
 Imports only what Python has loaded when it starts: an interrupt before `run_command` ends with a
 traceback.
@@ -23,6 +25,10 @@ READER_LEFT = 141
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
 
 
+class Ended(SystemExit):
+    """SIGTERM or SIGHUP has come. What is under way (a download, say) tidies up on its way out."""
+
+
 def run_command(program: str, command: "Callable[[], int]") -> int:
     """Runs `command` and returns the exit code; `program` begins the line that says what went
     wrong.
@@ -31,21 +37,25 @@ def run_command(program: str, command: "Callable[[], int]") -> int:
     """
     open_closed_streams()
     try:
-        code = command()
-        sys.stdout.flush()  # a full disk fails here, and not when Python ends
-        return code
+        with _EndingSignals():
+            code = command()
+            sys.stdout.flush()  # a full disk fails here, and not when Python ends
+            return code
+    except Ended as end:
+        _say(f"{program}: ended by {end.args[0]}")
+        return int(end.args[1])
     except SystemExit:
         reason = _output_error()
         if reason is None:
             raise
         _say(f"{program}: error: {reason}")
         return 2
-    except BrokenPipeError:
-        return READER_LEFT
     except KeyboardInterrupt:
         _say("\n" if sys.stderr.isatty() else "", f"{program}: interrupted")  # the terminal has shown ^C
         return INTERRUPTED
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            return READER_LEFT
         _say(f"{program}: error: {_output_error() or describe(error)}")
         return 2
     except ValueError as error:
@@ -73,6 +83,46 @@ def open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+class _EndingSignals:
+    """Inside, SIGTERM and SIGHUP raise `Ended`, once, unless they have another meaning already."""
+
+    def __enter__(self) -> None:
+        import signal
+        import threading
+
+        self._taken: list[signal.Signals] = []
+        if threading.current_thread() is threading.main_thread():
+            wanted = (signal.SIGTERM, signal.SIGHUP)
+            self._taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
+        for number in self._taken:
+            signal.signal(number, self._end)
+
+    def _end(self, number: int, _: object) -> None:
+        import signal
+
+        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
+        raise Ended(signal.Signals(number).name, 128 + number)
+
+    def __exit__(self, *_: object) -> None:
+        import signal
+
+        for number in self._taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads the standard output or error any more. Other pipes break too."""
+    import select
+
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            poll.register(stream.fileno(), 0)
+        except (OSError, ValueError):  # a stream of no file, in a test
+            continue
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 def describe(error: OSError) -> str:

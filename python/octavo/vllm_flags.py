@@ -1,4 +1,5 @@
-"""Flags of vLLM's command line that Octavo has no option for, and what becomes of each.
+"""Flags of vLLM's command line, and options of its `LLM`, that Octavo has no option for, and what
+becomes of each.
 
 People bring their deploy lines along. A flag that asks for nothing but what happens here anyway, or
 that only tunes vLLM's own machinery, is accepted, the latter with a line that says what happens
@@ -7,7 +8,8 @@ thing than was asked for.
 """
 
 import argparse
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 _NOT_LOGGED = "requests are not logged"
@@ -16,8 +18,8 @@ _ONE_PROCESS = "one process runs the model and the server"
 _OWN_KERNELS = "kernels are written by hand, and nothing is compiled by torch"
 
 SWITCHES = {
-    "--async-scheduling": "a step is always planned while another runs",
-    "--disable-async-output-proc": "outputs are always read while the next step runs",
+    "--async-scheduling": "on a GPU a step is always planned while another runs",
+    "--disable-async-output-proc": "on a GPU outputs are always read while the next step runs",
     "--disable-cascade-attn": "there is no cascade attention",
     "--disable-custom-all-reduce": "one GPU has nothing to reduce",
     "--disable-fastapi-docs": "no documentation is served",
@@ -159,6 +161,31 @@ def is_unsupported(flag: str) -> bool:
     flag = flag.partition(".")[0]
     known = UNSUPPORTED | SWITCHES.keys() | SETTINGS.keys() | NEUTRAL.keys()
     return flag in known or flag.replace("--no-", "--", 1) in known
+
+
+def without_vllm_options(options: Mapping[str, Any], known: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """The same for keyword arguments: those of `known` names, and a line for each that has no
+    effect. None and False ask for nothing, whichever of vLLM's options they are given to.
+
+    Raises `ValueError` for what asks for something else, and for a name that is none.
+    """
+    ours, lines = {}, []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if name in known:
+            ours[name] = value
+        elif flag in SWITCHES or flag in SETTINGS:
+            if value is not None and value is not False:
+                lines.append(f"{name} has no effect: {SWITCHES.get(flag) or SETTINGS[flag]}")
+        elif flag in NEUTRAL or flag in UNSUPPORTED:
+            allowed = NEUTRAL.get(flag, ())
+            if value is not None and value is not False and str(value) not in allowed:
+                only = f", only {' or '.join(allowed)}" if allowed else ""
+                raise ValueError(f"{name} = {repr(value)[:100]}: not supported yet{only}")
+        else:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            raise ValueError(f"{name}: no such option" + (f" (did you mean {near[0]}?)" if near else ""))
+    return ours, lines
 
 
 def _names(flag: str) -> list[str]:

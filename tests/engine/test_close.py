@@ -134,7 +134,7 @@ def test_a_closed_llm_says_so() -> None:
     llm = LLM(**TINY)
     llm.close()
     llm.close()
-    with pytest.raises(RuntimeError, match=r"this LLM has been closed, .*make a new LLM"):
+    with pytest.raises(RuntimeError, match=r"this LLM or engine has been closed, .*make a new one"):
         llm.generate(PROMPT, SHORT, use_tqdm=False)
     assert llm.core.stats()["num_requests_waiting"] == 0
     assert llm.get_default_sampling_params() == SamplingParams()  # what needs no model still answers

@@ -4,10 +4,12 @@ file and field.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
-from octavo.layers.schemes.cpu import widens_half
 from octavo.model_config import ModelError
 from octavo.weights import default_model, hub
 from octavo.weights.load import load_model, pick_dtype, resolve
@@ -246,7 +247,7 @@ def test_dtype_and_why(wanted: str, checkpoint: str | None, device: str, dtype: 
 @pytest.mark.parametrize(("dtype", "width"), [("float32", 4), ("bfloat16", 2)])
 def test_fused_weights_are_held_once(tmp_path: Path, dtype: str, width: int) -> None:
     make("llama-mha-untied", tmp_path)
-    of_norms = 4 if widens_half(getattr(torch, dtype)) else width  # float32 beside float32 hidden states
+    of_norms = 4  # float32 beside float32 hidden states
     tensors = load_file(tmp_path / "model.safetensors").values()
     stored = sum(tensor.numel() * (of_norms if tensor.dim() == 1 else width) for tensor in tensors)
     assert load(tmp_path, dtype=dtype).model.weight_bytes() == stored
@@ -292,6 +293,28 @@ def test_hub_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ModelError, match=r"owner/name.*Name or service not known.*check the name and the network"):
         hub.download("owner/name")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_cache_that_cannot_be_written_is_named(number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(ModelError, match=rf"hub cannot be written \({os.strerror(number)}\): set HF_HOME to"):
+        hub.download("owner/name")
+
+
+def test_a_full_disk_under_the_default_model_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    full = "import sys; sys.exit('OSError: [Errno 28] No space left on device: a -> b')"
+    run = default_model._run
+    monkeypatch.setattr(default_model, "_run", lambda _: run([sys.executable, "-c", full]))
+    with pytest.raises(ModelError, match=rf"no room to fetch .* into {tmp_path}/octavo or .*: set XDG_CACHE_HOME or"):
+        default_model.default_model_path()
+    assert list((tmp_path / "octavo").iterdir()) == []
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -16,6 +16,7 @@ import torch
 from octavo import _core
 from octavo.config import EngineConfig
 from octavo.model_config import ModelError
+from octavo.weights import load
 from octavo.weights.gguf import GgufSource, dequantise
 from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.load import load_model
@@ -239,6 +240,18 @@ def test_end_tokens_are_found_by_key_and_by_text(tmp_path: Path) -> None:
     assert ends(eot=5, eom=6) == by_text | {5, 6}
 
 
-def test_end_tokens_of_the_default_model(smollm2_path: Path) -> None:
-    config = EngineConfig(model=str(smollm2_path), load_format="dummy")
-    assert load_model(config, device=torch.device("cpu")).eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|>
+@pytest.mark.parametrize(("wanted", "defaults"), [("auto", {"temperature": 0.2, "top_p": 0.5}), ("vllm", {})])
+def test_what_goes_with_the_default_model(
+    wanted: str,
+    defaults: dict[str, float],
+    smollm2_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(load, "fill_model", lambda *_: None)
+    config = EngineConfig(model=str(smollm2_path), generation_config=wanted)
+    with caplog.at_level("INFO", "octavo"):
+        loaded = load_model(config, device=torch.device("cpu"))
+    assert loaded.eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|>
+    assert loaded.generation_defaults == defaults
+    assert "its Q4_1, Q8_0 blocks are expanded: 0.09 GiB in the file, 0." in caplog.text

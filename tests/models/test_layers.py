@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable
+from typing import Any
 
 import pytest
 import torch
@@ -65,9 +66,30 @@ def test_a_cpu_takes_the_fastest_plain_scheme(monkeypatch: pytest.MonkeyPatch) -
     for widens, kind in ((True, HalfScheme), (False, DenseScheme)):
         monkeypatch.setattr(choice, "widens_half", lambda dtype, widens=widens: widens and dtype != torch.float32)
         assert chosen(torch.bfloat16) is kind
-        assert Schemes(torch.bfloat16, CPU).activation_dtype == (torch.float32 if widens else torch.bfloat16)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert Schemes(dtype, CPU).activation_dtype == torch.float32
         assert Schemes(torch.bfloat16, torch.device("cuda")).activation_dtype == torch.bfloat16
     assert type(Schemes(torch.float32, torch.device("cuda")).plain(Matrix({"w": 8}, 8))) is DenseScheme
+
+
+@pytest.mark.parametrize("widens", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_logits_are_not_rounded(widens: bool, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the processor multiplies bfloat16 by itself."""
+    monkeypatch.setattr(choice, "widens_half", lambda dtype: widens and dtype != torch.float32)
+    config = dataclasses.replace(preset_config("tiny"), num_layers=1, layer_windows=(0,), tie_word_embeddings=tied)
+    model = LlamaForCausalLM(config, Schemes(torch.bfloat16, CPU))
+    fill_with_random(model, CPU, seed=0)
+    table = model.embedding.weight if tied else unpacked(model.head.scheme)
+    hidden = torch.randn(3, config.hidden_size, generator=torch.Generator().manual_seed(0)) * 16
+    expected = hidden.double() @ table.double().T
+    # Weights under 6e-5 move in float16; bfloat16 would be off by up to 2^-9 of a logit.
+    torch.testing.assert_close(model.compute_logits(hidden).double(), expected, atol=1e-3, rtol=1e-4)
+
+
+def unpacked(scheme: Any) -> torch.Tensor:
+    """The matrix of a scheme, by what it makes of unit vectors."""
+    return scheme(torch.eye(scheme.matrix.in_features)).T
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,13 @@ async def ask(client: openai.AsyncOpenAI, question: str, *, leave_after: int | N
     return text
 
 
+async def test_the_example_that_the_server_prints(client: openai.AsyncOpenAI) -> None:
+    """It sends no temperature, and at 1.0 the model talks nonsense."""
+    question = {"role": "user", "content": "What is the capital of France?"}
+    answer = await client.chat.completions.create(model="smollm2", messages=[question], max_tokens=64, n=8)  # type: ignore[list-item]
+    assert [choice.message.content for choice in answer.choices] == ["The capital of France is Paris."] * 8
+
+
 async def test_32_streams_equal_the_whole_answers(client: openai.AsyncOpenAI) -> None:
     async def whole(question: str) -> str:
         answer = await client.chat.completions.create(

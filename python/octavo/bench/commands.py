@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import platform
 import random
@@ -158,12 +159,14 @@ def latency_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     from octavo.bench.replay import replay
 
     rows: Rows = []
-    with engine_of(config) as engine:
+    with step_thread(config) as thread:
+        engine = thread.engine
         for name in options.workload:
             items = workload(name, engine.runner.vocab_size, options.workload_seed)
             with progress(name, (1 + options.repeat) * len(items)) as bar:
-                replay(engine, items, finished=bar.update)
-                runs = [replay(engine, items, finished=bar.update) for _ in range(options.repeat)]
+                one = functools.partial(replay, engine, items, finished=bar.update)
+                thread.run(one)
+                runs = [thread.run(one) for _ in range(options.repeat)]
             runs.sort(key=lambda run: run.seconds)
             spread = {"fastest": runs[0].seconds, "slowest": runs[-1].seconds}
             rows.append(described(engine, name) | runs[len(runs) // 2].as_dict() | spread)
@@ -175,13 +178,15 @@ def throughput_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     from octavo.bench.replay import poisson_arrivals, replay
 
     rows: Rows = []
-    with engine_of(config) as engine:
+    with step_thread(config) as thread:
+        engine = thread.engine
         for name in options.workload:
             items = workload(name, engine.runner.vocab_size, options.workload_seed)[: options.num]
-            replay(engine, items[:1])
+            thread.run(functools.partial(replay, engine, items[:1]))
             arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
             with progress(name, len(items)) as bar:
-                rows.append(described(engine, name) | replay(engine, items, arrivals, finished=bar.update).as_dict())
+                run = functools.partial(replay, engine, items, arrivals, finished=bar.update)
+                rows.append(described(engine, name) | thread.run(run).as_dict())
     return rows
 
 
@@ -192,12 +197,13 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     rows: Rows = []
     config = dataclasses.replace(config, max_num_seqs=config.max_num_seqs or BATCHING_SEQS)
     for policy in ("none", "static", "continuous"):
-        with engine_of(dataclasses.replace(config, batching=policy)) as engine:
+        with step_thread(dataclasses.replace(config, batching=policy)) as thread:
+            engine = thread.engine
             items = batching_items(options, engine.runner.vocab_size)
-            replay(engine, items[:2])
+            thread.run(functools.partial(replay, engine, items[:2]))
             arrivals = poisson_arrivals(len(items), options.rate, options.workload_seed)
             with progress(policy, len(items)) as bar:
-                summary = replay(engine, items, arrivals, finished=bar.update)
+                summary = thread.run(functools.partial(replay, engine, items, arrivals, finished=bar.update))
         rows.append({"batching": policy} | summary.as_dict())
     for row in rows:
         row["throughput_ratio"] = row["output_tokens_per_second"] / rows[0]["output_tokens_per_second"]
@@ -254,15 +260,18 @@ def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
 
 
 @contextlib.contextmanager
-def engine_of(config: EngineConfig) -> Iterator[Any]:
-    """An engine whose queue holds any workload. Closed at the end: the next one needs its memory."""
+def step_thread(config: EngineConfig) -> Iterator[Any]:
+    """The thread of an engine whose queue holds any workload. The engine is closed at the end: the
+    next one needs its memory.
+    """
     from octavo.engine.engine import Engine
+    from octavo.engine.step_thread import StepThread
 
-    engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+    thread = StepThread(Engine.from_config(dataclasses.replace(config, max_waiting=2**20)))
     try:
-        yield engine
+        yield thread
     finally:
-        engine.close()
+        thread.close()
 
 
 def described(engine: Any, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 
 from octavo import _core
 from octavo.config import EngineConfig
+from octavo.engine import process
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
@@ -107,10 +109,12 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> AsyncEngine:
-        """Loads the model and starts the engine thread. Blocks: call it before the loop runs, or in
-        an executor.
+    def from_config(cls, config: EngineConfig | str | os.PathLike[str]) -> AsyncEngine:
+        """Loads the model and starts the engine thread. A model's name or path stands for a
+        configuration of that alone. Blocks: call it before the loop runs, or in an executor.
         """
+        if isinstance(config, (str, os.PathLike)):
+            config = EngineConfig(model=os.fspath(config))
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
         engine = cls(Engine.from_config(config))
         engine._thread.start()
@@ -230,6 +234,7 @@ class AsyncEngine:
         return await asyncio.wrap_future(job)
 
     def _check_alive(self) -> None:
+        process.check()
         if self.is_dead:
             raise EngineDeadError(self._engine.failure)
         if self._engine.is_stopped:
@@ -294,6 +299,8 @@ class AsyncEngine:
 
         Idempotent. Call it on the loop's thread, or after the loop has closed.
         """
+        if process.is_forked():  # from that whose threads and locks these are
+            return
         self._engine.stop()
         if self._thread.is_alive():
             self._thread.join(timeout=10)

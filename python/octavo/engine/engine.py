@@ -19,6 +19,7 @@ import torch
 
 from octavo._core import EngineCore
 from octavo.config import EngineConfig
+from octavo.engine import process
 from octavo.engine.setup import EngineParts, build_engine
 from octavo.engine.step_buffers import Step
 from octavo.layers.context import set_context
@@ -47,6 +48,8 @@ class Engine:
         self._current: Step | None = None  # launched whole, not committed
         self._interrupted = False
         self._stop = threading.Event()
+        self.interrupt_asked = threading.Event()
+        """Set by who waits for the thread that steps: its next step raises `KeyboardInterrupt`."""
         self.is_closed = False
         self.failure: str | None = None
         self.step_started_at: float | None = None
@@ -54,9 +57,18 @@ class Engine:
     @classmethod
     def from_config(cls, config: EngineConfig) -> Engine:
         """Loads the model, takes the KV memory and captures graphs. Raises `ValueError` for what
-        the user can mend.
+        the user can mend, and `RuntimeError` in a process forked from one that had loaded a model.
         """
+        if not isinstance(config, EngineConfig):
+            raise ValueError(f"config: expected an EngineConfig, got {type(config).__name__}")
+        process.claim()
         return cls(build_engine(config))
+
+    def check_usable(self) -> None:
+        """Raises `RuntimeError` where the engine has been closed, or belongs to a parent process."""
+        process.check()
+        if self.is_closed:
+            raise RuntimeError("this LLM or engine has been closed, and its model is gone: make a new one")
 
     def step(self) -> bool:
         """One turn: launches the next step, commits the one before. False: there was nothing to do.
@@ -65,8 +77,10 @@ class Engine:
         the next call drops what was under way, ends its requests with an error, and goes on with
         the others.
         """
-        if self.is_closed:
-            raise RuntimeError("this engine has been closed, and its model is gone: make a new one")
+        self.check_usable()
+        if self.interrupt_asked.is_set():
+            self.interrupt_asked.clear()
+            raise KeyboardInterrupt
         self.step_started_at = time.monotonic()
         try:
             if self._interrupted:
@@ -82,6 +96,7 @@ class Engine:
         step = self._plan()
         if step is None and self._current is None:
             return False
+        failure = None
         try:
             if step is not None:
                 self.runner.launch_forward(step)
@@ -94,7 +109,9 @@ class Engine:
         except torch.OutOfMemoryError as error:
             if step is None:
                 raise
-            self._drop(step, error)
+            failure = str(error)
+        if step is not None and failure is not None:  # the error is gone, and with its frames what they held
+            self._drop(step, failure)
         if not self._overlap:
             self._finish_current()
         return True
@@ -113,7 +130,7 @@ class Engine:
             step.buffers.wait()
             self.core.commit(step.slot, time.monotonic())
 
-    def _drop(self, step: Step, error: torch.OutOfMemoryError) -> None:
+    def _drop(self, step: Step, error: str) -> None:
         """Fails a step that does not fit into memory: its requests end with an error, and the
         others go on.
         """

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -16,9 +17,11 @@ from octavo.chat import read_chat
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
-from octavo.engine.prompts import PromptInput, encode_prompt
+from octavo.engine.prompts import PromptInput, TokensPrompt, encode_prompt
+from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.vllm_flags import without_vllm_options
 
 logger = logging.getLogger(__name__)
 
@@ -26,31 +29,40 @@ Message = dict[str, Any]
 
 
 class LLM:
-    """A model in this process. The calling thread runs the engine, so calls return when all prompts
-    are done.
+    """A model in this process. Calls return when all prompts are done; those of several threads run
+    one after another.
 
-    `close` gives its memory back, as does leaving `with LLM(...) as llm:`.
+    `close` gives its memory back, as does leaving `with LLM(...) as llm:`. In a process that is
+    forked afterwards neither this object nor a new one works: start processes by spawn.
 
     Keyword arguments are the fields of `octavo.EngineConfig` but `max_waiting`:
-    `LLM("a/model", dtype="bfloat16")`.
+    `LLM("a/model", dtype="bfloat16")`. Those of vLLM's that ask for nothing here, such as
+    `trust_remote_code`, are accepted with a warning.
     """
 
-    def __init__(self, model: str | None = None, **options: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] | None = None, **options: Any) -> None:
         if "max_waiting" in options:
             raise ValueError(
                 f"max_waiting = {options['max_waiting']!r}: not an option of LLM, which queues all prompts of a call; "
                 "it bounds the queue of AsyncEngine and of the server"
             )
-        config = EngineConfig(**options) if model is None else EngineConfig(model=model, **options)
+        if model is not None:
+            options["model"] = model
+        known = [field.name for field in dataclasses.fields(EngineConfig)]
+        options, without_effect = without_vllm_options(options, known)
+        for line in without_effect:
+            logger.warning("%s", line)
+        config = EngineConfig(**options)
         # All prompts of a call are queued at once: the bound protects servers, not lists that the
         # caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
+        self._thread = StepThread(self._engine)
 
     def close(self) -> None:
         """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing
         can be generated afterwards.
         """
-        self._engine.close()
+        self._thread.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -85,13 +97,16 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes each prompt: text, or `{"prompt_token_ids": [...]}`. Outputs come in the order
-        of the prompts.
+        """Completes each prompt: text, `{"prompt": text}` or `{"prompt_token_ids": [...]}`. Outputs
+        come in the order of the prompts.
 
         Raises `ValueError` naming the prompt's number and field before anything runs. A request
         that fails while it runs costs no other: its output has the `finish_reason` "error" and says
         why in `error`.
         """
+        self._engine.check_usable()
+        if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts: expected a prompt or a list of them, got {type(prompts).__name__}")
         listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
         return self._run(listed, encoded, sampling_params, use_tqdm)
@@ -111,6 +126,7 @@ class LLM:
         Messages are those of OpenAI's chats, and checked like a request's; keys that these do not
         have go to the template as they are. Raises `ValueError` that names the message.
         """
+        self._engine.check_usable()
         tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
         if tokenizer is None or template is None:
             raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
@@ -134,7 +150,7 @@ class LLM:
                     raise
                 raise type(error)(f"conversation {number}: {error}") from error
             encoded.append(prompt)
-        prompts: list[PromptInput] = [{"prompt_token_ids": prompt.token_ids} for prompt in encoded]
+        prompts: list[PromptInput] = [TokensPrompt(prompt_token_ids=prompt.token_ids) for prompt in encoded]
         return self._run(prompts, encoded, sampling_params, use_tqdm)
 
     def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:
@@ -150,13 +166,15 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        if self._engine.is_closed:
-            raise RuntimeError("this LLM has been closed, and its model is gone: make a new LLM")
         if sampling_params is None:
             defaults, longest = self.get_default_sampling_params(), self._engine.parts.max_model_len
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
         elif isinstance(sampling_params, SamplingParams):
             params = [sampling_params] * len(prompts)
+        elif not isinstance(sampling_params, Sequence):
+            raise ValueError(
+                f"sampling_params: expected SamplingParams or a list of them, got {type(sampling_params).__name__}"
+            )
         else:
             params = list(sampling_params)
             for number, given in enumerate(params):
@@ -166,6 +184,16 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
             )
+        return self._thread.run(lambda: self._complete(prompts, encoded, params, use_tqdm))
+
+    def _complete(
+        self,
+        prompts: list[PromptInput],
+        encoded: list[_core.Prompt],
+        params: list[SamplingParams],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        """Runs all of a call's requests to their end."""
         builders: dict[int, OutputBuilder] = {}
         outputs: dict[int, RequestOutput] = {}
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 
 from octavo import _core
-from octavo.engine.prompts import PromptInput
+from octavo.engine.prompts import PromptInput, prompt_text
 from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from octavo.sampling_params import SamplingParams
 
@@ -28,7 +28,7 @@ class OutputBuilder:
         self._tokenizer = tokenizer
         self._output = RequestOutput(
             request_id=str(request_id),
-            prompt=prompt if isinstance(prompt, str) else None,
+            prompt=prompt_text(prompt),
             prompt_token_ids=encoded.token_ids,
             outputs=[
                 CompletionOutput(index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from numbers import Integral
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from octavo import _core
 
@@ -12,27 +12,47 @@ MAX_TOKEN_ID = 2**32 - 1
 """What Rust can hold; the vocabulary's own limit is checked there."""
 
 
-class TokensPrompt(TypedDict):
-    """A prompt that is already tokenised."""
+class TextPrompt(TypedDict, total=False):
+    """A text, which may as well come without the dictionary."""
+
+    prompt: str
+
+
+class TokensPrompt(TextPrompt):
+    """A prompt that is already tokenised; `prompt`, if given, is the text that its output shows."""
 
     prompt_token_ids: list[int]
 
 
-PromptInput = str | TokensPrompt
+PromptInput = str | TextPrompt | TokensPrompt
+
+_EXPECTED = "expected text, {'prompt': text} or {'prompt_token_ids': [...]}"
+_KEYS = {"prompt", "prompt_token_ids"}
 
 
 def encode_prompt(prompt: PromptInput, tokenizer: _core.Tokenizer | None) -> _core.Prompt:
     """Token ids of a prompt, kept in Rust. Raises `ValueError` naming what is wrong with it."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("prompt: this model has no tokenizer; pass {'prompt_token_ids': [...]} instead of text")
-        try:
-            return tokenizer.encode_text(prompt, True)
-        except UnicodeError:
-            raise ValueError("prompt: the text is not valid Unicode (a lone surrogate)") from None
-    if isinstance(prompt, dict) and "prompt_token_ids" in prompt:
-        return _core.Prompt(_checked(prompt["prompt_token_ids"]))
-    raise ValueError(f"prompt: expected text or {{'prompt_token_ids': [...]}}, got {type(prompt).__name__}")
+    if isinstance(prompt, dict):
+        others = [key for key, value in prompt.items() if key not in _KEYS and value is not None]
+        if others:
+            raise ValueError(f"prompt: {others[0]!r} is not supported, {_EXPECTED}")
+        if prompt.get("prompt_token_ids") is not None:
+            return _core.Prompt(_checked(cast(TokensPrompt, prompt)["prompt_token_ids"]))
+    text = prompt_text(prompt)
+    if text is None:
+        raise ValueError(f"prompt: {_EXPECTED}, got {type(prompt).__name__}")
+    if tokenizer is None:
+        raise ValueError("prompt: this model has no tokenizer; pass {'prompt_token_ids': [...]} instead of text")
+    try:
+        return tokenizer.encode_text(text, True)
+    except UnicodeError:
+        raise ValueError("prompt: the text is not valid Unicode (a lone surrogate)") from None
+
+
+def prompt_text(prompt: PromptInput) -> str | None:
+    """The text of a prompt, None where it came as token ids alone."""
+    text = prompt.get("prompt") if isinstance(prompt, dict) else prompt
+    return text if isinstance(text, str) else None
 
 
 def _checked(token_ids: Sequence[int]) -> Sequence[int]:

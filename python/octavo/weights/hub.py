@@ -2,6 +2,7 @@
 safetensors only.
 """
 
+import errno
 import glob
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from octavo.model_config import ModelError
 from octavo.weights.safetensors import INDEX, SINGLE, shard_names
 
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _TEXTS = [
     "config.json",
@@ -52,6 +54,11 @@ def download(model: str) -> Path:
     except ModelError:
         raise
     except Exception as error:  # the hub's and the HTTP client's many errors; each means the same to the user
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            raise ModelError(
+                f"model {model!r}: {huggingface_hub.constants.HF_HUB_CACHE} cannot be written ({error.strerror}): set "
+                "HF_HOME to a folder that can be written and has room"
+            ) from None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"model {model!r}: not a local folder or .gguf file, and not to be had from the hub "

@@ -20,7 +20,7 @@ from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
 from octavo.weights import hub
-from octavo.weights.default_model import default_model_path
+from octavo.weights.default_model import default_model_path, sampling_defaults
 from octavo.weights.dummy import fill_with_random
 from octavo.weights.generation_config import read_generation
 from octavo.weights.gguf import GgufSource
@@ -110,7 +110,19 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     other_parts = open_other_parts(path, header)
     model_config = config_from_gguf(header, other_parts)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
-    return _load(model_config, source, path, config, device, None)
+    loaded = _load(model_config, source, path, config, device, None)
+    parts = (header, *other_parts)
+    packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
+    if source is not None and packed:
+        logger.info(
+            "%s: its %s blocks are expanded: %.2f GiB in the file, %.2f GiB in memory",
+            path,
+            ", ".join(packed),
+            sum(Path(part.path).stat().st_size for part in parts) / 2**30,
+            loaded.model.weight_bytes() / 2**30,
+        )
+    defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config)
+    return dataclasses.replace(loaded, generation_defaults=defaults)
 
 
 def _load(

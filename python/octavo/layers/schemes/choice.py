@@ -2,7 +2,7 @@
 
 import torch
 
-from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_onednn, widens_half
+from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_fbgemm, has_onednn, widens_half
 from octavo.layers.schemes.dense import DenseScheme, PlainScheme
 from octavo.layers.schemes.scheme import Matrix, Scheme
 
@@ -18,10 +18,10 @@ class Schemes:
         """dtype: of plain weights, and of hidden states unless `activation_dtype` says otherwise."""
         self.dtype = dtype
         self.device = device
-        # A product that is float32 inside takes and gives float32 for nothing, and rounding around
-        # each of them costs 4 ms of SmolLM2's 28 ms a token (two cores); so there only weights and
-        # KV pages are 16-bit.
-        self.activation_dtype = torch.float32 if device.type == "cpu" and widens_half(dtype) else dtype
+        # On a CPU only weights and KV pages are 16-bit. Hidden states in bfloat16 turn near ties
+        # round: SmolLM2 answers in French then. And FBGEMM's product takes and gives float32 for
+        # nothing; rounding around each costs 4 ms of SmolLM2's 28 ms a token (two cores).
+        self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
 
     def linear(self, matrix: Matrix) -> Scheme:
         """The scheme of one matrix, its tensors still on the `meta` device."""
@@ -32,6 +32,7 @@ class Schemes:
         if self.device.type == "cpu":
             if self.dtype == torch.float32 and has_onednn():
                 return PackedScheme(matrix, self.dtype)
-            if widens_half(self.dtype):
+            # torch's own 16-bit product rounds what it gives, and logits are compared.
+            if widens_half(self.dtype) or (matrix.makes_logits and has_fbgemm() and self.dtype != torch.float32):
                 return HalfScheme(matrix, self.dtype)
         return DenseScheme(matrix, self.dtype)

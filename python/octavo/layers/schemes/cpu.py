@@ -83,10 +83,15 @@ def has_onednn() -> bool:
     return available()
 
 
+def has_fbgemm() -> bool:
+    """Whether this torch was built with FBGEMM, and runs where that does."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
 @functools.cache
 def widens_half(dtype: torch.dtype) -> bool:
     """Whether FBGEMM is here and better than torch's own 16-bit product on this processor."""
-    if dtype == torch.float32 or "fbgemm" not in torch.backends.quantized.supported_engines:
+    if dtype == torch.float32 or not has_fbgemm():
         return False
     if not has_onednn():
         return True

@@ -25,6 +25,7 @@ class Matrix:
     projections: Mapping[str, int]  # name in the checkpoint, without ".weight" -> output features
     in_features: int
     bias: bool = False
+    makes_logits: bool = False
 
     @property
     def out_features(self) -> int:

@@ -1,0 +1,109 @@
+"""What `LLM` and its prompts accept of vLLM's, and what they say of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from octavo import LLM, AsyncEngine, SamplingParams
+from octavo.engine.prompts import encode_prompt
+
+TINY: dict[str, Any] = {"load_format": "dummy", "device": torch.device("cpu"), "max_model_len": 64}
+TOKENS: Any = {"prompt_token_ids": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("option", "line"),
+    [
+        ({"trust_remote_code": True}, "trust_remote_code has no effect: code that comes with a model is never run"),
+        ({"swap_space": 4}, "swap_space has no effect"),
+        ({"trust_remote_code": False, "kv_cache_dtype": "auto", "enable_lora": False, "hf_overrides": None}, ""),
+    ],
+)
+def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
+    LLM("tiny", dtype=torch.float32, **TINY, **option).close()
+    said = [record.message for record in caplog.records if "no effect" in record.message]
+    assert [text.startswith(line) for text in said] == ([True] if line else [])
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8': not supported yet, only auto"),
+        ({"speculative_config": {}}, r"speculative_config = \{\}: not supported yet"),
+        ({"quantisation": None}, r"quantisation: no such option \(did you mean quantization\?\)"),
+        ({"frobnicate": 1}, r"frobnicate: no such option$"),
+        ({"model": 3}, r"model = 3: must be text"),
+    ],
+)
+def test_options_that_ask_for_something_else(option: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        LLM(**option)
+
+
+def test_an_async_engine_takes_a_name_or_a_configuration(tmp_path: Path) -> None:
+    for model in (str(tmp_path / "none"), tmp_path / "none"):
+        with pytest.raises(ValueError, match=r"none'?: no such folder"):
+            AsyncEngine.from_config(model)
+    for wrong in ({"model": "tiny"}, None):
+        with pytest.raises(ValueError, match="config: expected an EngineConfig, got"):
+            AsyncEngine.from_config(wrong)  # type: ignore[arg-type]
+
+
+class Words:
+    """A tokenizer that counts characters."""
+
+    def encode_text(self, text: str, _: bool) -> list[int]:
+        return [len(text)]
+
+
+def test_prompts_in_dictionaries() -> None:
+    words: Any = Words()
+    for prompt in ("Hello", {"prompt": "Hello"}, {"prompt": "Hello", "multi_modal_data": None}):
+        assert encode_prompt(prompt, words) == [5]  # type: ignore[arg-type]
+    both: Any = {"prompt": "Hello", "prompt_token_ids": [7, 8, 9]}
+    assert encode_prompt(both, words).token_ids == [7, 8, 9]
+    for wrong in ({}, {"prompt": None}, {"prompt": 3}, [1, 2], 3):
+        with pytest.raises(ValueError, match=r"expected text, \{'prompt': text\} or \{'prompt_token_ids'"):
+            encode_prompt(wrong, words)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="'multi_modal_data' is not supported"):
+        encode_prompt({"prompt": "Hello", "multi_modal_data": {"image": 1}}, words)  # type: ignore[typeddict-unknown-key]
+
+
+def test_the_output_shows_the_text_of_its_prompt() -> None:
+    short = SamplingParams(max_tokens=1)
+    with LLM("tiny", dtype="float32", **TINY) as llm:
+        outputs = llm.generate([TOKENS, TOKENS | {"prompt": "Hi"}], short, use_tqdm=False)
+        assert [output.prompt for output in outputs] == [None, "Hi"]
+        for prompts in (None, b"Hi", 3):
+            with pytest.raises(ValueError, match="prompts: expected a prompt or a list of them"):
+                llm.generate(prompts, short, use_tqdm=False)  # type: ignore[arg-type]
+        for params in ({"temperature": 0}, 3):
+            with pytest.raises(ValueError, match="sampling_params: expected SamplingParams or a list of them"):
+                llm.generate(TOKENS, params, use_tqdm=False)  # type: ignore[arg-type]
+
+
+def test_a_step_without_memory_gives_its_own_back_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed step still held when the cache is emptied would stay taken."""
+    held: list[object] = []
+
+    class Block:
+        def __init__(self) -> None:
+            held.append(None)
+
+        def __del__(self) -> None:
+            held.pop()
+
+    def launch(_: object) -> None:
+        block = Block()
+        raise torch.OutOfMemoryError(f"no room for {type(block)}")
+
+    seen: list[int] = []
+    with LLM("tiny", dtype="float32", **TINY) as llm, monkeypatch.context() as patched:
+        patched.setattr(llm._engine.runner, "launch_forward", launch)
+        patched.setattr(torch.cuda, "empty_cache", lambda: seen.append(len(held)))
+        (output,) = llm.generate(TOKENS, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert output.error is not None and seen == [0]
