@@ -38,16 +38,15 @@ $(VENV)/.dev: $(VENV)/.uv pyproject.toml
 
 test: test-rust test-python ## all tests
 
-# `fast` has no LTO, which would cost more than it saves, once for each test program; lints share its build scripts and
-# macros. The extension stays `release` in every target: tests run what is served, and no benchmark meets another build.
+# Tests and lints share the release build's dependencies: tests run what is served.
 test-rust: ## the core without Python
-	cargo test --profile fast --quiet
+	cargo test --release --quiet
 
 test-python: dev ## everything else, on the CPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
-	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --profile fast --test simulation -- --nocapture
+	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
 
 planted-faults: ## plant faults in a copy of the core, one by one: the simulation must find each (minutes)
 	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)
@@ -76,7 +75,7 @@ lint: dev ## ruff, mypy, stubtest, cargo fmt, clippy
 	$(BIN)/mypy
 	PYTHONPATH=python $(BIN)/python -m mypy.stubtest octavo._core --concise
 	cargo fmt --check
-	cargo clippy --profile fast --all-targets --features python -- -D warnings
+	cargo clippy --release --all-targets --features python -- -D warnings
 
 fmt: dev ## format Python and Rust
 	$(BIN)/ruff format .
