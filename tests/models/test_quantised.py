@@ -421,6 +421,27 @@ def test_configs_that_say_what_is_not_supported(config: Any, said: str, tmp_path
     assert said in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+PUBLISHED: list[dict[str, Any]] = [
+    GPTQ
+    | {"desc_act": False, "sym": True, "damp_percent": 0.01, "true_sequential": True, "static_groups": False}
+    | {"exllama_config": {"version": 1}, "use_exllama": True, "dataset": None, "batch_size": 1, "tokenizer": None}
+    | {"pad_token_id": None, "model_seqlen": None, "meta": {"quantizer": ["gptqmodel:1.0"]}, "lm_head": False},
+    AWQ | {"zero_point": True, "version": "gemm", "modules_to_not_convert": None, "backend": "autoawq"},
+    {"quant_method": "fp8", "activation_scheme": "static", "ignored_layers": ["lm_head"], "fmt": "e4m3"},
+    group(W4A16) | {"version": "0.9", "global_compression_ratio": 1.8, "sparsity_config": {}, "transform_config": {}},
+]
+
+
+@pytest.mark.parametrize("config", PUBLISHED, ids=lambda config: config["quant_method"])
+def test_keys_nobody_knows_are_named(config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    read_recipe(tmp_path)
+    assert caplog.text == ""
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config | {"twist": 3}}))
+    read_recipe(tmp_path)
+    assert "unknown keys, which have no effect: quantization_config.twist" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("config", "plain", "other"),
     [

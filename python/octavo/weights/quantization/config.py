@@ -27,18 +27,18 @@ _READERS: dict[str, Callable[[Fields], Recipe]] = {
     "fp8": read_fp8,
 }
 _MAKING = """
-batch_size block_name_to_quantize cache_block_outputs damp_auto_increment damp_percent dataset group_by_length hyb_act
-max_input_length meta model_file_base_name model_name_or_path model_seqlen module_name_preceding_first_block
-modules_in_block_to_quantize observer observer_kwargs quantization_status quantizer static_groups tokenizer
-true_sequential version
+act_group_aware adapter batch_size block_name_to_quantize cache_block_outputs damp_auto_increment damp_percent dataset
+format gptaq group_by_length hyb_act max_input_length meta method model_file_base_name model_name_or_path model_seqlen
+module_name_preceding_first_block modules_in_block_to_quantize modules_to_convert mse observer observer_kwargs
+quantization_status quantizer static_groups tokenizer true_sequential version
 """
 _KERNELS = """
 backend cuda_fp16 disable_exllama do_fuse exllama_config fuse_max_seq_len modules_to_fuse pack_dtype use_cuda_fp16
 use_exllama
 """
 _NO_PART = """
-block_structure dynamic global_compression_ratio group_size kv_cache_scheme moe_sparsity_config output_activations
-scale_dtype zp_dtype
+block_structure dequantize dynamic expert_dtype global_compression_ratio group_size kv_cache_scheme
+moe_sparsity_config output_activations scale_dtype scale_fmt zp_dtype
 """
 _HARMLESS = frozenset((_MAKING + _KERNELS + _NO_PART).split())
 """Keys of which the weights' numbers tell nothing: how they were made, which kernels another program
