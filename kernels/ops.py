@@ -2,7 +2,8 @@
 plain-PyTorch twin elsewhere.
 
 Layers and engine call only this module. What an op does, and its shapes, stand in
-`reference/layers.py`, of `prepare` and `sample` in `reference/step.py`. Triton is imported at the
+`reference/layers.py`, of those in 4 and 8 bits in `reference/int4.py` and `eight_bit.py`, of
+`prepare` and `sample` in `reference/step.py`. Triton is imported at the
 first call with a CUDA tensor, so a host without it can run everything on its CPU.
 """
 
@@ -13,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from octavo.kernels.reference import layers, step
+from octavo.kernels.reference import eight_bit, int4, layers, step
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -45,6 +46,16 @@ add_rms_norm = _by_device(layers.add_rms_norm, "pointwise.norm")
 silu_and_mul = _by_device(layers.silu_and_mul, "pointwise.activation")
 gelu_tanh_and_mul = _by_device(layers.gelu_tanh_and_mul, "pointwise.activation")
 linear = _by_device(layers.linear, "linear.dense")
+int4_linear = _by_device(int4.int4_linear, "linear.int4")
+linear_w8a16 = _by_device(eight_bit.linear_w8a16, "linear.eight_bit")
+linear_w8a16_grouped = _by_device(eight_bit.linear_w8a16_grouped, "linear.eight_bit_grouped")
+linear_w8a8 = _by_device(eight_bit.linear_w8a8, "linear.eight_bit")
+quantize_rows = _by_device(eight_bit.quantize_rows, "pointwise.quantize")
+quantize_static = _by_device(eight_bit.quantize_static, "pointwise.quantize")
+rms_norm_quant = _by_device(eight_bit.rms_norm_quant, "pointwise.norm")
+add_rms_norm_quant = _by_device(eight_bit.add_rms_norm_quant, "pointwise.norm")
+silu_and_mul_quant = _by_device(eight_bit.silu_and_mul_quant, "pointwise.activation")
+gelu_tanh_and_mul_quant = _by_device(eight_bit.gelu_tanh_and_mul_quant, "pointwise.activation")
 rope_and_cache = _by_device(layers.rope_and_cache, "attention.rope")
 decode_attention = _by_device(layers.decode_attention, "attention.decode")
 prefill_attention = _by_device(layers.prefill_attention, "attention.prefill")

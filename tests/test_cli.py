@@ -231,7 +231,7 @@ def test_bad_flags(words: list[str], said: str, capsys: pytest.CaptureFixture[st
     ("words", "said"),
     [
         (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size = 2"),
-        (["serve", "-q", "awq"], "quantization = 'awq'"),
+        (["serve", "-q", "marlin"], "quantization = 'marlin': must be one of fp8, int8, int4, gptq"),
         (["serve", "--port", "70000"], "port = 70000"),
         (["serve", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization = 1.5"),
     ],

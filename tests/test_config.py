@@ -113,7 +113,7 @@ def test_bytes_refused(text: str) -> None:
         ("cudagraph_capture_sizes", (0, 8), "1"),
         ("served_model_name", ("",), "256"),
         ("tensor_parallel_size", 2, "only 1"),
-        ("quantization", "awq", "not supported yet"),
+        ("quantization", "bitsandbytes", "fp8, int8, int4, gptq"),
     ],
 )
 def test_bad_values_name_field_value_and_limit(field: str, value: object, limit: str) -> None:

@@ -1,5 +1,6 @@
 """`python -m bench.kernels.linear_8bit [name part ...]`: one step's linears with 8-bit weights,
-cold, in milliseconds; `... quant`: the ops that quantise as they go, in microseconds.
+cold, in milliseconds (w8a16, w8a8, and int8 grouped, with a scale a group); `... quant`: the ops
+that quantise, in microseconds.
 
 A step is the four fused linears of a layer, one after the other in one CUDA graph, times the layers
 of the model. Peers are vLLM 0.26's CUTLASS products on an H100, activations already quantised,
@@ -16,8 +17,9 @@ import triton
 from bench.kernels.timing import BANDWIDTH, microseconds, rotations
 from torch import Tensor
 
-from octavo.kernels.linear import eight_bit
+from octavo.kernels.linear import eight_bit, eight_bit_grouped
 from octavo.kernels.pointwise import activation, norm, quantize
+from octavo.kernels.reference.eight_bit import LARGEST
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 2048)
 MODELS = {
@@ -38,6 +40,7 @@ GOALS = {
     "8b": {1: 2.45},
     "70b": {1: 22.9},
 }
+GROUP = 128  # of `grouped`
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -48,12 +51,16 @@ def random_weight(channels: int, size: int, dtype: torch.dtype) -> tuple[Tensor,
     return torch.cat([q for q, _ in pieces] + [rest[0]]), torch.cat([scale for _, scale in pieces] + [rest[1]])
 
 
-def layer_calls(weights: list[tuple[Tensor, Tensor]], tokens: int, w8a8: bool, library: bool) -> Callable[[], object]:
+def layer_calls(weights: list[tuple[Tensor, Tensor]], tokens: int, kind: str, library: bool) -> Callable[[], object]:
     """One layer's linears on random activations."""
     linears: list[Callable[[], object]] = []
     for weight, scale in weights:
         x = torch.randn(tokens, weight.shape[1], device="cuda").bfloat16()
-        if not w8a8:
+        if kind == "grouped":
+            groups = scale.unsqueeze(1).expand(-1, weight.shape[1] // GROUP).contiguous()
+            linears.append(lambda a=(x, weight, groups): eight_bit_grouped.linear_w8a16_grouped(*a))
+            continue
+        if kind == "w8a16":
             linears.append(lambda a=(x, weight, scale): eight_bit.linear_w8a16(*a))
             continue
         q, x_scale = quantize.quantize_rows(x, weight.dtype)
@@ -82,18 +89,29 @@ def folded() -> None:
             ours = microseconds([partial(norm.add_rms_norm_quant, *pair, weight, 1e-5, dtype) for pair in sets])
             plain = microseconds([partial(norm.add_rms_norm, *pair, weight, 1e-5) for pair in sets])
             report(f"add_rms_norm_quant {name} {tokens} x {hidden}", ours, size, plain, goals[0])
+            size = tokens * hidden * 3
+            rows = [torch.randn(tokens, hidden, device="cuda").bfloat16() for _ in range(rotations(size))]
+            ours = microseconds([partial(quantize.quantize_rows, x, dtype) for x in rows])
+            report(f"quantize_rows {name} {tokens} x {hidden}", ours, size, None, None)
+            scale = torch.full((1,), 3 / LARGEST[dtype], device="cuda")
+            ours = microseconds([partial(quantize.quantize_static, x, scale, dtype) for x in rows])
+            report(f"quantize_static {name} {tokens} x {hidden}", ours, size, None, None)
         for inner in (11008, 28672):
             size = tokens * inner * 5
             gated = [torch.randn(tokens, 2 * inner, device="cuda").bfloat16() for _ in range(rotations(size))]
             ours = microseconds([partial(activation.silu_and_mul_quant, x, dtype) for x in gated])
             plain = microseconds([partial(activation.silu_and_mul, x) for x in gated])
             report(f"silu_and_mul_quant {name} {tokens} x {inner}", ours, size, plain, goals[1])
+            ours = microseconds([partial(activation.gelu_tanh_and_mul_quant, x, dtype) for x in gated])
+            plain = microseconds([partial(activation.gelu_tanh_and_mul, x) for x in gated])
+            report(f"gelu_tanh_and_mul_quant {name} {tokens} x {inner}", ours, size, plain, None)
 
 
-def report(name: str, ours: float, size: int, plain: float, goal: float | None) -> None:
+def report(name: str, ours: float, size: int, plain: float | None, goal: float | None) -> None:
     """One row of `folded`."""
     met = "" if goal is None else f"{goal:6.1f} {'met' if ours <= goal else 'missed'}"
-    print(f"{name:36} {ours:8.2f} {size / ours * 1e-6:6.2f} {plain:8.2f}", met, flush=True)
+    without = f"{'-':>8}" if plain is None else f"{plain:8.2f}"
+    print(f"{name:36} {ours:8.2f} {size / ours * 1e-6:6.2f} {without}", met, flush=True)
 
 
 def main() -> None:
@@ -109,18 +127,19 @@ def main() -> None:
     )
     for model, (layers, shapes) in MODELS.items():
         for name, dtype in EIGHT_BITS.items():
-            if not any(all(part in f"{model} {name} {kind}" for part in wanted) for kind in ("w8a16", "w8a8")):
+            kinds = ("w8a16", "w8a8", "grouped") if name == "int8" else ("w8a16", "w8a8")
+            if not any(all(part in f"{model} {name} {kind}" for part in wanted) for kind in kinds):
                 continue
             weights = [random_weight(*shape, dtype) for shape in shapes]
             size = sum(weight.numel() for weight, _ in weights)
-            for kind in ("w8a16", "w8a8"):
+            for kind in kinds:
                 if not all(part in f"{model} {name} {kind}" for part in wanted):
                     continue
                 for index, tokens in enumerate(TOKENS):
-                    ours = microseconds([layer_calls(weights, tokens, kind == "w8a8", False)]) * layers * 1e-3
+                    ours = microseconds([layer_calls(weights, tokens, kind, False)]) * layers * 1e-3
                     plain = None
                     if kind == "w8a8" and name == "fp8":
-                        plain = microseconds([layer_calls(weights, tokens, True, True)]) * layers * 1e-3
+                        plain = microseconds([layer_calls(weights, tokens, kind, True)]) * layers * 1e-3
                     peer = PEERS[model, name][index] if index < 10 else None
                     goal = GOALS[model].get(tokens)
                     share = size * layers / BANDWIDTH * 1e3 / ours

@@ -117,7 +117,7 @@ def _gemv_kernel(
     tl.store(out_ptr + n, out.to(out_ptr.dtype.element_ty), mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _warps_kernel(
     # pointers
     x_ptr,  # [M, K] bf16, fp16 or the weight's dtype
@@ -189,7 +189,7 @@ def _warps_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _tile_kernel(
     # pointers
     x_ptr,  # [M, K] bf16, fp16 or the weight's dtype
@@ -276,7 +276,7 @@ def _tile_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _matmul_kernel(
     # descriptors
     x_desc,  # [M, K] int8 or fp8, in tiles [BLOCK_M, BLOCK_K]

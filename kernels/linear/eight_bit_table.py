@@ -56,7 +56,13 @@ class Library(NamedTuple):
 Config = Gemv | Warps | Tile | Matmul | Library
 
 
-_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 1024, 2048)  # tokens: the first that holds them, else the last
+TOKEN_LIMITS = (1, 8, 16, 32, 64, 128, 256, 1024, 2048)  # tokens: the first that holds them, else the last
+
+
+GROUPED_TOKEN_LIMITS = (16, 32, 64, 128, 256)
+"""Of `eight_bit_grouped.py`: beyond each another variant of its kernel serves, beyond the last
+cuBLAS.
+"""
 
 
 class _Choice(NamedTuple):
@@ -160,6 +166,6 @@ _TABLE: dict[tuple[torch.dtype, bool], tuple[_Choice, ...]] = {
 
 def choose(weight_dtype: torch.dtype, w8a8: bool, tokens: int, channels: int, size: int) -> Config:
     """The kernel for `tokens` activations and weights [channels, size]."""
-    bucket = next((index for index, most in enumerate(_BUCKETS) if tokens <= most), len(_BUCKETS) - 1)
+    bucket = next((index for index, most in enumerate(TOKEN_LIMITS) if tokens <= most), len(TOKEN_LIMITS) - 1)
     choice = _TABLE[weight_dtype, w8a8][bucket]
     return choice.listed.get((channels, size), choice.narrow if channels <= 8192 else choice.wide)

@@ -1,4 +1,4 @@
-"""One internal layout for 4-bit weights of GPTQ and AWQ, made once at load.
+"""One internal layout for 4-bit weights, whatever a checkpoint has, made once at load.
 
 A weight is a number 0..15; `(number - zero) * scale` is its value, with a zero and a scale a group
 of consecutive k and output row. The kernels multiply weights x tokens on the tensor cores, so
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 ROWS, DEPTH = 16, 64  # of a tile
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of an AWQ word is output _AWQ_ORDER[i] of its eight
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,35 @@ def pack(numbers: Tensor, scales: Tensor, zeros: Tensor | None, permutation: Ten
     if scales.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"int4 scales of {scales.dtype}: must be float16 or bfloat16")
     # n = (tile, upper row, r), k = (tile, u, s, half, c, pair)
-    parts = numbers.to(torch.int32).reshape(rows // 16, 2, 8, depth // 64, 2, 2, 2, 4, 2)
+    parts = numbers.to(torch.uint8).reshape(rows // 16, 2, 8, depth // 64, 2, 2, 2, 4, 2)
     parts = parts.permute(0, 3, 2, 7, 4, 5, 8, 1, 6)  # tile n, tile k | r, c | u, s | pair, upper row, half
-    parts = parts.reshape(rows // 16, depth // 64, 128, 8)
-    shifts = 4 * torch.arange(8, dtype=torch.int32, device=numbers.device)
-    words = (parts << shifts).sum(-1, dtype=torch.int64)  # the nibbles are disjoint, so the sum is their union
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+    words = (parts[..., 0] | parts[..., 1] << 4).reshape(rows // 16, depth // 64, 128, 4).view(torch.int32)
     return Int4Weight(
-        words.contiguous(),
+        words.squeeze(-1),
         _pair_rows(scales).view(torch.int32).squeeze(-1),
         None if zeros is None else _pair_rows(zeros.to(torch.uint8)).view(torch.int16).squeeze(-1),
         permutation,
         depth // groups,
         scales.dtype,
+    )
+
+
+def join(weights: list[Int4Weight]) -> Int4Weight:
+    """Weights of one depth, group and permutation as one, their rows one below the other."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first
+    zeros = None
+    if any(weight.zeros is not None for weight in weights):
+        eight = torch.tensor(0x0808, dtype=torch.int16, device=first.words.device)
+        zeros = torch.cat([eight.expand_as(w.scales) if w.zeros is None else w.zeros for w in weights])
+    return Int4Weight(
+        torch.cat([weight.words for weight in weights]),
+        torch.cat([weight.scales for weight in weights]),
+        zeros,
+        first.permutation,
+        first.group,
+        first.dtype,
     )
 
 
@@ -114,65 +129,3 @@ def unpack(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor]:
 def _split_rows(values: Tensor) -> Tensor:
     tiles, groups = values.shape[:2]
     return values.permute(0, 3, 2, 1).reshape(tiles * 16, groups)
-
-
-def _nibbles(words: Tensor, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -> Tensor:
-    """int32 [..., W] as the eight numbers of each word, [..., W, 8]; place `order[i]` takes nibble
-    i.
-    """
-    shifts = torch.tensor([4 * order.index(place) for place in range(8)], dtype=torch.int32, device=words.device)
-    return (words[..., None] >> shifts) & 15
-
-
-def pack_gptq(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Int4Weight:
-    """GPTQ's 4-bit tensors: qweight [K / 8, N] int32 with eight k a word, lowest first; qzeros
-    [groups, N / 8] int32 with eight outputs a word, each one below its zero; scales [groups, N]
-    fp16 or bf16; g_idx [K], the group of each k (act-order if it is not sorted). `dtype`: that of
-    the activations, to which scales are rounded (default: theirs).
-
-    Raises ValueError naming what does not fit: tensors that contradict each other, groups of
-    unequal size, and what `pack` refuses.
-    """
-    groups, rows = scales.shape
-    depth = qweight.shape[0] * 8
-    if qweight.shape[1] != rows:
-        raise ValueError(f"GPTQ qweight is for {qweight.shape[1]} outputs, scales for {rows}")
-    if qzeros.shape != (groups, rows // 8) or rows % 8:
-        raise ValueError(f"GPTQ qzeros {tuple(qzeros.shape)} do not fit {groups} groups x {rows} outputs")
-    numbers = _nibbles(qweight.t().contiguous()).reshape(rows, depth)
-    zeros = _nibbles(qzeros).reshape(groups, rows).t() + 1
-    permutation = None
-    if g_idx is not None:
-        if g_idx.shape != (depth,):
-            raise ValueError(f"GPTQ g_idx {tuple(g_idx.shape)} does not fit {depth} inputs")
-        group_of = g_idx.long()
-        counts = torch.bincount(group_of, minlength=groups)
-        if counts.shape[0] != groups or (counts != depth // groups).any():
-            raise ValueError(f"GPTQ g_idx does not cut {depth} inputs into {groups} equal groups")
-        if (group_of[1:] < group_of[:-1]).any():
-            permutation = torch.argsort(group_of, stable=True)
-            numbers = numbers[:, permutation]
-    return pack(
-        numbers, scales.t().to(dtype or scales.dtype), None if (zeros == 8).all() else zeros, permutation=permutation
-    )
-
-
-def pack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype | None = None) -> Int4Weight:
-    """AWQ's 4-bit tensors (the "gemm" format): qweight [K, N / 8] int32 and qzeros [groups, N / 8]
-    int32 with eight outputs a word in the order 0, 2, 4, 6, 1, 3, 5, 7; scales [groups, N] fp16 or
-    bf16. `dtype`: that of the activations, to which scales are rounded (default: theirs).
-
-    Raises ValueError naming what does not fit: tensors that contradict each other, and what `pack`
-    refuses.
-    """
-    groups, rows = scales.shape
-    depth = qweight.shape[0]
-    if qweight.shape[1] * 8 != rows:
-        raise ValueError(f"AWQ qweight is for {qweight.shape[1] * 8} outputs, scales for {rows}")
-    if qzeros.shape != (groups, rows // 8):
-        raise ValueError(f"AWQ qzeros {tuple(qzeros.shape)} do not fit {groups} groups x {rows} outputs")
-    numbers = _nibbles(qweight, _AWQ_ORDER).reshape(depth, rows).t()
-    zeros = _nibbles(qzeros, _AWQ_ORDER).reshape(groups, rows).t()
-    return pack(numbers, scales.t().to(dtype or scales.dtype), None if (zeros == 8).all() else zeros)

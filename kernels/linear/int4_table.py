@@ -115,6 +115,11 @@ def int4_plan(tokens: int, rows: int, depth: int, gluon: bool) -> Int4Plan | Non
     return plan or plan_for(general, tokens)
 
 
+def int4_token_limits() -> list[int]:
+    """The numbers of tokens beyond which `int4_plan` may answer differently, rising."""
+    return sorted({most for table in (_INT4, _INT4_GLUON) for entry in table.values() for most, _ in entry})
+
+
 def lines() -> Iterator[str]:
     """Both tables, a line a plan."""
     yield from table_lines("int4", _INT4, "dequantise, cuBLAS")

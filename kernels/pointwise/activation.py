@@ -21,6 +21,14 @@ _BLOCK = 1024
 
 
 @triton.jit
+def _gated(gate, GELU: tl.constexpr):
+    if GELU:
+        # 0.5 * (1 + tanh(z)) = sigmoid(2 * z), with z = sqrt(2 / pi) * (gate + 0.044715 * gate^3)
+        return gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    return gate * tl.sigmoid(gate)
+
+
+@triton.jit
 def _act_and_mul_kernel(
     # pointers
     x_ptr,  # [T, 2 * I] = (gate | up)
@@ -41,16 +49,12 @@ def _act_and_mul_kernel(
     let_successor_start(PDL)
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        # 0.5 * (1 + tanh(z)) = sigmoid(2 * z), with z = sqrt(2 / pi) * (gate + 0.044715 * gate^3)
-        gated = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gated = gate * tl.sigmoid(gate)
+    gated = _gated(gate, GELU)
     tl.store(out_ptr + row * out_stride + column, (gated * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _silu_and_mul_quant_kernel(
+def _act_and_mul_quant_kernel(
     # pointers
     x_ptr,  # [T, 2 * I] = (gate | up)
     q_ptr,  # [T, I] int8 or fp8
@@ -60,6 +64,7 @@ def _silu_and_mul_quant_kernel(
     SIZE: tl.constexpr,  # I
     BLOCK: tl.constexpr,  # the power of two at or above I: the scale needs the whole row before anything is written
     LARGEST: tl.constexpr,
+    GELU: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -69,7 +74,7 @@ def _silu_and_mul_quant_kernel(
     let_successor_start(PDL)
     gate = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * x_stride + SIZE + column, mask=inside, other=0.0).to(tl.float32)
-    q, scale = scale_to_8_bits(gate * tl.sigmoid(gate) * up, LARGEST, q_ptr.dtype.element_ty)
+    q, scale = scale_to_8_bits(_gated(gate, GELU) * up, LARGEST, q_ptr.dtype.element_ty)
     tl.store(q_ptr + row * SIZE + column, q, mask=inside)
     tl.store(scale_ptr + row, scale)
 
@@ -110,13 +115,24 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`silu(gate) * up` of x [T, 2 * I] = (gate | up), whose rows may be strided, quantised: (q [T,
     I] of `dtype`, int8 or float8_e4m3fn; scale [T] fp32).
     """
+    return _act_and_mul_quant(x, dtype, gelu=False)
+
+
+def gelu_tanh_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`gelu_tanh(gate) * up` of x [T, 2 * I] = (gate | up), quantised as `silu_and_mul_quant`
+    does.
+    """
+    return _act_and_mul_quant(x, dtype, gelu=True)
+
+
+def _act_and_mul_quant(x: Tensor, dtype: torch.dtype, gelu: bool) -> tuple[Tensor, Tensor]:
     tokens, size = x.shape[0], x.shape[1] // 2
     q = torch.empty((tokens, size), dtype=dtype, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     if tokens:
         block = triton.next_power_of_2(size)
         pdl = has_pdl(x.device)
-        _silu_and_mul_quant_kernel[(tokens,)](
+        _act_and_mul_quant_kernel[(tokens,)](
             x,
             q,
             scale,
@@ -124,6 +140,7 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             size,
             block,
             LARGEST[dtype],
+            gelu,
             pdl,
             num_warps=row_warps(block),
             enable_fp_fusion=True,

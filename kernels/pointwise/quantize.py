@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.launch import has_pdl, let_successor_start, wait_for_inputs
 from octavo.kernels.reference.eight_bit import LARGEST
 
 
@@ -38,10 +39,13 @@ def _quantize_kernel(
     SIZE: tl.constexpr,  # K
     BLOCK: tl.constexpr,  # the power of two at or above K
     LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     q, scale = scale_to_8_bits(x, LARGEST, q_ptr.dtype.element_ty)
     tl.store(q_ptr + row * SIZE + column, q, mask=inside)
@@ -64,8 +68,69 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         block = triton.next_power_of_2(size)
-        _quantize_kernel[(rows,)](x, q, scale, x.stride(0), size, block, LARGEST[dtype], num_warps=row_warps(block))
+        pdl = has_pdl(x.device)
+        _quantize_kernel[(rows,)](
+            x, q, scale, x.stride(0), size, block, LARGEST[dtype], pdl, num_warps=row_warps(block), launch_pdl=pdl
+        )
     return q, scale
+
+
+@triton.jit
+def _quantize_static_kernel(
+    # pointers
+    x_ptr,  # [R, K]
+    scale_ptr,  # [1] fp32
+    q_ptr,  # [R, K] int8 or fp8
+    row_scale_ptr,  # [R] fp32, written if int8
+    x_stride,  # in elements
+    # meta-parameters
+    SIZE: tl.constexpr,  # K
+    BLOCK: tl.constexpr,  # the power of two at or above K
+    LARGEST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    scale = tl.load(scale_ptr)
+    wait_for_inputs(PDL)
+    let_successor_start(PDL)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    scaled = tl.div_rn(x, scale)
+    scaled = tl.where(scaled > LARGEST, LARGEST, tl.where(scaled < -LARGEST, -LARGEST, scaled))  # NaN stays
+    if q_ptr.dtype.element_ty == tl.int8:
+        lost = scaled != scaled
+        # Half to even, as in `scale_to_8_bits`.
+        scaled = (tl.where(lost, 0.0, scaled) + 12582912.0) - 12582912.0
+        any_lost = tl.max(lost.to(tl.int32), axis=0) > 0
+        tl.store(row_scale_ptr + row, tl.where(any_lost, float("nan"), scale))
+    tl.store(q_ptr + row * SIZE + column, scaled.to(q_ptr.dtype.element_ty), mask=inside)
+
+
+def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [R, K] (rows may be strided) in units of scale [1] fp32 as (q [R, K] of `dtype`, its
+    scales: `scale` for float8_e4m3fn, [R] for int8, NaN where a row has NaN).
+    """
+    rows, size = x.shape
+    q = torch.empty((rows, size), dtype=dtype, device=x.device)
+    row_scale = torch.empty(rows, dtype=torch.float32, device=x.device) if dtype == torch.int8 else scale
+    if rows:
+        block = triton.next_power_of_2(size)
+        pdl = has_pdl(x.device)
+        _quantize_static_kernel[(rows,)](
+            x,
+            scale,
+            q,
+            row_scale,
+            x.stride(0),
+            size,
+            block,
+            LARGEST[dtype],
+            pdl,
+            num_warps=row_warps(block),
+            launch_pdl=pdl,
+        )
+    return q, row_scale
 
 
 @triton.jit

@@ -29,6 +29,18 @@ def quantize_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return q, largest / LARGEST[dtype]
 
 
+def quantize_static(x: Tensor, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x [R, K] in units of scale [1] fp32 as (q [R, K] of `dtype`, its scales): what is beyond the
+    type's largest magnitude becomes that. fp8 keeps NaN, and the scale is the given one; int8
+    cannot, so there each row has a scale [R], which is NaN where the row has NaN.
+    """
+    scaled = (x.float() / scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    if dtype != torch.int8:
+        return scaled.to(dtype), scale
+    lost = scaled.isnan().any(dim=1)
+    return scaled.nan_to_num(0.0).round().to(dtype), torch.where(lost, float("nan"), scale)
+
+
 def dequantize_rows(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`q * scale` [R, K], computed in fp32: q [R, K] int8 or fp8, scale [R] or [1]."""
     return (q.float() * scale.unsqueeze(1)).to(dtype)
@@ -58,11 +70,33 @@ def silu_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return quantize_rows(F.silu(gate) * up, dtype)
 
 
+def gelu_tanh_and_mul_quant(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`quantize_rows(gelu_tanh(gate) * up)` of x [T, 2 * I] = (gate | up), with the product not
+    rounded in between.
+    """
+    gate, up = x.float().chunk(2, dim=-1)
+    return quantize_rows(F.gelu(gate, approximate="tanh") * up, dtype)
+
+
 def linear_w8a16(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ (weight * weight_scale)^T + bias`: x [M, K] bf16/fp16, weight [N, K] int8 or fp8,
     weight_scale [N] or [1], bias [N]; returns [M, N] of x's dtype.
     """
     out = (x.float() @ weight.float().t()) * weight_scale
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def linear_w8a16_grouped(
+    x: Tensor, weight: Tensor, scales: Tensor, zeros: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """`x @ ((weight - zeros) * scales)^T + bias` with a scale and a zero for each row and group of
+    consecutive k: x [M, K] bf16/fp16, weight [N, K] int8, scales [N, groups] fp32, zeros [N,
+    groups] int16 or None for 0 everywhere, bias [N]; returns [M, N] of x's dtype.
+    """
+    values = weight.float().view(*scales.shape, -1)
+    if zeros is not None:
+        values = values - zeros.unsqueeze(-1)
+    out = x.float() @ (values * scales.unsqueeze(-1)).view(weight.shape).t()
     return (out if bias is None else out + bias.float()).to(x.dtype)
 
 

@@ -28,6 +28,20 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's other names
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
+ONLINE = ("fp8", "int8", "int4")
+"""Values of `quantization` that quantise a model while it is loaded."""
+
+CONFIRMING = {
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "compressed-tensors": "compressed-tensors",
+    "fp8": "fp8",
+}
+"""Values of `quantization` that a checkpoint quantised so confirms, vLLM's kernels among them."""
+
+QUANTIZATIONS = (*dict.fromkeys((*ONLINE, *CONFIRMING, "gguf")),)
 SCHEDULING_POLICIES = ("fcfs", "priority")
 BATCHING = ("continuous", "static", "none")
 
@@ -73,7 +87,12 @@ class EngineConfig:
     )
     device: str = option("auto", "Where the model runs; auto: the GPU when there is one.", choices=DEVICES)
     seed: int = option(0, "Seed of dummy weights and of the requests that bring none.", parse=parse_count)
-    quantization: str | None = option(None, "Not supported yet, except what a GGUF file already is.", short="-q")
+    quantization: str | None = option(
+        None,
+        f"Quantise 16-bit weights while loading: {', '.join(ONLINE)}. A quantised checkpoint says itself what it is, "
+        "and gptq, awq, compressed-tensors, fp8 or gguf only confirm it.",
+        short="-q",
+    )
     tensor_parallel_size: int = option(
         1, "Number of GPUs that share each layer; only 1 for now.", parse=parse_count, short="-tp"
     )
@@ -189,8 +208,8 @@ class EngineConfig:
             raise ValueError(f"served_model_name = {names}: each name must have 1 to 256 characters")
         if self.tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size = {self.tensor_parallel_size}: only 1 is supported for now")
-        if self.quantization is not None:
-            raise ValueError(f"quantization = {self.quantization!r}: not supported yet; GGUF files need no flag")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(f"quantization = {self.quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
 
     @property
     def model_name(self) -> str:

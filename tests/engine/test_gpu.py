@@ -47,8 +47,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @torch.inference_mode()
-def check(model: torch.nn.Module, outputs: list[Any]) -> None:
-    """Every drawn token is the reference's best within TOLERANCE, and its logprob is the
+def check(model: torch.nn.Module, outputs: list[Any], tolerance: float = TOLERANCE) -> None:
+    """Every drawn token is the reference's best within the tolerance, and its logprob is the
     reference's.
     """
     for output in outputs:
@@ -58,8 +58,8 @@ def check(model: torch.nn.Module, outputs: list[Any]) -> None:
             logprobs = model(ids).logits[0, start:-1].float().log_softmax(-1)
             for position, token in enumerate(choice.token_ids):
                 expected = float(logprobs[position, token])
-                assert expected > float(logprobs[position].max()) - TOLERANCE, (position, token)
-                assert choice.logprobs[position][token].logprob == pytest.approx(expected, abs=TOLERANCE)
+                assert expected > float(logprobs[position].max()) - tolerance, (position, token)
+                assert choice.logprobs[position][token].logprob == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])

@@ -34,7 +34,9 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, size in itertools.product((torch.int8, torch.float8_e4m3fn), (4096, 28672)):
         x, gated, of = meta(32, size), meta(32, 2 * size), f"{TYPES[dtype]} {size}"
         yield f"quantize_rows {of}", lambda x=x, t=dtype: quantize.quantize_rows(x, t)
+        yield f"quantize_static {of}", lambda x=x, t=dtype: quantize.quantize_static(x, meta(1, dtype=fp32), t)
         yield f"silu_and_mul_quant {of}", lambda x=gated, t=dtype: activation.silu_and_mul_quant(x, t)
+        yield f"gelu_tanh_and_mul_quant {of}", lambda x=gated, t=dtype: activation.gelu_tanh_and_mul_quant(x, t)
         if size <= 8192:
             weight = meta(size)
             yield f"rms_norm_quant {of}", lambda x=x, w=weight, t=dtype: norm.rms_norm_quant(x, w, 1e-5, t)

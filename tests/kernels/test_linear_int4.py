@@ -1,6 +1,4 @@
-"""The int4 linear layer against its twin in float64, and its layout against the checkpoints'
-formats.
-"""
+"""The int4 linear layer against its twin in float64, and its layout against plain numbers."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from torch import Tensor
 
 from octavo.kernels.launch import has_gluon
 from octavo.kernels.linear import int4
-from octavo.kernels.linear.int4_layout import Int4Weight, pack, pack_awq, pack_gptq, unpack
+from octavo.kernels.linear.int4_layout import Int4Weight, join, pack, unpack
 from octavo.kernels.linear.int4_table import Int4Plan, int4_plan
 from octavo.kernels.reference import int4 as twin
 
@@ -50,23 +48,11 @@ def check(out: Tensor, x: Tensor, weight: Int4Weight, bias: Tensor | None, round
     torch.testing.assert_close(out.double().cpu(), expected, rtol=rtol, atol=atol)
 
 
-def pack_words(numbers: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """[.., 8 * W] to int32 [.., W]: nibble i of a word is number order[i] of its eight."""
-    eights = numbers.reshape(*numbers.shape[:-1], -1, 8).numpy().astype("uint32")
-    words = sum(eights[..., place] << 4 * i for i, place in enumerate(order))
-    return torch.from_numpy(words.astype("uint32").view("int32"))
-
-
-def as_gptq(numbers: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return pack_words(numbers).t().contiguous(), pack_words(zeros.t() - 1), scales.t().contiguous()
-
-
 @pytest.mark.parametrize("group", [32, 64, 128, 256])
 @pytest.mark.parametrize("zeros", [False, True])
-def test_gptq_weights_keep_every_value(group, zeros) -> None:
+def test_the_layout_keeps_every_value(group, zeros) -> None:
     numbers, scales, shift = random_parts(48, 256, group, zeros, torch.float16)
-    shift = shift.clamp(1)  # stored one below in four bits: 1..16
-    weight = pack_gptq(*as_gptq(numbers, scales, shift))
+    weight = pack(numbers, scales, shift if zeros else None)
     assert torch.equal(twin.dequantise(weight), values(numbers, scales, shift))
     assert (weight.rows, weight.depth, weight.group) == (48, 256, group)
     assert (weight.zeros is None) == (not zeros)
@@ -75,31 +61,21 @@ def test_gptq_weights_keep_every_value(group, zeros) -> None:
         assert torch.equal(got, put.to(got.dtype))
 
 
-def test_gptq_act_order_is_a_permutation_of_the_activations() -> None:
+def test_weights_join_row_by_row() -> None:
+    parts = [random_parts(rows, 128, 64, rows == 32, torch.float16) for rows in (16, 32, 48)]
+    joined = join([pack(n, s, z if len(n) == 32 else None) for n, s, z in parts])
+    assert torch.equal(twin.dequantise(joined), torch.cat([values(*part) for part in parts]))
+    plain = join([pack(n, s, None) for n, s, _ in parts[::2]])
+    assert plain.zeros is None and plain.rows == 64
+
+
+def test_permuted_columns_belong_to_the_activations_they_name() -> None:
     numbers, scales, shift = random_parts(32, 256, 64, True, torch.float16)
-    shift = shift.clamp(1)
     order = torch.randperm(256, generator=torch.Generator().manual_seed(1))
-    g_idx = (torch.arange(256) // 64)[order].int()
-    weight = pack_gptq(*as_gptq(numbers, scales, shift), g_idx)
     by_column = torch.empty(32, 256, dtype=torch.float16)
     for k in range(256):
-        group = int(g_idx[k])
-        by_column[:, k] = (numbers[:, k] - shift[:, group]).half() * scales[:, group]
-    assert weight.permutation is not None
-    assert torch.equal(twin.dequantise(weight), by_column)
-    assert pack_gptq(*as_gptq(numbers, scales, shift), (torch.arange(256) // 64).int()).permutation is None
-
-
-def test_awq_weights_keep_every_value() -> None:
-    numbers, scales, shift = random_parts(64, 256, 128, True, torch.float16)
-    shift = shift.clamp(max=15)
-    order = (0, 2, 4, 6, 1, 3, 5, 7)
-    weight = pack_awq(pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous())
-    assert torch.equal(twin.dequantise(weight), values(numbers, scales, shift))
-    rounded = pack_awq(
-        pack_words(numbers.t(), order), pack_words(shift.t(), order), scales.t().contiguous(), torch.bfloat16
-    )
-    assert torch.equal(twin.dequantise(rounded), values(numbers, scales.bfloat16(), shift))
+        by_column[:, order[k]] = (numbers[:, k] - shift[:, k // 64]).half() * scales[:, k // 64]
+    assert torch.equal(twin.dequantise(pack(numbers, scales, shift, order)), by_column)
 
 
 @pytest.mark.parametrize(
@@ -116,18 +92,7 @@ def test_odd_shapes_are_refused_by_name(rows, depth, groups, message) -> None:
         pack(torch.zeros(rows, depth, dtype=torch.int32), torch.ones(rows, groups).half(), None)
 
 
-def test_contradicting_tensors_are_refused() -> None:
-    qweight, qzeros, scales = as_gptq(*random_parts(32, 128, 64, False, torch.float16))
-    with pytest.raises(ValueError, match="scales for 48"):
-        pack_gptq(qweight, qzeros, torch.ones(2, 48).half())
-    with pytest.raises(ValueError, match="qzeros"):
-        pack_gptq(qweight, qzeros[:1], scales)
-    with pytest.raises(ValueError, match="g_idx does not cut 128 inputs into 2 equal groups"):
-        pack_gptq(qweight, qzeros, scales, torch.zeros(128, dtype=torch.int32))
-    with pytest.raises(ValueError, match="g_idx"):
-        pack_gptq(qweight, qzeros, scales, torch.zeros(64, dtype=torch.int32))
-    with pytest.raises(ValueError, match="AWQ qweight is for 128 outputs, scales for 32"):
-        pack_awq(qweight.t(), qzeros, scales)
+def test_activations_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         pack(torch.zeros(16, 64, dtype=torch.int32), torch.ones(16, 1), None)
     weight = make_weight(32, 128, 64, False, torch.float16, "cpu")

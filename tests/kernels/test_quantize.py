@@ -51,6 +51,21 @@ def test_quantize_rows(device, kernel_dtype, rows, size, dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("size", [100, 576])
+def test_quantize_static(device, kernel_dtype, dtype, size) -> None:
+    x = random(7, size + 16, device=device, dtype=kernel_dtype)[:, :size]  # strided rows
+    x[3, 5], x[6, 99] = 1e4, float("nan")
+    scale = torch.tensor([2.5 / twin.LARGEST[dtype]], device=device)  # some are beyond it
+    q, scales = quantize.quantize_static(x, scale, dtype)
+    twin_q, twin_scales = twin.quantize_static(x, scale, dtype)
+    torch.testing.assert_close(q.float(), twin_q.float(), equal_nan=True, atol=0, rtol=0)
+    torch.testing.assert_close(scales, twin_scales, equal_nan=True, atol=0, rtol=0)
+    assert q[3, 5].float() == twin.LARGEST[dtype]
+    lost = (q.float() * scales.unsqueeze(-1)).isnan().any(1)
+    assert lost.tolist() == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_dequantize_rows(device, kernel_dtype, dtype, per_tensor) -> None:
     q, scale = twin.quantize_rows(torch.randn(3, 4100, device=device), dtype)
@@ -103,9 +118,11 @@ def test_add_rms_norm_quant(device, kernel_dtype, tokens, hidden, dtype) -> None
 @pytest.mark.parametrize("dtype", EIGHT_BITS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_silu_and_mul_quant(device, kernel_dtype, tokens, size, dtype) -> None:
+def test_activations_that_quantise(device, kernel_dtype, tokens, size, dtype) -> None:
     x = 4 * random(tokens, 2 * size, device=device, dtype=kernel_dtype)
     assert_quantised(activation.silu_and_mul_quant(x, dtype), twin.silu_and_mul_quant(x, dtype))
+    if size > 1:  # alone in its row a GELU near zero is its own scale, and the two forms of it differ there
+        assert_quantised(activation.gelu_tanh_and_mul_quant(x, dtype), twin.gelu_tanh_and_mul_quant(x, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])

@@ -153,7 +153,7 @@ def test_truncated_safetensors(folder: Path, kept: float) -> None:
         ({"architectures": ["FalconForCausalLM"]}, "architectures: 'FalconForCausalLM' is not supported"),
         ({"architectures": None}, "architectures: None is not a list"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.bits: None is not supported"),
         ({"hidden_size": None}, "hidden_size: missing"),
         ({"hidden_size": "64"}, "hidden_size: '64' is not an integer"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: 1000000000 is outside 1..1024"),
@@ -326,7 +326,8 @@ def test_hub_fetches_what_the_model_needs_and_no_second_copy(
     from huggingface_hub.utils import filter_repo_objects
 
     byte_tokenizer(folder, 0)
-    needed = {"config.json", "generation_config.json", "tokenizer.json"}
+    (folder / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')  # of layers that are plain here
+    needed = {"config.json", "generation_config.json", "tokenizer.json", "quantize_config.json"}
     needed |= {*shard(folder).values(), "model.safetensors.index.json"} if sharded else {"model.safetensors"}
     (folder / "additional_chat_templates").mkdir()
     for name, text in (

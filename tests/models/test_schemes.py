@@ -180,6 +180,9 @@ class Zeros:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32
+
     def fill(self, name: str, destination: torch.Tensor) -> None:
         destination.zero_()
 
@@ -216,9 +219,10 @@ class PackedAlongInputs(Scheme):
     def own_parts(self) -> Iterable[WeightPart]:
         inputs = self.matrix.in_features
         for index, (name, start, rows) in enumerate(self.matrix.spans()):
-            yield WeightPart(f"{name}.qweight", self, "qweight", (inputs // 8, rows), dim=1, start=start)
+            ints = (torch.int32,)
+            yield WeightPart(f"{name}.qweight", self, "qweight", (inputs // 8, rows), dim=1, start=start, kinds=ints)
             yield WeightPart(f"{name}.scales", self, "scales", (2, rows), dim=1, start=start)
-            yield WeightPart(f"{name}.g_idx", self, "g_idx", (inputs,), start=index * inputs)
+            yield WeightPart(f"{name}.g_idx", self, "g_idx", (inputs,), start=index * inputs, kinds=ints)
             yield WeightPart(f"{name}.input_scale", self, "input_scale", (), start=index)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -240,6 +244,9 @@ def test_parts_of_several_dtypes_lie_along_either_dimension(tmp_path: Path) -> N
 
         def shapes(self) -> Mapping[str, tuple[int, ...]]:
             return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+        def dtype_of(self, name: str) -> torch.dtype:
+            return stored[name].dtype
 
         def fill(self, name: str, destination: torch.Tensor) -> None:
             assert destination.dtype == stored[name].dtype

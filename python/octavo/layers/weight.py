@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def normal(tensor: Tensor, generator: torch.Generator) -> None:
     """Variance 1 / (last dimension): a matrix of such weights keeps the scale of what it
@@ -42,7 +44,9 @@ class WeightPart:
     shape: tuple[int, ...]  # in the checkpoint; () is one element
     dim: int = 0
     start: int = 0  # first index along `dim`
-    init: Callable[[Tensor, torch.Generator], None] = normal  # makes dummy weights in `destination()`
+    init: Callable[[Tensor, torch.Generator], object] = normal  # makes dummy weights in `destination()`
+    kinds: tuple[torch.dtype, ...] = PLAIN_DTYPES  # that the file may have it in
+    refuse: Callable[[Tensor], str | None] | None = None  # of a small tensor: what is wrong with its values
     add_one: bool = False  # the checkpoint may keep it minus one (`Source.norms_include_one`)
 
     def destination(self) -> Tensor:
@@ -56,6 +60,12 @@ class Layer:
 
     def own_parts(self) -> Iterable[WeightPart]:
         """Parts of this layer's own tensors."""
+        return ()
+
+    def problems(self) -> Iterable[str]:
+        """Why this layer's own tensors cannot be what the checkpoint's config says, whatever they
+        hold; each begins with a tensor's name.
+        """
         return ()
 
     def own_bytes(self) -> int:

@@ -48,8 +48,12 @@ suppress_tokens temperature top_k top_p typical_p
 _VISION = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image vision_config"
 _READ_BUT_NOT_APPLIED = "attn_logit_softcapping"  # of Gemma 3, by transformers and by llama.cpp
 
+_READ_ELSEWHERE = "quantization_config"  # by octavo.weights.quantization
+
 HARMLESS = frozenset(
-    " ".join((_TRAINING, _RUNNING, _ABOUT_THE_FILE, _GENERATION, _VISION, _READ_BUT_NOT_APPLIED)).split()
+    " ".join(
+        (_READ_ELSEWHERE, _TRAINING, _RUNNING, _ABOUT_THE_FILE, _GENERATION, _VISION, _READ_BUT_NOT_APPLIED)
+    ).split()
 )
 """Keys that do not change what the text model computes. Those that begin with an underscore are
 transformers' own notes.

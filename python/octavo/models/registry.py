@@ -59,10 +59,6 @@ def config_from_dict(
         )
     if fields.get("auto_map") is not None:
         raise fields.error("auto_map", "the model asks for its own Python code, which Octavo never runs")
-    if fields.get("quantization_config") is not None:
-        raise fields.error(
-            "quantization_config", "quantised safetensors are not supported; use full weights or a GGUF file"
-        )
     family = _by_model_type(fields, family)
     fields = Fields(source, values, defaults=family.defaults if defaults is None else defaults, spelling=spelling)
     fields.refuse_other_computations()

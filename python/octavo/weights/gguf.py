@@ -62,6 +62,9 @@ class GgufSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: stored.shape for name, stored in self._tensors.items()}
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32  # that `fill` makes of every block
+
     def fill(self, name: str, destination: Tensor) -> None:
         stored = self._tensors[name]
         kind, shape = stored.kind, stored.shape

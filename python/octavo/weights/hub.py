@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from octavo.model_config import ModelError
+from octavo.weights.quantization.config import OWN_FILES
 from octavo.weights.safetensors import INDEX, SINGLE, shard_names
 
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}
@@ -22,6 +23,7 @@ _TEXTS = [
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
     INDEX,
+    *OWN_FILES,
 ]
 """What a model's folder is read for besides its weights. Of those many repositories hold a second
 copy in another form (`consolidated.safetensors`, subfolders), so only what the index names is

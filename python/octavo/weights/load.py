@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.config import DEFAULT_MODEL, EngineConfig
-from octavo.layers.schemes.choice import Schemes
+from octavo.layers.schemes.choice import QuantisedSchemes, Schemes
 from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
@@ -26,8 +26,9 @@ from octavo.weights.generation_config import read_generation
 from octavo.weights.gguf import GgufSource
 from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.gguf_split import open_other_parts
+from octavo.weights.quantization.config import pick_recipe
 from octavo.weights.safetensors import SafetensorsSource
-from octavo.weights.source import Source, fill_model
+from octavo.weights.source import KV_SCALES, Source, check_layers, fill_model
 from octavo.weights.text import open_gguf, read_text
 from octavo.weights.tied import settle_head
 
@@ -110,6 +111,8 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     other_parts = open_other_parts(path, header)
     model_config = config_from_gguf(header, other_parts)
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
+    if config.quantization == "gguf":
+        config = dataclasses.replace(config, quantization=None)  # which the file is
     loaded = _load(model_config, source, path, config, device, None)
     parts = (header, *other_parts)
     packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
@@ -161,14 +164,31 @@ def _load(
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
     _tell_rope_factors(config, place)
-    model = MODELS[config.architecture](config, Schemes(dtype, device))
+    model = MODELS[config.architecture](config, _schemes(wanted, source, generation_folder, dtype, device))
     if source is None:
+        check_layers(model, wanted.model)
         fill_with_random(model, device, wanted.seed)
     else:
         fill_model(model, source, device)
     return LoadedModel(
         model, config, dtype, dtype_reason, text.tokenizer, text.chat_template, ends, generation_defaults=defaults
     )
+
+
+def _schemes(
+    wanted: EngineConfig, source: Source | None, folder: Path | None, dtype: torch.dtype, device: torch.device
+) -> Schemes:
+    """How matrices are held: as they are, or in 4 or 8 bits where the files in `folder` or
+    `--quantization` say so.
+    """
+    recipe = pick_recipe(folder, wanted.quantization)
+    if recipe is None:
+        return Schemes(dtype, device)
+    logger.info("quantised weights: %s", recipe)
+    shapes = {} if source is None else source.shapes()
+    if any(name.endswith(KV_SCALES) for name in shapes):
+        logger.warning("scales of keys and values are in the files, but keys and values stay in %s", dtype)
+    return QuantisedSchemes(dtype, device, recipe.format_of, shapes.get)
 
 
 def pick_dtype(wanted: str, checkpoint: str | None, device: torch.device) -> tuple[torch.dtype, str]:

@@ -21,7 +21,16 @@ logger = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_DTYPES = {"F64": "float32", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # -> held as
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+}
 
 
 class SafetensorsSource:
@@ -34,6 +43,7 @@ class SafetensorsSource:
         self._files: dict[str, Any] = {}  # tensor -> its open shard
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._stored: dict[str, str] = {}  # our name -> the file's
+        self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[str, str] = {}  # our name -> name of its shard
         stale: list[str] = []
         paths, index = find_shards(folder)
@@ -65,6 +75,7 @@ class SafetensorsSource:
                     raise ModelError(f"{path}: {stored}: type {part.get_dtype()} is not one of {', '.join(_DTYPES)}")
                 self._files[name], self._stored[name], self._shards[name] = file, stored, path.name
                 self._shapes[name] = tuple(part.get_shape())
+                self._dtypes[name] = _DTYPES[part.get_dtype()]
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path}: not a whole safetensors file: {error}") from None
 
@@ -78,15 +89,18 @@ class SafetensorsSource:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._dtypes[name]
+
     def fill(self, name: str, destination: Tensor) -> None:
         destination.copy_(self._files[name].get_tensor(self._stored[name]))
 
     def dtype(self) -> str | None:
-        """The type of the first matrix, for files whose config does not say."""
-        for name, shape in self._shapes.items():
-            if len(shape) == 2:
-                return _DTYPES[self._files[name].get_slice(self._stored[name]).get_dtype()]
-        return None
+        """The type of the first matrix that is not quantised, for files whose config does not say."""
+        kinds = {torch.float64: "float32", torch.float32: "float32"}
+        kinds |= {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+        matrices = (name for name, shape in self._shapes.items() if len(shape) == 2 and name.endswith(".weight"))
+        return next((kinds[kind] for name in matrices if (kind := self._dtypes[name]) in kinds), None)
 
     def call(self, name: str, other: str) -> None:
         """The tensor `name` is found as `other` instead."""
@@ -94,6 +108,7 @@ class SafetensorsSource:
         self._shapes[other] = self._shapes.pop(name)
         self._stored[other] = self._stored.pop(name)
         self._shards[other] = self._shards.pop(name)
+        self._dtypes[other] = self._dtypes.pop(name)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors of one shape hold the same numbers."""

@@ -18,6 +18,10 @@ from octavo.model_config import ModelError
 from octavo.models.registry import Model
 from octavo.weights.finite import FiniteCheck
 
+KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
+ZERO_IN_VAIN = (".bias", ".weight_zero_point", ".input_zero_point")
+"""What AutoGPTQ and early compressed-tensors wrote whether there was any or not."""
+
 
 class Source(Protocol):
     """A checkpoint whose tensors go by Hugging Face's names."""
@@ -27,6 +31,9 @@ class Source(Protocol):
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Every tensor that a model may want, with its shape; reads headers only."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of a tensor's numbers, in the file or as `fill` decodes them."""
 
     def fill(self, name: str, destination: Tensor) -> None:
         """Writes one tensor into `destination`, converting to its dtype and device."""
@@ -79,24 +86,53 @@ def _one_thread() -> Iterator[None]:
 
 
 def check(model: Model, source: Source) -> None:
-    """Raises one `ModelError` that lists every missing, superfluous or misshapen tensor."""
+    """Raises one `ModelError` that lists every missing, superfluous, misshapen or mistyped tensor,
+    and the small ones whose values cannot be.
+    """
     found = dict(source.shapes())
-    problems = []
+    problems = list(_problems_of_layers(model))
     for part in model.parts():
         shape = found.pop(part.name, None)
         if shape is None:
             problems.append(f"{part.name}: missing")
         elif shape != part.shape:
             problems.append(f"{part.name}: shape {list(shape)}, but the config says {list(part.shape)}")
-    problems.extend(f"{name}: not part of the model" for name in found if not _harmless(name, model))
+        elif (dtype := source.dtype_of(part.name)) not in part.kinds:
+            wanted = ", ".join(map(_name, part.kinds))
+            problems.append(f"{part.name}: holds {_name(dtype)} numbers, but the config says {wanted}")
+        elif part.refuse is not None and (problem := part.refuse(_read(source, part.name, shape))) is not None:
+            problems.append(f"{part.name}: {problem}")
+    problems.extend(f"{name}: not part of the model" for name in found if not _harmless(name, model, source))
     if problems:
         raise ModelError(f"{source.name}: {len(problems)} tensors do not fit the config: {'; '.join(problems)}")
 
 
-def _harmless(name: str, model: Model) -> bool:
-    """Tensors that files carry and nobody needs: a tied head's copy, and rotary tables of old
-    checkpoints.
+def check_layers(model: Model, name: str) -> None:
+    """As `check`, for a model that gets no checkpoint's weights. name: of the model."""
+    if problems := list(_problems_of_layers(model)):
+        raise ModelError(f"{name}: {len(problems)} tensors cannot be held: {'; '.join(problems)}")
+
+
+def _problems_of_layers(model: Model) -> Iterator[str]:
+    return (problem for layer in model.layers() for problem in layer.problems())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _read(source: Source, name: str, shape: tuple[int, ...]) -> Tensor:
+    tensor = torch.empty(shape, dtype=source.dtype_of(name))
+    source.fill(name, tensor)
+    return tensor
+
+
+def _harmless(name: str, model: Model, source: Source) -> bool:
+    """Tensors that files carry and nobody needs: a tied head's copy, rotary tables of old
+    checkpoints, scales for caches of keys and values in 8 bits, and biases and zeros that are zero.
     """
     tied_copy = name == "lm_head.weight" and model.config.tie_word_embeddings
     read_with_the_config = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-    return tied_copy or name.endswith("rotary_emb.inv_freq") or name in read_with_the_config
+    if tied_copy or name.endswith(("rotary_emb.inv_freq", *KV_SCALES)) or name in read_with_the_config:
+        return True
+    return name.endswith(ZERO_IN_VAIN) and not bool(_read(source, name, source.shapes()[name]).any())

@@ -1,17 +1,27 @@
 """Which scheme holds which matrix."""
 
-import torch
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from octavo.kernels import ops
+from octavo.kernels.linear.int4_layout import DEPTH, ROWS
 from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_fbgemm, has_onednn, widens_half
 from octavo.layers.schemes.dense import DenseScheme, PlainScheme
-from octavo.layers.schemes.scheme import Matrix, Scheme
+from octavo.layers.schemes.formats.stored import Format, ShapeOf, Stored
+from octavo.layers.schemes.products import Int4Product, Product, UnpackedProduct, eight_bit_product
+from octavo.layers.schemes.quantised import QuantisedScheme, SideBySide
+from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix, Scheme
+from octavo.model_config import ModelError
 
 
 class Schemes:
     """Handed down while a model is built: what its numbers are, and the scheme of each matrix.
 
-    This one keeps all weights plain. A quantised model has a subclass that overrides `linear`, by
-    name where a checkpoint leaves some matrices plain.
+    This one keeps all weights plain.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -36,3 +46,112 @@ class Schemes:
             if widens_half(self.dtype) or (matrix.makes_logits and has_fbgemm() and self.dtype != torch.float32):
                 return HalfScheme(matrix, self.dtype)
         return DenseScheme(matrix, self.dtype)
+
+
+class QuantisedSchemes(Schemes):
+    """Of a model whose matrices are in 4 or 8 bits, all of them or those that its config names."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        format_of: Callable[[str], Format | None],
+        shape_of: ShapeOf = lambda name: None,
+    ) -> None:
+        """format_of: what the config says of a projection, None: it is plain. shape_of: of the
+        file's tensors; without a file it has none.
+        """
+        super().__init__(dtype, device)
+        if self.on_gpu and dtype == torch.float32:
+            raise ModelError(
+                "dtype = float32: quantised weights run in float16 or bfloat16 on a GPU; give --dtype bfloat16"
+            )
+        self.format_of = format_of
+        self.shape_of = shape_of
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether products are those of the kernels."""
+        return self.device.type == "cuda"
+
+    def linear(self, matrix: Matrix) -> Scheme:
+        forms = {self.form(name) for name in matrix.projections}
+        if len(forms) > 1:
+            return SideBySide(matrix, self.linear, self.form)
+        (form,) = forms
+        if form is None:
+            return self.plain(matrix)
+        self._check_device(form)
+        return QuantisedScheme(
+            matrix,
+            form,
+            self.dtype,
+            self.shape_of,
+            input_form=input_form(form) if self.on_gpu else PLAIN,
+            make=partial(self._product, form, matrix.makes_logits),
+            refuse=gpu_refusal if self.on_gpu else lambda matrix, form: None,
+        )
+
+    def form(self, name: str) -> Format | None:
+        """The format of a projection: where the file has it plain, whatever the config says of its
+        kind, it is plain.
+        """
+        form = self.format_of(name)
+        if form is None or self.shape_of(f"{name}.{form.first}") is not None:
+            return form
+        return None if self.shape_of(f"{name}.weight") is not None else form
+
+    def _check_device(self, form: Format) -> None:
+        if self.device.type != "cuda" or form.weight_dtype != torch.float8_e4m3fn:
+            return
+        capability = torch.cuda.get_device_capability(self.device)
+        if capability < (8, 9):
+            raise ModelError(
+                f"{form}: fp8 needs a GPU of compute capability 8.9, this one has {capability[0]}.{capability[1]}; "
+                "use int8 or int4 weights"
+            )
+
+    def _product(self, form: Format, makes_logits: bool, stored: list[Stored], bias: Tensor | None) -> Product:
+        if not self.on_gpu:
+            rows = {one.name: one.rows for one in stored}
+            plain = self.plain(Matrix(rows, stored[0].inputs, bias is not None, makes_logits))
+            return UnpackedProduct(stored, bias, plain, form.input_dtype)
+        if form.weight_dtype == torch.uint8:
+            return Int4Product(stored, bias, self.dtype)
+        return eight_bit_product(stored, bias, self.dtype, form)
+
+
+def input_form(form: Format) -> InputForm:
+    """What the layer before a product makes of its output, on a GPU."""
+    dtype = form.row_dtype
+    if dtype is None:
+        return PLAIN
+    return InputForm(
+        rms_norm=partial(_with, ops.rms_norm_quant, dtype),
+        add_rms_norm=partial(_with, ops.add_rms_norm_quant, dtype),
+        silu_and_mul=partial(_with, ops.silu_and_mul_quant, dtype),
+        gelu_tanh_and_mul=partial(_with, ops.gelu_tanh_and_mul_quant, dtype),
+        from_plain=partial(_with, ops.quantize_rows, dtype),
+    )
+
+
+def _with(op: Callable[..., Any], dtype: torch.dtype, *args: Any) -> Any:
+    return op(*args, dtype)
+
+
+def gpu_refusal(matrix: Matrix, form: Format) -> str | None:
+    """Why the kernels cannot multiply by a matrix of this shape."""
+    inputs, group = matrix.in_features, form.group_of(matrix.in_features)
+    if inputs % group:
+        return None  # the format says so itself
+    if form.weight_dtype == torch.uint8:
+        rows = [rows for rows in matrix.projections.values() if rows % ROWS]
+        if rows:
+            return f"{rows[0]} outputs: 4-bit weights on a GPU need a multiple of {ROWS}"
+        if inputs % DEPTH:
+            return f"{inputs} inputs: 4-bit weights on a GPU need a multiple of {DEPTH}"
+        if group != 32 and group % DEPTH:
+            return f"groups of {group}: 4-bit weights on a GPU need 32 or a multiple of {DEPTH}"
+    elif group != inputs and group % 32:
+        return f"groups of {group}: 8-bit weights on a GPU need a multiple of 32"
+    return None

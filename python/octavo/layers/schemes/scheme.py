@@ -8,7 +8,7 @@ and packs or quantises them in `finish` before the next layer is loaded.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -62,7 +62,7 @@ PLAIN = InputForm(ops.rms_norm, ops.add_rms_norm, ops.silu_and_mul, ops.gelu_tan
 class Scheme(Layer, ABC):
     """y = x W^T + b; the output holds the matrix's projections side by side, in their order."""
 
-    input_form: ClassVar[InputForm] = PLAIN
+    input_form: InputForm = PLAIN
 
     @abstractmethod
     def __call__(self, x: Any) -> Tensor:

@@ -1,0 +1,3 @@
+"""How checkpoints store quantised projections: a format a file, all read as `(number - zero) *
+scale`.
+"""
