@@ -321,6 +321,7 @@ BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments"
 
 REFUSAL = {"type": "refusal", "refusal": "No."}
 
+
 def called(value: str) -> dict[str, Any]:
     """An earlier turn with a call whose arguments are an object that holds the JSON `value`."""
     function = {"name": "f", "arguments": '{"a": ' + value + "}"}

