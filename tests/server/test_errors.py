@@ -16,9 +16,21 @@ def documented() -> dict[str, str]:
 
 def in_python() -> set[str]:
     """What is given as a code: a word at the place of `code` in the calls that make errors."""
-    places = {"ApiError": 1, "_bad": 1, "bad_request": 2, "fail_step": 1, "fail_all": 0}
+    places = {
+        "ApiError": 1,
+        "_bad": 1,
+        "_bad_tools": 1,
+        "ChatError": 2,
+        "bad_request": 2,
+        "fail_step": 1,
+        "fail_all": 0,
+    }
     found: set[str] = set()
-    files = [*(ROOT / "python/octavo/server").rglob("*.py"), ROOT / "python/octavo/engine/engine.py"]
+    files = [
+        *(ROOT / "python/octavo/server").rglob("*.py"),
+        ROOT / "python/octavo/engine/engine.py",
+        ROOT / "python/octavo/chat.py",
+    ]
     for call in (
         node for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
     ):
