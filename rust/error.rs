@@ -32,8 +32,9 @@ pub enum Error {
     },
     /// Prompt and output together are longer than the model's context.
     #[error(
-        "prompt has {prompt_len} tokens and max_tokens is {max_tokens}, but together they must be at most \
-         max_model_len = {max_model_len}: shorten the prompt or lower max_tokens"
+        "prompt is too long: this model's maximum context length is {max_model_len} tokens; the prompt has {prompt_len} \
+         and max_tokens is {max_tokens}, but together they must be at most max_model_len = {max_model_len}: shorten the \
+         prompt or lower max_tokens"
     )]
     PromptTooLong {
         /// Tokens of the prompt.
@@ -87,12 +88,28 @@ pub enum Error {
     /// A chat template does not parse, ran out of fuel, or refused the messages.
     #[error("{0}")]
     Template(String),
+    /// A chat template makes more of the messages than is read.
+    #[error("the chat template makes more than {limit} characters of the messages")]
+    RenderedTooLong {
+        /// Most characters.
+        limit: usize,
+    },
     /// A GGUF file is truncated or inconsistent.
     #[error("{0}")]
     Gguf(String),
     /// A panic in text work, by which a library's own check failed, or ours.
     #[error("a text library panicked: {0}")]
     Panicked(String),
+    /// The body of an HTTP request holds something else than it should, or too much of it.
+    #[error("{message}")]
+    Body {
+        /// As in [`Error::code`].
+        code: &'static str,
+        /// The field of the request, where there is one.
+        param: Option<String>,
+        /// What is wrong.
+        message: String,
+    },
 }
 
 /// Result of whatever a user can reach.
@@ -104,21 +121,23 @@ impl Error {
         match self {
             Self::InvalidValue { .. } | Self::EmptyPrompt | Self::Tokenizer(_) => "invalid_value",
             Self::TokenOutOfRange { .. } => "token_id_out_of_range",
-            Self::PromptTooLong { .. } => "context_length_exceeded",
+            Self::PromptTooLong { .. } | Self::RenderedTooLong { .. } => "context_length_exceeded",
             Self::KvCapacity { .. } => "kv_capacity_exceeded",
             Self::QueueFull { .. } => "queue_full",
             Self::Template(_) => "template_error",
             Self::Gguf(_) => "invalid_gguf",
             Self::StepOrder { .. } | Self::BufferTooSmall { .. } | Self::Panicked(_) => "internal_error",
+            Self::Body { code, .. } => code,
         }
     }
 
     /// What the error is about, as users write it: a field of a request or of the configuration.
-    pub fn param(&self) -> Option<&'static str> {
+    pub fn param(&self) -> Option<&str> {
         match self {
             Self::InvalidValue { field, .. } | Self::TokenOutOfRange { field, .. } => Some(field),
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::KvCapacity { .. } => Some("prompt"),
-            Self::Template(_) => Some("messages"),
+            Self::Template(_) | Self::RenderedTooLong { .. } => Some("messages"),
+            Self::Body { param, .. } => param.as_deref(),
             Self::QueueFull { .. }
             | Self::StepOrder { .. }
             | Self::BufferTooSmall { .. }
@@ -126,6 +145,11 @@ impl Error {
             | Self::Gguf(_)
             | Self::Panicked(_) => None,
         }
+    }
+
+    /// An [`Error::Body`].
+    pub(crate) fn body(code: &'static str, param: Option<String>, message: String) -> Self {
+        Self::Body { code, param, message }
     }
 
     /// An [`Error::InvalidValue`]; long values are cut, so that a message never echoes a megabyte.

@@ -91,6 +91,7 @@ pub struct SamplingOptions {
     pub frequency_penalty: f64,
     pub seed: Option<u64>,
     pub max_tokens: Option<i64>,
+    pub max_tokens_is_default: bool,
     pub min_tokens: i64,
     pub ignore_eos: bool,
     pub stop: Vec<String>,
@@ -115,6 +116,7 @@ impl Default for SamplingOptions {
             frequency_penalty: 0.0,
             seed: None,
             max_tokens: None,
+            max_tokens_is_default: false,
             min_tokens: 0,
             ignore_eos: false,
             stop: Vec::new(),
@@ -155,6 +157,8 @@ pub struct SamplingParams {
     pub seed: Option<u64>,
     /// Output tokens at most; None: as many as the model's length and the KV pool allow.
     pub max_tokens: Option<u32>,
+    /// Nobody asked for `max_tokens`: it gives way to what fits.
+    pub max_tokens_is_default: bool,
     /// Output tokens before which no stop rule may end the sequence.
     pub min_tokens: u32,
     /// Whether the model's own end tokens are ordinary.
@@ -182,6 +186,13 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// `max_tokens` behind a prompt that leaves room for `room` tokens: as it is, unless it is a
+    /// default that can give way.
+    pub(crate) fn max_tokens_in(&self, room: u32) -> Option<u32> {
+        let gives_way = self.max_tokens_is_default && room >= self.min_tokens.max(1);
+        self.max_tokens.map(|most| if gives_way { most.min(room) } else { most })
+    }
+
     /// Checks every range.
     ///
     /// # Errors
@@ -236,6 +247,7 @@ impl SamplingParams {
             frequency_penalty: number("frequency_penalty", options.frequency_penalty, -2.0, 2.0)?,
             seed: options.seed,
             max_tokens,
+            max_tokens_is_default: options.max_tokens_is_default,
             min_tokens,
             ignore_eos: options.ignore_eos,
             stop: StopPatterns::new(&options.stop),

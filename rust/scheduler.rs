@@ -77,6 +77,8 @@ pub struct Stats {
     pub steps: u64,
     /// Counter: prompt tokens of requests that were admitted.
     pub prompt_tokens: u64,
+    /// Counter: prompt tokens computed, those computed again after a preemption included.
+    pub computed_prompt_tokens: u64,
     /// Counter: output tokens.
     pub generation_tokens: u64,
     /// Counter: tokens looked up in the prefix cache at admissions.

@@ -26,7 +26,9 @@ __all__ = [
     "TemplateError",
     "Tokenizer",
     "__version__",
+    "measure_body",
     "openai_error",
+    "read_prompts",
 ]
 
 __version__: str
@@ -52,7 +54,9 @@ class OverloadedError(RuntimeError):
     param: str | None
 
 class PromptTooLongError(RefusedError):
-    """The prompt, or the prompt with `max_tokens`, is over `max_model_len`."""
+    """The prompt, or the prompt with `max_tokens`, is over `max_model_len`; or its text is longer
+    than is read.
+    """
 
 class KvCapacityError(RefusedError):
     """The request can never fit into the KV pool, however long it waits."""
@@ -114,6 +118,9 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int: ...
     @property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+    @property
     def bos_token_id(self) -> int | None: ...
     @property
     def eos_token_id(self) -> int | None: ...
@@ -133,9 +140,10 @@ class Tokenizer:
         tools_json: str | None = None,
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
+        max_characters: int | None = None,
     ) -> Prompt:
         """Renders and tokenises. Message content can never produce a special token; only the
-        template can.
+        template can. Raises `PromptTooLongError` where the template makes more than max_characters.
         """
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def token_bytes(self, token_id: int) -> bytes: ...
@@ -184,6 +192,7 @@ class SamplingParams:
         frequency_penalty: float = 0.0,
         seed: int | None = None,
         max_tokens: int | None = None,
+        max_tokens_is_default: bool = False,
         min_tokens: int = 0,
         ignore_eos: bool = False,
         stop: Sequence[str] = ...,
@@ -195,7 +204,7 @@ class SamplingParams:
         logit_bias: Sequence[tuple[int, float]] = ...,
     ) -> SamplingParams:
         """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
-        means: up to the model's length.
+        means: up to the model's length. One that is a default gives way to what fits.
         """
 
 @final
@@ -234,6 +243,26 @@ class ReplyFormat:
 
 def openai_error(message: str, *, type: str, param: str | None, code: str) -> bytes:
     """OpenAI's error object, for an answer that is an error."""
+
+def measure_body(
+    body: bytes, *, max_depth: int, max_fields: int, max_values: int, uncounted: str | None = None
+) -> tuple[list[tuple[tuple[int, int], tuple[int, int], int]], int]:
+    """Measures a JSON body before it is decoded: (its fields, number of its keys and values).
+
+    Of each field of the object that it is: (start, end) of the name in its quotes, (start, end) of
+    the value, and the characters of the value's strings, keys and numbers. The values of fields
+    called `uncounted` are not counted. Does not check the JSON. Raises `RefusedError` for what is
+    over a limit or does not end. Runs detached.
+    """
+
+def read_prompts(
+    body: bytes, start: int, end: int, *, max_prompts: int, max_tokens: int, max_characters: int
+) -> list[str | Prompt]:
+    """Reads and checks a completion's `prompt`, the JSON between two places of the body: a text, a
+    list of texts, of token ids, or of lists of them. Raises `RefusedError`. Runs detached.
+
+    max_tokens, max_characters: of one prompt.
+    """
 
 @final
 class ChoiceDelta:

@@ -12,12 +12,16 @@ from typing import Any
 
 import msgspec
 
+from octavo import _core
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 2048
 MAX_PARTS = 256
 MAX_TOOLS = 256
 MAX_DEPTH = 64
 """Of the arguments of a call; the template gets deeper ones as text."""
+MAX_VALUES = 65_536
+"""Keys and values of the arguments of a call: they are JSON in a text, which is made into objects."""
 
 
 class ChatError(ValueError):
@@ -210,20 +214,15 @@ def _arguments(given: msgspec.Raw, where: str) -> msgspec.Raw | str:
             return msgspec.Raw(b"{}")
         raise ChatError(f"{where}: must be text or an object.", code="invalid_type")
     text = msgspec.json.decode(given, type=str)
+    encoded = text.encode() or b"{}"
     try:
-        value = msgspec.json.decode(text or "{}", type=dict[str, Any])
-    except (ValueError, RecursionError):  # msgspec's errors are ValueErrors
+        _core.measure_body(encoded, max_depth=MAX_DEPTH, max_fields=MAX_VALUES, max_values=MAX_VALUES)
+        msgspec.json.decode(encoded, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        if isinstance(error, _core.RefusedError) and error.code == "too_many_values":
+            raise ChatError(f"{where}: {error}", code=error.code) from None
         return text
-    return msgspec.Raw(text.encode() or b"{}") if _depth(value) <= MAX_DEPTH else text
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists stand in one another."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, (dict, list))]:
-        depth += 1
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-    return depth
+    return msgspec.Raw(encoded)
 
 
 def _check_tool(raw: msgspec.Raw, where: str, names: set[str]) -> None:

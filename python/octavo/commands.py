@@ -188,9 +188,11 @@ def _check_list_flags(uses: Sequence[tuple[str, Sequence[object]]]) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """`octavo serve`."""
+    _log_to_stderr(logging.INFO)
+    logging.getLogger(__name__).info("octavo %s starts", __version__)  # the imports alone take seconds
+
     from octavo.server.serve import serve
 
-    _log_to_stderr(logging.INFO)
     return serve(engine_config(args), from_flags(ServerConfig, args))
 
 

@@ -151,8 +151,10 @@ class SamplingParams:
             return self
         return replace(self, max_tokens=room)
 
-    def to_core(self) -> "_core.SamplingParams":
-        """The checked form that the scheduler uses."""
+    def to_core(self, *, max_tokens_is_default: bool = False) -> "_core.SamplingParams":
+        """The checked form that the scheduler uses. A `max_tokens` that is a default gives way to what
+        fits behind each prompt, as in `fitting`.
+        """
         from octavo import _core  # `import octavo` must not load the extension
 
         stop = () if self.stop is None else self.stop
@@ -167,6 +169,7 @@ class SamplingParams:
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
             max_tokens=self.max_tokens,
+            max_tokens_is_default=max_tokens_is_default,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),

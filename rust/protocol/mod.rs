@@ -1,13 +1,16 @@
-//! How replies are written for clients: a [`Protocol`] for each API that is spoken.
+//! How replies are written for clients: a [`Protocol`] for each API that is spoken. Beside it what
+//! is read of a request before Python does: the measure of its [`body`], and its [`prompts`].
 //!
 //! The outbox says when something is written and what a choice gained; a protocol knows how it
 //! looks. It sees neither the core's lock nor a socket: what it writes is bytes, made after the
 //! news has been taken out of the outbox.
 
+pub mod body;
 mod json;
 mod openai;
 mod openai_chat;
 mod openai_completion;
+pub mod prompts;
 
 use std::sync::Arc;
 

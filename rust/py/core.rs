@@ -304,6 +304,7 @@ impl EngineCore {
             ("num_preemptions", stats.preemptions),
             ("steps", stats.steps),
             ("prompt_tokens", stats.prompt_tokens),
+            ("computed_prompt_tokens", stats.computed_prompt_tokens),
             ("generation_tokens", stats.generation_tokens),
             ("prefix_cache_queries", stats.prefix_cache_queries),
             ("prefix_cache_hits", stats.prefix_cache_hits),

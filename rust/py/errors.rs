@@ -15,7 +15,7 @@ create_exception!(
     octavo._core,
     PromptTooLongError,
     RefusedError,
-    "The prompt, or the prompt with `max_tokens`, is over `max_model_len`."
+    "The prompt, or the prompt with `max_tokens`, is over `max_model_len`; or its text is longer than is read."
 );
 create_exception!(
     octavo._core,
@@ -39,7 +39,7 @@ create_exception!(
 impl From<Error> for PyErr {
     fn from(error: Error) -> Self {
         match error {
-            Error::PromptTooLong { .. } => Exception::<PromptTooLongError>::of(error),
+            Error::PromptTooLong { .. } | Error::RenderedTooLong { .. } => Exception::<PromptTooLongError>::of(error),
             Error::KvCapacity { .. } => Exception::<KvCapacityError>::of(error),
             Error::QueueFull { .. } => Exception::<OverloadedError>::of(error),
             Error::Template(_) => Exception::<TemplateError>::of(error),
@@ -47,9 +47,11 @@ impl From<Error> for PyErr {
             Error::StepOrder { .. } | Error::BufferTooSmall { .. } | Error::Panicked(_) => {
                 Exception::<PyRuntimeError>::of(error)
             }
-            Error::InvalidValue { .. } | Error::EmptyPrompt | Error::TokenOutOfRange { .. } | Error::Tokenizer(_) => {
-                Exception::<RefusedError>::of(error)
-            }
+            Error::InvalidValue { .. }
+            | Error::EmptyPrompt
+            | Error::TokenOutOfRange { .. }
+            | Error::Tokenizer(_)
+            | Error::Body { .. } => Exception::<RefusedError>::of(error),
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is
 //! its contract.
 
+mod body;
 mod core;
 mod delta;
 mod errors;
@@ -15,6 +16,8 @@ mod text;
 /// The extension module.
 #[pyo3::pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::body::{measure_body, read_prompts};
     #[pymodule_export]
     use super::core::EngineCore;
     #[pymodule_export]

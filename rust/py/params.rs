@@ -12,8 +12,8 @@ pub struct SamplingParams(pub(super) request::SamplingParams);
 impl SamplingParams {
     #[new]
     #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-        presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, min_tokens=0, ignore_eos=false,
-        stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
+        presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, max_tokens_is_default=false,
+        min_tokens=0, ignore_eos=false, stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
         detokenize=true, logprobs=None, logit_bias=vec![]))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
@@ -27,6 +27,7 @@ impl SamplingParams {
         frequency_penalty: f64,
         seed: Option<i64>,
         max_tokens: Option<i64>,
+        max_tokens_is_default: bool,
         min_tokens: i64,
         ignore_eos: bool,
         stop: Vec<String>,
@@ -48,6 +49,7 @@ impl SamplingParams {
             frequency_penalty,
             seed: seed.map(|seed| seed as u64),
             max_tokens,
+            max_tokens_is_default,
             min_tokens,
             ignore_eos,
             stop,

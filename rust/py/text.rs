@@ -36,6 +36,12 @@ impl Prompt {
     }
 }
 
+impl From<Vec<u32>> for Prompt {
+    fn from(ids: Vec<u32>) -> Self {
+        Self { token_ids: ids.into() }
+    }
+}
+
 impl Prompt {
     /// The token ids.
     pub(super) fn ids(&self) -> Arc<[u32]> {
@@ -88,6 +94,11 @@ impl Tokenizer {
     }
 
     #[getter]
+    fn longest_token(&self) -> usize {
+        self.tokenizer.longest_token()
+    }
+
+    #[getter]
     fn bos_token_id(&self) -> Option<u32> {
         self.tokenizer.bos_token_id()
     }
@@ -129,8 +140,10 @@ impl Tokenizer {
     }
 
     #[pyo3(signature = (
-        template, messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None
+        template, messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None,
+        max_characters = None
     ))]
+    #[allow(clippy::too_many_arguments)] // All are keywords in Python.
     fn encode_chat(
         &self,
         py: Python<'_>,
@@ -139,8 +152,10 @@ impl Tokenizer {
         tools_json: Option<&str>,
         add_generation_prompt: bool,
         kwargs_json: Option<&str>,
+        max_characters: Option<usize>,
     ) -> PyResult<Prompt> {
-        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now: unix_time() };
+        let options =
+            RenderOptions { tools_json, add_generation_prompt, kwargs_json, max_characters, now: unix_time() };
         let ids = detached(py, || self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
         Ok(Prompt { token_ids: ids.into() })
     }
@@ -195,7 +210,7 @@ impl ChatTemplate {
         now: Option<f64>,
     ) -> PyResult<String> {
         let now = now.unwrap_or_else(unix_time);
-        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now };
+        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, max_characters: None, now };
         detached(py, || self.template.render(messages_json, &options))
     }
 }

@@ -162,18 +162,19 @@ impl Scheduler {
             return Err(Error::EmptyPrompt);
         }
         let prompt_len = prompt.len();
-        let max_tokens = u64::from(params.max_tokens.unwrap_or(1));
+        let limit = self.longest_request();
+        let given = params.max_tokens_in(limit.saturating_sub(prompt_len as u32));
+        let max_tokens = u64::from(given.unwrap_or(1));
         if prompt_len as u64 + max_tokens > u64::from(max_model_len) {
             return Err(Error::PromptTooLong { prompt_len, max_tokens, max_model_len });
         }
         check_tokens("prompt", prompt.iter().copied(), vocab_size)?;
         params.check_tokens(vocab_size)?;
-        let limit = self.longest_request();
         if prompt_len as u64 + max_tokens > u64::from(limit) {
             return Err(Error::KvCapacity { prompt_len, max_tokens, limit });
         }
         let most = limit - prompt_len as u32;
-        let max_tokens = params.max_tokens.unwrap_or(most);
+        let max_tokens = given.unwrap_or(most);
         if params.min_tokens > max_tokens {
             return Err(Error::invalid("min_tokens", params.min_tokens, format!("at most {max_tokens}, what fits")));
         }

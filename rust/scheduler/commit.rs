@@ -137,6 +137,9 @@ impl Scheduler {
                 return;
             }
         };
+        if row.prefill {
+            self.stats.computed_prompt_tokens += u64::from(row.len);
+        }
         let sequence = &mut self.sequences[row.sequence];
         // Rows from before a preemption still bring their token, but its blocks are gone.
         let still_there = sequence.state == State::Running && sequence.run == row.run;

@@ -13,6 +13,7 @@ mod json;
 mod pieces;
 mod python_methods;
 mod python_values;
+mod rendered_text;
 mod special_tokens;
 mod stop;
 mod template;

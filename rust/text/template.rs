@@ -13,6 +13,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::text::clock::strftime;
 use crate::text::json::Json;
+use crate::text::rendered_text::RenderedText;
 use crate::text::template_source::{rewrite, BOUND_FILTER, ITER_FILTER, PERCENT_FILTER};
 use crate::text::{python_methods, python_values, template_limits};
 use minijinja::syntax::SyntaxConfig;
@@ -57,6 +58,8 @@ pub struct RenderOptions<'a> {
     pub add_generation_prompt: bool,
     /// A JSON object of further variables (`enable_thinking`, `documents`, ...).
     pub kwargs_json: Option<&'a str>,
+    /// Most characters that may come out; none: as many as the fuel makes.
+    pub max_characters: Option<usize>,
     /// Seconds since 1970.
     pub now: f64,
 }
@@ -69,6 +72,7 @@ pub(crate) struct Inputs {
     pub kwargs: Vec<(String, Json)>,
     add_generation_prompt: bool,
     num_bytes: usize,
+    max_characters: Option<usize>,
     now: f64,
 }
 
@@ -95,7 +99,8 @@ impl Inputs {
         let num_bytes =
             messages_json.len() + options.tools_json.map_or(0, str::len) + options.kwargs_json.map_or(0, str::len);
         let add_generation_prompt = options.add_generation_prompt;
-        Ok(Self { messages, tools, kwargs, add_generation_prompt, num_bytes, now: options.now })
+        let RenderOptions { max_characters, now, .. } = *options;
+        Ok(Self { messages, tools, kwargs, add_generation_prompt, num_bytes, max_characters, now })
     }
 }
 
@@ -235,7 +240,9 @@ impl Compiled {
         ]);
         variables.extend(inputs.kwargs.iter().map(|(name, value)| (name.as_str(), to_value(value))));
         let template = environment.get_template(NAME).map_err(|error| template_error(&error))?;
-        template.render(Value::from_pairs(variables)).map_err(|error| template_error(&error))
+        let mut text = RenderedText::new(inputs.max_characters);
+        let rendered = template.render_captured_to(Value::from_pairs(variables), &mut text).map(|_| ());
+        text.finish(rendered.map_err(|error| template_error(&error)))
     }
 }
 

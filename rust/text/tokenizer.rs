@@ -228,6 +228,12 @@ impl Tokenizer {
         self.pieces.get(id)
     }
 
+    /// Characters of the longest token, as text that is tokenised has them.
+    pub fn longest_token(&self) -> usize {
+        let characters = |id| self.token_bytes(id).iter().filter(|byte| **byte & 0xC0 != 0x80).count();
+        (0..self.vocab_size() as u32).map(characters).max().unwrap_or(0)
+    }
+
     /// Id of a token as the vocabulary spells it.
     pub fn token_to_id(&self, token: &str) -> Option<u32> {
         match &self.model {

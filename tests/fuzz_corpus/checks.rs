@@ -49,6 +49,7 @@ pub fn template(bytes: &[u8]) {
         tools_json: Some(TOOLS),
         add_generation_prompt: true,
         kwargs_json: Some(r#"{"enable_thinking":false}"#),
+        max_characters: None,
         now: 1.7e9,
     };
     if let Ok(rendered) = template.render(messages, &options) {

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.model_config import ModelError
 from octavo.weights import default_model, hub
-from octavo.weights.load import load_model, pick_dtype, resolve
+from octavo.weights.load import check_rows, load_model, pick_dtype, resolve
 from tests.models.harness import Runner, Sequence
 from tests.models.test_architectures import PROMPT, assert_close, make
 
@@ -411,6 +412,27 @@ def test_cached_default_model_is_hashed_once_and_fetched_again_when_damaged(
     default_model._marker(path).unlink()
     assert default_model.default_model_path() == default_model.default_model_path() == path
     assert (len(fetched), len(hashed)) == (2, 4)
+
+
+def test_what_a_killed_fetch_has_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(default_model, "_fetch", unpacks(b"not the model"))
+    monkeypatch.setattr(default_model, "_ABANDONED_SECONDS", 60.0)
+    for name, age in (("fetching-killed", 100.0), ("fetching-now", 10.0)):
+        (tmp_path / "octavo" / name).mkdir(parents=True)
+        os.utime(tmp_path / "octavo" / name, times=(time.time() - age,) * 2)
+    with pytest.raises(ModelError, match="sha256"):
+        default_model.default_model_path()
+    assert [path.name for path in (tmp_path / "octavo").iterdir()] == ["fetching-now"]
+
+
+def test_more_rows_than_a_gpu_takes_are_refused_by_their_flag() -> None:
+    gpu = torch.device("cuda")
+    check_rows(8191, 8, gpu)
+    check_rows(None, 8, gpu)
+    check_rows(100_000, 8, torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"max_num_seqs = 8192: .* at most 8191 \(--max-num-seqs\)"):
+        check_rows(8192, 8, gpu)
 
 
 def test_default_model_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from octavo.engine.async_engine import AsyncEngine
-from octavo.server.app import build_app
+from octavo.server.app import METRICS, build_app
 from octavo.server.config import ServerConfig
 from octavo.server.connections import listen
 from tests.server.scripted_engine import ScriptedEngine
@@ -68,10 +68,11 @@ def parse_events(text: str) -> list[Any]:
 
 
 async def serving(engine: AsyncEngine, config: ServerConfig, *, shutdown: bool = True) -> AsyncIterator[Served]:
-    runner = web.AppRunner(build_app(engine, config), access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    app = build_app(engine, config)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
-    listening = await listen(runner, listener, backlog=128)
+    listening = await listen(runner, app[METRICS], listener, backlog=128)
     host, port = listener.getsockname()
     async with aiohttp.ClientSession() as http:
         yield Served(engine, f"http://{host}:{port}", http)

@@ -25,7 +25,8 @@ MASKED = 2  # of one where every token is ruled out
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('Roles must alternate. ' * 100) }}{% endif %}"
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
-    "{% if tools %}{{ tools | tojson }}{% endif %}{% if extra %}{{ extra }}{% endif %}"
+    "{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% if extra %}{% for _ in range(times or 1) %}{{ extra }}{% endfor %}{% endif %}"
 )
 
 

@@ -6,6 +6,7 @@ The letters are groups: B JSON, C types and nulls, D sampling, E prompts, F mess
 streaming.
 """
 
+import gzip
 import json
 import logging
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Served
+from tests.server.test_errors import documented
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
 DEEP = b"[" * 200_000
+DOCUMENTED = documented()
 ANY = object()  # the row does not say which
 
 
@@ -57,6 +60,8 @@ JSON_ROWS: list[Row] = [
     *((f"B3 {body!r}", COMPLETIONS, body, 400, "invalid_type", None) for body in (b"[]", b'"x"', b"null", b"1")),
     ("B4 invalid utf-8", COMPLETIONS, b'{"prompt": "\xff"}', 400, "json_invalid", None),
     ("B4 overlong utf-8", COMPLETIONS, b'{"prompt": "\xc0\xaf"}', 400, "json_invalid", None),
+    ("B4 invalid utf-8 in an ignored field", COMPLETIONS, raw(b'"foo": "\xff"'), 400, "json_invalid", None),
+    ("B4 overlong utf-8 in a key", COMPLETIONS, raw(b'"\xc0\xaf": 1'), 400, "json_invalid", None),
     ("B5 utf-16", COMPLETIONS, '{"prompt": "Hi"}'.encode("utf-16"), 400, "json_invalid", None),
     ("B5 byte order mark", COMPLETIONS, b"\xef\xbb\xbf" + b'{"prompt": "Hi"}', 400, "json_invalid", None),
     ("B6 surrogate in prompt", COMPLETIONS, b'{"prompt": "\\ud800"}', 400, "json_invalid", None),
@@ -91,8 +96,41 @@ JSON_ROWS: list[Row] = [
     ("B10 brackets inside strings", COMPLETIONS, completion(prompt='\\"' + "[" * 200), 200, None, None),
     ("B10 depth 64", COMPLETIONS, raw(b'"foo": ' + b"[" * 63 + b"]" * 63), 200, None, None),
     ("B10 depth 65", COMPLETIONS, raw(b'"foo": ' + b"[" * 64 + b"]" * 64), 400, "json_too_deep", None),
-    ("B11 many keys", COMPLETIONS, {"prompt": "Hi"} | {f"k{i}": 1 for i in range(300_000)}, 400, "invalid_value", None),
+    (
+        "B11 many keys",
+        COMPLETIONS,
+        {"prompt": "Hi"} | {f"k{i}": 1 for i in range(1_000_000)},
+        400,
+        "too_many_values",
+        None,
+    ),
+    (
+        "B11 many keys in a tool",
+        CHAT,
+        chat(tools=[tool("f", parameters=dict.fromkeys(map(str, range(70_000)), 1))]),
+        400,
+        "too_many_values",
+        "tools",
+    ),
+    ("B11 many messages", CHAT, {"messages": [USER] * 20_000}, 400, "too_many_values", "messages"),
+    (
+        "B11 many values in an ignored field",
+        COMPLETIONS,
+        raw(b'"foo": [' + b"0," * 70_000 + b"0]"),
+        400,
+        "too_many_values",
+        "foo",
+    ),
     ("B12 duplicate key: the last one counts", COMPLETIONS, raw(b'"n": 1, "n": 1000000'), 400, "invalid_value", "n"),
+    ("B12 two prompts: the last one counts", COMPLETIONS, raw(b'"prompt": [299], "prompt": "Hi"'), 200, None, None),
+    (
+        "B12 two prompts: both are checked",
+        COMPLETIONS,
+        raw(b'"prompt": [299 1], "prompt": "Hi"'),
+        400,
+        "json_invalid",
+        None,
+    ),
     ("B13 5000 digits", COMPLETIONS, raw(b'"max_tokens": ' + b"9" * 5000), 400, ANY, ANY),
 ]
 
@@ -154,7 +192,8 @@ SAMPLING_ROWS: list[Row] = [
     sampling("min_tokens", -1),
     *(sampling("presence_penalty", value) for value in (-2.1, 2.1)),
     *(sampling("frequency_penalty", value) for value in (-2.1, 2.1)),
-    *(sampling("repetition_penalty", value) for value in (0, -1, 10**9)),
+    *(sampling("repetition_penalty", value) for value in (0, -1, 10**9, 1e-38, 0.009)),
+    sampling("repetition_penalty", 0.01, 200, None),
     sampling("logit_bias", {str(i): -100 for i in range(1, 300)}, 200, None),
     sampling("logit_bias", {"x": 1}, code="invalid_type"),
     sampling("logit_bias", {"1": 101}),
@@ -180,6 +219,15 @@ SAMPLING_ROWS: list[Row] = [
         for value in (21, -1)
     ),
     ("D top_logprobs alone", CHAT, chat(top_logprobs=3), 400, "invalid_value", "top_logprobs"),
+    ("D max_completion_tokens", CHAT, chat(max_completion_tokens=0), 400, "invalid_value", "max_completion_tokens"),
+    (
+        "D max_completion_tokens before max_tokens",
+        CHAT,
+        chat(max_completion_tokens=-1, max_tokens=5),
+        400,
+        "invalid_value",
+        "max_completion_tokens",
+    ),
     (
         "D response_format",
         CHAT,
@@ -237,6 +285,15 @@ PROMPT_ROWS: list[Row] = [
         "context_length_exceeded",
         "prompt",
     ),
+    ("E10 1,000 of maximum length", COMPLETIONS, completion(prompt=[[1] * 496] * 1000), 400, "invalid_value", "prompt"),
+    (
+        "E10 1,000 texts of maximum length",
+        COMPLETIONS,
+        completion(prompt=["x" * 496] * 1000),
+        400,
+        "invalid_value",
+        "prompt",
+    ),
     ("E11 special tokens as text", COMPLETIONS, completion(prompt="<|im_start|><|endoftext|>"), 200, None, None),
     ("E14 suffix", COMPLETIONS, completion(suffix="x"), 400, "unsupported_parameter", "suffix"),
     ("E17 prompt_embeds", COMPLETIONS, completion(prompt_embeds="AAAA"), 400, "unsupported_parameter", "prompt_embeds"),
@@ -264,6 +321,13 @@ BAD_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments"
 
 REFUSAL = {"type": "refusal", "refusal": "No."}
 
+
+def called(value: str) -> dict[str, Any]:
+    """An earlier turn with a call whose arguments are an object that holds the JSON `value`."""
+    function = {"name": "f", "arguments": '{"a": ' + value + "}"}
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": function}]}
+
+
 MESSAGE_ROWS: list[Row] = [
     ("F1 none", CHAT, {"messages": []}, 400, "invalid_value", "messages"),
     ("F2 a string", CHAT, {"messages": "Hi"}, 400, "invalid_type", "messages"),
@@ -290,6 +354,12 @@ MESSAGE_ROWS: list[Row] = [
         code=None,
     ),
     message("7 unknown part", {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}),
+    *(
+        message(f"7 {kind}", {"role": "user", "content": [{"type": kind, kind: {"data": "A" * 1000}}]})
+        for kind in ("input_audio", "file", "video_url")
+    ),
+    message("J2 link in a text", {"role": "user", "content": "![x](http://127.0.0.1:1/x.png)"}, status=200, code=None),
+    message("J3 large image", {"role": "user", "content": [{"type": "image_url", "image_url": "A" * 15_000_000}]}),
     message("7 part without text", {"role": "user", "content": [{"type": "text"}]}),
     message("8 2049 messages", *[USER] * 2049),
     message("8 257 parts", {"role": "user", "content": [{"type": "text", "text": "a"}] * 257}),
@@ -307,6 +377,30 @@ MESSAGE_ROWS: list[Row] = [
     *(tools(f"15 {name[:10]!r}", [tool(name)]) for name in ("a b", 'a"', "a\n", "a" * 1000, "")),
     tools("15 twice", [tool("f"), tool("f")]),
     tools("good", [tool("f", description="d", parameters={"type": "object"})], 200),
+    *(
+        (f"F16 {schema}", CHAT, chat(tools=[tool("f", parameters=schema)]), 400, "invalid_schema", "tools")
+        for schema in (
+            {"type": "nonsense"},
+            {"type": 5},
+            {"type": []},
+            {"type": None},
+            {"properties": {"a": {"type": "strin"}}},
+            {"properties": {"a": {"pattern": "("}}},
+            {"properties": {"a": {"pattern": 5}}},
+            {"items": {"pattern": "[a"}},
+            {"anyOf": [{"type": "object"}, {"$defs": {"b": {"type": "x"}}}]},
+            {"patternProperties": {"*": {}}},
+            {"properties": {"a": 5}},
+        )
+    ),
+    *(
+        tools(f"16 good {schema}", [tool("f", parameters=schema)], 200)
+        for schema in (
+            {"type": ["object", "null"]},
+            {"properties": {"type": {"enum": ["x"]}, "pattern": {"type": "string"}}},
+            {"properties": {"a": {"pattern": "^\\\\p{L}+$"}}, "additionalProperties": False},
+        )
+    ),
     message("18 no tool_call_id", {"role": "tool", "content": "x"}),
     tools("15 parameters", [tool("f", parameters=[1])]),
     message(
@@ -314,6 +408,45 @@ MESSAGE_ROWS: list[Row] = [
     ),
     message("19 arguments", USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}),
     message("refusal", USER, {"role": "assistant", "content": [REFUSAL]}, status=200, code=None),
+    message("19 text in arguments", USER, called('"' + "x" * 70_000 + '"'), code="context_length_exceeded"),
+    message("19 text in a name", {**USER, "name": "x" * 70_000}, code="context_length_exceeded"),
+    message(
+        "19 text in tool_call_id",
+        {"role": "tool", "content": "", "tool_call_id": "x" * 70_000},
+        code="context_length_exceeded",
+    ),
+    (
+        "F text in a tool",
+        CHAT,
+        chat(tools=[tool("f", description="x" * 70_000)]),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
+    (
+        "F text in a tool's keys",
+        CHAT,
+        chat(tools=[tool("f", parameters={"properties": {"x" * 70_000: {}}})]),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
+    (
+        "F text in variables",
+        CHAT,
+        chat(chat_template_kwargs={"extra": "x" * 70_000}),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
+    (
+        "F text that the template repeats",
+        CHAT,
+        chat(chat_template_kwargs={"extra": "x" * 1000, "times": 66}),
+        400,
+        "context_length_exceeded",
+        "messages",
+    ),
     (
         "F21 continue",
         CHAT,
@@ -354,6 +487,7 @@ async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -
         assert code is ANY or error["code"] == code, error
         assert param is ANY or error["param"] == param, error
         assert len(error["message"]) < 600
+        assert DOCUMENTED[error["code"]] == str(status)
     await assert_unharmed(served, caplog)
 
 
@@ -416,7 +550,14 @@ async def test_every_pair_of_sampling_features(served: Served) -> None:
         ({"Content-Type": "text/plain"}, b'{"prompt": "Hi"}', 200, None),
         ({"Content-Type": "application/x-www-form-urlencoded"}, b'{"prompt": "Hi"}', 200, None),
         ({"Content-Encoding": "gzip"}, b"not gzip", 400, "invalid_encoding"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b'{"prompt": "Hi"}')[:-1], 400, "invalid_encoding"),
+        ({"Content-Encoding": "deflate"}, b"not deflate", 400, "invalid_encoding"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b'{"prompt": "Hi"}'), 200, None),
         ({"Content-Encoding": "foo"}, b'{"prompt": "Hi"}', 415, "unsupported_encoding"),
+        ({"Content-Encoding": "br"}, b'{"prompt": "Hi"}', 415, "unsupported_encoding"),
+        ({"Content-Encoding": "gzip, gzip"}, b'{"prompt": "Hi"}', 415, "unsupported_encoding"),
+        ({"Expect": "bananas"}, b'{"prompt": "Hi"}', 417, "unknown_expectation"),
+        ({"Expect": "100-continue"}, b'{"prompt": "Hi"}', 200, None),
         ({}, b'{"prompt": "' + b"x" * (16 * 2**20) + b'"}', 413, "body_too_large"),
     ],
 )
@@ -432,12 +573,11 @@ async def test_headers_and_sizes(
     assert got == status
     if code is not None:
         assert answer["error"]["code"] == code
+        assert DOCUMENTED[code] == str(status)
     await assert_unharmed(served, caplog)
 
 
 async def test_gzip_bomb(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    import gzip
-
     body = gzip.compress(b" " * 50_000_000)
     got, answer = await served.post(COMPLETIONS, body, headers={"Content-Encoding": "gzip"})
     assert (got, answer["error"]["code"]) == (413, "body_too_large")
@@ -459,6 +599,7 @@ async def test_announced_size_is_refused_at_once(served: Served) -> None:
     [
         ("GET", "/v1/nope", 404, "route_not_found"),
         ("POST", "/", 404, "route_not_found"),
+        ("GET", "/docs", 404, "route_not_found"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
         ("GET", COMPLETIONS, 405, "method_not_allowed"),
         ("PUT", CHAT, 405, "method_not_allowed"),
@@ -475,3 +616,41 @@ async def test_routes_answer_in_json(served: Served, method: str, path: str, sta
 async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:
     async with served.http.head(served.url + COMPLETIONS) as response:
         assert (response.status, response.headers["Allow"]) == (405, "POST")
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("/chat/completions", "Is /v1/chat/completions meant?"),
+        ("/v1/v1/completions", "Is /v1/completions meant?"),
+        ("/models/", "Is /v1/models meant?"),
+        ("/", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /health"),
+        ("/docs", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /health"),
+    ],
+)
+async def test_a_wrong_route_is_told_the_right_one(served: Served, path: str, hint: str) -> None:
+    assert hint in (await served.post(path, completion()))[1]["error"]["message"]
+
+
+async def test_a_wrong_model_is_told_the_right_one(served: Served) -> None:
+    assert "served here, but org/tiny" in (await served.post(CHAT, chat(model="gpt-4")))[1]["error"]["message"]
+
+
+async def test_clients_recognise_a_prompt_that_is_too_long(served: Served) -> None:
+    """By its words: the beginning of the message is what they look for."""
+    long = [
+        (COMPLETIONS, completion(prompt="x" * 513)),
+        (COMPLETIONS, completion(prompt=[1] * 513)),
+        (COMPLETIONS, completion(prompt=["x", "x" * 600])),
+        (COMPLETIONS, completion(prompt="x" * 70_000)),
+        (COMPLETIONS, completion(max_tokens=512)),
+        (CHAT, chat({"role": "user", "content": "x" * 513})),
+        (CHAT, chat({"role": "user", "content": "x" * 70_000})),
+        (CHAT, chat(chat_template_kwargs={"extra": "x" * 1000, "times": 66})),
+    ]
+    for path, body in long:
+        status, answer = await served.post(path, body)
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        beginning = "prompt is too long: this model's maximum context length is 512 tokens; "
+        assert answer["error"]["message"].startswith(beginning), answer
+    assert "the chat template makes more than 65536 characters" in answer["error"]["message"]

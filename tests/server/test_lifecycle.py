@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from octavo.server.config import ServerConfig
+from octavo.server.metrics import Metrics
 from octavo.server.serve import open_socket, serve_engine
 from tests.server.conftest import Served, parse_events
 from tests.server.scripted_engine import ScriptedEngine
@@ -213,6 +214,71 @@ async def test_an_engine_that_dies_under_a_whole_answer(served: Served) -> None:
     assert "secret" not in answer["error"]["message"]
 
 
+async def test_a_call_that_comes_while_the_engine_dies_is_told(served: Served) -> None:
+    """Between the look at the engine and the core: its last words have gone out, to all but this
+    call.
+    """
+    engine = served.engine
+    core = engine.core
+
+    class Dying:
+        def __getattr__(self, name: str) -> object:
+            return getattr(core, name)
+
+        def add_call(self, *args: object, **kwargs: object) -> int:
+            engine.die("illegal memory access")
+            deadline = time.monotonic() + 60
+            while engine._thread.is_alive():
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            return core.add_call(*args, **kwargs)
+
+    engine.core = Dying()
+    status, answer = await asyncio.wait_for(served.post("/v1/completions", {"prompt": "Hi"}), 60)
+    assert (status, answer["error"]["code"]) == (503, "engine_dead")
+    assert engine.num_unfinished == 0
+
+
+async def test_retry_after_does_not_count_idle_time(served_narrowly: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that take 2 s one after the other, with an hour between the second and the third."""
+    metrics = Metrics(served_narrowly.engine)
+    clock = iter([102.0, 104.0, 3702.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    for arrival in (100.0, 100.5, 3700.0):
+        metrics.finished("stop", arrival)
+    monkeypatch.undo()
+    served_narrowly.engine.stats = lambda: {"num_requests_queued": 3.0}
+    assert metrics.retry_after() == 6
+    for _ in range(10):
+        metrics.finished("abort", 0.0)  # who leaves says nothing of how long an answer takes
+    assert metrics.retry_after() == 6
+
+
+async def test_parameters_are_counted_for_each_request(served: Served) -> None:
+    await served.post("/v1/completions", {"prompt": ["a", "b", "c"], "n": 2})
+    await served.post("/v1/completions", {"prompt": ["a", "b"], "max_tokens": 3})
+    await served.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]})
+    for name, count, total in (("n", 6, 9), ("max_tokens", 2, 6), ("prompt_tokens", 6, None)):
+        name = f"vllm:request_params_{name}" if total else f"vllm:request_{name}"
+        assert await served.metric(f"{name}_count") == count
+        assert total is None or await served.metric(f"{name}_sum") == total
+
+
+async def test_prompt_tokens_count_as_they_are_computed(served: Served) -> None:
+    """A prompt of 40 tokens, and then the eight of it that no whole block keeps."""
+    for _ in range(2):
+        await served.post("/v1/completions", {"prompt": [7] * 40, "max_tokens": 1})
+    stats = served.engine.stats()
+    assert (stats["prompt_tokens"], stats["computed_prompt_tokens"]) == (80, 48)
+
+
+@pytest.mark.parametrize("body", [{"prompt": ["a"] * 5}, {"prompt": ["a"] * 9}, {"prompt": ["a", "x" * 600]}])
+async def test_a_call_that_is_refused_counts_as_nothing_else(served_narrowly: Served, body: dict[str, object]) -> None:
+    assert (await served_narrowly.post("/v1/completions", body))[0] == 400
+    assert await served_narrowly.metric("vllm:request_success_total") == 0
+    assert await served_narrowly.metric("vllm:request_params_n_count") == 0
+
+
 async def test_stuck_engine_is_unhealthy(served: Served) -> None:
     served.engine.script.step_started_at = time.monotonic() - 61.0
     assert (await served.get("/health"))[0] == 503
@@ -259,7 +325,10 @@ async def streaming(process: Process, http: aiohttp.ClientSession, **fields: obj
     return response
 
 
-async def test_sigterm_drains(http: aiohttp.ClientSession, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_sigterm_drains(
+    http: aiohttp.ClientSession, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "octavo")
     process = Process(shutdown_timeout=30.0)
     await process.ready(http)
     assert f"curl {process.url}/v1/chat/completions" in capfd.readouterr().err
@@ -276,6 +345,22 @@ async def test_sigterm_drains(http: aiohttp.ClientSession, capfd: pytest.Capture
     events = parse_events((await response.read()).decode())
     assert events[-1] == "[DONE]"
     assert events[-2]["choices"][0]["finish_reason"] == "length"
+    assert await process.exit_code() == 0
+    assert "draining: 1 requests run and 0 wait, which have 30 s" in caplog.text
+    assert caplog.messages[-1] == "stopped"
+
+
+async def test_a_body_that_is_half_sent_is_told_of_the_end(http: aiohttp.ClientSession) -> None:
+    process = Process(shutdown_timeout=30.0)
+    await process.ready(http)
+    host, _, port = process.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+    await asyncio.sleep(0.2)  # until its handler waits for the rest
+    os.kill(os.getpid(), signal.SIGTERM)
+    answer = await asyncio.wait_for(reader.read(), 60)
+    assert answer.startswith(b"HTTP/1.1 503 ") and b"server_shutting_down" in answer and b"Retry-After" in answer
+    writer.close()
     assert await process.exit_code() == 0
 
 

@@ -13,8 +13,10 @@ import openai
 import pytest
 
 from octavo.engine.async_engine import ReplyStream
+from octavo.server.config import ServerConfig
 from octavo.server.openai.schemas import CompletionRequest
-from tests.server.conftest import Served
+from tests.server.conftest import Served, parse_events, serving
+from tests.server.scripted_engine import ScriptedEngine
 
 COMPLETION = {"prompt": "Hi", "max_tokens": 64}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -71,7 +73,7 @@ async def test_the_models_defaults_count_where_a_request_says_nothing(served: Se
         _, answer = await served.post(path, {**body, "max_tokens": 7, "temperature": 0.5})
         assert answer["usage"]["completion_tokens"] == 7
     for given, expected in ((None, 0.25), (0.0, 0.0), (0.5, 0.5)):
-        params = CompletionRequest(prompt="Hi", temperature=given).to_sampling_params(defaults)
+        params = CompletionRequest(temperature=given).to_sampling_params(defaults)
         assert (params.temperature, params.max_tokens) == (expected, 5)
     # A default that the prompt leaves no room for is cut, not refused.
     served.engine.generation_defaults = {"max_tokens": 500}
@@ -167,6 +169,68 @@ async def test_prompt_lists_streamed(served: Served, prompts: list[object]) -> N
             ends[choice["index"]] = choice["finish_reason"]
     assert set(texts.values()) == {"Hello world"}
     assert ends == dict.fromkeys(range(4), "stop")
+
+
+async def test_the_default_length_of_each_prompt_is_its_own(served: Served) -> None:
+    """A long prompt beside them does not cut the answers of the short ones."""
+    served.engine.script.answer = b"x" * 100
+    room = served.engine.core.longest_request
+    _, body = await served.post("/v1/completions", {"prompt": [[1] * (room - 3), [1] * 5, [1] * (room - 20)]})
+    lengths = [len(choice["text"]) for choice in body["choices"]]
+    assert lengths == [3, 16, 16]
+    status, _ = await served.post("/v1/completions", {"prompt": [[1] * (room - 3), [1] * 5], "max_tokens": 16})
+    assert status == 400  # what was asked for is not cut
+
+
+async def test_streams_of_a_prompt_list_are_written_as_others(served: Served) -> None:
+    """Lines for every reader, the same digits as in a whole answer, and what was cached in each
+    event.
+    """
+    served.engine.script.answer = "a\u2028b\u2029c\x85d".encode()
+    body = {"prompt": [[7] * 40, [8] * 40], "max_tokens": 12, "logprobs": 2}
+    _, whole = await served.post("/v1/completions", body)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    stream = {**body, "stream": True, "stream_options": options}
+    async with served.http.post(served.url + "/v1/completions", json=stream) as response:
+        text = (await response.read()).decode()
+    assert text.splitlines() == text.split("\n")[:-1]
+    *events, usage, done = parse_events(text)
+    assert done == "[DONE]" and usage["usage"]["prompt_tokens_details"]["cached_tokens"] == 64
+    assert all(event["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for event in events)
+    for choice in whole["choices"]:
+        parts = [event["choices"][0] for event in events if event["choices"][0]["index"] == choice["index"]]
+        assert "".join(part["text"] for part in parts) == choice["text"]
+        for name in ("token_logprobs", "top_logprobs"):
+            assert [value for part in parts for value in part["logprobs"][name]] == choice["logprobs"][name]
+
+
+async def test_a_prompt_list_that_waits_has_one_keep_alive(served_slowly: Served) -> None:
+    body = {**COMPLETION, "prompt": ["a", "b", "c", "d"], "stream": True}
+    served_slowly.engine.script.first_delay = 0.35
+    async with served_slowly.http.post(served_slowly.url + "/v1/completions", json=body) as response:
+        text = (await response.read()).decode()
+    before = text.partition("data:")[0]
+    assert 1 <= before.count(": keep-alive\n\n") <= 4 and before.replace(": keep-alive\n\n", "") == ""
+
+
+@pytest.mark.parametrize(("longest", "is_read"), [(200, True), (100, False)])
+async def test_text_is_read_as_far_as_the_longest_tokens_reach(longest: int, is_read: bool) -> None:
+    """70,000 characters may be 1,100 tokens: what is not read is refused for its characters alone."""
+
+    class Wide:
+        longest_token = longest
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    engine = ScriptedEngine()
+    tokenizer, engine.tokenizer = engine.tokenizer, Wide()  # type: ignore[assignment]
+    async for served in serving(engine, ServerConfig()):
+        chat = {"messages": [{"role": "user", "content": "x" * 70_000}]}
+        for path, body in (("/v1/completions", {"prompt": "x" * 70_000}), ("/v1/chat/completions", chat)):
+            status, answer = await served.post(path, body)
+            assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+            assert ("characters" in answer["error"]["message"]) != is_read, answer
 
 
 async def test_token_id_prompt(served: Served) -> None:

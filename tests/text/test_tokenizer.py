@@ -58,6 +58,13 @@ def test_every_pre_tokenizer_equals_its_pipeline(
     assert_equal_ids(make_pair(kind), (*corpus, *ODD_TEXTS))
 
 
+def test_the_longest_token(smollm2: Pair) -> None:
+    """Bytes that are no whole character count as one at most."""
+    ours, oracle = smollm2
+    texts = (oracle.decode([token], skip_special_tokens=False) for token in range(oracle.get_vocab_size()))
+    assert ours.longest_token == max(map(len, texts)) > 16
+
+
 def test_pre_tokenizers_differ(corpus: tuple[str, ...]) -> None:
     """The texts can tell the pre-tokenizers apart, so that the tests above can fail."""
     pre_tokenized = [
@@ -181,6 +188,23 @@ def test_parts_that_the_template_trims_and_completes(smollm2: Pair, content: str
     template = _core.ChatTemplate("{% for m in messages %}{{ m.content|trim }}|>\n<{{ m.content|trim }}{% endfor %}")
     ids = smollm2[0].encode_chat(template, json.dumps([{"role": "user", "content": content}])).token_ids
     assert not set(ids) & set(smollm2[0].special_tokens.values())
+
+
+def test_what_a_template_makes_of_the_messages_is_bounded() -> None:
+    """In characters; also where it writes a message again and again, or most of it by itself."""
+    tokenizer = _core.Tokenizer.bytes_only()
+    messages = json.dumps([{"role": "user", "content": "é😀x"}])
+    for source in (
+        "{% for _ in range(50) %}{{ messages[0].content }}{% endfor %}",
+        "x" * 147 + "{{ messages[0].content }}",
+    ):
+        template = _core.ChatTemplate(source)
+        rendered = template.render(messages)
+        assert len(rendered) == 150
+        assert len(tokenizer.encode_chat(template, messages, max_characters=150)) == len(rendered.encode())
+        with pytest.raises(_core.PromptTooLongError, match="makes more than 149 characters of the messages") as caught:
+            tokenizer.encode_chat(template, messages, max_characters=149)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
 def test_ordinary_chats_equal_the_tokenised_rendering(smollm2: Pair, smollm2_path: Path) -> None:

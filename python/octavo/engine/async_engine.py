@@ -38,6 +38,10 @@ TEXT_THREADS = 2
 """Threads for templates, tokenising and long answers. Their work is detached Rust: two keep two
 cores busy, and more gain nothing."""
 
+LONG_TEXT = 64 * 1024
+"""Characters from which a text waits for a thread of its own: tokenising takes a second for each one
+or two million, in which short texts must not stand behind it."""
+
 
 class ReplyStream:
     """The news of one call's reply. A call whose stream is closed before its end is aborted."""
@@ -105,6 +109,7 @@ class AsyncEngine:
         self._in_text = 0
         self._text_lock = threading.Lock()
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
+        self._long_text_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-long-text")
         self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -148,7 +153,8 @@ class AsyncEngine:
         """Tokenises off the loop. Special tokens written in the text count as special, as in vLLM's
         completions.
         """
-        return await self._detached(self._need_tokenizer().encode_text, text, add_special_tokens)
+        encode = functools.partial(self._need_tokenizer().encode_text, text, add_special_tokens)
+        return await self._detached(encode, len(text))
 
     async def encode_chat(
         self,
@@ -156,9 +162,10 @@ class AsyncEngine:
         tools_json: str | None = None,
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
+        max_characters: int | None = None,
     ) -> _core.Prompt:
         """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the
-        template refuses.
+        template refuses, `PromptTooLongError` where it makes more than max_characters.
         """
         encode = functools.partial(
             self._need_tokenizer().encode_chat,
@@ -167,8 +174,9 @@ class AsyncEngine:
             tools_json=tools_json,
             add_generation_prompt=add_generation_prompt,
             kwargs_json=kwargs_json,
+            max_characters=max_characters,
         )
-        return await self._detached(encode)
+        return await self._detached(encode, len(messages_json) + len(tools_json or "") + len(kwargs_json or ""))
 
     def submit(
         self,
@@ -188,6 +196,11 @@ class AsyncEngine:
         reply_id = self.core.add_call(
             prompts, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, reply_format=reply_format
         )
+        try:
+            self._check_alive()
+        except EngineDeadError:  # it ended meanwhile, and has told those it had: this call is not among them
+            self.core.abort(reply_id)
+            raise
         stream = self.streams[reply_id] = ReplyStream(self, reply_id)
         return stream
 
@@ -202,7 +215,8 @@ class AsyncEngine:
         """
         self._check_alive()
         self.attach_loop(asyncio.get_running_loop())
-        encoded = await self._detached(encode_prompt, prompt, self.tokenizer)
+        size = len(prompt) if isinstance(prompt, str) else 0
+        encoded = await self._detached(functools.partial(encode_prompt, prompt, self.tokenizer), size)
         room = self.max_model_len - len(encoded)
         params = sampling_params or SamplingParams.with_defaults(self.generation_defaults, {}).fitting(room)
         stream = self.submit([encoded], params.to_core(), priority=priority)
@@ -219,8 +233,8 @@ class AsyncEngine:
         finally:
             stream.close()
 
-    async def _detached(self, work: Callable[..., T], *args: object) -> T:
-        """Runs text work of one request on the pool. Such a request waits already: it counts
+    async def _detached(self, work: Callable[[], T], characters: int) -> T:
+        """Runs text work of one request beside the loop. Such a request waits already: it counts
         towards the queue's bound.
 
         Raises `OverloadedError` where the queue is full, `EngineDeadError`.
@@ -229,7 +243,7 @@ class AsyncEngine:
         self.core.check_queue(self._in_text)
         with self._text_lock:
             self._in_text += 1
-        job = self._text_pool.submit(work, *args)
+        job = (self._text_pool if characters <= LONG_TEXT else self._long_text_pool).submit(work)
         job.add_done_callback(self._text_done)
         return await asyncio.wrap_future(job)
 
@@ -309,5 +323,6 @@ class AsyncEngine:
             self._loop.remove_reader(self.core.fileno())
         self._loop = None
         self._text_pool.shutdown(wait=False)
+        self._long_text_pool.shutdown(wait=False)
         if not self._thread.is_alive():  # else a step still uses the memory
             self._engine.close()

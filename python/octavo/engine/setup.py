@@ -64,11 +64,11 @@ class StartupReport:
             f"device       {self.device}, {self.dtype} ({self.dtype_reason})",
             f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
             f"KV cache     {self.kv_bytes / 2**30:.2f} GiB, "
-            f"{self.num_blocks} blocks of {self.block_size} = {self.kv_tokens} tokens",
+            f"{self.num_blocks - 1} blocks of {self.block_size} = {self.kv_tokens} tokens",
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
             f"sampling     {self.sampling}",
-            f"ready in     {self.total_seconds:.1f} s",
+            f"set up in    {self.total_seconds:.1f} s",
         ]
 
 
@@ -155,7 +155,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         if config.max_model_len != AUTO_LENGTH:
             gib = num_blocks * runner.kv_layout.block_bytes / 2**30
             raise ValueError(
-                f"kv cache: {gib:.2f} GiB ({num_blocks} blocks) hold at most "
+                f"kv cache: {gib:.2f} GiB ({num_blocks - 1} blocks) hold at most "
                 f"{core.longest_request} tokens of one request, but max_model_len = {max_model_len}: "
                 f"lower --max-model-len (auto takes what fits), or raise {MEMORY_FLAG[device.type]}"
             )

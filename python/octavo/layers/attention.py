@@ -20,6 +20,15 @@ from octavo.layers.weight import Layer
 from octavo.model_config import ModelConfig
 
 
+def most_rows(num_kv_heads: int, device: torch.device) -> int | None:
+    """How many sequences a step's attention can take; None: any number."""
+    if device.type != "cuda":
+        return None
+    from octavo.kernels.arrivals import MAX_ARRIVALS  # loads Triton
+
+    return MAX_ARRIVALS // num_kv_heads - 1  # one row more is padding
+
+
 class Attention(Layer):
     """Multi-head attention with grouped keys and values, with a window where the config gives this
     layer one.

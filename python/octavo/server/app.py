@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from octavo.server.body import Bodies
 from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.metrics import Metrics
@@ -21,18 +22,18 @@ STUCK_AFTER = 60.0
 """Seconds in one step after which `/health` says that the engine hangs."""
 
 CALLS = web.AppKey("calls", CallServer)
+BODIES = web.AppKey("bodies", Bodies)
+METRICS = web.AppKey("metrics", Metrics)
 
 
 def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     """The application over a loaded engine. On start-up it has the engine watch the running loop."""
     metrics = Metrics(engine)
     calls = CallServer(engine, config, metrics)
-    routes = OpenAIRoutes(engine, config, metrics, calls)
-    app = web.Application(
-        middlewares=[json_errors(metrics), check_host_and_key(config)],
-        client_max_size=config.max_body_size,
-    )
-    app[CALLS] = calls
+    bodies = Bodies(config.max_body_size)
+    routes = OpenAIRoutes(engine, bodies, metrics, calls)
+    app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
+    app[CALLS], app[BODIES], app[METRICS] = calls, bodies, metrics
 
     async def health(_: web.Request) -> web.Response:
         """Alive and making progress; also while draining."""
@@ -50,8 +51,12 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     async def attach(_: web.Application) -> None:
         engine.attach_loop(asyncio.get_running_loop())
 
+    async def close(_: web.Application) -> None:
+        bodies.close()
+
     app.add_routes(routes.routes())
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
     app.on_response_prepare.append(add_headers)
     app.on_startup.append(attach)
+    app.on_cleanup.append(close)
     return app

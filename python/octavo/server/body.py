@@ -1,91 +1,216 @@
 """From the bytes of a request to a checked msgspec struct.
 
-Sizes and nesting are looked at before anything is parsed, since msgspec recurses, also through
-fields that nobody reads.
+Nothing is decoded before it was measured (`_core.measure_body`): objects are many times as large as
+their text, and no thread runs Python while they are made. What is left of a body that passes takes
+a few milliseconds. Large bodies are worked on beside the loop all the same.
 """
 
 import asyncio
-import itertools
 import re
-from typing import Any, TypeVar
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
+from aiohttp.streams import StreamReader
 
-from octavo.server.errors import ApiError, bad_request
+from octavo import _core
+from octavo.server.errors import ApiError, bad_request, body_refused, prompt_too_long, shutting_down
 
-T = TypeVar("T", bound=msgspec.Struct)
+S = TypeVar("S", bound=msgspec.Struct)
+T = TypeVar("T")
 
 MAX_DEPTH = 64
 MAX_FIELDS = 1000
+MAX_VALUES = 65_536
+"""Keys and values of all fields but a completion's `prompt`: 10 ms of decoding."""
 MAX_FIELD_BYTES = 256 * 1024
 """Of every field but the ones that carry the prompt."""
 BODY_TIMEOUT = 30.0
 """Seconds from the headers to the end of the body."""
 
-_BULKY = frozenset({"prompt", "messages", "tools"})
-_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STEP = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # +1 and -1 as signed bytes
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_SHORT = 32 * 1024
+"""Bytes of a body that are not worth the way to another thread."""
+_CLOSE = {"Connection": "close"}
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """The whole body. Raises `ApiError`: 400, 408, 413 or 415."""
-    if request.content_length is not None and request.content_length > limit:
-        raise _too_large(limit)
-    if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
-        raise ApiError(415, "unsupported_charset", "The body must be UTF-8.")
-    encoding = request.headers.get("Content-Encoding", "identity").lower()
-    if encoding not in ("identity", "gzip", "deflate"):
-        raise ApiError(415, "unsupported_encoding", "Content-Encoding must be identity, gzip or deflate.")
-    try:
-        return await asyncio.wait_for(request.read(), BODY_TIMEOUT)
-    except asyncio.TimeoutError:
-        request.content.feed_eof()  # else aiohttp reads on, for politeness
-        message = f"The body did not arrive within {BODY_TIMEOUT:.0f} s."
-        raise ApiError(408, "body_timeout", message, headers={"Connection": "close"}) from None
-    except web.HTTPRequestEntityTooLarge:
-        raise _too_large(limit) from None
-    except web.RequestPayloadError:
-        request.content.feed_eof()  # else aiohttp reads on, for politeness, and logs the same error as its own
-        what = "chunked" if encoding == "identity" else encoding
-        message = f"The body is not valid {what} data."
-        raise ApiError(400, "invalid_encoding", message, headers={"Connection": "close"}) from None
+class Bodies:
+    """Reads bodies, and has the large ones worked on by a thread of its own, one after the other."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-body")
+        self._uploads: set[StreamReader] = set()
+        self._refuses = False
+
+    async def read(self, request: web.Request) -> bytes:
+        """The whole body, unpacked. Raises `ApiError`: 400, 408, 413, 415 or 503."""
+        if request.content_length is not None and request.content_length > self._limit:
+            raise _too_large(self._limit)
+        if (request.charset or "utf-8").lower() not in ("utf-8", "utf8"):
+            raise ApiError(415, "unsupported_charset", "The body must be UTF-8.")
+        encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+        if encoding not in ("identity", "gzip", "deflate"):
+            raise ApiError(415, "unsupported_encoding", "Content-Encoding must be identity, gzip or deflate.")
+        body = await self._receive(request)
+        if encoding == "identity":
+            return body
+        return await self._beside(lambda: unpack(body, encoding, self._limit))
+
+    async def work(self, size: int, do: Callable[[], T]) -> T:
+        """Runs what takes as long as a body of `size` bytes is large, beside the loop unless that is
+        short.
+        """
+        return do() if size < _SHORT else await self._beside(do)
+
+    def refuse_uploads(self) -> None:
+        """Ends the requests whose bodies are still on their way, and those that come, with 503."""
+        self._refuses = True
+        for content in self._uploads:
+            content.set_exception(shutting_down(close=True))
+
+    def close(self) -> None:
+        """Gives the thread back."""
+        self._thread.shutdown(wait=False)
+
+    async def _receive(self, request: web.Request) -> bytes:
+        content = request.content
+        if self._refuses and not content.is_eof():
+            raise shutting_down(close=True)
+        late = ApiError(408, "body_timeout", f"The body did not arrive within {BODY_TIMEOUT:.0f} s.", headers=_CLOSE)
+        # Whoever ends the upload early does so by an exception at its reader: this one, the
+        # connection (bytes that are no HTTP), or `refuse_uploads`.
+        timer = asyncio.get_running_loop().call_later(BODY_TIMEOUT, content.set_exception, late)
+        self._uploads.add(content)
+        pieces, size = [], 0
+        try:
+            # Not `request.read`, which copies the body twice and keeps it until the answer has ended.
+            while piece := await content.readany():
+                pieces.append(piece)
+                size += len(piece)
+                if size > self._limit:
+                    content.set_exception(_too_large(self._limit))  # raised by the next look
+            return b"".join(pieces)
+        except web.RequestPayloadError:
+            content.feed_eof()  # else aiohttp reads on, for politeness, and logs the same error as its own
+            raise _not(400, "chunked") from None
+        except ApiError:
+            content.feed_eof()
+            raise
+        finally:
+            timer.cancel()
+            self._uploads.discard(content)
+
+    async def _beside(self, do: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, do)
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, "body_too_large", f"The body may have at most {limit} bytes.", headers={"Connection": "close"})
+    return ApiError(413, "body_too_large", f"The body may have at most {limit} bytes.", headers=_CLOSE)
 
 
-def nesting(body: bytes) -> int:
-    """How deep the brackets outside of strings go, in a few passes of C code."""
-    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
-        return 0  # cannot be too deep: the usual case
-    unescaped = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-    outside = b"".join(unescaped.split(b'"')[::2])
-    steps = memoryview(outside.translate(_STEP, _NOT_BRACKETS)).cast("b")
-    return max(itertools.accumulate(steps), default=0)
+def _not(status: int, encoding: str) -> ApiError:
+    return ApiError(status, "invalid_encoding", f"The body is not valid {encoding} data.", headers=_CLOSE)
 
 
-def decode(struct: type[T], body: bytes, unsupported: dict[str, tuple[Any, ...]]) -> tuple[T, int]:
-    """The struct, and the number of fields that it does not know (they are accepted and ignored).
-
-    unsupported: fields that would change the answer if they worked, with the values that change
-    nothing, besides null. Raises `ApiError` 400.
+def unpack(packed: bytes, encoding: str, limit: int) -> bytes:
+    """What was compressed: one stream, whole, and nothing behind it. Raises `ApiError`: 400, or 413
+    where that is over `limit` bytes.
     """
-    if nesting(body) > MAX_DEPTH:
-        raise bad_request(f"The JSON is nested more than {MAX_DEPTH} deep.", code="json_too_deep")
+    # Some write what HTTP calls deflate without the two bytes that begin it.
+    bits = 31 if encoding == "gzip" else 15 if packed[:1] and packed[0] & 15 == 8 else -15
+    stream = zlib.decompressobj(bits)
     try:
-        fields = _FIELDS.decode(body)
-        if len(fields) > MAX_FIELDS:
-            raise bad_request(f"The object has {len(fields)} fields; at most {MAX_FIELDS} are allowed.")
-        for name, raw in fields.items():
-            if name not in _BULKY and memoryview(raw).nbytes > MAX_FIELD_BYTES:
-                raise bad_request(f"{name[:100]}: at most {MAX_FIELD_BYTES} bytes are allowed.", name[:100])
-            if name in unsupported and not _harmless(msgspec.json.decode(raw), unsupported[name]):
-                raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
-        known = set(struct.__struct_fields__)
-        return msgspec.json.decode(body, type=struct), sum(name not in known for name in fields)
+        body = stream.decompress(packed, limit + 1)
+    except zlib.error:
+        raise _not(400, encoding) from None
+    if len(body) > limit:
+        raise _too_large(limit)
+    if not stream.eof or stream.unused_data:
+        raise _not(400, encoding)
+    return body
+
+
+@dataclass(frozen=True)
+class Form(Generic[S]):
+    """What the body of a route may look like."""
+
+    struct: type[S]
+    bulky: frozenset[str]
+    """Fields that carry the prompt, with no limit but those of the whole."""
+    prompt_text: frozenset[str]
+    """Fields whose text may all become part of the prompt."""
+    unsupported: Mapping[str, tuple[Any, ...]]
+    """Fields that would change the answer if they worked, with the values that change nothing,
+    besides null.
+    """
+
+
+@dataclass(frozen=True)
+class Parsed(Generic[S]):
+    """A body that was decoded."""
+
+    request: S
+    prompts: tuple[slice, ...]
+    """Where in the body `prompt` has its value, which `_core.read_prompts` decodes. The last counts."""
+    ignored: tuple[str, ...]
+    """Names of the fields that nobody knows."""
+
+
+def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) -> Parsed[S]:
+    """Measures and decodes a body. Raises `ApiError` 400.
+
+    max_characters: of all text that may become part of the prompt.
+    """
+    fields = _measure(body)
+    text = sum(field.text for field in fields if field.name in form.prompt_text)
+    if text > max_characters:
+        what = f"messages and tools have {text} characters, more than the {max_characters} that are read."
+        raise prompt_too_long(max_model_len, what, "messages")
+    for field in fields:
+        name = field.name
+        if name not in form.bulky and field.value.stop - field.value.start > MAX_FIELD_BYTES:
+            raise bad_request(f"{name[:100]}: at most {MAX_FIELD_BYTES} bytes are allowed.", name[:100])
+        if name in form.unsupported and not _harmless(_json(body[field.value]), form.unsupported[name]):
+            raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
+    known = {*form.struct.__struct_fields__, *form.bulky, *form.unsupported}
+    ignored = tuple(field.name for field in fields if field.name not in known)
+    prompts = tuple(field.value for field in fields if field.name == "prompt" and "prompt" in form.bulky)
+    return Parsed(_json(_without(body, prompts), form.struct), prompts, ignored)
+
+
+@dataclass(frozen=True)
+class _Field:
+    name: str
+    value: slice
+    text: int
+
+
+def _measure(body: bytes) -> list[_Field]:
+    try:
+        measured, _ = _core.measure_body(
+            body, max_depth=MAX_DEPTH, max_fields=MAX_FIELDS, max_values=MAX_VALUES, uncounted="prompt"
+        )
+    except _core.RefusedError as error:
+        raise body_refused(error) from None
+    return [_Field(_json(body[slice(*name)], str), slice(*value), text) for name, value, text in measured]
+
+
+def _without(body: bytes, values: tuple[slice, ...]) -> bytes:
+    """The body with null for each of the values."""
+    pieces, at = [], 0
+    for value in values:
+        pieces += [body[at : value.start], b"null"]
+        at = value.stop
+    return b"".join([*pieces, body[at:]])
+
+
+def _json(text: bytes, kind: Any = Any) -> Any:
+    try:
+        return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
         raise from_validation(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

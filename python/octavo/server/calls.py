@@ -6,11 +6,11 @@ the answer looks like is the protocol's affair, in Rust: bytes come from there a
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from octavo import _core
 from octavo.errors import EngineDeadError
@@ -90,9 +90,11 @@ class Call:
 
     id: str
     prompts: list[_core.Prompt]
-    prompt_field: str
-    """What its request calls the prompt, for refusals."""
+    names: Mapping[str, str]
+    """What its request calls the core's fields, for refusals."""
     params: SamplingParams
+    max_tokens: int | None
+    """What the client asked for; else that of `params` is a default, which gives way to what fits."""
     reply_format: _core.ReplyFormat
     stream: bool
     priority: int
@@ -117,7 +119,9 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
-    def refusal(self, error: ValueError | _core.OverloadedError | EngineDeadError, prompt_field: str) -> ApiError:
+    def refusal(
+        self, error: ValueError | _core.OverloadedError | EngineDeadError, names: Mapping[str, str]
+    ) -> ApiError:
         """The 429 for a call that found the queue full, or the 400 for one that can never be
         served.
         """
@@ -125,7 +129,7 @@ class CallServer:
             return engine_dead()
         if isinstance(error, _core.OverloadedError):
             return overloaded(str(error), self._metrics.retry_after())
-        return refused(error, prompt_field)
+        return refused(error, names)
 
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
@@ -133,7 +137,7 @@ class CallServer:
         self.active += 1
         try:
             reply = self._submit(call)
-            self._metrics.accepted(call.params.n, call.params.max_tokens)
+            self._metrics.accepted(len(call.prompts), call.params.n, call.max_tokens)
             times = CallTimes(self._metrics, call.arrival, len(call.prompts))
             try:
                 if call.stream:
@@ -150,13 +154,13 @@ class CallServer:
         try:
             return self._engine.submit(
                 call.prompts,
-                call.params.to_core(),
+                call.params.to_core(max_tokens_is_default=call.max_tokens is None),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 reply_format=call.reply_format,
             )
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self.refusal(error, call.prompt_field) from None
+            raise self.refusal(error, call.names) from None
 
     async def _next(self, reply: "ReplyStream", times: CallTimes) -> _core.ReplyDelta:
         """The next delta, counted as it is taken: a client that leaves meanwhile does not undo it."""
@@ -175,6 +179,8 @@ class CallServer:
         self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers=SSE_HEADERS)
+        if request.version < HttpVersion11:
+            response.force_close()  # without chunks it is the end of the connection that ends a stream
         await response.prepare(request)
         events = EventWriter(request, response, self._config.sse_keep_alive_interval)
         try:

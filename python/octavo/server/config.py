@@ -4,6 +4,8 @@ import dataclasses
 
 from octavo.options import option, parse_bytes, parse_count
 
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerConfig:
@@ -19,6 +21,8 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests may take to finish after SIGTERM.", parse=float
     )
+    log_level: str = option("info", "What is logged: from this level on.", choices=LOG_LEVELS)
+    access_log: bool = option(False, "Log a line for each answer. Refusals have theirs in any case.")
     sse_keep_alive_interval: float = option(
         15.0, "Seconds between comment lines while a stream waits for its first token.", parse=float
     )
@@ -36,5 +40,7 @@ class ServerConfig:
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field} = {value}: must be from {low} to {high}")
+        if self.log_level not in LOG_LEVELS:
+            raise ValueError(f"log_level = {self.log_level!r}: must be one of {', '.join(LOG_LEVELS)}")
         if any(len(key) < 1 for key in self.api_key):
             raise ValueError("api_key: a key must not be empty")

@@ -6,6 +6,7 @@ field, its value and the limit, and never paths, addresses or tracebacks. A requ
 again must not be a 5xx: OpenAI's clients retry those.
 """
 
+import re
 from collections.abc import Mapping
 
 from aiohttp import web
@@ -64,16 +65,35 @@ def bad_request(message: str, param: str | None = None, code: str = "invalid_val
     return ApiError(400, code, message, param=param)
 
 
-def refused(error: ValueError, prompt_field: str) -> ApiError:
+def bad_http(what: str = "") -> ApiError:
+    """A 400 for bytes that are no HTTP request."""
+    return ApiError(400, "bad_http", f"Not a valid HTTP request{': ' + what if what else ''}.")
+
+
+def prompt_too_long(max_model_len: int, what: str, param: str) -> ApiError:
+    """A 400 in the words by which clients recognise that the context is full."""
+    limit = f"this model's maximum context length is {max_model_len} tokens"
+    return bad_request(f"prompt is too long: {limit}; {what}", param, "context_length_exceeded")
+
+
+def body_refused(error: _core.RefusedError) -> ApiError:
+    """A 400 for what `_core.measure_body` and `_core.read_prompts` would not take."""
+    return bad_request(str(error), error.param, error.code)
+
+
+def refused(error: ValueError, names: Mapping[str, str]) -> ApiError:
     """A 400 for what the core would not take, or a check on the way to it.
 
-    prompt_field: what the request calls the prompt, which the core knows as `prompt`. It is also
-    meant where the error names no field.
+    names: what the request calls the core's fields, where that is something else. An error that
+    names no field is about the prompt.
     """
-    if not isinstance(error, _core.RefusedError):
-        return bad_request(str(error), prompt_field)
-    param = prompt_field if error.param in (None, "prompt") else error.param
-    return bad_request(str(error), param, error.code)
+    param = (error.param if isinstance(error, _core.RefusedError) else None) or "prompt"
+    message = str(error)
+    for ours, theirs in names.items():
+        if ours != "prompt":  # an ordinary word, too
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+    code = error.code if isinstance(error, _core.RefusedError) else "invalid_value"
+    return bad_request(message, names.get(param, param), code)
 
 
 def overloaded(message: str, retry_after: int) -> ApiError:
@@ -81,9 +101,10 @@ def overloaded(message: str, retry_after: int) -> ApiError:
     return ApiError(429, "queue_full", message, headers={"Retry-After": str(retry_after)})
 
 
-def shutting_down() -> ApiError:
-    """503 while the server drains."""
-    return ApiError(503, "server_shutting_down", "The server is shutting down.", headers={"Retry-After": "5"})
+def shutting_down(*, close: bool = False) -> ApiError:
+    """503 while the server drains; `close`: on a connection whose request has not come whole."""
+    headers = {"Retry-After": "5"} | ({"Connection": "close"} if close else {})
+    return ApiError(503, "server_shutting_down", "The server is shutting down.", headers=headers)
 
 
 def internal_error() -> ApiError:

@@ -8,6 +8,8 @@ token.
 """
 
 import bisect
+import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -19,9 +21,12 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from octavo import _core
+from octavo.server.log import one_line
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger(__name__)
 
 # Bounds in seconds and tokens; vLLM's, rounded to fewer.
 _LATENCY = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 60.0, 120.0, 240.0, 480.0)
@@ -68,6 +73,7 @@ _BETWEEN_TOKENS = (
 )
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 _CHOICES = (1, 2, 5, 10, 20, 50, 100)
+_NAMED_FIELDS = 100  # of the ignored fields this many are named in the log: clients choose the names
 
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From arrival to the first token.", _FIRST_TOKEN),
@@ -80,8 +86,8 @@ _HISTOGRAMS = {
     "request_inference_time_seconds": ("From the first step to the last token.", _LATENCY),
     "request_prompt_tokens": ("Tokens of the prompt.", _TOKENS),
     "request_generation_tokens": ("Tokens put out.", _TOKENS),
-    "request_params_max_tokens": ("max_tokens of requests that set it.", _TOKENS),
-    "request_params_n": ("Choices asked for.", _CHOICES),
+    "request_params_max_tokens": ("max_tokens of requests whose client set it.", _TOKENS),
+    "request_params_n": ("Choices that a request asks for.", _CHOICES),
 }
 
 _GAUGES = {
@@ -145,7 +151,7 @@ class CallTimes:
         if request.finish_reason is None or request.index not in self._running:
             return
         self._running.remove(request.index)
-        self._metrics.finished(request.finish_reason)
+        self._metrics.finished(request.finish_reason, self._arrival)
         histograms["request_prompt_tokens"].observe(request.num_prompt_tokens)
         histograms["request_generation_tokens"].observe(request.num_output_tokens)
         if first > 0.0:
@@ -164,7 +170,7 @@ class CallTimes:
         another one failed.
         """
         for _ in self._running:
-            self._metrics.finished("abort")
+            self._metrics.finished("abort", self._arrival)
         self._running.clear()
 
 
@@ -178,29 +184,41 @@ class Metrics(Collector):
         self.finish_reasons: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
         self.errors: Counter[str] = Counter()
         self.unknown_fields = 0
-        self._finish_times: deque[float] = deque(maxlen=64)
+        self._named: set[str] = set()
+        self._service_times: deque[float] = deque(maxlen=64)
+        self._last_finish = 0.0
         self._registry.register(self)
 
-    def accepted(self, n: int, max_tokens: int | None) -> None:
-        """A call was taken in."""
-        self.histograms["request_params_n"].observe(n)
+    def accepted(self, requests: int, n: int, max_tokens: int | None) -> None:
+        """A call was taken in: so many requests, each of `n` choices with what the client set."""
+        self.histograms["request_params_n"].observe(n, requests)
         if max_tokens is not None:
-            self.histograms["request_params_max_tokens"].observe(max_tokens)
+            self.histograms["request_params_max_tokens"].observe(max_tokens, requests)
 
-    def finished(self, reason: str) -> None:
-        """A request ended."""
+    def ignored(self, fields: tuple[str, ...]) -> None:
+        """A request had fields that nobody knows."""
+        self.unknown_fields += len(fields)
+        for field in fields:
+            if field not in self._named and len(self._named) < _NAMED_FIELDS:
+                self._named.add(field)
+                logger.warning("requests have the field %s, which is ignored", one_line(field))
+
+    def finished(self, reason: str, arrival: float) -> None:
+        """A request ended that had arrived at `arrival` (monotonic clock)."""
         self.finish_reasons[reason] += 1
-        self._finish_times.append(time.monotonic())
+        if reason != "abort":
+            now = time.monotonic()
+            # Before it arrived the server may have been idle.
+            self._service_times.append(now - max(self._last_finish, arrival))
+            self._last_finish = now
 
     def retry_after(self) -> int:
-        """Seconds until the queue, at the rate of the last requests, will have drained: from 1 to
-        60.
+        """Seconds until the queue, at the rate at which the last requests ended while there were
+        any, will have drained: from 1 to 60.
         """
         waiting = self._engine.stats().get("num_requests_queued", 0.0)
-        if len(self._finish_times) < 2:
-            return 1
-        rate = (len(self._finish_times) - 1) / max(time.monotonic() - self._finish_times[0], 1e-3)
-        return int(min(60, max(1, waiting / rate)))
+        seconds_each = sum(self._service_times) / max(1, len(self._service_times))
+        return int(min(60, max(1, math.ceil(waiting * seconds_each))))
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""

@@ -8,13 +8,15 @@ import hmac
 import ipaddress
 import logging
 import re
+import time
 import uuid
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError, internal_error
+from octavo.server.errors import ApiError, bad_http, internal_error
+from octavo.server.log import log_answer, log_refusal, one_line
 from octavo.server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -25,41 +27,80 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 needs one, also those that are added later.
 """
 
-_CODES = {404: "route_not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_CODES = {
+    404: "route_not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    417: "unknown_expectation",
+}
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The client's `X-Request-Id`, or one of ours if that is none or odd."""
+    given = request.headers.get("X-Request-Id", "")
+    return given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    """Before the headers go out: they carry the client's `X-Request-Id`, or one of ours if that is
-    none or odd.
-    """
-    given = request.headers.get("X-Request-Id", "")
-    known = re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given)
+    """Before the headers go out."""
     response.headers["Server"] = "octavo"  # rather than the versions of Python and aiohttp
-    response.headers["X-Request-Id"] = given if known else uuid.uuid4().hex
+    response.headers.setdefault("X-Request-Id", request_id(request))
 
 
-def json_errors(metrics: Metrics) -> Middleware:
-    """Turns whatever a handler raises into the error contract. A client that left is not an error."""
+def json_errors(metrics: Metrics, *, access_log: bool) -> Middleware:
+    """Turns whatever a handler raises into the error contract, and logs it. A client that left is
+    not an error.
+
+    access_log: whether each answer leaves a line, and not refusals alone.
+    """
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        arrival = time.monotonic()
         try:
-            return await handler(request)
+            response = await handler(request)
         except ApiError as error:
             failure = error
         except web.HTTPException as error:
-            allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-            text = f"{request.method} {request.path[:100]}: {error.reason}"
-            failure = ApiError(error.status, _CODES.get(error.status, "http_error"), text, headers=allow)
+            failure = from_http(error, request)
         except (asyncio.CancelledError, ConnectionError):
+            if access_log:
+                log_answer(request, None, time.monotonic() - arrival)
             raise
         except Exception:
-            logger.exception("%s %s failed", request.method, request.path[:100])
+            logger.exception("%s failed", one_line(f"{request.method} {request.path}"))
             failure = internal_error()
+        else:
+            if access_log:
+                log_answer(request, response.status, time.monotonic() - arrival)
+            return response
         metrics.errors[failure.code] += 1
-        return failure.response()
+        response = failure.response()
+        response.headers["X-Request-Id"] = request_id(request)
+        log_refusal(failure, request.method, request.path, response.headers["X-Request-Id"])
+        return response
 
     return middleware
+
+
+def from_http(error: web.HTTPException, request: web.BaseRequest) -> ApiError:
+    """An error of aiohttp's in our shape: the wrong route or method, or an `Expect` that nobody
+    knows.
+    """
+    headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
+    text = f"{request.method} {request.path[:100]}: {error.reason}"
+    if error.status == 404 and isinstance(request, web.Request):
+        text += f". {_route_hint(request)}"
+    return ApiError(error.status, _CODES.get(error.status, "http_error"), text, headers=headers)
+
+
+def _route_hint(request: web.Request) -> str:
+    """Which route may be meant: clients leave out `/v1`, or write it twice."""
+    routes = [resource.canonical for resource in request.app.router.resources()]
+    meant = [route for route in routes if request.path.rstrip("/").endswith(route.removeprefix("/v1"))]
+    if meant:
+        return f"Is {max(meant, key=len)} meant?"
+    return f"The routes are {', '.join(route for route in routes if '{' not in route)}."
 
 
 def check_host_and_key(config: ServerConfig) -> Middleware:
@@ -73,6 +114,8 @@ def check_host_and_key(config: ServerConfig) -> Middleware:
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.version >= HttpVersion11 and len(request.headers.getall("Host", ())) != 1:
+            raise bad_http("exactly one Host header is needed")
         if local_only and not _is_local_name(request.headers.get("Host", ""), allowed):
             raise ApiError(403, "host_not_allowed", "This Host is not answered; see --allowed-hosts.")
         if digests and request.path not in OPEN_PATHS and not _has_key(request, digests):

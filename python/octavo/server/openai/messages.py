@@ -11,6 +11,7 @@ from octavo import chat
 from octavo.server.body import from_validation
 from octavo.server.errors import bad_request
 from octavo.server.openai.schemas import ChatCompletionRequest
+from octavo.server.openai.tool_schema import check_schema
 
 _RESERVED_KWARGS = frozenset(
     (
@@ -50,6 +51,10 @@ def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | N
         raise bad_request(str(error), error.param, error.code) from None
     except msgspec.ValidationError as error:
         raise from_validation(str(error)) from None
+    for index, tool in enumerate(request.tools or ()):
+        parameters = msgspec.json.decode(tool)["function"].get("parameters")
+        if parameters is not None:
+            check_schema(parameters, f"tools[{index}].function.parameters")
     return tools if takes_tools else None
 
 

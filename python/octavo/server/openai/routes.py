@@ -4,11 +4,12 @@ A request becomes a `Call` here: body, struct, checks, prompts (tokenised off th
 answers it.
 """
 
+import functools
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -16,13 +17,13 @@ from aiohttp import web
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.sampling_params import SamplingParams
-from octavo.server.body import decode, read_body
+from octavo.server.body import Bodies, Form, Parsed, decode
 from octavo.server.calls import Call, CallServer
-from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError, bad_request
+from octavo.server.errors import ApiError, bad_request, body_refused, prompt_too_long
 from octavo.server.metrics import Metrics
 from octavo.server.openai.messages import template_kwargs, template_messages, template_tools
 from octavo.server.openai.schemas import (
+    MAX_PROMPTS,
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     ChatCompletionRequest,
@@ -34,36 +35,68 @@ if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
 
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
+T = TypeVar("T")
 
 _ANY_MODEL = frozenset({"", "dummy", "tgi"})
 """What clients of single-model servers put where a name must be."""
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(Generic[R]):
     """Where the two routes that generate differ."""
 
+    form: Form[R]
     prompt_field: str
     """What a request calls its prompt."""
     id_prefix: str
     reply_format: Callable[..., _core.ReplyFormat]
 
 
-COMPLETION = Kind("prompt", "cmpl-", _core.ReplyFormat.openai_completion)
-CHAT = Kind("messages", "chatcmpl-", _core.ReplyFormat.openai_chat)
+COMPLETION = Kind(
+    Form(CompletionRequest, frozenset({"prompt"}), frozenset(), UNSUPPORTED_COMPLETION),
+    "prompt",
+    "cmpl-",
+    _core.ReplyFormat.openai_completion,
+)
+CHAT = Kind(
+    Form(
+        ChatCompletionRequest,
+        frozenset({"messages", "tools"}),
+        frozenset({"messages", "tools", "chat_template_kwargs"}),
+        UNSUPPORTED_CHAT,
+    ),
+    "messages",
+    "chatcmpl-",
+    _core.ReplyFormat.openai_chat,
+)
+
+
+MAX_CALL_CONTEXTS = 256
+"""The prompts of one call together are as long as so many prompts of the model's length."""
+_ALWAYS_READ = 64 * 1024
+"""Characters that are tokenised whatever the model's length, to say how many tokens they are."""
+
+
+@dataclass(frozen=True)
+class ChatText:
+    """What the chat template gets, as JSON."""
+
+    messages: str
+    tools: str | None
+    kwargs: str | None
 
 
 class OpenAIRoutes:
     """The handlers."""
 
-    def __init__(self, engine: "AsyncEngine", config: ServerConfig, metrics: Metrics, calls: CallServer) -> None:
+    def __init__(self, engine: "AsyncEngine", bodies: Bodies, metrics: Metrics, calls: CallServer) -> None:
         self._calls = calls
         self._engine = engine
-        self._config = config
+        self._bodies = bodies
         self._metrics = metrics
         self._names = engine.config.served_model_name or (engine.model_name,)
-        self._longest = min(engine.max_model_len, engine.core.longest_request)
-        self._max_characters = max(64 * 1024, 16 * engine.max_model_len)
+        longest_token = 0 if engine.tokenizer is None else engine.tokenizer.longest_token
+        self._max_characters = max(_ALWAYS_READ, engine.max_model_len * longest_token)
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -105,52 +138,112 @@ class OpenAIRoutes:
 
     def _unknown_model(self, name: str) -> ApiError:
         shown = name if len(name) <= 100 else name[:100] + "..."
-        return ApiError(404, "model_not_found", f"The model {shown!r} is not served here.", param="model")
+        served = ", ".join(self._names)
+        return ApiError(404, "model_not_found", f"The model {shown!r} is not served here, but {served}.", param="model")
 
     # ---- generation ------------------------------------------------------------------------------
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
         arrival = time.monotonic()
-        parsed = await self._parse(request, CompletionRequest, UNSUPPORTED_COMPLETION)
-        given = parsed.prompts()
-        check_choices(len(given), parsed.n or 1)
+        read, given = await self._read(request, self._read_completion)
+        self._metrics.ignored(read.ignored)
+        parsed = read.request
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)
-            prompts = [await self._encode(prompt, parsed.add_special_tokens is not False) for prompt in given]
-            if parsed.max_tokens is None:
-                params = params.fitting(self._longest - max(map(len, prompts)))
+            prompts = await self._encode(given, parsed.add_special_tokens is not False)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, COMPLETION.prompt_field) from None
+            raise self._calls.refusal(error, _names(COMPLETION, parsed)) from None
         return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival))
+
+    async def _read(self, request: web.Request, read: Callable[[bytes], T]) -> T:
+        """What `read` makes of the body, which nobody keeps."""
+        self._calls.check_open()
+        body = await self._bodies.read(request)
+        return await self._bodies.work(len(body), functools.partial(read, body))
+
+    def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
+        parsed = self._decode(COMPLETION, body)
+        if not parsed.prompts:
+            raise bad_request("prompt: this field is required.", "prompt", "missing_required_parameter")
+        prompts: list[str | _core.Prompt] = []
+        for value in parsed.prompts:
+            try:
+                prompts = _core.read_prompts(
+                    body,
+                    value.start,
+                    value.stop,
+                    max_prompts=MAX_PROMPTS,
+                    max_tokens=self._engine.max_model_len,
+                    max_characters=self._max_characters,
+                )
+            except _core.RefusedError as error:
+                raise body_refused(error) from None
+        check_choices(len(prompts), parsed.request.n or 1)
+        return parsed, prompts
+
+    async def _encode(self, given: list[str | _core.Prompt], add_special_tokens: bool) -> list[_core.Prompt]:
+        """The prompts as tokens. A call that cannot be taken is refused before any of them."""
+        most = self._engine.config.max_waiting
+        if len(given) > most:
+            raise bad_request(f"prompt: {len(given)} prompts, at most max_waiting = {most} can wait.", "prompt")
+        self._engine.core.check_queue(len(given) - 1)
+        prompts, num_tokens, most_tokens = [], 0, MAX_CALL_CONTEXTS * self._engine.max_model_len
+        for prompt in given:
+            if isinstance(prompt, str):
+                encoded = await self._engine.encode_text(prompt, add_special_tokens)
+                if len(encoded) > self._engine.max_model_len:
+                    raise prompt_too_long(self._engine.max_model_len, f"the prompt has {len(encoded)}.", "prompt")
+            else:
+                encoded = prompt
+            if len(encoded) == 0:
+                raise bad_request("prompt: must have at least one token.", "prompt")
+            prompts.append(encoded)
+            num_tokens += len(encoded)
+            if num_tokens > most_tokens:
+                raise bad_request(f"prompt: at most {most_tokens} tokens over all prompts of a call.", "prompt")
+        return prompts
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         arrival = time.monotonic()
-        parsed = await self._parse(request, ChatCompletionRequest, UNSUPPORTED_CHAT)
-        messages = template_messages(parsed)
-        self._check_characters(sum(len(message["content"]) for message in messages), "messages")
-        template = self._engine.chat_template
-        tools = template_tools(parsed, template is None or template.takes_tools)
-        kwargs = template_kwargs(parsed.chat_template_kwargs)
+        read, text = await self._read(request, self._read_chat)
+        self._metrics.ignored(read.ignored)
+        parsed = read.request
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)
             prompt = await self._engine.encode_chat(
-                msgspec.json.encode(messages).decode(),
-                tools,
+                text.messages,
+                text.tools,
                 add_generation_prompt=parsed.add_generation_prompt is not False,
-                kwargs_json=kwargs,
+                kwargs_json=text.kwargs,
+                max_characters=self._max_characters,
             )
-            if parsed.max_tokens is None and parsed.max_completion_tokens is None:
-                params = params.fitting(self._longest - len(prompt))
+        except _core.PromptTooLongError as error:  # what the template makes of them
+            raise prompt_too_long(self._engine.max_model_len, str(error), "messages") from None
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, CHAT.prompt_field) from None
+            raise self._calls.refusal(error, _names(CHAT, parsed)) from None
         return await self._calls.serve(request, self._call(CHAT, parsed, [prompt], params, arrival))
+
+    def _read_chat(self, body: bytes) -> tuple[Parsed[ChatCompletionRequest], ChatText]:
+        parsed = self._decode(CHAT, body)
+        chat = parsed.request
+        messages = msgspec.json.encode(template_messages(chat)).decode()
+        template = self._engine.chat_template
+        tools = template_tools(chat, template is None or template.takes_tools)
+        return parsed, ChatText(messages, tools, template_kwargs(chat.chat_template_kwargs))
+
+    def _decode(self, kind: Kind[R], body: bytes) -> Parsed[R]:
+        """What both routes check of a body."""
+        parsed = decode(kind.form, body, self._max_characters, self._engine.max_model_len)
+        self._check_model(parsed.request.model)
+        parsed.request.check_stream_options()
+        return parsed
 
     def _call(
         self,
-        kind: Kind,
-        parsed: CompletionRequest | ChatCompletionRequest,
+        kind: Kind[R],
+        parsed: R,
         prompts: list[_core.Prompt],
         params: SamplingParams,
         arrival: float,
@@ -168,8 +261,9 @@ class OpenAIRoutes:
         return Call(
             id=call_id,
             prompts=prompts,
-            prompt_field=kind.prompt_field,
+            names=_names(kind, parsed),
             params=params,
+            max_tokens=parsed.output_limit,
             reply_format=reply_format,
             stream=bool(parsed.stream),
             priority=parsed.priority or 0,
@@ -177,35 +271,7 @@ class OpenAIRoutes:
             arrival=arrival,
         )
 
-    async def _parse(self, request: web.Request, struct: type[R], unsupported: dict[str, tuple[Any, ...]]) -> R:
-        self._calls.check_open()
-        body = await read_body(request, self._config.max_body_size)
-        parsed, unknown = decode(struct, body, unsupported)
-        self._metrics.unknown_fields += unknown
-        self._check_model(parsed.model)
-        parsed.check_stream_options()
-        return parsed
 
-    async def _encode(self, prompt: str | list[int], add_special_tokens: bool) -> _core.Prompt:
-        if isinstance(prompt, str):
-            self._check_characters(len(prompt), "prompt")
-            encoded = await self._engine.encode_text(prompt, add_special_tokens)
-        else:
-            self._check_length(len(prompt))
-            try:
-                encoded = _core.Prompt(prompt)
-            except (OverflowError, ValueError):
-                raise bad_request("prompt: token id out of range.", "prompt", "token_id_out_of_range") from None
-        if len(encoded) == 0:
-            raise bad_request("prompt: must have at least one token.", "prompt")
-        return encoded
-
-    def _check_characters(self, count: int, param: str) -> None:
-        if count > self._max_characters:
-            message = f"{param}: {count} characters cannot fit into {self._engine.max_model_len} tokens."
-            raise bad_request(message, param, "context_length_exceeded")
-
-    def _check_length(self, count: int) -> None:
-        if count > self._engine.max_model_len:
-            message = f"prompt: {count} tokens are more than the model's {self._engine.max_model_len}."
-            raise bad_request(message, "prompt", "context_length_exceeded")
+def _names(kind: Kind[R], parsed: R) -> dict[str, str]:
+    """What the request calls the core's fields."""
+    return {"prompt": kind.prompt_field, "max_tokens": parsed.output_limit_field}

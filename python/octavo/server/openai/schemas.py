@@ -97,20 +97,18 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: Count | None = None
     cache_salt: str | None = None
 
-    def sampling_params(
-        self, defaults: Mapping[str, Any], max_tokens: int | None, logprobs: int | None
-    ) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any], logprobs: int | None, **ours: Any) -> SamplingParams:
         """The parameters as the engine has them; what the client leaves out comes from `defaults`,
-        the model's.
+        the model's; `ours` are those of the route.
 
         Raises `ValueError` that names a field.
         """
         names = ("n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                  "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
                  "skip_special_tokens", "logit_bias")  # fmt: skip
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        if max_tokens is not None:
-            given["max_tokens"] = max_tokens
+        given: dict[str, Any] = ours | {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.output_limit is not None:
+            given["max_tokens"] = self.output_limit
         return SamplingParams.with_defaults(
             {"max_tokens": None, **defaults}, {"seed": self.seed, "logprobs": logprobs, **given}
         )
@@ -119,6 +117,16 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         """`stream_options` makes sense in a stream only."""
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options: only allowed when stream is true.", "stream_options")
+
+    @property
+    def output_limit(self) -> int | None:
+        """The most tokens to put out, where the client says."""
+        return self.max_tokens
+
+    @property
+    def output_limit_field(self) -> str:
+        """The field that says so."""
+        return "max_tokens"
 
     @property
     def include_usage(self) -> bool:
@@ -132,27 +140,11 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompletionRequest(_Request, frozen=True, kw_only=True):
-    """`POST /v1/completions`."""
+    """`POST /v1/completions`, all but its `prompt`: that may be millions of token ids."""
 
-    prompt: str | list[str | int | list[int]]
     logprobs: Count | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
-
-    def prompts(self) -> list[str | list[int]]:
-        """One or more prompts, each as text or token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise bad_request("prompt: must not be empty.", "prompt")
-        kind = type(self.prompt[0])
-        if any(type(item) is not kind for item in self.prompt):
-            raise bad_request("prompt: text and token ids cannot be mixed in one list.", "prompt", "invalid_type")
-        if kind is int:
-            return [self.prompt]  # type: ignore[list-item]  # all are ints, as just checked
-        if len(self.prompt) > MAX_PROMPTS:
-            raise bad_request(f"prompt: {len(self.prompt)} prompts, at most {MAX_PROMPTS} are allowed.", "prompt")
-        return self.prompt  # type: ignore[return-value]  # no ints, as just checked
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI
@@ -160,8 +152,8 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
         """
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
-        limit = 16 if self.max_tokens is None and "max_tokens" not in defaults else self.max_tokens
-        return self.sampling_params(defaults, limit, self.logprobs)
+        given = {} if self.output_limit is not None or "max_tokens" in defaults else {"max_tokens": 16}
+        return self.sampling_params(defaults, self.logprobs, **given)
 
 
 class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
@@ -186,8 +178,17 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
             raise bad_request(
                 f"top_logprobs = {self.top_logprobs}: must be from 0 to {MAX_TOP_LOGPROBS}.", "top_logprobs"
             )
-        limit = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_params(defaults, limit, (self.top_logprobs or 0) if self.logprobs else None)
+        return self.sampling_params(defaults, (self.top_logprobs or 0) if self.logprobs else None)
+
+    @property
+    def output_limit(self) -> int | None:
+        """`max_completion_tokens` is its newer name."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def output_limit_field(self) -> str:
+        """The one that counts."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
 
 def check_choices(num_prompts: int, n: int) -> None:
