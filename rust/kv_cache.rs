@@ -97,16 +97,13 @@ impl KvCache {
         u32::try_from(entries * self.block_size).unwrap_or(u32::MAX)
     }
 
-    /// Allocates what is [`missing`](Self::missing) and returns its number. The caller has made
-    /// sure that it is free.
-    pub fn extend(&mut self, tables: &mut [BlockTable], len: u32) -> usize {
-        let missing = self.missing(tables, len);
-        for _ in 0..missing / tables.len() {
+    /// Allocates what is [`missing`](Self::missing). The caller has made sure that it is free.
+    pub fn extend(&mut self, tables: &mut [BlockTable], len: u32) {
+        for _ in 0..self.missing(tables, len) / tables.len() {
             for table in &mut *tables {
                 table.push(self.allocate());
             }
         }
-        missing
     }
 
     /// Gives back the blocks that no token from position `least` on can see. A step before may
@@ -326,7 +323,7 @@ mod tests {
     fn a_window_group_gives_back_what_the_next_token_cannot_see() {
         let mut cache = cache(vec![0, 6], 32, 4);
         let mut tables = tables(&cache);
-        assert_eq!(cache.extend(&mut tables, 16), 8);
+        cache.extend(&mut tables, 16);
         // The token at position 16 sees 11..=16, so blocks 0 and 1 (positions 0..8) are out of
         // sight; 8..12 is not.
         cache.release_outside_window(&mut tables, 16, 0);

@@ -7,10 +7,8 @@
 //! # Why everybody gets on
 //! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)),
 //! and preempted from its end, so the first always advances: everyone after it can be made to give
-//! way, and alone it fits, which admission checked. A sequence that has been preempted
-//! `max_preemptions` times comes back only with a reservation for all it can still need, for itself
-//! and for everyone before it, and nobody is preempted who has one. At most `max_running` run, so
-//! each can have a decode row in every step.
+//! way, and alone it fits, which admission checked. At most `max_running` run, so each can have a
+//! decode row in every step.
 
 use std::collections::VecDeque;
 
@@ -168,9 +166,6 @@ pub struct Scheduler {
     free_slots: Vec<u32>,
     /// Slots given back that a step in flight may still use, by the parity of that step.
     held_slots: [Vec<u32>; 2],
-    /// Blocks set aside by reservations and not yet taken, and the number of reservations.
-    reserved_blocks: usize,
-    num_reservations: usize,
     /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for
     /// the better since.
     nothing_fits_in: Option<usize>,
@@ -212,8 +207,6 @@ impl Scheduler {
             batch_left: 0,
             free_slots: (0..config.max_num_seqs).rev().collect(),
             held_slots: [Vec::new(), Vec::new()],
-            reserved_blocks: 0,
-            num_reservations: 0,
             nothing_fits_in: None,
             num_queued: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
@@ -322,39 +315,18 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that a sequence can still need until its end.
-    fn still_to_come(&self, number: u32) -> usize {
-        let sequence = &self.sequences[number];
-        let len = sequence.final_len(self.config.num_draft_tokens, self.config.max_model_len);
-        self.kv.footprint(len).saturating_sub(admit::num_live(&sequence.tables))
-    }
-
-    /// Sets aside what a running sequence can still need: it will not be preempted any more.
-    fn reserve(&mut self, number: u32) {
-        let blocks = self.still_to_come(number);
-        self.sequences[number].reservation = Some(blocks);
-        self.reserved_blocks += blocks;
-        self.num_reservations += 1;
-    }
-
-    /// Gives a running sequence blocks for `len` tokens, out of its reservation if it has one.
+    /// Gives a running sequence blocks for `len` tokens.
     fn extend(&mut self, number: u32, len: u32) {
         let sequence = &mut self.sequences[number];
         if len <= sequence.covered_len {
             return;
         }
-        let added = self.kv.extend(&mut sequence.tables, len);
+        self.kv.extend(&mut sequence.tables, len);
         sequence.covered_len = self.kv.covered(&sequence.tables);
         sequence.has_unsent = true;
-        if let Some(left) = &mut sequence.reservation {
-            let taken = added.min(*left);
-            *left -= taken;
-            self.reserved_blocks -= taken;
-        }
     }
 
-    /// Takes blocks, slot and reservation from a running sequence. What a step in flight may still
-    /// touch is held.
+    /// Takes blocks and slot from a running sequence. What a step in flight may still touch is held.
     fn give_back(&mut self, number: u32) {
         let sequence = &mut self.sequences[number];
         self.kv.release_all(&mut sequence.tables, sequence.last_step);
@@ -362,10 +334,6 @@ impl Scheduler {
             self.held_slots[(sequence.last_step % 2) as usize].push(sequence.slot);
         } else {
             self.free_slots.push(sequence.slot);
-        }
-        if let Some(left) = sequence.reservation.take() {
-            self.reserved_blocks -= left;
-            self.num_reservations -= 1;
         }
         sequence.covered_len = 0;
         sequence.decoding = false;

@@ -83,7 +83,7 @@ impl Scheduler {
     /// chunks.
     fn promised(&self, number: u32) -> usize {
         let sequence = &self.sequences[number];
-        if sequence.decoding || sequence.reservation.is_some() {
+        if sequence.decoding {
             return 0;
         }
         self.kv.footprint(sequence.known_len()).saturating_sub(num_live(&sequence.tables))
@@ -92,11 +92,6 @@ impl Scheduler {
     fn try_admit(&mut self, number: u32, promised: usize) -> Admission {
         // Its last row before a preemption may still bring a token that has to be computed again.
         if self.sequences[number].in_flight > 0 {
-            return Admission::NextStep;
-        }
-        // Blocks of a window can be given back without becoming free (they may be shared), so no
-        // reservation can be counted out there: with windows, who has one runs alone.
-        if self.num_reservations > 0 && self.kv.has_windows() {
             return Admission::NextStep;
         }
         let start = self.find_start(number);
@@ -114,18 +109,9 @@ impl Scheduler {
         }
 
         let mut needed = self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free;
-        needed += self.reserved_blocks + promised;
+        needed += promised;
         if !self.running.is_empty() {
             needed += self.watermark();
-        }
-        let reserving = self.reserving_to_admit(number);
-        if let Some(others) = &reserving {
-            if self.kv.has_windows() && !self.running.is_empty() {
-                return Admission::TooBig;
-            }
-            let others: usize = others.iter().map(|other| self.still_to_come(*other)).sum();
-            let own = self.still_to_come(number).saturating_sub(brought.shared) + brought.free;
-            needed = needed.max(self.reserved_blocks + others + own);
         }
         let pool = self.kv.pool();
         if needed > pool.num_free() {
@@ -137,40 +123,11 @@ impl Scheduler {
         self.planned.penalty_tokens -= penalty_tokens as usize;
         self.planned.budget -= len;
         self.enter(number, start, brought.len);
-        if let Some(others) = reserving {
-            self.reserve(number);
-            for other in others {
-                self.reserve(other);
-            }
-        }
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
         let row = PlannedRow { sequence: number, start: brought.len, len, sample, enters: true };
         self.planned.prefills.push(row);
         Admission::Admitted
-    }
-
-    /// None if this sequence may join without a reservation; else the others that must get one with
-    /// it.
-    ///
-    /// It must have one if it has been preempted often enough, or if it would stand before one that
-    /// has one; and then everyone before it must, so that whoever is first can advance.
-    fn reserving_to_admit(&self, number: u32) -> Option<Vec<u32>> {
-        let sequence = &self.sequences[number];
-        let order = sequence.order;
-        let stands_before = |other: &u32| {
-            let other = &self.sequences[*other];
-            other.reservation.is_some() && other.order > order
-        };
-        let protected = sequence.preemptions >= self.config.max_preemptions;
-        if !protected && (self.num_reservations == 0 || !self.running.iter().any(stands_before)) {
-            return None;
-        }
-        let must_reserve = |other: &u32| {
-            let other = &self.sequences[*other];
-            other.reservation.is_none() && other.order < order
-        };
-        Some(self.running.iter().copied().filter(must_reserve).collect())
     }
 
     /// Blocks kept free at admissions for the growth of what runs: one hundredth of the pool.

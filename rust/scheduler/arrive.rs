@@ -114,7 +114,6 @@ impl Scheduler {
                 run: 0,
                 decoding: false,
                 preemptions: 0,
-                reservation: None,
                 bypassed: 0,
                 drafts: Vec::new(),
             });

@@ -137,14 +137,6 @@ impl Scheduler {
                 return Err(format!("{:?} counts {} unfinished sequences", request.id, request.unfinished));
             }
         }
-        let reservations = || self.running.iter().filter_map(|number| self.sequences[*number].reservation);
-        if (reservations().sum(), reservations().count()) != (self.reserved_blocks, self.num_reservations) {
-            return Err(format!("{} blocks are reserved, by the count", self.reserved_blocks));
-        }
-        let pool = self.kv.pool();
-        if !self.kv.has_windows() && self.reserved_blocks > pool.num_free() + pool.num_held() {
-            return Err(format!("{} blocks are reserved, but not there", self.reserved_blocks));
-        }
         Ok(())
     }
 }

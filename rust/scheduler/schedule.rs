@@ -123,7 +123,7 @@ impl Scheduler {
     /// more block of each group can.
     fn fit_chunk(&self, number: u32, len: u32) -> u32 {
         let sequence = &self.sequences[number];
-        let free = self.kv.pool().num_free().saturating_sub(self.spoken_for(number));
+        let free = self.kv.pool().num_free();
         let coverable = |blocks| self.kv.coverable(&sequence.tables, blocks) - sequence.most_len;
         match coverable(free) {
             0 => len.min(coverable(sequence.tables.len())),
@@ -131,17 +131,8 @@ impl Scheduler {
         }
     }
 
-    /// Free blocks that are set aside for others.
-    fn spoken_for(&self, number: u32) -> usize {
-        if self.sequences[number].reservation.is_some() {
-            0
-        } else {
-            self.reserved_blocks
-        }
-    }
-
     /// Sees to it that the running sequence at `place` can get blocks for `len` tokens, by
-    /// preempting from the end.
+    /// preempting from the end: L3.
     ///
     /// What a victim gives back may be held until a step in flight is committed. That counts as
     /// enough: preempting more would free nothing sooner.
@@ -152,27 +143,22 @@ impl Scheduler {
         }
         let missing = self.kv.missing(&self.sequences[number].tables, len);
         loop {
-            let needed = missing + self.spoken_for(number);
-            if needed <= self.kv.pool().num_free() {
+            if missing <= self.kv.pool().num_free() {
                 return Blocks::Granted;
             }
-            if needed <= self.kv.pool().num_free() + self.kv.pool().num_held() {
+            if missing <= self.kv.pool().num_free() + self.kv.pool().num_held() {
                 return Blocks::Later;
             }
-            let mut from_the_end = (place..self.running.len()).rev();
-            match from_the_end.find(|other| self.sequences[self.running[*other]].reservation.is_none()) {
-                Some(victim) => self.preempt(victim),
-                None => return Blocks::Later,
-            }
+            self.preempt_last();
             if self.running.get(place) != Some(&number) {
                 return Blocks::Preempted;
             }
         }
     }
 
-    /// Sends the running sequence at `place` back into the queue; it will be computed again.
-    fn preempt(&mut self, place: usize) {
-        let number = self.running.remove(place);
+    /// Sends the last running sequence back into the queue; it will be computed again.
+    fn preempt_last(&mut self) {
+        let number = self.running.pop().expect("whoever preempts runs itself");
         self.give_back(number);
         let sequence = &mut self.sequences[number];
         sequence.preemptions += 1;

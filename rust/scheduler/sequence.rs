@@ -97,8 +97,6 @@ pub(super) struct Sequence {
     /// All that is known has been computed or is in flight, and the device holds its last token.
     pub decoding: bool,
     pub preemptions: u32,
-    /// Once it has one, it is not preempted: blocks set aside for it, not yet taken.
-    pub reservation: Option<usize>,
     /// Sequences admitted past it while it did not fit.
     pub bypassed: u32,
     /// For its next decode row.
@@ -109,12 +107,6 @@ impl Sequence {
     /// Tokens that are known: prompt and outputs.
     pub fn known_len(&self) -> u32 {
         (self.prompt.len() + self.outputs.len()) as u32
-    }
-
-    /// The longest it can become, in tokens that lie in blocks, with `num_draft_tokens` tried at
-    /// its end.
-    pub fn final_len(&self, num_draft_tokens: u32, max_model_len: u32) -> u32 {
-        (self.prompt.len() as u32 + self.max_tokens - 1 + 2 * num_draft_tokens).min(max_model_len)
     }
 
     /// Whether another decode row can bring it forward, by what is known: `max_tokens` may be

@@ -379,14 +379,12 @@ fn the_newest_gives_way_and_is_computed_again() {
 }
 
 #[test]
-fn preemption_is_bounded_and_everybody_ends() {
-    let config = CoreConfig { num_blocks: 9, max_preemptions: 2, max_num_batched_tokens: 32, ..small() };
-    let mut bench = Bench::new(config);
+fn however_often_the_newest_give_way_everybody_ends() {
+    let mut bench = Bench::new(CoreConfig { num_blocks: 9, max_num_batched_tokens: 32, ..small() });
     for first in 0..20 {
         bench.add(&[first, 1, 2, 3, 4], max_tokens(24));
     }
     bench.run(1);
-    assert!(bench.scheduler.stats().preemptions <= 40);
     assert_eq!(bench.told.tokens.len(), 20 * 24);
     bench.assert_empty();
 }

@@ -1,5 +1,5 @@
 //! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11,
-//! S13, and the bounds of L3 and L4.
+//! S13; and those of the liveness rules that are about turns: L3, L4, L7.
 //!
 //! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with
 //! another count, and with what the device saw.
@@ -36,13 +36,6 @@ pub fn recount(config: &CoreConfig, seen: &Inspection, stats: &Stats) -> Result<
         if is_running {
             table_lengths(config, sequence)?;
         }
-        ensure!(
-            sequence.preemptions <= config.max_preemptions,
-            "L3: {:?} was preempted {} times, max_preemptions is {}",
-            sequence.seq,
-            sequence.preemptions,
-            config.max_preemptions
-        );
     }
     let mut counts = FxHashMap::<BlockPlace, u64>::default();
     for (index, block) in seen.blocks.iter().enumerate().skip(1) {
@@ -171,11 +164,16 @@ impl Fairness {
         Ok(())
     }
 
-    /// L7: in one planning, at most as many sequences are preempted as give blocks back, and one
-    /// that does not.
-    pub fn preempted(&mut self, before: &Inspection, stats: &Stats) -> Result<(), String> {
+    /// L3: those who are preempted ran behind everybody who stays. L7: in one planning, at most as
+    /// many sequences are preempted as give blocks back, and one that does not.
+    pub fn preempted(&mut self, before: &Inspection, after: &Inspection, stats: &Stats) -> Result<(), String> {
         let now = stats.preemptions - self.preemptions;
         self.preemptions = stats.preemptions;
+        let runs = |sequence: &&SequenceView| sequence.phase == Phase::Running;
+        let stay: Vec<SeqRef> = after.sequences.iter().filter(runs).map(|sequence| sequence.seq).collect();
+        let ran = before.sequences.iter().filter(runs).map(|sequence| sequence.seq);
+        let behind: Vec<SeqRef> = ran.skip_while(|seq| stay.contains(seq)).collect();
+        ensure!(behind.len() as u64 == now, "L3: {now} are preempted, not the last {now} that ran: {behind:?}");
         let owners = before
             .sequences
             .iter()

@@ -55,7 +55,7 @@ pub struct World {
     plan_bytes: Vec<u8>,
     now: f64,
     submitted: usize,
-    /// Upper bound on the tokens that all accepted requests can cost, preemptions included.
+    /// Upper bound on the steps that all accepted requests can take, preemptions included.
     work: u64,
     unknown_aborts: u64,
     totals: Totals,
@@ -203,8 +203,10 @@ impl World {
                 let config = self.core.config();
                 let tokens =
                     asked.params.max_tokens.map_or(config.max_model_len, |max| max + asked.prompt.len() as u32);
-                let runs = u64::from(config.max_preemptions) + 2;
-                self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * runs;
+                // The first that runs gets on, and whoever has k before it begins anew at most as
+                // often as one of these comes before it.
+                let before = self.core.stats().num_running + self.core.stats().num_waiting;
+                self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * (before + 2);
                 let stop_string_at = self.scenario.stop_string_at(&mut self.rng, &asked.params);
                 self.ledger.accept(id, asked, stop_string_at);
                 Ok(())
@@ -257,7 +259,7 @@ impl World {
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
         let Some(step_id) = plan.map(|plan| plan.step_id) else {
             self.trace.push(Event::NoPlan);
-            self.fairness.preempted(&before, &self.core.stats())?;
+            self.fairness.preempted(&before, &self.core.inspect(), &self.core.stats())?;
             return self.nothing_to_do().map(|()| false);
         };
         if !has_work {
@@ -289,7 +291,7 @@ impl World {
         });
         let (written, read) = self.device.touched_blocks();
         step_blocks(&after, written, read)?;
-        self.fairness.preempted(&before, &self.core.stats())?;
+        self.fairness.preempted(&before, &after, &self.core.stats())?;
         self.fairness.step_planned(&before, &after, &seqs, plan)?;
         Ok(true)
     }
