@@ -112,23 +112,29 @@ impl KvCache {
         if !self.has_windows {
             return;
         }
-        for (table, window) in tables.iter_mut().zip(&self.windows) {
-            let limit = first_visible(*window, least) as usize / self.block_size;
-            while let Some(block) = table.pop_before(limit) {
-                self.pool.release(block, fence);
+        let mut popped = true;
+        while popped {
+            popped = false;
+            for (table, window) in tables.iter_mut().zip(&self.windows) {
+                let limit = first_visible(*window, least) as usize / self.block_size;
+                if let Some(block) = table.pop_before(limit) {
+                    self.pool.release(block, fence);
+                    popped = true;
+                }
             }
         }
     }
 
     /// Gives everything back, last blocks first, so that the beginnings of prompts stay findable
-    /// the longest.
+    /// the longest. All groups' blocks of one place go together: a prefix is found as far as all
+    /// groups have it.
     pub fn release_all(&mut self, tables: &mut [BlockTable], fence: u64) {
-        for table in tables {
-            while let Some(block) = table.pop() {
+        for _ in 0..tables.first().map_or(0, BlockTable::len) {
+            for block in tables.iter_mut().filter_map(BlockTable::pop) {
                 self.pool.release(block, fence);
             }
-            table.reset();
         }
+        tables.iter_mut().for_each(BlockTable::reset);
     }
 
     /// Number of blocks of the longest prefix of `hashes` that a sequence can start from: full
@@ -350,6 +356,44 @@ mod tests {
         assert_ne!(copies[0].0, copies[0].1);
         assert!(cache.check(source.iter().chain(&fork)).is_ok());
         assert!(cache.check(source.iter()).is_err());
+    }
+
+    /// A prompt of 64 blocks is over; another one then needs 40 of the 80 that there are.
+    #[test]
+    fn equal_groups_lose_the_end_of_a_prompt_and_keep_its_beginning() {
+        for kv_windows in [vec![0], vec![0; 2], vec![0; 4], vec![1000; 4], vec![0, 0, 1000, 1000]] {
+            let (groups, step) = (kv_windows.len(), 1);
+            let mut cache = cache(kv_windows.clone(), 81, 4);
+            let mut old = tables(&cache);
+            let hashes: Vec<u128> = (100..100 + 64 / groups as u128).collect();
+            cache.extend(&mut old, hashes.len() as u32 * 4);
+            for (index, hash) in hashes.iter().enumerate() {
+                cache.register(&old, index, *hash);
+            }
+            cache.release_all(&mut old, step);
+            cache.fence(step);
+            let mut new = tables(&cache);
+            cache.extend(&mut new, 40 / groups as u32 * 4);
+            assert_eq!(cache.find(&hashes) * groups, 40, "windows {kv_windows:?}");
+        }
+    }
+
+    /// Two groups with one window gave back the same eight entries each; half of these are needed.
+    #[test]
+    fn equal_windows_lose_the_same_blocks() {
+        let mut cache = cache(vec![8, 8], 65, 4);
+        let mut old = tables(&cache);
+        let hashes: Vec<u128> = (100..116).collect();
+        cache.extend(&mut old, 64);
+        for (index, hash) in hashes.iter().enumerate() {
+            cache.register(&old, index, *hash);
+        }
+        cache.release_outside_window(&mut old, 39, 0);
+        assert_eq!(old.iter().map(BlockTable::first_live).collect::<Vec<_>>(), [8, 8]);
+        let mut new = tables(&cache);
+        cache.extend(&mut new, (64 - 32 + 8) / 2 * 4);
+        let left = |group| (0..8).filter(|index| cache.find_block(group, hashes[*index]).is_some()).collect::<Vec<_>>();
+        assert_eq!((left(0), left(1)), (vec![4, 5, 6, 7], vec![4, 5, 6, 7]));
     }
 
     proptest! {

@@ -18,7 +18,7 @@ use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
 use crate::kv_cache::KvCache;
 use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
-use crate::policy::WaitingQueue;
+use crate::policy::{WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
@@ -142,6 +142,15 @@ struct PlannedStep {
     preempted: bool,
 }
 
+/// The last look into the queue found nobody who fits.
+#[derive(Debug, Clone, Copy)]
+struct NothingFits {
+    /// Blocks that were free then.
+    free: usize,
+    /// The step before which nobody looks again.
+    until: u64,
+}
+
 /// The core. Events come in by its methods, with the time in seconds where it matters; plans come
 /// out.
 #[derive(Debug)]
@@ -166,9 +175,10 @@ pub struct Scheduler {
     free_slots: Vec<u32>,
     /// Slots given back that a step in flight may still use, by the parity of that step.
     held_slots: [Vec<u32>; 2],
-    /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for
-    /// the better since.
-    nothing_fits_in: Option<usize>,
+    /// What the last look into the queue found, while nothing has changed for the better since.
+    nothing_fits: Option<NothingFits>,
+    /// The sequences that did not fit then.
+    too_big: Vec<u32>,
     /// Requests that have not been admitted yet.
     num_queued: usize,
     /// Longest sequence that the pool holds.
@@ -207,7 +217,8 @@ impl Scheduler {
             batch_left: 0,
             free_slots: (0..config.max_num_seqs).rev().collect(),
             held_slots: [Vec::new(), Vec::new()],
-            nothing_fits_in: None,
+            nothing_fits: None,
+            too_big: Vec::with_capacity(LOOKAHEAD),
             num_queued: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
             next_request: 1,
@@ -338,7 +349,7 @@ impl Scheduler {
         sequence.covered_len = 0;
         sequence.decoding = false;
         sequence.drafts.clear();
-        self.nothing_fits_in = None;
+        self.nothing_fits = None;
     }
 
     /// Puts a sequence into the queue of those that may be admitted.
@@ -346,7 +357,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[number];
         sequence.state = State::Waiting;
         self.ready.insert(sequence.order, number);
-        self.nothing_fits_in = None;
+        self.nothing_fits = None;
     }
 }
 

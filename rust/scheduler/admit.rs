@@ -1,9 +1,14 @@
 //! A waiting sequence joins the running ones.
 
 use super::schedule::PlannedRow;
-use super::{Scheduler, State};
+use super::{NothingFits, Scheduler, State};
 use crate::block_table::BlockTable;
 use crate::policy::{HEAD_BYPASS_LIMIT, LOOKAHEAD};
+
+/// A look into the queue costs about as much as this many running sequences cost a step, so it is
+/// taken again after as many steps as this fits into what runs: it costs a few percent of a plan,
+/// and while few run every plan looks.
+const RUNNING_PER_LOOK: usize = 16;
 
 /// What came of trying to admit a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,36 +51,36 @@ impl Scheduler {
             return;
         }
         let free = self.kv.pool().num_free();
-        if !self.running.is_empty() && self.nothing_fits_in.is_some_and(|before| free <= before) {
+        let as_before = |seen: NothingFits| free <= seen.free && self.next_step < seen.until;
+        if !self.running.is_empty() && self.nothing_fits.is_some_and(as_before) {
             return;
         }
+        self.too_big.clear();
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
         let mut cursor = None;
-        let mut first_too_big = None;
-        let mut num_too_big = 0;
         while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
             let Some((order, number)) = self.ready.next_after(cursor) else { break };
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
                     promised += self.promised(number);
-                    if let Some(passed) = first_too_big {
-                        self.sequences[passed].bypassed += 1;
+                    if let Some(passed) = self.too_big.first() {
+                        self.sequences[*passed].bypassed += 1;
                     }
                 }
                 Admission::NextStep => return,
                 Admission::TooBig => {
                     cursor = Some(order);
-                    first_too_big.get_or_insert(number);
-                    num_too_big += 1;
+                    self.too_big.push(number);
                 }
             }
-            let stop_for = |passed: u32| self.sequences[passed].bypassed >= HEAD_BYPASS_LIMIT;
-            if num_too_big == LOOKAHEAD || first_too_big.is_some_and(stop_for) {
+            let stop_for = |passed: &u32| self.sequences[*passed].bypassed >= HEAD_BYPASS_LIMIT;
+            if self.too_big.len() == LOOKAHEAD || self.too_big.first().is_some_and(stop_for) {
                 break;
             }
         }
-        if first_too_big.is_some() && self.planned.budget > 0 {
-            self.nothing_fits_in = Some(self.kv.pool().num_free());
+        if !self.too_big.is_empty() && self.planned.budget > 0 {
+            let until = self.next_step + (self.running.len() / RUNNING_PER_LOOK) as u64;
+            self.nothing_fits = Some(NothingFits { free: self.kv.pool().num_free(), until });
         }
     }
 

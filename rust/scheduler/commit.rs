@@ -165,6 +165,9 @@ impl Scheduler {
         if row.sample {
             self.release_choices(row.sequence);
         }
+        if row.prefill && self.sequences[row.sequence].traits.has_choices {
+            self.nothing_fits = None; // the other choices may share its blocks
+        }
         if let Some(reason) = finish {
             self.finish(row.sequence, reason, sink);
         }
@@ -222,10 +225,17 @@ impl Scheduler {
         }
         let filled = known / block_size;
         sequence.hash_blocks(&self.hasher, block_size, filled, &mut self.token_scratch);
-        for index in sequence.num_registered..filled {
-            self.kv.register(&sequence.tables, index, sequence.hashes[index]);
+        let registered = std::mem::replace(&mut sequence.num_registered, filled);
+        for index in registered..filled {
+            let sequence = &self.sequences[number];
+            let hash = sequence.hashes[index];
+            self.kv.register(&sequence.tables, index, hash);
+            // Who shares this block needs one less of its own now.
+            let shares = |waiting: &u32| self.sequences[*waiting].hashes.get(index) == Some(&hash);
+            if self.nothing_fits.is_some() && self.too_big.iter().any(shares) {
+                self.nothing_fits = None;
+            }
         }
-        sequence.num_registered = filled;
     }
 
     /// The first choice has computed the prompt: the others may come.
@@ -260,7 +270,7 @@ impl Scheduler {
             State::Waiting => {
                 let queued = self.ready.remove(order) || self.gated.remove(order);
                 assert!(queued, "sequence {name:?} waits in no queue");
-                self.nothing_fits_in = None;
+                self.nothing_fits = None;
             }
             State::Running => {
                 self.give_back(number);

@@ -412,6 +412,53 @@ fn a_big_head_is_passed_a_bounded_number_of_times() {
     bench.assert_empty();
 }
 
+/// A pool of 30 blocks: 21 for the first, and 1 more for whoever shares its 20 full blocks.
+#[test]
+fn nobody_runs_alone_while_a_shared_prefix_makes_two_fit() {
+    let config = CoreConfig { num_blocks: 31, block_size: 16, max_num_batched_tokens: 512, ..CoreConfig::default() };
+    let mut bench = Bench::new(config);
+    for own in 0..8 {
+        let prompt: Vec<u32> = counted(320).into_iter().chain([900 + own; 5]).collect();
+        bench.add(&prompt, max_tokens(30));
+    }
+    let first = bench.schedule().expect("the first prompt");
+    bench.commit(&first, 1);
+    let mut steps = 1;
+    while bench.scheduler.stats().num_waiting > 0 {
+        let step = bench.schedule().expect("a step");
+        assert!(step.rows.len() > 1, "step {steps} has one row");
+        bench.commit(&step, 1);
+        steps += 1;
+    }
+    bench.run(1);
+    bench.assert_empty();
+}
+
+/// While many run, the queue is looked into now and then only; but at once when a block that
+/// somebody in it shares was registered.
+#[test]
+fn a_block_that_makes_a_waiting_prompt_cheap_lets_it_in_at_once() {
+    let config = CoreConfig {
+        num_blocks: 41 + 5 + 3,
+        block_size: 16,
+        max_num_seqs: 64,
+        max_num_batched_tokens: 512,
+        ..CoreConfig::default()
+    };
+    let mut bench = Bench::new(config);
+    for first in 0..40 {
+        bench.add(&[first], max_tokens(14));
+    }
+    bench.add(&counted(65), max_tokens(8));
+    let first = bench.schedule().expect("all prompts");
+    assert_eq!(first.rows.len(), 41);
+    bench.add(&counted(65), max_tokens(8));
+    let second = bench.schedule().expect("decodes");
+    assert_eq!(second.rows.len(), 41, "5 blocks are not free");
+    bench.commit(&first, 1);
+    assert_eq!(bench.schedule().expect("decodes, and a prompt").rows.len(), 42);
+}
+
 #[test]
 fn window_blocks_come_back_while_the_sequence_runs() {
     let mut bench = Bench::new(CoreConfig { kv_windows: vec![0, 8], num_blocks: 64, ..small() });

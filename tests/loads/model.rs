@@ -195,9 +195,8 @@ impl Machine {
 
     pub fn outcome(&self) -> Outcome {
         let time = self.told.now;
-        let weighed = |value: fn(&StepSeen) -> f64| {
-            self.seen.iter().map(|step| step.seconds * value(step)).sum::<f64>() / time
-        };
+        let weighed =
+            |value: fn(&StepSeen) -> f64| self.seen.iter().map(|step| step.seconds * value(step)).sum::<f64>() / time;
         Outcome {
             seconds: time,
             tokens_per_second: self.told.num_tokens as f64 / time,
