@@ -20,6 +20,8 @@ pub struct KvCache {
     has_windows: bool,
     /// By group: blocks that a sequence holds at most, however long it is.
     limits: Vec<usize>,
+    /// The same while it decodes, with the number of groups that have this limit.
+    decode_limits: Vec<(usize, usize)>,
     pool: BlockPool,
     index: PrefixCache,
 }
@@ -36,8 +38,17 @@ impl KvCache {
             0 => usize::MAX,
             window => (window + chunk).div_ceil(config.block_size) as usize + 1,
         };
+        let mut decode_limits: Vec<(usize, usize)> = Vec::new();
+        for window in &config.kv_windows {
+            let limit = if *window == 0 { usize::MAX } else { window.div_ceil(config.block_size) as usize + 1 };
+            match decode_limits.iter_mut().find(|(other, _)| *other == limit) {
+                Some((_, groups)) => *groups += 1,
+                None => decode_limits.push((limit, 1)),
+            }
+        }
         Self {
             block_size,
+            decode_limits,
             windows: config.kv_windows.clone(),
             has_windows: config.kv_windows.iter().any(|window| *window > 0),
             limits: config.kv_windows.iter().map(limit).collect(),
@@ -64,6 +75,12 @@ impl KvCache {
     pub fn footprint(&self, len: u32) -> usize {
         let blocks = (len as usize).div_ceil(self.block_size);
         self.limits.iter().map(|limit| blocks.min(*limit)).sum()
+    }
+
+    /// Blocks, over all groups, that a sequence holds at most while its token number `len` is decoded.
+    pub fn decode_footprint(&self, len: u32) -> usize {
+        let blocks = (len as usize).div_ceil(self.block_size);
+        self.decode_limits.iter().map(|(limit, groups)| blocks.min(*limit) * groups).sum()
     }
 
     /// The longest sequence whose footprint the whole pool can hold, up to `limit` tokens.

@@ -1,8 +1,9 @@
 //! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life
 //! of a request.
 //!
-//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins), `schedule` (a
-//! step is planned), `commit` (a step or a request ends). This file holds the state they share.
+//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins, if `growth` says
+//! that there will be room, by what `lengths` has seen), `schedule` (a step is planned), `commit` (a
+//! step or a request ends). This file holds the state they share.
 //!
 //! # Why everybody gets on
 //! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)),
@@ -26,11 +27,15 @@ use crate::slab::Slab;
 mod admit;
 mod arrive;
 mod commit;
+mod growth;
 mod integrity;
+mod lengths;
 mod padding;
 mod schedule;
 mod sequence;
 
+use growth::Forecast;
+use lengths::Lengths;
 use sequence::{Sequence, State, Traits};
 
 /// Most steps in flight.
@@ -179,6 +184,8 @@ pub struct Scheduler {
     nothing_fits: Option<NothingFits>,
     /// The sequences that did not fit then.
     too_big: Vec<u32>,
+    lengths: Lengths,
+    forecast: Forecast,
     /// Requests that have not been admitted yet.
     num_queued: usize,
     /// Longest sequence that the pool holds.
@@ -219,6 +226,8 @@ impl Scheduler {
             held_slots: [Vec::new(), Vec::new()],
             nothing_fits: None,
             too_big: Vec::with_capacity(LOOKAHEAD),
+            lengths: Lengths::new(config.max_model_len),
+            forecast: Forecast::default(),
             num_queued: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
             next_request: 1,

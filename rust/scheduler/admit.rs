@@ -56,6 +56,7 @@ impl Scheduler {
             return;
         }
         self.too_big.clear();
+        self.forecast.is_made = false;
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
         let mut cursor = None;
         while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
@@ -63,6 +64,7 @@ impl Scheduler {
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
                     promised += self.promised(number);
+                    self.grows_too(number);
                     if let Some(passed) = self.too_big.first() {
                         self.sequences[*passed].bypassed += 1;
                     }
@@ -115,29 +117,26 @@ impl Scheduler {
 
         let mut needed = self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free;
         needed += promised;
-        if !self.running.is_empty() {
-            needed += self.watermark();
-        }
         let pool = self.kv.pool();
         if needed > pool.num_free() {
             let soon = needed <= pool.num_free() + pool.num_held();
             return if soon { Admission::NextStep } else { Admission::TooBig };
+        }
+        let shared_in_use = brought.shared - brought.free;
+        if !self.running.is_empty() && !self.growth_fits(number, shared_in_use) {
+            return Admission::TooBig;
         }
 
         self.planned.entered_blocks -= brought.shared;
         self.planned.penalty_tokens -= penalty_tokens as usize;
         self.planned.budget -= len;
         self.enter(number, start, brought.len);
+        self.sequences[number].num_shared = shared_in_use;
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
         let row = PlannedRow { sequence: number, start: brought.len, len, sample, enters: true };
         self.planned.prefills.push(row);
         Admission::Admitted
-    }
-
-    /// Blocks kept free at admissions for the growth of what runs: one hundredth of the pool.
-    fn watermark(&self) -> usize {
-        self.kv.pool().num_blocks().div_ceil(100)
     }
 
     fn find_start(&mut self, number: u32) -> Start {

@@ -114,6 +114,9 @@ impl Scheduler {
                 run: 0,
                 decoding: false,
                 preemptions: 0,
+                num_shared: 0,
+                length_bin: 0,
+                bin_end: self.lengths.last_of(0),
                 bypassed: 0,
                 drafts: Vec::new(),
             });

@@ -212,7 +212,19 @@ impl Scheduler {
             None
         };
         let token = SampledToken { id, output_index, logprobs, finish };
-        sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish)
+        let finish = sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish);
+        match finish {
+            Some(FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_)) => {
+                self.lengths.stopped(traits.ending, sequence.length_bin);
+            }
+            None if output_index + 1 == sequence.bin_end => {
+                self.lengths.went_on(traits.ending, sequence.length_bin);
+                sequence.length_bin += 1;
+                sequence.bin_end = self.lengths.last_of(sequence.length_bin);
+            }
+            _ => {}
+        }
+        finish
     }
 
     /// Makes the blocks findable that the steps committed so far have filled with known tokens.

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::lengths::Ending;
 use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::Order;
@@ -34,12 +35,14 @@ pub(super) struct Traits {
     pub has_choices: bool,
     pub ignore_eos: bool,
     pub has_stop_tokens: bool,
+    pub ending: Ending,
 }
 
 impl Traits {
     pub fn new(params: &SamplingParams) -> Self {
         let logprobs = if params.logprobs.is_some() { ROW_LOGPROBS } else { 0 };
         let penalties = if params.has_penalties() { ROW_PENALTIES } else { 0 };
+        let may_stop = !params.ignore_eos || !params.stop_token_ids.is_empty() || !params.stop.is_empty();
         Self {
             row_flags: ROW_SAMPLE | logprobs | penalties,
             min_tokens: params.min_tokens,
@@ -48,6 +51,7 @@ impl Traits {
             has_bias: !params.logit_bias.is_empty(),
             ignore_eos: params.ignore_eos,
             has_stop_tokens: !params.stop_token_ids.is_empty(),
+            ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },
         }
     }
 }
@@ -97,6 +101,11 @@ pub(super) struct Sequence {
     /// All that is known has been computed or is in flight, and the device holds its last token.
     pub decoding: bool,
     pub preemptions: u32,
+    /// Blocks that others held already when it joined.
+    pub num_shared: usize,
+    /// Where its output is in the [`Lengths`](super::lengths::Lengths), and the last length there.
+    pub length_bin: u32,
+    pub bin_end: u32,
     /// Sequences admitted past it while it did not fit.
     pub bypassed: u32,
     /// For its next decode row.

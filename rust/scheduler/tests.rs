@@ -117,6 +117,11 @@ fn small() -> CoreConfig {
     CoreConfig { num_blocks: 17, block_size: 4, max_num_batched_tokens: 16, max_model_len: 64, ..CoreConfig::default() }
 }
 
+/// 8 blocks, and whoever fits now is let in.
+fn greedy_for_blocks() -> CoreConfig {
+    CoreConfig { num_blocks: 9, max_num_batched_tokens: 32, admits_by_growth: false, ..small() }
+}
+
 fn max_tokens(count: i64) -> SamplingOptions {
     SamplingOptions { max_tokens: Some(count), ..SamplingOptions::default() }
 }
@@ -367,7 +372,7 @@ fn a_bad_row_ends_one_request_and_a_failed_step_those_in_it() {
 #[test]
 fn the_newest_gives_way_and_is_computed_again() {
     // 8 blocks of 4: two sequences of 12 + 8 need 10.
-    let mut bench = Bench::new(CoreConfig { num_blocks: 9, max_num_batched_tokens: 32, ..small() });
+    let mut bench = Bench::new(greedy_for_blocks());
     let old = bench.add(&counted(12), max_tokens(8));
     let prompt: Vec<u32> = (100..112).collect();
     let new = bench.add(&prompt, max_tokens(8));
@@ -380,11 +385,12 @@ fn the_newest_gives_way_and_is_computed_again() {
 
 #[test]
 fn however_often_the_newest_give_way_everybody_ends() {
-    let mut bench = Bench::new(CoreConfig { num_blocks: 9, max_num_batched_tokens: 32, ..small() });
+    let mut bench = Bench::new(greedy_for_blocks());
     for first in 0..20 {
         bench.add(&[first, 1, 2, 3, 4], max_tokens(24));
     }
     bench.run(1);
+    assert!(bench.scheduler.stats().preemptions > 20);
     assert_eq!(bench.told.tokens.len(), 20 * 24);
     bench.assert_empty();
 }
@@ -431,6 +437,7 @@ fn nobody_runs_alone_while_a_shared_prefix_makes_two_fit() {
         steps += 1;
     }
     bench.run(1);
+    assert_eq!(bench.scheduler.stats().preemptions, 0);
     bench.assert_empty();
 }
 
@@ -702,9 +709,9 @@ fn config() -> impl Strategy<Value = CoreConfig> {
     let sizes = (2..40u32, 1..6u32, 1..6u32, 1..40u32);
     let windows = prop::collection::vec(prop_oneof![Just(0u32), 1..12u32], 1..3);
     let batching = prop_oneof![3 => Just(Batching::Continuous), 1 => Just(Batching::Static), 1 => Just(Batching::None)];
-    (sizes, windows, batching, any::<[bool; 3]>(), 0..3u32, 0..3u32).prop_map(
+    (sizes, windows, batching, any::<[bool; 4]>(), 0..3u32, 0..3u32).prop_map(
         |((num_blocks, block_size, max_num_seqs, budget), kv_windows, batching, flags, drafts, max_preemptions)| {
-            let [caching, chunked, priority] = flags;
+            let [caching, chunked, priority, admits_by_growth] = flags;
             CoreConfig {
                 num_blocks,
                 block_size,
@@ -718,6 +725,7 @@ fn config() -> impl Strategy<Value = CoreConfig> {
                 scheduling_policy: if priority { SchedulingPolicy::Priority } else { SchedulingPolicy::Fcfs },
                 num_draft_tokens: drafts,
                 max_preemptions,
+                admits_by_growth,
                 eos_token_ids: vec![0],
                 graph_sizes: vec![2, 4],
                 draft_graphs: [2, 8].map(|tokens| DecodeShape { tokens, rows: max_num_seqs + 1 }).to_vec(),

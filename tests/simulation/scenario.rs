@@ -76,6 +76,7 @@ impl Scenario {
             config.num_blocks = blocks_of_one(&config) + rng.random_range(2..=4);
             config.max_num_seqs = rng.random_range(2..=12);
             config.batching = Batching::Continuous;
+            config.admits_by_growth = rng.random_bool(0.2);
             longest_prompt = rng.random_range(1..=max_len.div_ceil(4));
             longest_output = max_len as u32;
         }
@@ -257,6 +258,7 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         graph_sizes: if rng.random_bool(0.4) { vec![1, 2, 4, 8, 16, 24] } else { Vec::new() },
         num_draft_tokens,
         max_preemptions: rng.random_range(0..=3),
+        admits_by_growth: rng.random_bool(0.6),
         priority_aging: *[0.05, 1.0, 60.0].choose(rng).expect("not empty"),
         static_batch_wait: 0.1,
         hash_secret: rng.random(),
