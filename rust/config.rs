@@ -63,7 +63,7 @@ pub struct CoreConfig {
     pub prefill_graphs: PrefillGraphs,
     /// Most draft tokens a decode row may carry.
     pub num_draft_tokens: u32,
-    /// How often one request may be preempted before it is given a reservation.
+    /// How often a sequence may have been preempted and still give its place to a better rank.
     pub max_preemptions: u32,
     /// Whether a sequence is admitted only if there will be room for its growth as well. Without, as
     /// soon as what is known of it fits: that is there to be compared with, and to have sequences

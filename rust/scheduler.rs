@@ -2,8 +2,8 @@
 //! of a request.
 //!
 //! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins, if `growth` says
-//! that there will be room, by what `lengths` has seen), `schedule` (a step is planned), `commit` (a
-//! step or a request ends). This file holds the state they share.
+//! that there will be room, by what `lengths` has seen), `schedule` (a step is planned; `budget` has
+//! how prompts share it), `commit` (a step or a request ends). This file holds the state they share.
 //!
 //! # Why everybody gets on
 //! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)),
@@ -19,13 +19,14 @@ use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
 use crate::kv_cache::KvCache;
 use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
-use crate::policy::{WaitingQueue, LOOKAHEAD};
+use crate::policy::{Order, WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
 
 mod admit;
 mod arrive;
+mod budget;
 mod commit;
 mod growth;
 mod integrity;
@@ -139,12 +140,17 @@ struct PlannedStep {
     /// Tokens of all decode rows, and of the longest: more than one where it has drafts.
     num_decode_tokens: u32,
     longest_decode: u32,
-    /// Tokens left of the budget.
+    /// Tokens left of the budget, and how many of them are for short prompts.
     budget: u32,
+    for_short: u32,
     /// Left of the plan's room for blocks and penalty tokens of sequences that enter.
     entered_blocks: usize,
     penalty_tokens: usize,
     preempted: bool,
+    /// Tokens are set aside for those that wait.
+    sets_aside: bool,
+    /// Somebody gave way: only those that come before this are admitted.
+    admits_before: Option<Order>,
 }
 
 /// The last look into the queue found nobody who fits.
@@ -188,9 +194,12 @@ pub struct Scheduler {
     forecast: Forecast,
     /// Requests that have not been admitted yet.
     num_queued: usize,
+    /// Of these, requests that wait behind others of their call.
+    num_behind: usize,
     /// Longest sequence that the pool holds.
     longest_sequence: u32,
     next_request: u64,
+    next_turn: u64,
     next_step: u64,
     committed_step: u64,
     in_flight: VecDeque<Step>,
@@ -229,8 +238,10 @@ impl Scheduler {
             lengths: Lengths::new(config.max_model_len),
             forecast: Forecast::default(),
             num_queued: 0,
+            num_behind: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
             next_request: 1,
+            next_turn: 1,
             next_step: 1,
             committed_step: 0,
             in_flight: VecDeque::with_capacity(MAX_STEPS_IN_FLIGHT),
@@ -309,7 +320,7 @@ impl Scheduler {
         let pool = self.kv.pool();
         Stats {
             num_running: self.running.len() as u64,
-            num_waiting: (self.ready.len() + self.gated.len()) as u64,
+            num_waiting: (self.ready.len() + self.gated.len() + self.num_behind) as u64,
             num_queued: self.num_queued as u64,
             steps_in_flight: self.in_flight.len() as u64,
             blocks_total: pool.num_blocks() as u64,
@@ -363,9 +374,11 @@ impl Scheduler {
 
     /// Puts a sequence into the queue of those that may be admitted.
     fn make_ready(&mut self, number: u32) {
+        let lane = self.lane(number);
         let sequence = &mut self.sequences[number];
         sequence.state = State::Waiting;
-        self.ready.insert(sequence.order, number);
+        sequence.lane = lane;
+        self.ready.insert(sequence.order, lane, number);
         self.nothing_fits = None;
     }
 }

@@ -3,7 +3,7 @@
 use super::schedule::PlannedRow;
 use super::{NothingFits, Scheduler, State};
 use crate::block_table::BlockTable;
-use crate::policy::{HEAD_BYPASS_LIMIT, LOOKAHEAD};
+use crate::policy::{Lane, HEAD_BYPASS_LIMIT, LOOKAHEAD};
 
 /// A look into the queue costs about as much as this many running sequences cost a step, so it is
 /// taken again after as many steps as this fits into what runs: it costs a few percent of a plan,
@@ -19,6 +19,8 @@ enum Admission {
     NextStep,
     /// It does not fit.
     TooBig,
+    /// All that is left of the step's tokens is for shorter prompts.
+    NoTokens,
 }
 
 /// Where a sequence starts from.
@@ -59,8 +61,17 @@ impl Scheduler {
         self.forecast.is_made = false;
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
         let mut cursor = None;
+        let mut has_tokens_for_long = true;
         while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
-            let Some((order, number)) = self.ready.next_after(cursor) else { break };
+            let next = if has_tokens_for_long {
+                self.ready.next_after(cursor)
+            } else {
+                self.ready.next_in(Lane::Short, cursor)
+            };
+            let Some((order, number)) = next else { break };
+            if self.planned.admits_before.is_some_and(|limit| order >= limit) {
+                return;
+            }
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
                     promised += self.promised(number);
@@ -70,6 +81,10 @@ impl Scheduler {
                     }
                 }
                 Admission::NextStep => return,
+                Admission::NoTokens => {
+                    cursor = Some(order);
+                    has_tokens_for_long = false;
+                }
                 Admission::TooBig => {
                     cursor = Some(order);
                     self.too_big.push(number);
@@ -96,6 +111,25 @@ impl Scheduler {
         self.kv.footprint(sequence.known_len()).saturating_sub(num_live(&sequence.tables))
     }
 
+    /// The same of all that come before a waiting sequence.
+    fn promised_before(&self, number: u32) -> usize {
+        let order = self.sequences[number].order;
+        let before = self.running.iter().filter(|other| self.sequences[**other].order < order);
+        before.map(|other| self.promised(*other)).sum()
+    }
+
+    /// Free blocks that a sequence takes that joins with `known_len` tokens.
+    fn joining_blocks(&self, known_len: u32, brought: Brought) -> usize {
+        self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free
+    }
+
+    /// Free blocks without which a waiting sequence cannot join, if those of a worse rank give way.
+    pub(super) fn needed_to_join(&mut self, number: u32) -> usize {
+        let start = self.find_start(number);
+        let brought = self.brought(number, start);
+        self.joining_blocks(self.sequences[number].known_len(), brought) + self.promised_before(number)
+    }
+
     fn try_admit(&mut self, number: u32, promised: usize) -> Admission {
         // Its last row before a preemption may still bring a token that has to be computed again.
         if self.sequences[number].in_flight > 0 {
@@ -105,7 +139,12 @@ impl Scheduler {
         let brought = self.brought(number, start);
         let sequence = &self.sequences[number];
         let known_len = sequence.known_len();
-        let len = (known_len - brought.len).min(self.planned.budget);
+        let is_long = known_len - brought.len > self.long_above() && sequence.lane == Lane::Long;
+        let for_others = if is_long { self.planned.for_short.min(self.planned.budget) } else { 0 };
+        let len = (known_len - brought.len).min(self.planned.budget - for_others);
+        if len == 0 {
+            return Admission::NoTokens;
+        }
         if len < known_len - brought.len && !self.config.enable_chunked_prefill {
             let alone = self.planned.prefills.is_empty();
             return if alone { Admission::TooBig } else { Admission::NextStep };
@@ -115,21 +154,26 @@ impl Scheduler {
             return Admission::NextStep;
         }
 
-        let mut needed = self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free;
-        needed += promised;
+        // Those of a worse rank give way later, should there be no room for all.
+        let outranks = self.outranks_the_last(number);
+        let promised = if outranks { self.promised_before(number) } else { promised };
+        let needed = self.joining_blocks(known_len, brought) + promised;
         let pool = self.kv.pool();
         if needed > pool.num_free() {
             let soon = needed <= pool.num_free() + pool.num_held();
             return if soon { Admission::NextStep } else { Admission::TooBig };
         }
         let shared_in_use = brought.shared - brought.free;
-        if !self.running.is_empty() && !self.growth_fits(number, shared_in_use) {
+        if !self.running.is_empty() && !outranks && !self.growth_fits(number, shared_in_use) {
             return Admission::TooBig;
         }
 
         self.planned.entered_blocks -= brought.shared;
         self.planned.penalty_tokens -= penalty_tokens as usize;
         self.planned.budget -= len;
+        if !is_long {
+            self.planned.for_short = self.planned.for_short.saturating_sub(len);
+        }
         self.enter(number, start, brought.len);
         self.sequences[number].num_shared = shared_in_use;
         self.extend(number, brought.len + len);
@@ -227,7 +271,10 @@ impl Scheduler {
             request.progress.num_cached_tokens = len;
             self.num_queued -= 1;
             self.stats.prompt_tokens += sequence.prompt.len() as u64;
+            let behind = std::mem::take(&mut request.behind);
+            self.next_of_call(behind);
         }
+        let sequence = &self.sequences[number];
         if let Start::Cached(_) = start {
             self.stats.prefix_cache_queries += u64::from(sequence.known_len());
             self.stats.prefix_cache_hits += u64::from(len);

@@ -278,7 +278,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[number];
         let (state, order, request, name) = (sequence.state, sequence.order, sequence.request, sequence.name);
         match state {
-            State::Forming => {}
+            State::Forming | State::Behind => {}
             State::Waiting => {
                 let queued = self.ready.remove(order) || self.gated.remove(order);
                 assert!(queued, "sequence {name:?} waits in no queue");
@@ -306,9 +306,11 @@ impl Scheduler {
         entry.unfinished -= 1;
         if entry.unfinished == 0 {
             self.num_queued -= usize::from(!entry.started);
+            self.num_behind -= usize::from(state == State::Behind);
             self.batch_left -= usize::from(entry.in_batch);
             self.by_id.remove(&name.request);
-            self.requests.remove(request);
+            let behind = self.requests.remove(request).behind;
+            self.next_of_call(behind);
         }
         if in_flight == 0 && state != State::Running {
             self.sequences.remove(number);

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use super::lengths::Ending;
 use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
-use crate::policy::Order;
+use crate::policy::{Lane, Order};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{SamplingParams, SeqRef};
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
+    /// Behind other prompts of its call, of which one stands in the queue at a time.
+    Behind,
     /// A choice after the first, until the first one has computed the prompt.
     Forming,
     /// In the waiting queue: new, or preempted.
@@ -62,6 +64,8 @@ pub(super) struct Sequence {
     /// Number of its request.
     pub request: u32,
     pub order: Order,
+    /// Lower goes first; 0 where the policy does not ask.
+    pub priority: i32,
     pub params: Arc<SamplingParams>,
     pub traits: Traits,
     pub seed: u64,
@@ -70,6 +74,8 @@ pub(super) struct Sequence {
     /// Output tokens at most, by the request, the model's length and the pool.
     pub max_tokens: u32,
     pub state: State,
+    /// Where it waits, or waited last.
+    pub lane: Lane,
     /// Valid while it runs.
     pub slot: u32,
     /// One a KV group.

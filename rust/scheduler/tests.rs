@@ -63,7 +63,7 @@ impl Bench {
 
     fn try_add(&mut self, prompt: &[u32], options: SamplingOptions) -> Result<RequestId, Error> {
         let params = SamplingParams::new(options).expect("good parameters");
-        self.scheduler.add_request(Arc::from(prompt), params, 0, None, self.now)
+        self.scheduler.add_call(&[Arc::from(prompt)], params, 0, None, self.now)
     }
 
     fn schedule(&mut self) -> Option<Planned> {

@@ -5,14 +5,14 @@
 //! computed: every row that samples draws the same token, and the load says after how many tokens a
 //! sequence stops.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use _core::config::CoreConfig;
 use _core::output::{FinishReason, OutputSink, SampledToken};
 use _core::plan::{PlanInfo, PlanView, ResultWriter, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NO_TOKEN, STATUS_OK};
 use _core::request::{Progress, RequestId, SamplingOptions, SamplingParams, SeqRef};
-use _core::scheduler::{Scheduler, Stats};
+use _core::scheduler::Scheduler;
 
 /// What a step costs, in seconds.
 pub struct Cost {
@@ -45,6 +45,7 @@ struct Told {
     stops_after: HashMap<RequestId, u32>,
     output: HashMap<SeqRef, (u32, f64)>,
     first: HashMap<RequestId, (u64, f64)>,
+    ended: HashSet<RequestId>,
     longest_gap: f64,
     num_tokens: u64,
 }
@@ -61,6 +62,7 @@ impl OutputSink for Told {
     }
 
     fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, _: &Progress) {
+        self.ended.insert(seq.request);
         assert!(!matches!(reason, FinishReason::Error(_)), "{seq:?} ended: {reason:?}");
     }
 }
@@ -70,9 +72,7 @@ impl OutputSink for Told {
 pub struct StepSeen {
     pub done: f64,
     pub seconds: f64,
-    pub rows: u32,
     pub running: u64,
-    pub waiting: u64,
 }
 
 /// A core at work on the device.
@@ -171,14 +171,7 @@ impl Machine {
         }
         let seconds = cost.weights.max(cost.per_token * f64::from(info.num_tokens)) + cost.per_key * keys as f64;
         self.device_free = self.device_free.max(self.told.now) + seconds;
-        let Stats { num_running, num_waiting, .. } = self.core.stats();
-        let seen = StepSeen {
-            done: self.device_free,
-            seconds,
-            rows: info.num_rows,
-            running: num_running,
-            waiting: num_waiting,
-        };
+        let seen = StepSeen { done: self.device_free, seconds, running: self.core.stats().num_running };
         self.in_flight.push_back((info, result, seen));
         true
     }
@@ -191,6 +184,10 @@ impl Machine {
     /// Steps committed so far, and the time, when the request's first token came.
     pub fn first_token(&self, id: RequestId) -> Option<(u64, f64)> {
         self.told.first.get(&id).copied()
+    }
+
+    pub fn has_ended(&self, id: RequestId) -> bool {
+        self.told.ended.contains(&id)
     }
 
     pub fn outcome(&self) -> Outcome {
