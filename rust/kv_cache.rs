@@ -408,7 +408,7 @@ mod tests {
         cache.release_outside_window(&mut old, 39, 0);
         assert_eq!(old.iter().map(BlockTable::first_live).collect::<Vec<_>>(), [8, 8]);
         let mut new = tables(&cache);
-        cache.extend(&mut new, (64 - 32 + 8) / 2 * 4);
+        cache.extend(&mut new, 4 * 20);
         let left = |group| (0..8).filter(|index| cache.find_block(group, hashes[*index]).is_some()).collect::<Vec<_>>();
         assert_eq!((left(0), left(1)), (vec![4, 5, 6, 7], vec![4, 5, 6, 7]));
     }

@@ -119,7 +119,7 @@ impl Scheduler {
         self.planned.sets_aside
             && self.running.len() < self.config.max_running()
             && !self.free_slots.is_empty()
-            && !self.nothing_fits.is_some_and(|seen| free <= seen.free)
+            && self.nothing_fits.is_none_or(|seen| free > seen.free)
     }
 
     /// Whether a waiting sequence comes before the last one that runs, by order and by priority.

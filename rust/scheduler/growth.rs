@@ -5,8 +5,8 @@
 //! are known the sum is what will be; where they are guessed, it may be more, by its deviation.
 //!
 //! Peers: vLLM looks at what is known of the candidate only, and preempts; TensorRT-LLM's default
-//! keeps `max_tokens` free for everyone; SGLang keeps a part of that free, which it adapts by what it
-//! had to take back; LightLLM draws lengths from the last requests.
+//! keeps `max_tokens` free for everyone; `SGLang` keeps a part of that free, which it adapts by what it
+//! had to take back; `LightLLM` draws lengths from the last requests.
 
 use super::admit::num_live;
 use super::lengths::{Ending, Lengths};
