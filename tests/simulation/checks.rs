@@ -151,6 +151,13 @@ fn long_prompts_get_half(
     let decodes: u32 = rows.iter().filter(|row| !row.is_prompt()).map(|row| row.query_len).sum();
     let mut running = before.sequences.iter().filter(|sequence| sequence.phase == Phase::Running);
     let Some(long) = running.find(|sequence| !sequence.decodes && left(sequence) > half_of_all) else { return Ok(()) };
+    // What is set aside for those who wait before it goes to others where these cannot join after all.
+    let waits_before = |sequence: &SequenceView| {
+        sequence.phase == Phase::Waiting && (sequence.seq.request < long.seq.request || sequence.preemptions > 0)
+    };
+    if before.sequences.iter().any(|sequence| waits_before(sequence)) {
+        return Ok(());
+    }
     let len_of =
         |seq| rows.iter().filter(|row| row.seq == seq && row.is_prompt()).map(|row| row.query_len).sum::<u32>();
     let before_it: u32 =
