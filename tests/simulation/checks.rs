@@ -155,7 +155,7 @@ fn long_prompts_get_half(
     let waits_before = |sequence: &SequenceView| {
         sequence.phase == Phase::Waiting && (sequence.seq.request < long.seq.request || sequence.preemptions > 0)
     };
-    if before.sequences.iter().any(|sequence| waits_before(sequence)) {
+    if before.sequences.iter().any(waits_before) {
         return Ok(());
     }
     let len_of =
