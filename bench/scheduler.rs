@@ -71,7 +71,7 @@ impl Decoding {
         let mut scheduler = Scheduler::new(config).expect("a good configuration");
         for number in 0..num_seqs {
             let prompt: Arc<[u32]> = (0..context + number % 16).map(|i| (i * 31 + number * 7919) % 32_000).collect();
-            scheduler.add_request(prompt, SamplingParams::default(), 0, None, 0.0).expect("it fits");
+            scheduler.add_call(&[prompt], SamplingParams::default(), 0, None, 0.0).expect("it fits");
         }
         let mut bench = Self {
             plan: vec![0; scheduler.plan_bytes()],

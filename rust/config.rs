@@ -63,8 +63,12 @@ pub struct CoreConfig {
     pub prefill_graphs: PrefillGraphs,
     /// Most draft tokens a decode row may carry.
     pub num_draft_tokens: u32,
-    /// How often one request may be preempted before it is given a reservation.
+    /// How often a sequence may have been preempted and still give its place to a better rank.
     pub max_preemptions: u32,
+    /// Whether a sequence is admitted only if there will be room for its growth as well. Without, as
+    /// soon as what is known of it fits: that is there to be compared with, and to have sequences
+    /// preempted in tests.
+    pub admits_by_growth: bool,
     /// Seconds of waiting that are worth one unit of priority.
     pub priority_aging: f64,
     /// Longest wait, in seconds, of the first request of a static batch.
@@ -120,6 +124,7 @@ impl Default for CoreConfig {
             prefill_graphs: PrefillGraphs::default(),
             num_draft_tokens: 0,
             max_preemptions: 3,
+            admits_by_growth: true,
             priority_aging: 60.0,
             static_batch_wait: 0.1,
             hash_secret: [0; 32],

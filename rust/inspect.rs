@@ -30,6 +30,8 @@ pub struct BlockView {
 /// Whether a sequence has a place in the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
+    /// Behind other prompts of its call, of which one stands in the queue at a time.
+    Behind,
     /// A choice that waits for the first one of its request to compute the prompt.
     Forming,
     /// In the waiting queue, for the first time or preempted.
@@ -49,8 +51,12 @@ pub struct SequenceView {
     pub slot: Option<u32>,
     /// Its block table in each KV group; 0 where a block was given back.
     pub tables: Vec<Vec<u32>>,
+    /// Tokens of prompt and output that are known.
+    pub known_len: u32,
     /// Tokens computed, once the steps in flight are done.
     pub num_planned: u32,
+    /// Whether its known tokens have all been planned.
+    pub decodes: bool,
     /// Whether the steps in flight bring its last token, unless it stops before.
     pub is_fully_planned: bool,
     /// How often it was preempted.
@@ -63,6 +69,6 @@ pub struct Inspection {
     /// All blocks by index; the null block's entry means nothing.
     pub blocks: Vec<BlockView>,
     /// Running sequences in the order in which they are served, then the waiting ones in theirs,
-    /// then those forming.
+    /// then those forming, and those behind others of their call.
     pub sequences: Vec<SequenceView>,
 }

@@ -20,6 +20,8 @@ pub struct KvCache {
     has_windows: bool,
     /// By group: blocks that a sequence holds at most, however long it is.
     limits: Vec<usize>,
+    /// The same while it decodes, with the number of groups that have this limit.
+    decode_limits: Vec<(usize, usize)>,
     pool: BlockPool,
     index: PrefixCache,
 }
@@ -36,8 +38,17 @@ impl KvCache {
             0 => usize::MAX,
             window => (window + chunk).div_ceil(config.block_size) as usize + 1,
         };
+        let mut decode_limits: Vec<(usize, usize)> = Vec::new();
+        for window in &config.kv_windows {
+            let limit = if *window == 0 { usize::MAX } else { window.div_ceil(config.block_size) as usize + 1 };
+            match decode_limits.iter_mut().find(|(other, _)| *other == limit) {
+                Some((_, groups)) => *groups += 1,
+                None => decode_limits.push((limit, 1)),
+            }
+        }
         Self {
             block_size,
+            decode_limits,
             windows: config.kv_windows.clone(),
             has_windows: config.kv_windows.iter().any(|window| *window > 0),
             limits: config.kv_windows.iter().map(limit).collect(),
@@ -64,6 +75,12 @@ impl KvCache {
     pub fn footprint(&self, len: u32) -> usize {
         let blocks = (len as usize).div_ceil(self.block_size);
         self.limits.iter().map(|limit| blocks.min(*limit)).sum()
+    }
+
+    /// Blocks, over all groups, that a sequence holds at most while its token number `len` is decoded.
+    pub fn decode_footprint(&self, len: u32) -> usize {
+        let blocks = (len as usize).div_ceil(self.block_size);
+        self.decode_limits.iter().map(|(limit, groups)| blocks.min(*limit) * groups).sum()
     }
 
     /// The longest sequence whose footprint the whole pool can hold, up to `limit` tokens.
@@ -97,16 +114,13 @@ impl KvCache {
         u32::try_from(entries * self.block_size).unwrap_or(u32::MAX)
     }
 
-    /// Allocates what is [`missing`](Self::missing) and returns its number. The caller has made
-    /// sure that it is free.
-    pub fn extend(&mut self, tables: &mut [BlockTable], len: u32) -> usize {
-        let missing = self.missing(tables, len);
-        for _ in 0..missing / tables.len() {
+    /// Allocates what is [`missing`](Self::missing). The caller has made sure that it is free.
+    pub fn extend(&mut self, tables: &mut [BlockTable], len: u32) {
+        for _ in 0..self.missing(tables, len) / tables.len() {
             for table in &mut *tables {
                 table.push(self.allocate());
             }
         }
-        missing
     }
 
     /// Gives back the blocks that no token from position `least` on can see. A step before may
@@ -115,23 +129,29 @@ impl KvCache {
         if !self.has_windows {
             return;
         }
-        for (table, window) in tables.iter_mut().zip(&self.windows) {
-            let limit = first_visible(*window, least) as usize / self.block_size;
-            while let Some(block) = table.pop_before(limit) {
-                self.pool.release(block, fence);
+        let mut popped = true;
+        while popped {
+            popped = false;
+            for (table, window) in tables.iter_mut().zip(&self.windows) {
+                let limit = first_visible(*window, least) as usize / self.block_size;
+                if let Some(block) = table.pop_before(limit) {
+                    self.pool.release(block, fence);
+                    popped = true;
+                }
             }
         }
     }
 
     /// Gives everything back, last blocks first, so that the beginnings of prompts stay findable
-    /// the longest.
+    /// the longest. All groups' blocks of one place go together: a prefix is found as far as all
+    /// groups have it.
     pub fn release_all(&mut self, tables: &mut [BlockTable], fence: u64) {
-        for table in tables {
-            while let Some(block) = table.pop() {
+        for _ in 0..tables.first().map_or(0, BlockTable::len) {
+            for block in tables.iter_mut().filter_map(BlockTable::pop) {
                 self.pool.release(block, fence);
             }
-            table.reset();
         }
+        tables.iter_mut().for_each(BlockTable::reset);
     }
 
     /// Number of blocks of the longest prefix of `hashes` that a sequence can start from: full
@@ -326,7 +346,7 @@ mod tests {
     fn a_window_group_gives_back_what_the_next_token_cannot_see() {
         let mut cache = cache(vec![0, 6], 32, 4);
         let mut tables = tables(&cache);
-        assert_eq!(cache.extend(&mut tables, 16), 8);
+        cache.extend(&mut tables, 16);
         // The token at position 16 sees 11..=16, so blocks 0 and 1 (positions 0..8) are out of
         // sight; 8..12 is not.
         cache.release_outside_window(&mut tables, 16, 0);
@@ -353,6 +373,44 @@ mod tests {
         assert_ne!(copies[0].0, copies[0].1);
         assert!(cache.check(source.iter().chain(&fork)).is_ok());
         assert!(cache.check(source.iter()).is_err());
+    }
+
+    /// A prompt of 64 blocks is over; another one then needs 40 of the 80 that there are.
+    #[test]
+    fn equal_groups_lose_the_end_of_a_prompt_and_keep_its_beginning() {
+        for kv_windows in [vec![0], vec![0; 2], vec![0; 4], vec![1000; 4], vec![0, 0, 1000, 1000]] {
+            let (groups, step) = (kv_windows.len(), 1);
+            let mut cache = cache(kv_windows.clone(), 81, 4);
+            let mut old = tables(&cache);
+            let hashes: Vec<u128> = (100..100 + 64 / groups as u128).collect();
+            cache.extend(&mut old, hashes.len() as u32 * 4);
+            for (index, hash) in hashes.iter().enumerate() {
+                cache.register(&old, index, *hash);
+            }
+            cache.release_all(&mut old, step);
+            cache.fence(step);
+            let mut new = tables(&cache);
+            cache.extend(&mut new, 40 / groups as u32 * 4);
+            assert_eq!(cache.find(&hashes) * groups, 40, "windows {kv_windows:?}");
+        }
+    }
+
+    /// Two groups with one window gave back the same eight entries each; half of these are needed.
+    #[test]
+    fn equal_windows_lose_the_same_blocks() {
+        let mut cache = cache(vec![8, 8], 65, 4);
+        let mut old = tables(&cache);
+        let hashes: Vec<u128> = (100..116).collect();
+        cache.extend(&mut old, 64);
+        for (index, hash) in hashes.iter().enumerate() {
+            cache.register(&old, index, *hash);
+        }
+        cache.release_outside_window(&mut old, 39, 0);
+        assert_eq!(old.iter().map(BlockTable::first_live).collect::<Vec<_>>(), [8, 8]);
+        let mut new = tables(&cache);
+        cache.extend(&mut new, 4 * 20);
+        let left = |group| (0..8).filter(|index| cache.find_block(group, hashes[*index]).is_some()).collect::<Vec<_>>();
+        assert_eq!((left(0), left(1)), (vec![4, 5, 6, 7], vec![4, 5, 6, 7]));
     }
 
     proptest! {

@@ -21,25 +21,25 @@ pub const HEAD_BYPASS_LIMIT: u32 = 32;
 pub const LOOKAHEAD: usize = 16;
 
 /// A place in the order: smaller goes first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Order {
     /// `arrival + priority * priority_aging`, as an integer of the same order; 0 for first come,
     /// first served.
     rank: i64,
-    /// Number of the request.
-    number: u64,
-    /// Which of its sequences.
+    /// When its request took its place in the queue: one after another.
+    turn: u64,
+    /// Which of the request's sequences.
     index: u32,
 }
 
 impl Order {
-    /// The place of sequence `index` of request `number`, which came at `arrival` seconds.
-    pub fn new(config: &CoreConfig, number: u64, index: u32, priority: i32, arrival: f64) -> Self {
+    /// The place of sequence `index` of the request that took turn `turn`, at `arrival` seconds.
+    pub fn new(config: &CoreConfig, turn: u64, index: u32, priority: i32, arrival: f64) -> Self {
         let rank = match config.scheduling_policy {
             SchedulingPolicy::Fcfs => 0,
             SchedulingPolicy::Priority => ordered_bits(arrival + f64::from(priority) * config.priority_aging),
         };
-        Self { rank, number, index }
+        Self { rank, turn, index }
     }
 }
 
@@ -49,43 +49,73 @@ fn ordered_bits(value: f64) -> i64 {
     bits ^ (((bits >> 63) as u64) >> 1) as i64
 }
 
-/// Waiting sequences, by order; the values are the scheduler's own numbers for them.
+/// Which sequences of the queue are meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// Those with few tokens to compute.
+    Short,
+    /// The others.
+    Long,
+}
+
+/// Waiting sequences, by order; the values are the scheduler's own numbers for them. Short ones can
+/// be asked for by themselves, since they may go past long ones.
 #[derive(Debug, Default)]
 pub struct WaitingQueue {
-    sequences: BTreeMap<Order, u32>,
+    short: BTreeMap<Order, u32>,
+    long: BTreeMap<Order, u32>,
 }
 
 impl WaitingQueue {
     /// Puts a sequence in its place.
-    pub fn insert(&mut self, order: Order, sequence: u32) {
-        let previous = self.sequences.insert(order, sequence);
+    pub fn insert(&mut self, order: Order, lane: Lane, sequence: u32) {
+        let sequences = match lane {
+            Lane::Short => &mut self.short,
+            Lane::Long => &mut self.long,
+        };
+        let previous = sequences.insert(order, sequence);
         assert!(previous.is_none(), "sequence {sequence} is queued twice");
     }
 
     /// Takes a sequence out; false if it was not in.
     pub fn remove(&mut self, order: Order) -> bool {
-        self.sequences.remove(&order).is_some()
+        self.short.remove(&order).or_else(|| self.long.remove(&order)).is_some()
     }
 
     /// The first sequence after `order`, or the very first.
     pub fn next_after(&self, order: Option<Order>) -> Option<(Order, u32)> {
-        let from = order.map_or(Bound::Unbounded, Bound::Excluded);
-        self.sequences.range((from, Bound::Unbounded)).next().map(|(order, sequence)| (*order, *sequence))
+        let (short, long) = (self.next_in(Lane::Short, order), self.next_in(Lane::Long, order));
+        short.into_iter().chain(long).min()
     }
 
-    /// All sequences, first to last.
+    /// The same of one lane.
+    pub fn next_in(&self, lane: Lane, order: Option<Order>) -> Option<(Order, u32)> {
+        self.lane(lane, order).next()
+    }
+
+    /// The sequences of one lane after `order`, or all of them, first to last.
+    pub fn lane(&self, lane: Lane, order: Option<Order>) -> impl Iterator<Item = (Order, u32)> + '_ {
+        let sequences = match lane {
+            Lane::Short => &self.short,
+            Lane::Long => &self.long,
+        };
+        let from = order.map_or(Bound::Unbounded, Bound::Excluded);
+        sequences.range((from, Bound::Unbounded)).map(|(order, sequence)| (*order, *sequence))
+    }
+
+    /// All sequences: the short ones first to last, then the long ones.
     pub fn iter(&self) -> impl Iterator<Item = u32> + '_ {
-        self.sequences.values().copied()
+        self.short.values().chain(self.long.values()).copied()
     }
 
     /// Number of sequences.
     pub fn len(&self) -> usize {
-        self.sequences.len()
+        self.short.len() + self.long.len()
     }
 
     /// Whether nobody waits.
     pub fn is_empty(&self) -> bool {
-        self.sequences.is_empty()
+        self.short.is_empty() && self.long.is_empty()
     }
 }
 

@@ -1,6 +1,8 @@
 //! Requests: their names and their blocks' names, what the scheduler knows of one, the checked
 //! sampling parameters.
 
+use std::collections::VecDeque;
+
 use crate::error::Error;
 use crate::text::StopPatterns;
 
@@ -31,6 +33,9 @@ pub(crate) struct Request {
     pub started: bool,
     /// It belongs to the batch that runs (policies other than continuous).
     pub in_batch: bool,
+    /// Of the request of a call that stands in the queue: those that come after it, one by one. Some
+    /// may be gone.
+    pub behind: VecDeque<RequestId>,
     pub progress: Progress,
 }
 

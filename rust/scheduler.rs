@@ -1,16 +1,15 @@
 //! The scheduler: who runs, in which blocks, with which tokens. See the crate's page for the life
 //! of a request.
 //!
-//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins), `schedule` (a
-//! step is planned), `commit` (a step or a request ends). This file holds the state they share.
+//! Split by event: `arrive` (a request comes), `admit` (a waiting sequence joins, if `growth` says
+//! that there will be room, by what `lengths` has seen), `schedule` (a step is planned; `budget` has
+//! how prompts share it), `commit` (a step or a request ends). This file holds the state they share.
 //!
 //! # Why everybody gets on
 //! Running sequences are kept, served and given blocks in one order ([`policy`](crate::policy)),
 //! and preempted from its end, so the first always advances: everyone after it can be made to give
-//! way, and alone it fits, which admission checked. A sequence that has been preempted
-//! `max_preemptions` times comes back only with a reservation for all it can still need, for itself
-//! and for everyone before it, and nobody is preempted who has one. At most `max_running` run, so
-//! each can have a decode row in every step.
+//! way, and alone it fits, which admission checked. At most `max_running` run, so each can have a
+//! decode row in every step.
 
 use std::collections::VecDeque;
 
@@ -20,19 +19,24 @@ use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
 use crate::kv_cache::KvCache;
 use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
-use crate::policy::WaitingQueue;
+use crate::policy::{Order, WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
 
 mod admit;
 mod arrive;
+mod budget;
 mod commit;
+mod growth;
 mod integrity;
+mod lengths;
 mod padding;
 mod schedule;
 mod sequence;
 
+use growth::Forecast;
+use lengths::Lengths;
 use sequence::{Sequence, State, Traits};
 
 /// Most steps in flight.
@@ -136,12 +140,26 @@ struct PlannedStep {
     /// Tokens of all decode rows, and of the longest: more than one where it has drafts.
     num_decode_tokens: u32,
     longest_decode: u32,
-    /// Tokens left of the budget.
+    /// Tokens left of the budget, and how many of them are for short prompts.
     budget: u32,
+    for_short: u32,
     /// Left of the plan's room for blocks and penalty tokens of sequences that enter.
     entered_blocks: usize,
     penalty_tokens: usize,
     preempted: bool,
+    /// Tokens are set aside for those that wait.
+    sets_aside: bool,
+    /// Somebody gave way: only those that come before this are admitted.
+    admits_before: Option<Order>,
+}
+
+/// The last look into the queue found nobody who fits.
+#[derive(Debug, Clone, Copy)]
+struct NothingFits {
+    /// Blocks that were free then.
+    free: usize,
+    /// The step before which nobody looks again.
+    until: u64,
 }
 
 /// The core. Events come in by its methods, with the time in seconds where it matters; plans come
@@ -168,17 +186,20 @@ pub struct Scheduler {
     free_slots: Vec<u32>,
     /// Slots given back that a step in flight may still use, by the parity of that step.
     held_slots: [Vec<u32>; 2],
-    /// Blocks set aside by reservations and not yet taken, and the number of reservations.
-    reserved_blocks: usize,
-    num_reservations: usize,
-    /// Free blocks when the last look into the queue found nobody who fits; nothing has changed for
-    /// the better since.
-    nothing_fits_in: Option<usize>,
+    /// What the last look into the queue found, while nothing has changed for the better since.
+    nothing_fits: Option<NothingFits>,
+    /// The sequences that did not fit then.
+    too_big: Vec<u32>,
+    lengths: Lengths,
+    forecast: Forecast,
     /// Requests that have not been admitted yet.
     num_queued: usize,
+    /// Of these, requests that wait behind others of their call.
+    num_behind: usize,
     /// Longest sequence that the pool holds.
     longest_sequence: u32,
     next_request: u64,
+    next_turn: u64,
     next_step: u64,
     committed_step: u64,
     in_flight: VecDeque<Step>,
@@ -212,12 +233,15 @@ impl Scheduler {
             batch_left: 0,
             free_slots: (0..config.max_num_seqs).rev().collect(),
             held_slots: [Vec::new(), Vec::new()],
-            reserved_blocks: 0,
-            num_reservations: 0,
-            nothing_fits_in: None,
+            nothing_fits: None,
+            too_big: Vec::with_capacity(LOOKAHEAD),
+            lengths: Lengths::new(config.max_model_len),
+            forecast: Forecast::default(),
             num_queued: 0,
+            num_behind: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
             next_request: 1,
+            next_turn: 1,
             next_step: 1,
             committed_step: 0,
             in_flight: VecDeque::with_capacity(MAX_STEPS_IN_FLIGHT),
@@ -296,7 +320,7 @@ impl Scheduler {
         let pool = self.kv.pool();
         Stats {
             num_running: self.running.len() as u64,
-            num_waiting: (self.ready.len() + self.gated.len()) as u64,
+            num_waiting: (self.ready.len() + self.gated.len() + self.num_behind) as u64,
             num_queued: self.num_queued as u64,
             steps_in_flight: self.in_flight.len() as u64,
             blocks_total: pool.num_blocks() as u64,
@@ -322,39 +346,18 @@ impl Scheduler {
         }
     }
 
-    /// Blocks that a sequence can still need until its end.
-    fn still_to_come(&self, number: u32) -> usize {
-        let sequence = &self.sequences[number];
-        let len = sequence.final_len(self.config.num_draft_tokens, self.config.max_model_len);
-        self.kv.footprint(len).saturating_sub(admit::num_live(&sequence.tables))
-    }
-
-    /// Sets aside what a running sequence can still need: it will not be preempted any more.
-    fn reserve(&mut self, number: u32) {
-        let blocks = self.still_to_come(number);
-        self.sequences[number].reservation = Some(blocks);
-        self.reserved_blocks += blocks;
-        self.num_reservations += 1;
-    }
-
-    /// Gives a running sequence blocks for `len` tokens, out of its reservation if it has one.
+    /// Gives a running sequence blocks for `len` tokens.
     fn extend(&mut self, number: u32, len: u32) {
         let sequence = &mut self.sequences[number];
         if len <= sequence.covered_len {
             return;
         }
-        let added = self.kv.extend(&mut sequence.tables, len);
+        self.kv.extend(&mut sequence.tables, len);
         sequence.covered_len = self.kv.covered(&sequence.tables);
         sequence.has_unsent = true;
-        if let Some(left) = &mut sequence.reservation {
-            let taken = added.min(*left);
-            *left -= taken;
-            self.reserved_blocks -= taken;
-        }
     }
 
-    /// Takes blocks, slot and reservation from a running sequence. What a step in flight may still
-    /// touch is held.
+    /// Takes blocks and slot from a running sequence. What a step in flight may still touch is held.
     fn give_back(&mut self, number: u32) {
         let sequence = &mut self.sequences[number];
         self.kv.release_all(&mut sequence.tables, sequence.last_step);
@@ -363,22 +366,20 @@ impl Scheduler {
         } else {
             self.free_slots.push(sequence.slot);
         }
-        if let Some(left) = sequence.reservation.take() {
-            self.reserved_blocks -= left;
-            self.num_reservations -= 1;
-        }
         sequence.covered_len = 0;
         sequence.decoding = false;
         sequence.drafts.clear();
-        self.nothing_fits_in = None;
+        self.nothing_fits = None;
     }
 
     /// Puts a sequence into the queue of those that may be admitted.
     fn make_ready(&mut self, number: u32) {
+        let lane = self.lane(number);
         let sequence = &mut self.sequences[number];
         sequence.state = State::Waiting;
-        self.ready.insert(sequence.order, number);
-        self.nothing_fits_in = None;
+        sequence.lane = lane;
+        self.ready.insert(sequence.order, lane, number);
+        self.nothing_fits = None;
     }
 }
 

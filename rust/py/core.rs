@@ -132,6 +132,7 @@ impl EngineCore {
             },
             num_draft_tokens,
             max_preemptions,
+            admits_by_growth: true,
             priority_aging,
             static_batch_wait,
             hash_secret: *blake3::hash(hash_secret).as_bytes(),

@@ -1,9 +1,14 @@
 //! A waiting sequence joins the running ones.
 
 use super::schedule::PlannedRow;
-use super::{Scheduler, State};
+use super::{NothingFits, Scheduler, State};
 use crate::block_table::BlockTable;
-use crate::policy::{HEAD_BYPASS_LIMIT, LOOKAHEAD};
+use crate::policy::{Lane, HEAD_BYPASS_LIMIT, LOOKAHEAD};
+
+/// A look into the queue costs about as much as this many running sequences cost a step, so it is
+/// taken again after as many steps as this fits into what runs: it costs a few percent of a plan,
+/// and while few run every plan looks.
+const RUNNING_PER_LOOK: usize = 16;
 
 /// What came of trying to admit a sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,6 +19,8 @@ enum Admission {
     NextStep,
     /// It does not fit.
     TooBig,
+    /// All that is left of the step's tokens is for shorter prompts.
+    NoTokens,
 }
 
 /// Where a sequence starts from.
@@ -46,36 +53,51 @@ impl Scheduler {
             return;
         }
         let free = self.kv.pool().num_free();
-        if !self.running.is_empty() && self.nothing_fits_in.is_some_and(|before| free <= before) {
+        let as_before = |seen: NothingFits| free <= seen.free && self.next_step < seen.until;
+        if !self.running.is_empty() && self.nothing_fits.is_some_and(as_before) {
             return;
         }
+        self.too_big.clear();
+        self.forecast.is_made = false;
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
         let mut cursor = None;
-        let mut first_too_big = None;
-        let mut num_too_big = 0;
+        let mut has_tokens_for_long = true;
         while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
-            let Some((order, number)) = self.ready.next_after(cursor) else { break };
+            let next = if has_tokens_for_long {
+                self.ready.next_after(cursor)
+            } else {
+                self.ready.next_in(Lane::Short, cursor)
+            };
+            let Some((order, number)) = next else { break };
+            if self.planned.admits_before.is_some_and(|limit| order >= limit) {
+                return;
+            }
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
                     promised += self.promised(number);
-                    if let Some(passed) = first_too_big {
-                        self.sequences[passed].bypassed += 1;
+                    self.grows_too(number);
+                    if let Some(passed) = self.too_big.first() {
+                        self.sequences[*passed].bypassed += 1;
                     }
                 }
                 Admission::NextStep => return,
+                Admission::NoTokens => {
+                    cursor = Some(order);
+                    has_tokens_for_long = false;
+                }
                 Admission::TooBig => {
                     cursor = Some(order);
-                    first_too_big.get_or_insert(number);
-                    num_too_big += 1;
+                    self.too_big.push(number);
                 }
             }
-            let stop_for = |passed: u32| self.sequences[passed].bypassed >= HEAD_BYPASS_LIMIT;
-            if num_too_big == LOOKAHEAD || first_too_big.is_some_and(stop_for) {
+            let stop_for = |passed: &u32| self.sequences[*passed].bypassed >= HEAD_BYPASS_LIMIT;
+            if self.too_big.len() == LOOKAHEAD || self.too_big.first().is_some_and(stop_for) {
                 break;
             }
         }
-        if first_too_big.is_some() && self.planned.budget > 0 {
-            self.nothing_fits_in = Some(self.kv.pool().num_free());
+        if !self.too_big.is_empty() && self.planned.budget > 0 {
+            let until = self.next_step + (self.running.len() / RUNNING_PER_LOOK) as u64;
+            self.nothing_fits = Some(NothingFits { free: self.kv.pool().num_free(), until });
         }
     }
 
@@ -83,10 +105,29 @@ impl Scheduler {
     /// chunks.
     fn promised(&self, number: u32) -> usize {
         let sequence = &self.sequences[number];
-        if sequence.decoding || sequence.reservation.is_some() {
+        if sequence.decoding {
             return 0;
         }
         self.kv.footprint(sequence.known_len()).saturating_sub(num_live(&sequence.tables))
+    }
+
+    /// The same of all that come before a waiting sequence.
+    fn promised_before(&self, number: u32) -> usize {
+        let order = self.sequences[number].order;
+        let before = self.running.iter().filter(|other| self.sequences[**other].order < order);
+        before.map(|other| self.promised(*other)).sum()
+    }
+
+    /// Free blocks that a sequence takes that joins with `known_len` tokens.
+    fn joining_blocks(&self, known_len: u32, brought: Brought) -> usize {
+        self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free
+    }
+
+    /// Free blocks without which a waiting sequence cannot join, if those of a worse rank give way.
+    pub(super) fn needed_to_join(&mut self, number: u32) -> usize {
+        let start = self.find_start(number);
+        let brought = self.brought(number, start);
+        self.joining_blocks(self.sequences[number].known_len(), brought) + self.promised_before(number)
     }
 
     fn try_admit(&mut self, number: u32, promised: usize) -> Admission {
@@ -94,16 +135,16 @@ impl Scheduler {
         if self.sequences[number].in_flight > 0 {
             return Admission::NextStep;
         }
-        // Blocks of a window can be given back without becoming free (they may be shared), so no
-        // reservation can be counted out there: with windows, who has one runs alone.
-        if self.num_reservations > 0 && self.kv.has_windows() {
-            return Admission::NextStep;
-        }
         let start = self.find_start(number);
         let brought = self.brought(number, start);
         let sequence = &self.sequences[number];
         let known_len = sequence.known_len();
-        let len = (known_len - brought.len).min(self.planned.budget);
+        let is_long = known_len - brought.len > self.long_above() && sequence.lane == Lane::Long;
+        let for_others = if is_long { self.planned.for_short.min(self.planned.budget) } else { 0 };
+        let len = (known_len - brought.len).min(self.planned.budget - for_others);
+        if len == 0 {
+            return Admission::NoTokens;
+        }
         if len < known_len - brought.len && !self.config.enable_chunked_prefill {
             let alone = self.planned.prefills.is_empty();
             return if alone { Admission::TooBig } else { Admission::NextStep };
@@ -113,69 +154,33 @@ impl Scheduler {
             return Admission::NextStep;
         }
 
-        let mut needed = self.kv.footprint(known_len).saturating_sub(brought.shared) + brought.free;
-        needed += self.reserved_blocks + promised;
-        if !self.running.is_empty() {
-            needed += self.watermark();
-        }
-        let reserving = self.reserving_to_admit(number);
-        if let Some(others) = &reserving {
-            if self.kv.has_windows() && !self.running.is_empty() {
-                return Admission::TooBig;
-            }
-            let others: usize = others.iter().map(|other| self.still_to_come(*other)).sum();
-            let own = self.still_to_come(number).saturating_sub(brought.shared) + brought.free;
-            needed = needed.max(self.reserved_blocks + others + own);
-        }
+        // Those of a worse rank give way later, should there be no room for all.
+        let outranks = self.outranks_the_last(number);
+        let promised = if outranks { self.promised_before(number) } else { promised };
+        let needed = self.joining_blocks(known_len, brought) + promised;
         let pool = self.kv.pool();
         if needed > pool.num_free() {
             let soon = needed <= pool.num_free() + pool.num_held();
             return if soon { Admission::NextStep } else { Admission::TooBig };
         }
+        let shared_in_use = brought.shared - brought.free;
+        if !self.running.is_empty() && !outranks && !self.growth_fits(number, shared_in_use) {
+            return Admission::TooBig;
+        }
 
         self.planned.entered_blocks -= brought.shared;
         self.planned.penalty_tokens -= penalty_tokens as usize;
         self.planned.budget -= len;
-        self.enter(number, start, brought.len);
-        if let Some(others) = reserving {
-            self.reserve(number);
-            for other in others {
-                self.reserve(other);
-            }
+        if !is_long {
+            self.planned.for_short = self.planned.for_short.saturating_sub(len);
         }
+        self.enter(number, start, brought.len);
+        self.sequences[number].num_shared = shared_in_use;
         self.extend(number, brought.len + len);
         let sample = brought.len + len == known_len;
         let row = PlannedRow { sequence: number, start: brought.len, len, sample, enters: true };
         self.planned.prefills.push(row);
         Admission::Admitted
-    }
-
-    /// None if this sequence may join without a reservation; else the others that must get one with
-    /// it.
-    ///
-    /// It must have one if it has been preempted often enough, or if it would stand before one that
-    /// has one; and then everyone before it must, so that whoever is first can advance.
-    fn reserving_to_admit(&self, number: u32) -> Option<Vec<u32>> {
-        let sequence = &self.sequences[number];
-        let order = sequence.order;
-        let stands_before = |other: &u32| {
-            let other = &self.sequences[*other];
-            other.reservation.is_some() && other.order > order
-        };
-        let protected = sequence.preemptions >= self.config.max_preemptions;
-        if !protected && (self.num_reservations == 0 || !self.running.iter().any(stands_before)) {
-            return None;
-        }
-        let must_reserve = |other: &u32| {
-            let other = &self.sequences[*other];
-            other.reservation.is_none() && other.order < order
-        };
-        Some(self.running.iter().copied().filter(must_reserve).collect())
-    }
-
-    /// Blocks kept free at admissions for the growth of what runs: one hundredth of the pool.
-    fn watermark(&self) -> usize {
-        self.kv.pool().num_blocks().div_ceil(100)
     }
 
     fn find_start(&mut self, number: u32) -> Start {
@@ -266,7 +271,10 @@ impl Scheduler {
             request.progress.num_cached_tokens = len;
             self.num_queued -= 1;
             self.stats.prompt_tokens += sequence.prompt.len() as u64;
+            let behind = std::mem::take(&mut request.behind);
+            self.next_of_call(behind);
         }
+        let sequence = &self.sequences[number];
         if let Start::Cached(_) = start {
             self.stats.prefix_cache_queries += u64::from(sequence.known_len());
             self.stats.prefix_cache_hits += u64::from(len);

@@ -1,31 +1,18 @@
 //! A request arrives: it is refused, or waits; where the policy has batches, it waits for its batch
 //! to open.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::{Request, Scheduler, Sequence, State, Traits};
-use crate::config::{Batching, CoreConfig};
+use crate::config::{Batching, CoreConfig, SchedulingPolicy};
 use crate::error::Error;
-use crate::policy::Order;
+use crate::policy::{Lane, Order};
 use crate::request::{check_tokens, Progress, RequestId, SamplingParams, SeqRef};
 
 impl Scheduler {
-    /// Adds a request to the waiting queue: [`Self::add_call`] of one prompt.
-    ///
-    /// # Errors
-    /// Those of [`Self::add_call`].
-    pub fn add_request(
-        &mut self,
-        prompt: Arc<[u32]>,
-        params: SamplingParams,
-        priority: i32,
-        cache_salt: Option<&str>,
-        now: f64,
-    ) -> Result<RequestId, Error> {
-        self.add_call(&[prompt], params, priority, cache_salt, now)
-    }
-
-    /// Adds a request for each prompt to the waiting queue, or none of them. Their ids follow one
+    /// Adds a request for each prompt, or none of them. One of them stands in the waiting queue at a
+    /// time; the next takes its place at the end when that one is admitted. Their ids follow one
     /// another; the first is returned. `now` is seconds of any clock that does not go back (one
     /// that does is taken to stand still).
     ///
@@ -55,20 +42,45 @@ impl Scheduler {
         let params = Arc::new(params);
         let root = self.hasher.root(cache_salt);
         for (prompt, max_tokens) in prompts.iter().zip(max_tokens) {
-            self.enqueue(prompt, &params, priority, root, max_tokens);
+            self.keep(prompt, &params, priority, root, max_tokens);
         }
+        self.num_behind += prompts.len();
+        self.next_of_call((first.0..self.next_request).map(RequestId).collect());
         Ok(first)
     }
 
-    /// Puts a request that was checked into the waiting queue.
-    fn enqueue(
-        &mut self,
-        prompt: &Arc<[u32]>,
-        params: &Arc<SamplingParams>,
-        priority: i32,
-        root: u128,
-        max_tokens: u32,
-    ) {
+    /// The next of a call's requests that are still there takes its place in the queue, behind all
+    /// that wait: one call of many prompts is served like many calls of one, one after another.
+    pub(super) fn next_of_call(&mut self, mut behind: VecDeque<RequestId>) {
+        while let Some(id) = behind.pop_front() {
+            let Some(request) = self.by_id.get(&id).copied() else { continue };
+            self.requests[request].behind = behind;
+            self.num_behind -= 1;
+            self.take_turn(request);
+            return;
+        }
+    }
+
+    /// Puts a request into the waiting queue.
+    fn take_turn(&mut self, request: u32) {
+        let turn = self.next_turn;
+        self.next_turn += 1;
+        for index in 0..self.requests[request].sequences.len() {
+            let number = self.requests[request].sequences[index];
+            let sequence = &mut self.sequences[number];
+            sequence.order = Order::new(&self.config, turn, index as u32, sequence.priority, self.now);
+            sequence.state = if index == 0 { State::Waiting } else { State::Forming };
+        }
+        let first = self.requests[request].sequences[0];
+        if self.config.batching == Batching::Continuous {
+            self.make_ready(first);
+        } else {
+            self.gated.insert(self.sequences[first].order, Lane::Short, first);
+        }
+    }
+
+    /// Keeps a request that was checked, behind the others of its call.
+    fn keep(&mut self, prompt: &Arc<[u32]>, params: &Arc<SamplingParams>, priority: i32, root: u128, max_tokens: u32) {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         self.stats.requests_added += 1;
@@ -83,6 +95,7 @@ impl Scheduler {
             forming: params.n > 1,
             started: false,
             in_batch: false,
+            behind: VecDeque::new(),
             progress,
         });
         self.by_id.insert(id, request);
@@ -90,14 +103,16 @@ impl Scheduler {
             let sequence = self.sequences.insert(Sequence {
                 name: SeqRef { request: id, index },
                 request,
-                order: Order::new(&self.config, id.0, index, priority, self.now),
+                order: Order::default(),
+                priority: if self.config.scheduling_policy == SchedulingPolicy::Priority { priority } else { 0 },
                 params: Arc::clone(params),
                 traits: Traits::new(params),
                 seed: seed.wrapping_add(u64::from(index)),
                 prompt: Arc::clone(prompt),
                 outputs: Vec::new(),
                 max_tokens,
-                state: State::Forming,
+                state: State::Behind,
+                lane: Lane::Short,
                 slot: 0,
                 tables: Vec::new(),
                 covered_len: 0,
@@ -114,18 +129,13 @@ impl Scheduler {
                 run: 0,
                 decoding: false,
                 preemptions: 0,
-                reservation: None,
+                num_shared: 0,
+                length_bin: 0,
+                bin_end: self.lengths.last_of(0),
                 bypassed: 0,
                 drafts: Vec::new(),
             });
             self.requests[request].sequences.push(sequence);
-        }
-        let first = self.requests[request].sequences[0];
-        if self.config.batching == Batching::Continuous {
-            self.make_ready(first);
-        } else {
-            self.sequences[first].state = State::Waiting;
-            self.gated.insert(self.sequences[first].order, first);
         }
     }
 
@@ -193,7 +203,10 @@ impl Scheduler {
         while let Some((order, number)) = self.gated.next_after(None).filter(|_| places > 0) {
             self.gated.remove(order);
             self.make_ready(number);
-            self.requests[self.sequences[number].request].in_batch = true;
+            let request = self.sequences[number].request;
+            self.requests[request].in_batch = true;
+            let behind = std::mem::take(&mut self.requests[request].behind);
+            self.next_of_call(behind);
             self.batch_left += 1;
             places = places.saturating_sub(self.sequences[number].params.n as usize);
         }
@@ -207,7 +220,13 @@ impl Scheduler {
             Batching::Continuous => false,
             Batching::None => true,
             Batching::Static => {
-                let waiting: u64 = self.gated.iter().map(|number| u64::from(self.sequences[number].params.n)).sum();
+                let waits = |number| {
+                    let sequence: &Sequence = &self.sequences[number];
+                    let behind = self.requests[sequence.request].behind.iter();
+                    let requests = 1 + behind.filter(|id| self.by_id.contains_key(id)).count() as u64;
+                    requests * u64::from(sequence.params.n)
+                };
+                let waiting: u64 = self.gated.iter().map(waits).sum();
                 let is_due = self.next_wake().is_some_and(|wake| now >= wake);
                 waiting >= u64::from(self.config.max_num_seqs) || is_due
             }

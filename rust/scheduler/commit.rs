@@ -165,6 +165,9 @@ impl Scheduler {
         if row.sample {
             self.release_choices(row.sequence);
         }
+        if row.prefill && self.sequences[row.sequence].traits.has_choices {
+            self.nothing_fits = None; // the other choices may share its blocks
+        }
         if let Some(reason) = finish {
             self.finish(row.sequence, reason, sink);
         }
@@ -209,7 +212,19 @@ impl Scheduler {
             None
         };
         let token = SampledToken { id, output_index, logprobs, finish };
-        sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish)
+        let finish = sink.on_token(sequence.name, &token, progress).map(FinishReason::StopString).or(finish);
+        match finish {
+            Some(FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_)) => {
+                self.lengths.stopped(traits.ending, sequence.length_bin);
+            }
+            None if output_index + 1 == sequence.bin_end => {
+                self.lengths.went_on(traits.ending, sequence.length_bin);
+                sequence.length_bin += 1;
+                sequence.bin_end = self.lengths.last_of(sequence.length_bin);
+            }
+            _ => {}
+        }
+        finish
     }
 
     /// Makes the blocks findable that the steps committed so far have filled with known tokens.
@@ -222,10 +237,17 @@ impl Scheduler {
         }
         let filled = known / block_size;
         sequence.hash_blocks(&self.hasher, block_size, filled, &mut self.token_scratch);
-        for index in sequence.num_registered..filled {
-            self.kv.register(&sequence.tables, index, sequence.hashes[index]);
+        let registered = std::mem::replace(&mut sequence.num_registered, filled);
+        for index in registered..filled {
+            let sequence = &self.sequences[number];
+            let hash = sequence.hashes[index];
+            self.kv.register(&sequence.tables, index, hash);
+            // Who shares this block needs one less of its own now.
+            let shares = |waiting: &u32| self.sequences[*waiting].hashes.get(index) == Some(&hash);
+            if self.nothing_fits.is_some() && self.too_big.iter().any(shares) {
+                self.nothing_fits = None;
+            }
         }
-        sequence.num_registered = filled;
     }
 
     /// The first choice has computed the prompt: the others may come.
@@ -256,11 +278,11 @@ impl Scheduler {
         let sequence = &mut self.sequences[number];
         let (state, order, request, name) = (sequence.state, sequence.order, sequence.request, sequence.name);
         match state {
-            State::Forming => {}
+            State::Forming | State::Behind => {}
             State::Waiting => {
                 let queued = self.ready.remove(order) || self.gated.remove(order);
                 assert!(queued, "sequence {name:?} waits in no queue");
-                self.nothing_fits_in = None;
+                self.nothing_fits = None;
             }
             State::Running => {
                 self.give_back(number);
@@ -284,9 +306,11 @@ impl Scheduler {
         entry.unfinished -= 1;
         if entry.unfinished == 0 {
             self.num_queued -= usize::from(!entry.started);
+            self.num_behind -= usize::from(state == State::Behind);
             self.batch_left -= usize::from(entry.in_batch);
             self.by_id.remove(&name.request);
-            self.requests.remove(request);
+            let behind = self.requests.remove(request).behind;
+            self.next_of_call(behind);
         }
         if in_flight == 0 && state != State::Running {
             self.sequences.remove(number);

@@ -1,8 +1,9 @@
 //! Recounts everything from scratch. For tests, the simulation, and an idle server.
 
-use super::{Scheduler, Sequence, State};
+use super::{Request, Scheduler, Sequence, State};
 use crate::block_table::BlockTable;
 use crate::inspect::{BlockPlace, BlockView, Inspection, Phase, SequenceView};
+use crate::policy::WaitingQueue;
 use crate::request::{BlockId, NULL_BLOCK};
 
 impl Scheduler {
@@ -20,8 +21,14 @@ impl Scheduler {
             };
             BlockView { place, references, is_indexed }
         };
-        let queued = self.ready.iter().chain(self.gated.iter());
-        let forming = self.sequences.iter().filter(|(_, sequence)| sequence.state == State::Forming);
+        let in_order = |queue: &WaitingQueue| {
+            let mut queued: Vec<u32> = queue.iter().collect();
+            queued.sort_unstable_by_key(|number| self.sequences[*number].order);
+            queued
+        };
+        let queued = in_order(&self.ready).into_iter().chain(in_order(&self.gated));
+        let not_yet = |state: State| matches!(state, State::Forming | State::Behind);
+        let forming = self.sequences.iter().filter(|(_, sequence)| not_yet(sequence.state));
         Inspection {
             blocks: (0..=pool.num_blocks() as u32).map(block).collect(),
             sequences: (self.running.iter().copied().chain(queued))
@@ -35,6 +42,7 @@ impl Scheduler {
     fn inspect_sequence(&self, sequence: &Sequence) -> SequenceView {
         let phase = match sequence.state {
             State::Forming => Phase::Forming,
+            State::Behind => Phase::Behind,
             State::Running => Phase::Running,
             State::Waiting | State::Finished => Phase::Waiting,
         };
@@ -44,7 +52,9 @@ impl Scheduler {
             phase,
             slot: (phase == Phase::Running).then_some(sequence.slot),
             tables: sequence.tables.iter().map(blocks).collect(),
+            known_len: sequence.known_len(),
             num_planned: sequence.most_len,
+            decodes: sequence.decoding,
             is_fully_planned: sequence.decoding && !sequence.wants_decode(self.config.max_model_len),
             preemptions: sequence.preemptions,
         }
@@ -70,7 +80,7 @@ impl Scheduler {
             let expected = match sequence.state {
                 State::Running => (1, 0),
                 State::Waiting => (0, 1),
-                State::Forming | State::Finished => (0, 0),
+                State::Forming | State::Behind | State::Finished => (0, 0),
             };
             if (runs, waits) != expected {
                 return Err(format!("{name:?} is {:?} but runs {runs} and waits {waits} times", sequence.state));
@@ -124,6 +134,14 @@ impl Scheduler {
         if queued != self.num_queued {
             return Err(format!("{queued} requests have not been admitted, but the count is {}", self.num_queued));
         }
+        let is_behind = |request: &Request| self.sequences[request.sequences[0]].state == State::Behind;
+        let behind = self.requests.iter().filter(|(_, request)| !request.started && is_behind(request)).count();
+        if behind != self.num_behind {
+            return Err(format!(
+                "{behind} requests are behind others of their call, but the count is {}",
+                self.num_behind
+            ));
+        }
         let in_batch = self.requests.iter().filter(|(_, request)| request.in_batch).count();
         if in_batch != self.batch_left {
             return Err(format!("{in_batch} requests of the batch are left, but the count is {}", self.batch_left));
@@ -136,14 +154,6 @@ impl Scheduler {
             if unfinished.count() != request.unfinished as usize || self.by_id.get(&request.id) != Some(&number) {
                 return Err(format!("{:?} counts {} unfinished sequences", request.id, request.unfinished));
             }
-        }
-        let reservations = || self.running.iter().filter_map(|number| self.sequences[*number].reservation);
-        if (reservations().sum(), reservations().count()) != (self.reserved_blocks, self.num_reservations) {
-            return Err(format!("{} blocks are reserved, by the count", self.reserved_blocks));
-        }
-        let pool = self.kv.pool();
-        if !self.kv.has_windows() && self.reserved_blocks > pool.num_free() + pool.num_held() {
-            return Err(format!("{} blocks are reserved, but not there", self.reserved_blocks));
         }
         Ok(())
     }

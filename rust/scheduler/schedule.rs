@@ -1,6 +1,7 @@
 //! A step is planned: rows for running sequences, oldest first, then admissions; then it is written
 //! down.
 
+use super::budget::PromptBudget;
 use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
 use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
@@ -54,8 +55,19 @@ impl Scheduler {
         planned.entered_blocks = self.capacity.entered_blocks;
         planned.penalty_tokens = self.capacity.penalty_tokens;
         planned.preempted = false;
-        self.plan_running();
+        planned.admits_before = None;
+        planned.sets_aside = true;
+        self.make_way();
+        let has_prompts = self.plan_running();
         self.admit();
+        if has_prompts && self.planned.budget > 0 && !self.planned.preempted {
+            self.spend_the_rest();
+        }
+        if has_prompts && self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {
+            // Those for whom tokens were set aside cannot join, and to get on takes preempting.
+            self.planned.sets_aside = false;
+            self.plan_running();
+        }
         if self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {
             return Ok(None);
         }
@@ -63,17 +75,24 @@ impl Scheduler {
     }
 
     /// Gives each running sequence a row, oldest first. Decode rows have their tokens set aside
-    /// before any prompt gets the rest, so a long prompt does not hold up the others' next tokens.
-    fn plan_running(&mut self) {
+    /// before prompts share the rest, so a long prompt does not hold up the others' next tokens.
+    /// Says whether any of them computes a prompt.
+    fn plan_running(&mut self) -> bool {
         let max_model_len = self.config.max_model_len;
         let running = self.running.iter().map(|number| &self.sequences[*number]);
-        let decodes = running.filter(|sequence| sequence.wants_decode(max_model_len));
-        let decode_tokens: u32 = decodes.map(|sequence| sequence.decode_len(max_model_len)).sum();
-        let mut prefill_budget = self.planned.budget - decode_tokens;
+        let (mut decode_tokens, mut has_prompts) = (0, false);
+        for sequence in running {
+            has_prompts |= !sequence.decoding;
+            if sequence.wants_decode(max_model_len) {
+                decode_tokens += sequence.decode_len(max_model_len);
+            }
+        }
+        let mut prompts = self.share(self.planned.budget - decode_tokens, has_prompts);
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
-            let sequence = &mut self.sequences[number];
+            let sequence = &self.sequences[number];
+            let is_prompt = !sequence.decoding;
             let len = if sequence.decoding {
                 if sequence.wants_decode(max_model_len) {
                     sequence.decode_len(max_model_len)
@@ -81,21 +100,24 @@ impl Scheduler {
                     0
                 }
             } else {
-                (sequence.known_len() - sequence.most_len).min(prefill_budget)
+                self.chunk_len(number, prompts)
             };
             if len == 0 {
                 place += 1;
                 continue;
             }
+            let sequence = &mut self.sequences[number];
             self.kv.release_outside_window(&mut sequence.tables, sequence.least_len, sequence.last_step);
-            let len = if sequence.decoding { len } else { self.fit_chunk(number, len) };
+            let len = if is_prompt { self.fit_chunk(number, len) } else { len };
             let start = self.sequences[number].most_len;
+            let is_long = is_prompt && self.is_long(number);
             match self.secure(place, start + len) {
                 Blocks::Granted => {
                     self.extend(number, start + len);
                     self.push_row(number, start, len);
-                    if !self.sequences[number].decoding {
-                        prefill_budget -= len;
+                    if is_prompt {
+                        let part = if is_long { &mut prompts.long } else { &mut prompts.short };
+                        *part -= len;
                     }
                     self.planned.budget -= len;
                     place += 1;
@@ -104,6 +126,53 @@ impl Scheduler {
                 Blocks::Preempted => {}
             }
         }
+        self.planned.for_short = if prompts.has_long { prompts.short } else { 0 };
+        has_prompts
+    }
+
+    /// What was set aside for prompts that could not join after all goes to those that run, as far
+    /// as free blocks do.
+    fn spend_the_rest(&mut self) {
+        for place in 0..self.running.len() {
+            let number = self.running[place];
+            if self.sequences[number].decoding {
+                continue;
+            }
+            let row = self.planned.prefills.iter().position(|row| row.sequence == number);
+            let planned = row.map_or(0, |row| self.planned.prefills[row].len);
+            let sequence = &self.sequences[number];
+            let start = row.map_or(sequence.most_len, |row| self.planned.prefills[row].start);
+            let covered = self.kv.coverable(&sequence.tables, self.kv.pool().num_free());
+            let more = (sequence.known_len().min(covered) - start - planned).min(self.planned.budget);
+            if more == 0 {
+                continue;
+            }
+            self.extend(number, start + planned + more);
+            self.planned.budget -= more;
+            match row {
+                None => self.push_row(number, start, more),
+                Some(row) => {
+                    let row = &mut self.planned.prefills[row];
+                    row.len += more;
+                    row.sample = row.start + row.len == self.sequences[number].known_len();
+                }
+            }
+        }
+    }
+
+    /// Whether a running sequence has much left to compute.
+    fn is_long(&self, number: u32) -> bool {
+        let sequence = &self.sequences[number];
+        sequence.known_len() - sequence.most_len > self.long_above()
+    }
+
+    /// Tokens of a prompt that are computed in this step, as far as the budget goes.
+    fn chunk_len(&self, number: u32, prompts: PromptBudget) -> u32 {
+        let sequence = &self.sequences[number];
+        let part = if self.is_long(number) { prompts.long } else { prompts.short };
+        let all = prompts.short + prompts.long;
+        let left = all - self.wanted_before(number, all);
+        (sequence.known_len() - sequence.most_len).min(part).min(left)
     }
 
     fn push_row(&mut self, number: u32, start: u32, len: u32) {
@@ -123,7 +192,7 @@ impl Scheduler {
     /// more block of each group can.
     fn fit_chunk(&self, number: u32, len: u32) -> u32 {
         let sequence = &self.sequences[number];
-        let free = self.kv.pool().num_free().saturating_sub(self.spoken_for(number));
+        let free = self.kv.pool().num_free();
         let coverable = |blocks| self.kv.coverable(&sequence.tables, blocks) - sequence.most_len;
         match coverable(free) {
             0 => len.min(coverable(sequence.tables.len())),
@@ -131,17 +200,8 @@ impl Scheduler {
         }
     }
 
-    /// Free blocks that are set aside for others.
-    fn spoken_for(&self, number: u32) -> usize {
-        if self.sequences[number].reservation.is_some() {
-            0
-        } else {
-            self.reserved_blocks
-        }
-    }
-
     /// Sees to it that the running sequence at `place` can get blocks for `len` tokens, by
-    /// preempting from the end.
+    /// preempting from the end: L3.
     ///
     /// What a victim gives back may be held until a step in flight is committed. That counts as
     /// enough: preempting more would free nothing sooner.
@@ -152,27 +212,22 @@ impl Scheduler {
         }
         let missing = self.kv.missing(&self.sequences[number].tables, len);
         loop {
-            let needed = missing + self.spoken_for(number);
-            if needed <= self.kv.pool().num_free() {
+            if missing <= self.kv.pool().num_free() {
                 return Blocks::Granted;
             }
-            if needed <= self.kv.pool().num_free() + self.kv.pool().num_held() {
+            if missing <= self.kv.pool().num_free() + self.kv.pool().num_held() {
                 return Blocks::Later;
             }
-            let mut from_the_end = (place..self.running.len()).rev();
-            match from_the_end.find(|other| self.sequences[self.running[*other]].reservation.is_none()) {
-                Some(victim) => self.preempt(victim),
-                None => return Blocks::Later,
-            }
+            self.preempt_last();
             if self.running.get(place) != Some(&number) {
                 return Blocks::Preempted;
             }
         }
     }
 
-    /// Sends the running sequence at `place` back into the queue; it will be computed again.
-    fn preempt(&mut self, place: usize) {
-        let number = self.running.remove(place);
+    /// Sends the last running sequence back into the queue; it will be computed again.
+    pub(super) fn preempt_last(&mut self) {
+        let number = self.running.pop().expect("whoever preempts runs itself");
         self.give_back(number);
         let sequence = &mut self.sequences[number];
         sequence.preemptions += 1;

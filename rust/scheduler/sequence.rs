@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
+use super::lengths::Ending;
 use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
-use crate::policy::Order;
+use crate::policy::{Lane, Order};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{SamplingParams, SeqRef};
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum State {
+    /// Behind other prompts of its call, of which one stands in the queue at a time.
+    Behind,
     /// A choice after the first, until the first one has computed the prompt.
     Forming,
     /// In the waiting queue: new, or preempted.
@@ -34,12 +37,14 @@ pub(super) struct Traits {
     pub has_choices: bool,
     pub ignore_eos: bool,
     pub has_stop_tokens: bool,
+    pub ending: Ending,
 }
 
 impl Traits {
     pub fn new(params: &SamplingParams) -> Self {
         let logprobs = if params.logprobs.is_some() { ROW_LOGPROBS } else { 0 };
         let penalties = if params.has_penalties() { ROW_PENALTIES } else { 0 };
+        let may_stop = !params.ignore_eos || !params.stop_token_ids.is_empty() || !params.stop.is_empty();
         Self {
             row_flags: ROW_SAMPLE | logprobs | penalties,
             min_tokens: params.min_tokens,
@@ -48,6 +53,7 @@ impl Traits {
             has_bias: !params.logit_bias.is_empty(),
             ignore_eos: params.ignore_eos,
             has_stop_tokens: !params.stop_token_ids.is_empty(),
+            ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },
         }
     }
 }
@@ -58,6 +64,8 @@ pub(super) struct Sequence {
     /// Number of its request.
     pub request: u32,
     pub order: Order,
+    /// Lower goes first; 0 where the policy does not ask.
+    pub priority: i32,
     pub params: Arc<SamplingParams>,
     pub traits: Traits,
     pub seed: u64,
@@ -66,6 +74,8 @@ pub(super) struct Sequence {
     /// Output tokens at most, by the request, the model's length and the pool.
     pub max_tokens: u32,
     pub state: State,
+    /// Where it waits, or waited last.
+    pub lane: Lane,
     /// Valid while it runs.
     pub slot: u32,
     /// One a KV group.
@@ -97,8 +107,11 @@ pub(super) struct Sequence {
     /// All that is known has been computed or is in flight, and the device holds its last token.
     pub decoding: bool,
     pub preemptions: u32,
-    /// Once it has one, it is not preempted: blocks set aside for it, not yet taken.
-    pub reservation: Option<usize>,
+    /// Blocks that others held already when it joined.
+    pub num_shared: usize,
+    /// Where its output is in the [`Lengths`](super::lengths::Lengths), and the last length there.
+    pub length_bin: u32,
+    pub bin_end: u32,
     /// Sequences admitted past it while it did not fit.
     pub bypassed: u32,
     /// For its next decode row.
@@ -109,12 +122,6 @@ impl Sequence {
     /// Tokens that are known: prompt and outputs.
     pub fn known_len(&self) -> u32 {
         (self.prompt.len() + self.outputs.len()) as u32
-    }
-
-    /// The longest it can become, in tokens that lie in blocks, with `num_draft_tokens` tried at
-    /// its end.
-    pub fn final_len(&self, num_draft_tokens: u32, max_model_len: u32) -> u32 {
-        (self.prompt.len() as u32 + self.max_tokens - 1 + 2 * num_draft_tokens).min(max_model_len)
     }
 
     /// Whether another decode row can bring it forward, by what is known: `max_tokens` may be

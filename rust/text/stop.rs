@@ -27,6 +27,11 @@ impl StopPatterns {
         Self(stops.iter().map(|stop| Pattern::new(stop)).collect())
     }
 
+    /// Whether there is nothing to stop at.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// The stop string at `index`, as they were given.
     pub fn text(&self, index: usize) -> &str {
         &self.0[index].text

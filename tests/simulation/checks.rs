@@ -1,14 +1,15 @@
 //! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11,
-//! S13, and the bounds of L3 and L4.
+//! S13; and those of the liveness rules that are about turns: L3, L4, L7 to L10.
 //!
 //! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with
 //! another count, and with what the device saw.
 
 use crate::packed::{ensure, Header};
-use _core::config::CoreConfig;
+use crate::world::PlannedRow;
+use _core::config::{Batching, CoreConfig, SchedulingPolicy};
 use _core::inspect::{BlockPlace, Inspection, Phase, SequenceView};
 use _core::policy::HEAD_BYPASS_LIMIT;
-use _core::request::SeqRef;
+use _core::request::{RequestId, SeqRef};
 use _core::scheduler::Stats;
 use rustc_hash::FxHashMap;
 
@@ -36,13 +37,6 @@ pub fn recount(config: &CoreConfig, seen: &Inspection, stats: &Stats) -> Result<
         if is_running {
             table_lengths(config, sequence)?;
         }
-        ensure!(
-            sequence.preemptions <= config.max_preemptions,
-            "L3: {:?} was preempted {} times, max_preemptions is {}",
-            sequence.seq,
-            sequence.preemptions,
-            config.max_preemptions
-        );
     }
     let mut counts = FxHashMap::<BlockPlace, u64>::default();
     for (index, block) in seen.blocks.iter().enumerate().skip(1) {
@@ -108,6 +102,72 @@ pub fn step_blocks(seen: &Inspection, written: &[u32], read: &[u32]) -> Result<(
     Ok(())
 }
 
+/// L8: of each call at most one request that has not begun stands in the queue (of which those of an
+/// open batch have left), and one does as long as others are behind it.
+pub fn calls_stand_in_turn(
+    config: &CoreConfig,
+    seen: &Inspection,
+    call_of: impl Fn(SeqRef) -> (RequestId, bool),
+) -> Result<(), String> {
+    let mut standing = FxHashMap::<RequestId, u32>::default();
+    let first_choices = || seen.sequences.iter().filter(|sequence| sequence.seq.index == 0);
+    for sequence in first_choices().filter(|sequence| sequence.phase == Phase::Waiting) {
+        let (call, has_begun) = call_of(sequence.seq);
+        *standing.entry(call).or_default() += u32::from(!has_begun);
+    }
+    for (call, count) in &standing {
+        let has_batches = config.batching != Batching::Continuous;
+        ensure!(*count <= 1 || has_batches, "L8: {count} requests of call {} stand in the queue", call.0);
+    }
+    for sequence in first_choices().filter(|sequence| sequence.phase == Phase::Behind) {
+        let (call, _) = call_of(sequence.seq);
+        let count = standing.get(&call).copied().unwrap_or_default();
+        ensure!(count > 0, "L8: {:?} is behind nobody of its call", sequence.seq);
+    }
+    Ok(())
+}
+
+/// L9: the first long prompt that runs gets at least half of what decode rows and those before it
+/// leave, or all that it still has, unless blocks run out or a better rank takes it.
+fn long_prompts_get_half(
+    config: &CoreConfig,
+    before: &Inspection,
+    after: &Inspection,
+    rows: &[PlannedRow],
+) -> Result<(), String> {
+    let free =
+        after.blocks.iter().skip(1).filter(|block| matches!(block.place, BlockPlace::Cached | BlockPlace::Blank));
+    if config.scheduling_policy == SchedulingPolicy::Priority || free.count() < config.kv_windows.len() {
+        return Ok(());
+    }
+    let still_runs = |seq: SeqRef| after.sequences.iter().any(|now| now.seq == seq && now.phase == Phase::Running);
+    // A plan that preempts gives blocks to nobody but the one it preempts for.
+    let mut ran = before.sequences.iter().filter(|sequence| sequence.phase == Phase::Running);
+    if !ran.all(|sequence| still_runs(sequence.seq)) {
+        return Ok(());
+    }
+    let left = |sequence: &SequenceView| sequence.known_len.saturating_sub(sequence.num_planned);
+    let half_of_all = config.max_num_batched_tokens / 2;
+    let decodes: u32 = rows.iter().filter(|row| !row.is_prompt()).map(|row| row.query_len).sum();
+    let mut running = before.sequences.iter().filter(|sequence| sequence.phase == Phase::Running);
+    let Some(long) = running.find(|sequence| !sequence.decodes && left(sequence) > half_of_all) else { return Ok(()) };
+    // What is set aside for those who wait before it goes to others where these cannot join after all.
+    let waits_before = |sequence: &SequenceView| {
+        sequence.phase == Phase::Waiting && (sequence.seq.request < long.seq.request || sequence.preemptions > 0)
+    };
+    if before.sequences.iter().any(waits_before) {
+        return Ok(());
+    }
+    let len_of =
+        |seq| rows.iter().filter(|row| row.seq == seq && row.is_prompt()).map(|row| row.query_len).sum::<u32>();
+    let before_it: u32 =
+        after.sequences.iter().map(|view| view.seq).take_while(|seq| *seq != long.seq).map(len_of).sum();
+    let due = left(long).min((config.max_num_batched_tokens - decodes - before_it) / 2);
+    let got = len_of(long.seq);
+    ensure!(got >= due, "L9: {:?} got {got} tokens of {due} at least", long.seq);
+    Ok(())
+}
+
 /// Plans in a row without the oldest running sequence: its victims' blocks may be held for both
 /// steps in flight.
 const MAX_IDLE_PLANS: u32 = 2;
@@ -121,20 +181,29 @@ pub struct Fairness {
     oldest_idle: u32,
     oldest: Option<SeqRef>,
     preemptions: u64,
+    /// Admission can tell what everybody will need.
+    pub all_lengths_known: bool,
 }
 
 impl Fairness {
-    /// `before` and `after` are inspections around the planning of a step with rows of `seqs`.
+    pub fn new(all_lengths_known: bool) -> Self {
+        Self { all_lengths_known, ..Self::default() }
+    }
+
+    /// `before` and `after` are inspections around the planning of a step with `rows`.
     pub fn step_planned(
         &mut self,
+        config: &CoreConfig,
         before: &Inspection,
         after: &Inspection,
-        seqs: &[SeqRef],
+        rows: &[PlannedRow],
         plan: &Header,
     ) -> Result<(), String> {
         ensure!(plan.num_rows > 0, "L1: an empty step");
-        self.oldest_advances(after, seqs)?;
-        self.the_head_gets_its_turn(before, after)
+        let seqs: Vec<SeqRef> = rows.iter().map(|row| row.seq).collect();
+        self.oldest_advances(after, &seqs)?;
+        long_prompts_get_half(config, before, after, rows)?;
+        self.the_head_gets_its_turn(config, before, after, rows)
     }
 
     /// L3: the oldest running sequence has a row in every plan, but for the plan in which all its
@@ -157,13 +226,24 @@ impl Fairness {
     }
 
     /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k
-    /// before it, at most k + 1 times as often.
-    fn the_head_gets_its_turn(&mut self, before: &Inspection, after: &Inspection) -> Result<(), String> {
+    /// before it, at most k + 1 times as often. A long prompt is also passed by short ones while
+    /// another long one is computed: that is L9.
+    fn the_head_gets_its_turn(
+        &mut self,
+        config: &CoreConfig,
+        before: &Inspection,
+        after: &Inspection,
+        rows: &[PlannedRow],
+    ) -> Result<(), String> {
         let waits = |sequence: &&SequenceView| sequence.phase == Phase::Waiting;
         let still: Vec<SeqRef> = after.sequences.iter().filter(waits).map(|sequence| sequence.seq).collect();
         self.bypassed.retain(|seq, _| still.contains(seq));
         let mut queue = before.sequences.iter().filter(waits).map(|sequence| sequence.seq);
         let Some(head) = queue.by_ref().find(|seq| still.contains(seq)) else { return Ok(()) };
+        let head_len = after.sequences.iter().find(|sequence| sequence.seq == head).map_or(0, |view| view.known_len);
+        if head_len > config.max_num_batched_tokens / 2 && rows.iter().any(PlannedRow::is_prompt) {
+            return Ok(());
+        }
         let passed = queue.filter(|seq| !still.contains(seq)).count() as u32;
         let count = self.bypassed.entry(head).or_default();
         *count += passed;
@@ -171,11 +251,20 @@ impl Fairness {
         Ok(())
     }
 
-    /// L7: in one planning, at most as many sequences are preempted as give blocks back, and one
-    /// that does not.
-    pub fn preempted(&mut self, before: &Inspection, stats: &Stats) -> Result<(), String> {
+    /// L3: those who are preempted ran behind everybody who stays. L7: in one planning, at most as
+    /// many sequences are preempted as give blocks back, and one that does not.
+    pub fn preempted(&mut self, before: &Inspection, after: &Inspection, stats: &Stats) -> Result<(), String> {
         let now = stats.preemptions - self.preemptions;
         self.preemptions = stats.preemptions;
+        let runs = |sequence: &&SequenceView| sequence.phase == Phase::Running;
+        let stay: Vec<SeqRef> = after.sequences.iter().filter(runs).map(|sequence| sequence.seq).collect();
+        let ran = before.sequences.iter().filter(runs).map(|sequence| sequence.seq);
+        let behind: Vec<SeqRef> = ran.skip_while(|seq| stay.contains(seq)).collect();
+        ensure!(
+            now == 0 || !self.all_lengths_known,
+            "L10: {behind:?} are preempted, though all lengths were known when they were let in"
+        );
+        ensure!(behind.len() as u64 == now, "L3: {now} are preempted, not the last {now} that ran: {behind:?}");
         let owners = before
             .sequences
             .iter()

@@ -62,7 +62,7 @@ fn largest_lead(config: CoreConfig, num_clients: usize, num_steps: u32) -> u32 {
             let params = SamplingParams::new(options).expect("valid parameters");
             // Each prompt is another one, so that the prefix cache favours nobody.
             let prompt = (0..PROMPT_LEN).map(|index| (step * 7 + index * 3 + client as u32 * 11) % config.vocab_size);
-            let id = core.add_request(prompt.collect(), params, 0, None, now).expect("it fits");
+            let id = core.add_call(&[prompt.collect()], params, 0, None, now).expect("it fits");
             clients.of_request.insert(id, client);
         }
         let Some(plan) = core.schedule(&mut plan_bytes, now).expect("nothing is in flight") else {

@@ -26,6 +26,8 @@ pub struct Choice {
 /// A request that the core accepted.
 pub struct Request {
     pub asked: NewRequest,
+    /// The first request of its call.
+    pub call: RequestId,
     pub choices: Vec<Choice>,
     is_cache_checked: bool,
 }
@@ -84,7 +86,7 @@ impl Ledger {
     }
 
     /// Enters an accepted request, and computes what must come out of it.
-    pub fn accept(&mut self, id: RequestId, asked: NewRequest, stop_string_at: Option<u32>) {
+    pub fn accept(&mut self, id: RequestId, call: RequestId, asked: NewRequest, stop_string_at: Option<u32>) {
         let params = &asked.params;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
@@ -121,7 +123,7 @@ impl Ledger {
         for len in 1..=asked.prompt.len() {
             *self.prefixes.entry(prefix_key(asked.salt.as_deref(), &asked.prompt[..len])).or_default() += 1;
         }
-        self.requests.insert(id, Request { asked, choices, is_cache_checked: false });
+        self.requests.insert(id, Request { asked, call, choices, is_cache_checked: false });
     }
 
     pub fn choice(&mut self, seq: SeqRef) -> Option<&mut Choice> {

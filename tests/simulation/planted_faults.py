@@ -171,6 +171,54 @@ FAULTS = [
         "self.planned.budget -= len;",
         "self.planned.budget -= len - u32::from(len > 3);",
     ),
+    Fault(
+        "a victim from the middle of those that run",
+        "rust/scheduler/schedule.rs",
+        'self.running.pop().expect("whoever preempts runs itself")',
+        "self.running.remove(self.running.len() / 2)",
+    ),
+    Fault(
+        "one that gave way and comes back in the same step",
+        "rust/scheduler/admit.rs",
+        "self.planned.admits_before.is_some_and(|limit| order >= limit)",
+        "self.planned.admits_before.is_some_and(|limit| order > limit && order < limit)",
+    ),
+    Fault(
+        "tokens set aside for one that cannot join",
+        "rust/scheduler/schedule.rs",
+        "self.planned.sets_aside = false;",
+        "self.planned.sets_aside = true;",
+    ),
+    Fault(
+        "a long prompt that gets what short ones leave",
+        "rust/scheduler/budget.rs",
+        "behind.min((tokens - before) / 2)",
+        "behind.min(tokens - before)",
+    ),
+    Fault(
+        "a call whose prompts all stand in the queue",
+        "rust/scheduler/arrive.rs",
+        "self.next_of_call((first.0..self.next_request).map(RequestId).collect());",
+        "(first.0..self.next_request).for_each(|id| self.next_of_call([RequestId(id)].into()));",
+    ),
+    Fault(
+        "a call that is forgotten when the prompt that stands for it is aborted",
+        "rust/scheduler/commit.rs",
+        "let behind = self.requests.remove(request).behind;",
+        "let behind = self.requests.remove(request).behind.into_iter().skip(1).collect();",
+    ),
+    Fault(
+        "an admission that forgets the growth of those that run",
+        "rust/scheduler/growth.rs",
+        "kv.decode_footprint(self.len + time)",
+        "kv.decode_footprint(self.len + 1)",
+    ),
+    Fault(
+        "an admission that takes back blocks before their step is over",
+        "rust/scheduler/growth.rs",
+        "if self.left + self.delay <= times[point - 1] {",
+        "if self.left.saturating_sub(1) <= times[point - 1] {",
+    ),
 ]
 
 

@@ -47,6 +47,7 @@ pub struct Scenario {
     follow_up: f64,
     salted: f64,
     choices: f64,
+    several_prompts: f64,
     random_sampling: f64,
     penalties: f64,
     biased: f64,
@@ -76,6 +77,7 @@ impl Scenario {
             config.num_blocks = blocks_of_one(&config) + rng.random_range(2..=4);
             config.max_num_seqs = rng.random_range(2..=12);
             config.batching = Batching::Continuous;
+            config.admits_by_growth = rng.random_bool(0.4);
             longest_prompt = rng.random_range(1..=max_len.div_ceil(4));
             longest_output = max_len as u32;
         }
@@ -99,6 +101,7 @@ impl Scenario {
             follow_up: one_in_two(rng, 0.3),
             salted: one_in_four(rng, 0.5),
             choices: one_in_two(rng, 0.4),
+            several_prompts: one_in_two(rng, 0.3),
             random_sampling: one_in_two(rng, 0.5),
             penalties: one_in_four(rng, 0.5),
             biased: one_in_four(rng, 0.5),
@@ -116,8 +119,22 @@ impl Scenario {
         }
     }
 
+    /// A new call; its prompts share everything else.
+    pub fn new_call(&self, rng: &mut StdRng, finished: Option<&[u32]>) -> Vec<NewRequest> {
+        let first = self.new_request(rng, finished);
+        let more = if rng.random_bool(self.several_prompts) { rng.random_range(1..=9) } else { 0 };
+        let mut call = vec![first.clone()];
+        for _ in 0..more {
+            let NewRequest { mut prompt, .. } = self.new_request(rng, finished);
+            // A limit that fits the first prompt fits this one too.
+            prompt.truncate(first.prompt.len());
+            call.push(NewRequest { prompt, ..first.clone() });
+        }
+        call
+    }
+
     /// A new request; `finished` holds prompt and output of one that has ended, for follow-ups.
-    pub fn new_request(&self, rng: &mut StdRng, finished: Option<&[u32]>) -> NewRequest {
+    fn new_request(&self, rng: &mut StdRng, finished: Option<&[u32]>) -> NewRequest {
         let vocab_size = self.config.vocab_size;
         let mut prompt = Vec::new();
         if let Some(history) = finished.filter(|_| rng.random_bool(self.follow_up)) {
@@ -257,6 +274,7 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         graph_sizes: if rng.random_bool(0.4) { vec![1, 2, 4, 8, 16, 24] } else { Vec::new() },
         num_draft_tokens,
         max_preemptions: rng.random_range(0..=3),
+        admits_by_growth: rng.random_bool(0.6),
         priority_aging: *[0.05, 1.0, 60.0].choose(rng).expect("not empty"),
         static_batch_wait: 0.1,
         hash_secret: rng.random(),

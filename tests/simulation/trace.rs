@@ -10,6 +10,7 @@ use std::fmt;
 pub enum Event {
     Submit {
         id: u64,
+        call: u64,
         prompt_len: usize,
         n: u32,
         max_tokens: Option<u32>,

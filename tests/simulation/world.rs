@@ -5,14 +5,14 @@
 //! is committed. So the core sees what it would see of a real device: up to two steps in flight,
 //! and no word of them until they are done.
 
-use crate::checks::{recount, step_blocks, Fairness};
+use crate::checks::{calls_stand_in_turn, recount, step_blocks, Fairness};
 use crate::device::{Device, Faults};
 use crate::ledger::{Call, Ledger, PoolNeed};
 use crate::model::mix;
 use crate::packed::{ensure, Header, Shape, View, PADDING, PREFILL, SAMPLE};
 use crate::scenario::{NewRequest, Scenario};
 use crate::trace::{Event, Totals};
-use _core::config::{Batching, DecodeShape};
+use _core::config::{Batching, CoreConfig, DecodeShape, SchedulingPolicy};
 use _core::error::Error;
 use _core::inspect::Inspection;
 use _core::request::{RequestId, SeqRef};
@@ -20,7 +20,7 @@ use _core::scheduler::Scheduler;
 use rand::rngs::StdRng;
 use rand::seq::IteratorRandom;
 use rand::{Rng, SeedableRng};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use std::collections::VecDeque;
 use std::sync::Arc;
 
@@ -33,14 +33,31 @@ struct InFlight {
 }
 
 /// A row of a plan, by whose it is.
-struct PlannedRow {
-    seq: SeqRef,
+pub struct PlannedRow {
+    pub seq: SeqRef,
     /// Its place among the rows.
     index: u32,
-    query_len: u32,
+    pub query_len: u32,
     samples: bool,
     /// Of a decode row.
     drafts: Option<Vec<u32>>,
+}
+
+impl PlannedRow {
+    /// Whether it computes prompt tokens.
+    pub fn is_prompt(&self) -> bool {
+        self.drafts.is_none()
+    }
+}
+
+/// Whether admission can tell exactly what will be needed: each sequence has its own blocks, grows by
+/// a token a step, and has its whole prompt in the next step or two.
+fn foresees_exactly(config: &CoreConfig) -> bool {
+    config.admits_by_growth
+        && config.scheduling_policy == SchedulingPolicy::Fcfs
+        && !config.enable_prefix_caching
+        && config.num_draft_tokens == 0
+        && config.max_num_batched_tokens >= config.max_num_seqs + 2 * config.max_model_len
 }
 
 pub struct World {
@@ -55,9 +72,11 @@ pub struct World {
     plan_bytes: Vec<u8>,
     now: f64,
     submitted: usize,
-    /// Upper bound on the tokens that all accepted requests can cost, preemptions included.
+    /// Upper bound on the steps that all accepted requests can take, preemptions included.
     work: u64,
     unknown_aborts: u64,
+    /// Requests that have had a row.
+    begun: FxHashSet<RequestId>,
     totals: Totals,
     trace: Vec<Event>,
 }
@@ -82,13 +101,14 @@ impl World {
             device: Device::new(shape.clone(), seed),
             shape,
             ledger: Ledger::new(config),
-            fairness: Fairness::default(),
+            fairness: Fairness::new(foresees_exactly(config)),
             in_flight: VecDeque::new(),
             plan_bytes: vec![0xee; core.plan_bytes()],
             now: 1000.0,
             submitted: 0,
             work: 0,
             unknown_aborts: 0,
+            begun: FxHashSet::default(),
             totals: Totals { worlds: 1, ..Totals::default() },
             trace: Vec::new(),
             core,
@@ -186,52 +206,66 @@ impl World {
 
     fn submit(&mut self) -> Result<(), String> {
         let history = self.ledger.histories.iter().choose(&mut self.rng).map(Vec::as_slice);
-        let asked = self.scenario.new_request(&mut self.rng, history);
-        self.submitted += 1;
-        self.totals.requests += 1;
-        let waiting = self.core.stats().num_waiting;
-        let (prompt, params) = (Arc::from(asked.prompt.as_slice()), asked.params.clone());
-        match self.core.add_request(prompt, params, asked.priority, asked.salt.as_deref(), self.now) {
-            Ok(id) => {
-                self.trace.push(Event::Submit {
-                    id: id.0,
-                    prompt_len: asked.prompt.len(),
-                    n: asked.params.n,
-                    max_tokens: asked.params.max_tokens,
-                    priority: asked.priority,
-                });
-                let config = self.core.config();
-                let tokens =
-                    asked.params.max_tokens.map_or(config.max_model_len, |max| max + asked.prompt.len() as u32);
-                let runs = u64::from(config.max_preemptions) + 2;
-                self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * runs;
-                let stop_string_at = self.scenario.stop_string_at(&mut self.rng, &asked.params);
-                self.ledger.accept(id, asked, stop_string_at);
+        let call = self.scenario.new_call(&mut self.rng, history);
+        self.submitted += call.len();
+        self.totals.requests += call.len() as u64;
+        let stats = self.core.stats();
+        let prompts: Vec<Arc<[u32]>> = call.iter().map(|asked| Arc::from(asked.prompt.as_slice())).collect();
+        let NewRequest { params, priority, salt, .. } = call[0].clone();
+        match self.core.add_call(&prompts, params, priority, salt.as_deref(), self.now) {
+            Ok(first) => {
+                for (id, asked) in (first.0..).map(RequestId).zip(call) {
+                    self.accept(id, first, asked);
+                }
                 Ok(())
             }
             Err(error) => {
-                self.totals.refused += 1;
-                let verdict = self.refusal_is_right(&asked, &error, waiting);
+                self.totals.refused += call.len() as u64;
+                let verdict = self.refusal_is_right(&call, &error, stats.num_queued);
                 self.trace.push(Event::Refuse(error));
                 verdict
             }
         }
     }
 
+    fn accept(&mut self, id: RequestId, call: RequestId, asked: NewRequest) {
+        self.trace.push(Event::Submit {
+            id: id.0,
+            call: call.0,
+            prompt_len: asked.prompt.len(),
+            n: asked.params.n,
+            max_tokens: asked.params.max_tokens,
+            priority: asked.priority,
+        });
+        let (config, stats) = (self.core.config(), self.core.stats());
+        let tokens = asked.params.max_tokens.map_or(config.max_model_len, |max| max + asked.prompt.len() as u32);
+        // The first that runs gets on, and whoever has k before it begins anew at most as often as
+        // one of these comes before it.
+        let before = stats.num_running + stats.num_waiting;
+        self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * (before + 2);
+        let stop_string_at = self.scenario.stop_string_at(&mut self.rng, &asked.params);
+        let params = &asked.params;
+        let ends_at_max_tokens = params.ignore_eos && params.stop_token_ids.is_empty() && stop_string_at.is_none();
+        self.fairness.all_lengths_known &= ends_at_max_tokens && params.max_tokens.is_some() && params.n == 1;
+        self.ledger.accept(id, call, asked, stop_string_at);
+    }
+
     /// L2 from the other side: nothing is refused that could be served.
-    fn refusal_is_right(&self, asked: &NewRequest, error: &Error, waiting: u64) -> Result<(), String> {
+    fn refusal_is_right(&self, call: &[NewRequest], error: &Error, queued: u64) -> Result<(), String> {
         let config = self.core.config();
-        let len = asked.prompt.len() + asked.params.max_tokens.unwrap_or(1) as usize;
+        let lens = call.iter().map(|asked| asked.prompt.len() + asked.params.max_tokens.unwrap_or(1) as usize);
+        let longest = lens.max().expect("a call has a prompt");
         let is_right = match error {
-            Error::PromptTooLong { .. } => len > config.max_model_len as usize,
-            Error::KvCapacity { .. } => config.pool_is_full_with(len),
-            Error::QueueFull { .. } => waiting >= config.max_waiting as u64,
+            Error::PromptTooLong { .. } => longest > config.max_model_len as usize,
+            Error::KvCapacity { .. } => config.pool_is_full_with(longest),
+            Error::QueueFull { .. } => queued + call.len() as u64 > config.max_waiting as u64,
+            Error::InvalidValue { field: "prompt", .. } => call.len() > config.max_waiting,
             _ => false,
         };
         if is_right {
             Ok(())
         } else {
-            Err(format!("L2: refused {} + {:?} tokens: {error}", asked.prompt.len(), asked.params.max_tokens))
+            Err(format!("L2: refused {} prompts, {longest} tokens at most: {error}", call.len()))
         }
     }
 
@@ -257,7 +291,7 @@ impl World {
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
         let Some(step_id) = plan.map(|plan| plan.step_id) else {
             self.trace.push(Event::NoPlan);
-            self.fairness.preempted(&before, &self.core.stats())?;
+            self.fairness.preempted(&before, &self.core.inspect(), &self.core.stats())?;
             return self.nothing_to_do().map(|()| false);
         };
         if !has_work {
@@ -278,6 +312,7 @@ impl World {
             copies: plan.num_copies,
             faults: faults.clone(),
         });
+        self.begun.extend(seqs.iter().map(|seq| seq.request));
         self.totals.steps += 1;
         self.totals.copies += u64::from(plan.num_copies);
         let result = self.device.execute(&self.plan_bytes, &faults)?;
@@ -289,8 +324,8 @@ impl World {
         });
         let (written, read) = self.device.touched_blocks();
         step_blocks(&after, written, read)?;
-        self.fairness.preempted(&before, &self.core.stats())?;
-        self.fairness.step_planned(&before, &after, &seqs, plan)?;
+        self.fairness.preempted(&before, &after, &self.core.stats())?;
+        self.fairness.step_planned(self.core.config(), &before, &after, &rows, plan)?;
         Ok(true)
     }
 
@@ -453,6 +488,10 @@ impl World {
         self.core.check_integrity()?;
         let (seen, stats) = (self.core.inspect(), self.core.stats());
         recount(self.core.config(), &seen, &stats)?;
+        calls_stand_in_turn(self.core.config(), &seen, |seq| {
+            let request = &self.ledger.requests[&seq.request];
+            (request.call, self.begun.contains(&seq.request))
+        })?;
         for sequence in &seen.sequences {
             let is_known = self.ledger.choice(sequence.seq).is_some_and(|choice| choice.ended.is_none());
             if !is_known {
