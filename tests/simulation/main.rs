@@ -15,7 +15,7 @@
 //! | `trace.rs` | events and counts for the reader |
 //! | `planted_faults.py` | breaks the core in known ways and shows that each is found |
 //!
-//! `OCTAVO_SIM_SECONDS=60 cargo test --profile fast --test simulation --
+//! `OCTAVO_SIM_SECONDS=60 cargo test --release --test simulation --
 //! --nocapture` runs fresh seeds for a minute; `OCTAVO_SIM_SEED=n` runs that one and prints its
 //! whole trace. A seed that ever failed goes into `kept_seeds.txt`.
 
@@ -54,7 +54,7 @@ fn run_seed(seed: u64, whole_trace: bool) -> Totals {
     if !whole_trace {
         world.print_trace(40);
     }
-    panic!("simulation seed {seed}: {failure}\n  replay: OCTAVO_SIM_SEED={seed} cargo test --profile fast --test simulation replay -- --nocapture");
+    panic!("simulation seed {seed}: {failure}\n  replay: OCTAVO_SIM_SEED={seed} cargo test --release --test simulation replay -- --nocapture");
 }
 
 /// Each failure ever met, and the fixed seeds that every test run starts with.
