@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.kv_block import EXTREMES
+from octavo.kernels.attention.kv_block import EXTREMES, FORMAT_NAMES
 
-#: The dtype of the codes -> its name, and how many codes a word of 16 bits holds.
-FORMATS = {torch.float8_e4m3fn: ("fp8", 2), torch.int8: ("int8", 2), torch.uint8: ("int4", 4)}
+#: The dtype of the codes -> how many of them a word of 16 bits holds.
+CODES_A_WORD = {torch.float8_e4m3fn: 2, torch.int8: 2, torch.uint8: 4}
 
 
 def value_headroom(compute: torch.dtype, codes: torch.dtype) -> float:
@@ -158,7 +158,7 @@ def words(kv_cache: Tensor) -> tuple[Tensor, str, int]:
 
     Raises ValueError if a head's codes do not fill whole words.
     """
-    name, parts = FORMATS.get(kv_cache.dtype, ("", 1))
+    name, parts = FORMAT_NAMES.get(kv_cache.dtype, ""), CODES_A_WORD.get(kv_cache.dtype, 1)
     if not name:
         return kv_cache, name, parts
     if kv_cache.shape[-1] % 2:

@@ -20,7 +20,7 @@ TOKENS: Any = {"prompt_token_ids": [1, 2]}
     [
         ({"trust_remote_code": True}, "trust_remote_code has no effect: code that comes with a model is never run"),
         ({"swap_space": 4}, "swap_space has no effect"),
-        ({"trust_remote_code": False, "kv_cache_dtype": "auto", "enable_lora": False, "hf_overrides": None}, ""),
+        ({"trust_remote_code": False, "num_lookahead_slots": 0, "enable_lora": False, "hf_overrides": None}, ""),
     ],
 )
 def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -32,7 +32,8 @@ def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog:
 @pytest.mark.parametrize(
     ("option", "error"),
     [
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8': not supported yet, only auto"),
+        ({"cpu_offload_gb": 4}, r"cpu_offload_gb = 4: not supported yet, only 0"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype = 'fp8_e5m2': must be one of auto, bfloat16, .*int4"),
         ({"speculative_config": {}}, r"speculative_config = \{\}: not supported yet"),
         ({"quantisation": None}, r"quantisation: no such option \(did you mean quantization\?\)"),
         ({"frobnicate": 1}, r"frobnicate: no such option$"),
