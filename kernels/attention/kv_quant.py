@@ -62,6 +62,9 @@ def quantise(low, high, FORMAT: tl.constexpr):
         magnitude = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
         LIMIT: tl.constexpr = 127.0 if tl.int8 == FORMAT else 448.0
         scale = magnitude / LIMIT
+    # The largest of several numbers passes over NaN: a head with one has a scale of NaN, so that nobody
+    # attends to codes that mean nothing. So has one with an infinite number.
+    scale += tl.sum(low * 0.0 + high * 0.0, axis=1)
     # Heads of zeros, or of numbers whose reciprocals overflow, have codes of zero.
     inverse = (1.0 / tl.where(tl.abs(scale) < 1e-37, float("inf"), scale))[:, None]
     if tl.uint8 == FORMAT:

@@ -26,7 +26,7 @@ SAMPLE = [
 ]
 # Numbers of 8 bits (bfloat16) fall onto another step than the oracle's now and then, and a step of 4
 # bits is large. Wrong scales or another request's pages move logprobs by whole units.
-TOLERANCE = {"fp8": 0.2, "int8": 0.2, "int4": 0.4}
+TOLERANCE = {"fp8": 0.1, "int8": 0.1, "int4": 0.2}
 
 
 def make(family: str, folder: Path) -> torch.nn.Module:
