@@ -42,6 +42,7 @@ CONFIRMING = {
 """Values of `quantization` that a checkpoint quantised so confirms, vLLM's kernels among them."""
 
 QUANTIZATIONS = (*dict.fromkeys((*ONLINE, *CONFIRMING, "gguf")),)
+
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8", "int4")
 """fp8 and fp8_e4m3 are the same, as in vLLM."""
 

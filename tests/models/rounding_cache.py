@@ -41,5 +41,6 @@ class RoundingCache(transformers.DynamicCache):  # type: ignore[misc]
 def logits_over(model: torch.nn.Module, token_ids: list[int], kv_dtype: str) -> Tensor:
     """transformers' logits [tokens, vocab] float32 of one sequence, over such a cache."""
     argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    logits: Tensor = model(torch.tensor([token_ids], device=model.device), **{argument: RoundingCache(kv_dtype)}).logits[0].float()
+    ids = torch.tensor([token_ids], device=model.device)
+    logits: Tensor = model(ids, **{argument: RoundingCache(kv_dtype)}).logits[0].float()
     return logits

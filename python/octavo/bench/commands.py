@@ -88,7 +88,7 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
         "--output-len", type=count, default=96, help="longest output; short ones are commoner [default: 96]"
     )
 
-    memory = command("memory", "Requests in the same KV memory: pages, GQA, sliding window; tokens in 8 and 4 bits", engine=False)
+    memory = command("memory", "Requests in the same KV memory: pages, GQA, windows; in fewer bits", engine=False)
     memory.add_argument("--kv-gib", type=parse_with(at_least(0.01)), default=8.0, help="KV memory in GiB [default: 8]")
     memory.add_argument(
         "--max-model-len", type=count, default=2048, help="what a whole reservation must hold [default: 2048]"
