@@ -308,6 +308,7 @@ def described(engine: Any, name: str) -> dict[str, Any]:
         "model": engine.parts.model_name,
         "device": engine.parts.report.device,
         "dtype": engine.parts.report.dtype,
+        "kv_dtype": engine.parts.report.kv_dtype,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
