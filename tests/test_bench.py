@@ -90,7 +90,7 @@ def test_batching(capsys: pytest.CaptureFixture[str], bars: list[Any]) -> None:
 
 
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    mha, gqa, windowed = bench(capsys, "memory", "--kv-gib", "2", "--max-model-len", "2048")
+    mha, gqa, windowed, *pages = bench(capsys, "memory", "--kv-gib", "2", "--max-model-len", "2048")
     # Keys and values of 32 layers, 128 elements a head, two bytes each.
     assert [row["bytes_per_token"] for row in (mha, gqa, windowed)] == [
         2 * 32 * 128 * 2 * heads for heads in (32, 8, 8)
@@ -99,6 +99,11 @@ def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     assert mha["paged_peak"] > 4 * mha["reserved"] and mha["ratio"] == mha["paged_peak"] / mha["reserved"]
     assert 3 * mha["paged_peak"] < gqa["paged_peak"] < windowed["paged_peak"]
     assert all(row["paged_mean"] <= row["paged_peak"] for row in (mha, gqa, windowed))
+    # Beside each head's codes 4 bytes of a scale.
+    sizes = [2 * size for head in (128, 64) for size in (2 * head, head + 4, head + 4, head // 2 + 4)]
+    assert [row["bytes_per_token"] for row in pages] == sizes
+    ratios = [1, 1.94, 1.94, 3.76, 1, 1.88, 1.88, 3.56]
+    assert [row["of_bfloat16"] for row in pages] == [pytest.approx(ratio, abs=0.006) for ratio in ratios]
 
 
 def test_memory_that_holds_no_request(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,7 +115,7 @@ def test_memory_that_holds_no_request(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_table_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "memory", "--kv-gib", "2"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["case", "bytes_per_token", "reserved"] and len(lines) == 3
+    assert head.split()[:3] == ["case", "bytes_per_token", "reserved"] and len(lines) == 11
 
 
 def test_an_unknown_workload_is_named() -> None:
@@ -137,8 +142,8 @@ def test_a_bar_is_drawn_on_a_terminal_and_nothing_is_left_of_it() -> None:
     drawn = os.read(screen, 65536).decode()
     os.close(screen)
     os.close(side)
-    assert "memory:" in drawn and "0/3" in drawn and "\n" not in drawn and drawn.endswith("\r")
-    assert len(json.loads(done.stdout)["rows"]) == 3
+    assert "memory:" in drawn and "0/11" in drawn and "\n" not in drawn and drawn.endswith("\r")
+    assert len(json.loads(done.stdout)["rows"]) == 11
 
 
 @pytest.mark.parametrize(

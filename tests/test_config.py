@@ -96,6 +96,7 @@ def test_bytes_refused(text: str) -> None:
         ("model", "", "folder"),
         ("dtype", "int8", "bfloat16"),
         ("device", "tpu", "cuda"),
+        ("kv_cache_dtype", "fp8_e5m2", "fp8_e4m3, int8, int4"),
         ("load_format", "pt", "safetensors"),
         ("batching", "dynamic", "continuous"),
         ("scheduling_policy", "lifo", "priority"),

@@ -10,6 +10,9 @@ from torch import Tensor
 #: The dtype of codes -> the code that the component of largest magnitude gets.
 EXTREMES = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: -8.0}
 
+#: The dtype of codes -> the name of their format.
+FORMAT_NAMES = {torch.float8_e4m3fn: "fp8", torch.int8: "int8", torch.uint8: "int4"}
+
 
 def block_bytes(num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one block of one layer, for a cache of `dtype` (16- and 32-bit floats have no

@@ -27,10 +27,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.attention.kv_block import EXTREMES
+from octavo.kernels.attention.kv_block import EXTREMES, FORMAT_NAMES
 
-#: The dtype of the codes -> its name, and how many codes a word of 16 bits holds.
-FORMATS = {torch.float8_e4m3fn: ("fp8", 2), torch.int8: ("int8", 2), torch.uint8: ("int4", 4)}
+#: The dtype of the codes -> how many of them a word of 16 bits holds.
+CODES_A_WORD = {torch.float8_e4m3fn: 2, torch.int8: 2, torch.uint8: 4}
 
 
 def value_headroom(compute: torch.dtype, codes: torch.dtype) -> float:
@@ -62,6 +62,9 @@ def quantise(low, high, FORMAT: tl.constexpr):
         magnitude = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
         LIMIT: tl.constexpr = 127.0 if tl.int8 == FORMAT else 448.0
         scale = magnitude / LIMIT
+    # The largest of several numbers passes over NaN: a head with one has a scale of NaN, so that nobody
+    # attends to codes that mean nothing. So has one with an infinite number.
+    scale += tl.sum(low * 0.0 + high * 0.0, axis=1)
     # Heads of zeros, or of numbers whose reciprocals overflow, have codes of zero.
     inverse = (1.0 / tl.where(tl.abs(scale) < 1e-37, float("inf"), scale))[:, None]
     if tl.uint8 == FORMAT:
@@ -158,7 +161,7 @@ def words(kv_cache: Tensor) -> tuple[Tensor, str, int]:
 
     Raises ValueError if a head's codes do not fill whole words.
     """
-    name, parts = FORMATS.get(kv_cache.dtype, ("", 1))
+    name, parts = FORMAT_NAMES.get(kv_cache.dtype, ""), CODES_A_WORD.get(kv_cache.dtype, 1)
     if not name:
         return kv_cache, name, parts
     if kv_cache.shape[-1] % 2:

@@ -76,7 +76,6 @@ NEUTRAL = {
     "--cpu-offload-gb": ("0", "0.0"),
     "--data-parallel-size": ("1",),
     "--decode-context-parallel-size": ("1",),
-    "--kv-cache-dtype": ("auto",),
     "--long-prefill-token-threshold": ("0",),
     "--max-logprobs": ("20",),
     "--max-long-partial-prefills": ("1",),

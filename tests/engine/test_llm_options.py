@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from octavo import LLM, AsyncEngine, SamplingParams
+from octavo.engine import setup
 from octavo.engine.prompts import encode_prompt
+from tests.models.test_architectures import make
 
 TINY: dict[str, Any] = {"load_format": "dummy", "device": torch.device("cpu"), "max_model_len": 64}
 TOKENS: Any = {"prompt_token_ids": [1, 2]}
@@ -20,7 +22,7 @@ TOKENS: Any = {"prompt_token_ids": [1, 2]}
     [
         ({"trust_remote_code": True}, "trust_remote_code has no effect: code that comes with a model is never run"),
         ({"swap_space": 4}, "swap_space has no effect"),
-        ({"trust_remote_code": False, "kv_cache_dtype": "auto", "enable_lora": False, "hf_overrides": None}, ""),
+        ({"trust_remote_code": False, "num_lookahead_slots": 0, "enable_lora": False, "hf_overrides": None}, ""),
     ],
 )
 def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -32,7 +34,8 @@ def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog:
 @pytest.mark.parametrize(
     ("option", "error"),
     [
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype = 'fp8': not supported yet, only auto"),
+        ({"cpu_offload_gb": 4}, r"cpu_offload_gb = 4: not supported yet, only 0"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype = 'fp8_e5m2': must be one of auto, bfloat16, .*int4"),
         ({"speculative_config": {}}, r"speculative_config = \{\}: not supported yet"),
         ({"quantisation": None}, r"quantisation: no such option \(did you mean quantization\?\)"),
         ({"frobnicate": 1}, r"frobnicate: no such option$"),
@@ -107,3 +110,37 @@ def test_a_step_without_memory_gives_its_own_back_first(monkeypatch: pytest.Monk
         patched.setattr(torch.cuda, "empty_cache", lambda: seen.append(len(held)))
         (output,) = llm.generate(TOKENS, SamplingParams(max_tokens=1), use_tqdm=False)
     assert output.error is not None and seen == [0]
+
+
+@pytest.mark.parametrize(
+    ("kv_cache_dtype", "name", "bytes_per_token"),
+    [
+        ("auto", "float32", 512),
+        ("bfloat16", "bfloat16", 256),
+        (torch.float16, "float16", 256),
+        ("fp8", "fp8", 136),
+        ("fp8_e4m3", "fp8", 136),
+        ("int8", "int8", 136),
+        ("int4", "int4", 72),
+    ],
+)
+def test_the_report_names_what_pages_hold(kv_cache_dtype: Any, name: str, bytes_per_token: int) -> None:
+    """tiny-64 has one head of 64 in one layer."""
+    options = {**TINY, "dtype": torch.float32, "kv_cache_memory": 1 << 20}
+    with LLM("tiny-64", kv_cache_dtype=kv_cache_dtype, **options) as llm:
+        report = llm._engine.parts.report
+        blocks = (1 << 20) // (16 * bytes_per_token) - 1  # but for the null block
+        assert report.lines()[2].endswith(f"GiB of {name}, {blocks} blocks of 16 = {16 * blocks} tokens")
+        (output,) = llm.generate(TOKENS, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
+        assert output.error is None and len(output.outputs[0].token_ids) == 4
+
+
+def test_pages_that_the_model_or_the_device_cannot_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama-head-dim", tmp_path, head_dim=26)
+    with pytest.raises(ValueError, match=r"kv_cache_dtype = int4: .*head_dim is 26: use --kv-cache-dtype int8"):
+        LLM(str(tmp_path), kv_cache_dtype="int4", device="cpu")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100")
+    monkeypatch.setattr(setup, "pick_device", lambda _: torch.device("cuda", 0))
+    with pytest.raises(ValueError, match=r"kv_cache_dtype = fp8: .* NVIDIA A100 has 8\.0"):  # before anything is read
+        LLM(str(tmp_path / "none"), kv_cache_dtype="fp8")

@@ -104,3 +104,25 @@ def test_no_tokens(device) -> None:
     cache = torch.zeros(2, 2, 4, 16, 64, device=device)
     index = torch.zeros(0, dtype=torch.int64, device=device)
     rope.rope_and_cache(empty, empty, empty, index, torch.zeros(8, 64, device=device), cache, index)
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_no_code_hides_what_is_not_finite(device, kernel_dtype, kv_dtype, bad) -> None:
+    """A request whose keys or values overflow ends with an error, and never on made-up numbers."""
+    if kv_dtype == torch.float8_e4m3fn and device == "cpu":
+        pytest.skip("Triton's interpreter casts to fp8 wrongly")
+    size = kv_block.block_bytes(1, 8, 16, kv_dtype)
+    blocks = torch.zeros(2, size, device=device, dtype=torch.uint8)
+    cache, scales = kv_block.split_cache(blocks, 1, 8, 16, kv_dtype)
+    qkv = torch.randn(4, 3, 16, device=device).to(kernel_dtype)
+    qkv[1, 1, 3] = qkv[2, 2, 12] = bad  # a component of a key, and one of a value
+    numbers = torch.arange(4, device=device)
+    cos_sin = torch.cat((torch.ones(4, 8), torch.zeros(4, 8)), -1).to(device)
+    for op in (rope.rope_and_cache, reference.rope_and_cache):
+        q, k, v = qkv.clone().split([1, 1, 1], 1)
+        op(q, k, v, numbers, cos_sin, cache, numbers + 8, kv_scales=scales)
+        written = reference.dequantise_kv(cache, scales)[1, :, 0, :4]  # [2, tokens, 16]
+        finite = torch.tensor([[True, False, True, True], [True, True, False, True]], device=device)
+        assert written[finite].isfinite().all()
+        assert written[~finite].isnan().any(-1).all()

@@ -88,7 +88,7 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
         "--output-len", type=count, default=96, help="longest output; short ones are commoner [default: 96]"
     )
 
-    memory = command("memory", "Requests in the same KV memory: pages, GQA, sliding window", engine=False)
+    memory = command("memory", "Requests in the same KV memory: pages, GQA, windows; in fewer bits", engine=False)
     memory.add_argument("--kv-gib", type=parse_with(at_least(0.01)), default=8.0, help="KV memory in GiB [default: 8]")
     memory.add_argument(
         "--max-model-len", type=count, default=2048, help="what a whole reservation must hold [default: 2048]"
@@ -225,8 +225,10 @@ def batching_items(options: argparse.Namespace, vocab_size: int) -> list[Item]:
 
 
 def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
-    """Rows for a 7B with MHA, an 8B with GQA, and the same 8B with three of four layers windowed."""
-    from octavo.bench.memory import BLOCK_SIZE, CacheShape, paged_requests, reserved_requests
+    """Rows for a 7B with MHA, an 8B with GQA, and the same 8B with three of four layers windowed;
+    then for each head size and type of pages, with the tokens that the same memory holds.
+    """
+    from octavo.bench.memory import BLOCK_SIZE, CacheShape, paged_requests, reserved_requests, started_with
 
     kv_bytes = int(kv_gib * 2**30)
     items = workload("chat", seed=seed)
@@ -242,8 +244,10 @@ def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
         ("8B, GQA (8 KV heads)", gqa, (0,)),
         ("8B, GQA, 3 of 4 layers windowed (256)", gqa, (0, 256, 256, 256)),
     ]
+    pages = [(head_dim, kv_dtype) for head_dim in (128, 64) for kv_dtype in ("bfloat16", "fp8", "int8", "int4")]
     rows: Rows = []
-    for name, shape, windows in progress("memory", len(cases), cases):
+    bar = progress("memory", len(cases) + len(pages))
+    for name, shape, windows in cases:
         reserved = reserved_requests(kv_bytes, shape, max_model_len)
         peak, mean = paged_requests(kv_bytes, shape, items, max_model_len=max_model_len, windows=windows)
         rows.append(
@@ -254,8 +258,29 @@ def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
                 "paged_peak": peak,
                 "paged_mean": mean,
                 "ratio": peak / max(reserved, 1),
+                "tokens": None,
+                "of_bfloat16": None,
             }
         )
+        bar.update()
+    plain_tokens = 0
+    for head_dim, kv_dtype in pages:
+        report = started_with(kv_dtype, head_dim)
+        plain_tokens = report.kv_tokens if kv_dtype == "bfloat16" else plain_tokens
+        rows.append(
+            {
+                "case": f"{report.kv_dtype}, one head of {head_dim} in one layer, 64 MiB",
+                "bytes_per_token": report.kv_bytes // report.num_blocks // report.block_size,
+                "reserved": None,
+                "paged_peak": None,
+                "paged_mean": None,
+                "ratio": None,
+                "tokens": report.kv_tokens,
+                "of_bfloat16": report.kv_tokens / plain_tokens,
+            }
+        )
+        bar.update()
+    bar.close()
     return rows
 
 
@@ -283,6 +308,7 @@ def described(engine: Any, name: str) -> dict[str, Any]:
         "model": engine.parts.model_name,
         "device": engine.parts.report.device,
         "dtype": engine.parts.report.dtype,
+        "kv_dtype": engine.parts.report.kv_dtype,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

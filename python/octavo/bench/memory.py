@@ -1,8 +1,8 @@
 """How many requests fit into the same KV memory: pages against whole reservations, GQA against MHA,
-windows against full attention.
+windows against full attention; and how many tokens, in pages of fewer bits.
 
-Runs the real scheduler and block pool over a workload with tokens made up on the spot: no model, no
-device.
+Requests are counted by the real scheduler and block pool over a workload with tokens made up on the
+spot, without a model; tokens by the report of an engine that has started, of a model of one layer.
 """
 
 from __future__ import annotations
@@ -13,9 +13,14 @@ import numpy as np
 
 from octavo import _core
 from octavo.bench.workloads import Item
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine
+from octavo.engine.setup import StartupReport
 from octavo.kernels.step.plan_format import Plan
 
 BLOCK_SIZE = 16
+TOKENS_BYTES = 64 << 20
+"""KV memory of the engines whose tokens are counted: the ratios do not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -84,3 +89,21 @@ def paged_requests(
         core.commit(0, now)
         core.take_news()
     return max(running), sum(running) / len(running)
+
+
+def started_with(kv_cache_dtype: str, head_dim: int) -> StartupReport:
+    """What an engine on the CPU reports that keeps heads of `head_dim` (64 or 128) components as
+    `kv_cache_dtype`.
+    """
+    config = EngineConfig(
+        model=f"tiny-{head_dim}",
+        load_format="dummy",
+        dtype="bfloat16",
+        device="cpu",
+        block_size=BLOCK_SIZE,
+        kv_cache_memory=TOKENS_BYTES,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+    engine = Engine.from_config(config)
+    engine.close()
+    return engine.parts.report

@@ -13,8 +13,64 @@ import torch
 from torch import Tensor
 
 from octavo.engine import host_memory
-from octavo.kernels.attention.kv_block import block_bytes, split_cache
+from octavo.kernels.attention.kv_block import FORMAT_NAMES, block_bytes, split_cache
 from octavo.models.registry import Model
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "int8": torch.int8,
+    "int4": torch.uint8,
+}
+"""Values of `EngineConfig.kv_cache_dtype` -> the dtype of the numbers or codes in the pages."""
+
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert to fp8
+
+
+def refuse_kv_dtype_of_device(wanted: str, device: torch.device) -> None:
+    """Raises ValueError if the device cannot keep keys and values as `kv_cache_dtype = wanted`,
+    whatever the model.
+    """
+    if DTYPES.get(wanted) != torch.float8_e4m3fn:
+        return
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < FP8_CAPABILITY:
+            raise ValueError(
+                f"kv_cache_dtype = {wanted}: needs a GPU of compute capability 8.9 or later, and "
+                f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: use --kv-cache-dtype int8"
+            )
+        return
+    try:
+        torch.ones(1, device=device).to(torch.float8_e4m3fn).float()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"kv_cache_dtype = {wanted}: this PyTorch ({torch.__version__}) cannot convert to fp8 on a CPU "
+            f"({error}): use --kv-cache-dtype int8"
+        ) from None
+
+
+def pick_kv_dtype(wanted: str, *, model_dtype: torch.dtype, head_dim: int, device: torch.device) -> torch.dtype:
+    """The dtype of the pages for `kv_cache_dtype = wanted`, of a model that computes in
+    `model_dtype`. Raises ValueError if its shape or dtype do not go with it.
+    """
+    if wanted == "auto":
+        return model_dtype
+    dtype = DTYPES[wanted]
+    if dtype == torch.uint8 and head_dim % 4:
+        raise ValueError(
+            f"kv_cache_dtype = {wanted}: needs heads of a multiple of 4 components, as many as fill 16 bits, and the "
+            f"model's head_dim is {head_dim}: use --kv-cache-dtype int8"
+        )
+    if dtype not in FORMAT_NAMES and dtype != model_dtype and device.type == "cuda":
+        name = str(model_dtype).removeprefix("torch.")
+        raise ValueError(
+            f"kv_cache_dtype = {wanted}: on a GPU keys and values without scales have the model's type, {name}: "
+            f"use --kv-cache-dtype auto, or --dtype {wanted}"
+        )
+    return dtype
 
 
 @dataclass(frozen=True)
@@ -41,6 +97,11 @@ class KvLayout:
             head_dim=model.config.head_dim,
             dtype=dtype,
         )
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as `kv_cache_dtype` calls it."""
+        return FORMAT_NAMES.get(self.dtype, str(self.dtype).removeprefix("torch."))
 
     @property
     def layer_bytes(self) -> int:

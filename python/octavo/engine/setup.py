@@ -19,6 +19,7 @@ from octavo import _core
 from octavo.config import AUTO_LENGTH, EngineConfig
 from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
+from octavo.engine.kv_layout import pick_kv_dtype, refuse_kv_dtype_of_device
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
 from octavo.engine.warm_up import rehearse_layers, warm_up
@@ -48,6 +49,7 @@ class StartupReport:
     dtype: str
     dtype_reason: str
     weight_bytes: int
+    kv_dtype: str
     kv_bytes: int
     num_blocks: int
     block_size: int
@@ -63,7 +65,7 @@ class StartupReport:
         return [
             f"device       {self.device}, {self.dtype} ({self.dtype_reason})",
             f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
-            f"KV cache     {self.kv_bytes / 2**30:.2f} GiB, "
+            f"KV cache     {self.kv_bytes / 2**30:.2f} GiB of {self.kv_dtype}, "
             f"{self.num_blocks - 1} blocks of {self.block_size} = {self.kv_tokens} tokens",
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
@@ -96,12 +98,16 @@ def build_engine(config: EngineConfig) -> EngineParts:
     device = pick_device(config.device)
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     config.for_device(kind)  # what contradicts itself is refused before anything is loaded
+    refuse_kv_dtype_of_device(config.kv_cache_dtype, device)
     loaded = load_model(config, device=device)
     load_seconds = time.monotonic() - started
     max_model_len = pick_max_model_len(config, loaded)
     config = config.for_device(kind, max_model_len)
     max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
     block_size = known(config.block_size)
+    kv_dtype = pick_kv_dtype(
+        config.kv_cache_dtype, model_dtype=loaded.dtype, head_dim=loaded.config.head_dim, device=device
+    )
     graph_sizes = GraphSizes()
     if device.type == "cuda" and not config.enforce_eager:
         graph_sizes = GraphSizes.ladder(
@@ -114,6 +120,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     runner = ModelRunner(
         loaded,
         device=device,
+        kv_dtype=kv_dtype,
         block_size=block_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -179,6 +186,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         dtype=str(loaded.dtype).removeprefix("torch."),
         dtype_reason=loaded.dtype_reason,
         weight_bytes=weight_bytes,
+        kv_dtype=runner.kv_layout.dtype_name,
         kv_bytes=num_blocks * runner.kv_layout.block_bytes,
         num_blocks=num_blocks,
         block_size=block_size,

@@ -7,6 +7,7 @@ from octavo.models.registry import config_from_dict
 
 _LLAMA: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
 _LLAMA2 = {**_LLAMA, "vocab_size": 32000, "max_position_embeddings": 4096}
+_TINY = {**_LLAMA2, "vocab_size": 512, "tie_word_embeddings": True, "dtype": "float32"}
 _LLAMA3 = {**_LLAMA, "vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
 
 
@@ -20,8 +21,11 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
     }
 
 
+# tiny-64 and tiny-128: one layer with one head of so many components.
 PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": {**_LLAMA2, **_shape(64, 192, 2, 4, 2), "vocab_size": 512, "tie_word_embeddings": True, "dtype": "float32"},
+    "tiny": {**_TINY, **_shape(64, 192, 2, 4, 2)},
+    "tiny-64": {**_TINY, **_shape(64, 192, 1, 1, 1)},
+    "tiny-128": {**_TINY, **_shape(128, 384, 1, 1, 1)},
     "smollm2-135m": {
         **_LLAMA,
         **_shape(576, 1536, 30, 9, 3),
