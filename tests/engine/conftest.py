@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from octavo import LLM, SamplingParams
+
 GAP = 1e-3
 """Logit gap above which greedy tokens must agree. Batching and chunking move SmolLM2's float32
 logits by under 1e-4 on CPUs.
@@ -46,6 +48,23 @@ class Reference:
             best = self.model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1].topk(2)
             self.judged[tuple(prompt)] = (output, best)
         return best
+
+
+NEVER_DRAWN = 1
+"""A token that the models of these tests do not put out. A request that may stop at it has no known
+length.
+"""
+
+
+def make_admission_hopeful(llm: LLM) -> None:
+    """Has many answers end at their first token. Who joins is decided by the lengths that were seen,
+    so more requests of unknown length will be let in than the pool holds to their ends.
+    """
+    prompt = {"prompt_token_ids": [5]}
+    first = llm.generate(prompt, SamplingParams(temperature=0.0, max_tokens=1), use_tqdm=False)[0].outputs[0]
+    params = SamplingParams(temperature=0.0, max_tokens=8, stop_token_ids=first.token_ids)
+    outputs = llm.generate([prompt] * 64, params, use_tqdm=False)
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop"}
 
 
 @pytest.fixture(scope="session")

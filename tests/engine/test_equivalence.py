@@ -12,11 +12,11 @@ import pytest
 
 from octavo import LLM, SamplingParams
 from octavo.outputs import RequestOutput
-from tests.engine.conftest import Reference
+from tests.engine.conftest import NEVER_DRAWN, Reference, make_admission_hopeful
 
 
-def greedy(tokens: int, n: int = 1) -> SamplingParams:
-    return SamplingParams(n=n, temperature=0.0, max_tokens=tokens, ignore_eos=True)
+def greedy(tokens: int, n: int = 1, **options: Any) -> SamplingParams:
+    return SamplingParams(n=n, temperature=0.0, max_tokens=tokens, ignore_eos=True, **options)
 
 
 @contextmanager
@@ -55,7 +55,9 @@ def test_preempted(reference: Reference, prompts: list[str]) -> None:
     # 34 blocks of 16 tokens: one request of the full length fits, 32 together do not.
     memory = 34 * 30 * 2 * 3 * 16 * 64 * 4
     with engine(max_num_seqs=32, max_model_len=512, kv_cache_memory=memory, enable_prefix_caching=False) as llm:
-        check(reference, llm.generate(prompts, greedy(24), use_tqdm=False), 24)
+        make_admission_hopeful(llm)
+        params = greedy(24, stop_token_ids=[NEVER_DRAWN])
+        check(reference, llm.generate(prompts, params, use_tqdm=False), 24)
         assert llm.core.stats()["num_preemptions"] > 0
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from octavo import LLM, RequestOutput, SamplingParams
+from tests.engine.conftest import NEVER_DRAWN, make_admission_hopeful
 
 pytestmark = pytest.mark.gpu
 
@@ -110,7 +111,8 @@ def test_a_small_pool_preempts(tmp_path: Path) -> None:
     llm = LLM(str(tmp_path), kv_cache_dtype="fp8", kv_cache_memory=20 * block, enable_prefix_caching=False, **options)
     rng = random.Random(2)
     prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(100)]} for _ in range(16)]
-    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, logprobs=0)
+    make_admission_hopeful(llm)
+    params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True, stop_token_ids=[NEVER_DRAWN], logprobs=0)
     outputs = llm.generate(prompts, params, use_tqdm=False)
     assert llm.core.stats()["num_preemptions"] > 0
     check(reference.cuda(), outputs, "fp8")
