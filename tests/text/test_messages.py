@@ -15,7 +15,7 @@ from octavo.chat import ChatError, read_chat
 from octavo.server.body import decode
 from octavo.server.errors import ApiError
 from octavo.server.openai.messages import template_messages, template_tools
-from octavo.server.openai.schemas import UNSUPPORTED_CHAT, ChatCompletionRequest
+from octavo.server.openai.routes import CHAT
 from tests.text import jinja_oracle
 
 SOURCE = "{{ messages|tojson }}{{ tools|tojson if tools }}{% for m in messages %}{{ m.content }}|{% endfor %}"
@@ -46,7 +46,7 @@ def turn(*calls: dict[str, Any], **fields: Any) -> list[Any]:
 def requested(messages: Any, tools: Any, takes_tools: bool = True, **fields: Any) -> tuple[str, str | None]:
     """What a request's template sees, as JSON."""
     body = json.dumps({"messages": messages, "tools": tools, **fields}).encode()
-    request, _ = decode(ChatCompletionRequest, body, UNSUPPORTED_CHAT)
+    request = decode(CHAT.form, body, 1 << 20, 4096).request
     return msgspec.json.encode(template_messages(request)).decode(), template_tools(request, takes_tools)
 
 
