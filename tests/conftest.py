@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -25,6 +26,12 @@ LONGEST = ("test_equivalence", "test_compile_sm90", "test_differential", "test_s
 """Beginnings of the names of the files that take longest. They go first, so that all workers of a
 run end together.
 """
+
+
+@pytest.fixture(autouse=True)
+def log_level_of_nobody() -> None:
+    """A command sets the level of our logger for its process, which other tests share."""
+    logging.getLogger("octavo").setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
