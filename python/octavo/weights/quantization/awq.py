@@ -13,7 +13,8 @@ def read_awq(fields: Fields) -> Recipe:
     version = fields.text("version", "gemm")
     if version.lower() != "gemm":
         raise fields.error("version", f"{version!r} is not supported; supported: gemm")
-    form = AwqFormat(read_group_size(fields, "group_size" if fields.get("q_group_size") is None else "q_group_size"))
+    group = read_group_size(fields, "group_size" if fields.get("q_group_size") is None else "q_group_size")
+    form = AwqFormat(4, group)
     plain = Names(fields, "modules_to_not_convert", parts=True)
 
     def format_of(name: str) -> Format | None:

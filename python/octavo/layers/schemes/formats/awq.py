@@ -10,16 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from octavo.layers.schemes.formats.gptq import groups_of
 from octavo.layers.schemes.formats.stored import (
     FLOATS,
-    Format,
+    GroupedFormat,
+    GroupedStored,
     Numbers,
     ShapeOf,
     Stored,
     from_unsigned,
-    group_problem,
-    group_size,
     random_words,
     small_scales,
     unpack_words,
@@ -30,39 +28,28 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # output i of eight lies in nibble _PLACES[i
 
 
 @dataclass(frozen=True)
-class AwqFormat(Format):
+class AwqFormat(GroupedFormat):
     """4 bits a number, with zeros."""
-
-    group: int  # -1: whole rows
 
     first: ClassVar = "qweight"
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return torch.uint8
-
-    def group_of(self, inputs: int) -> int:
-        return group_size(self.group, inputs)
-
     def stored(self, name: str, rows: int, inputs: int, dtype: torch.dtype, shape_of: ShapeOf) -> Stored:
-        return _AwqStored(name, rows, inputs, self.group)
+        return _AwqStored(name, rows, inputs, self)
 
     def __str__(self) -> str:
-        return f"AWQ, 4 bits, {groups_of(self.group)}"
+        return f"AWQ, 4 bits, {self.scales_are_of}"
 
 
-class _AwqStored(Stored):
+class _AwqStored(GroupedStored):
     qweight: Tensor  # [inputs, rows / 8] int32
     qzeros: Tensor  # [groups, rows / 8] int32
     scales: Tensor  # [groups, rows]
 
-    def __init__(self, name: str, rows: int, inputs: int, group: int) -> None:
-        super().__init__(name, rows, inputs)
-        self.group = group
-        groups = -(-inputs // group_size(group, inputs))
+    def __init__(self, name: str, rows: int, inputs: int, form: AwqFormat) -> None:
+        super().__init__(name, rows, inputs, form)
         self.qweight = torch.empty(inputs, rows // 8, dtype=torch.int32, device="meta")
-        self.qzeros = torch.empty(groups, rows // 8, dtype=torch.int32, device="meta")
-        self.scales = torch.empty(groups, rows, dtype=torch.float32, device="meta")
+        self.qzeros = torch.empty(self.groups, rows // 8, dtype=torch.int32, device="meta")
+        self.scales = torch.empty(self.groups, rows, dtype=torch.float32, device="meta")
 
     def own_parts(self) -> Iterable[WeightPart]:
         for name, kinds, init in (
@@ -72,10 +59,6 @@ class _AwqStored(Stored):
         ):
             shape = tuple(getattr(self, name).shape)
             yield WeightPart(f"{self.name}.{name}", self, name, shape, init=init, kinds=kinds)
-
-    def problems(self) -> Iterable[str]:
-        if problem := group_problem(self.group, self.inputs):
-            yield f"{self.name}.qweight: {problem}"
 
     def numbers(self, start: int, stop: int) -> Numbers:
         values = _in_order(self.qweight[:, start // 8 : stop // 8]).t()

@@ -9,18 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from octavo.layers.schemes.formats.gptq import groups_of
 from octavo.layers.schemes.formats.stored import (
     FLOATS,
-    Format,
+    GroupedFormat,
+    GroupedStored,
     Numbers,
     ShapeOf,
     Stored,
-    dummy_index,
     from_unsigned,
-    group_problem,
-    group_size,
-    index_problem,
     order_of,
     random_words,
     small_scales,
@@ -30,48 +26,37 @@ from octavo.layers.weight import WeightPart
 
 
 @dataclass(frozen=True)
-class PackedFormat(Format):
+class PackedFormat(GroupedFormat):
     """4 or 8 bits a number."""
 
-    bits: int
-    group: int  # -1: whole rows
     symmetric: bool
     act_order: bool = False  # the group of each input is in the file
 
     first: ClassVar = "weight_packed"
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.bits == 4 else torch.int8
-
-    def group_of(self, inputs: int) -> int:
-        return group_size(self.group, inputs)
-
     def stored(self, name: str, rows: int, inputs: int, dtype: torch.dtype, shape_of: ShapeOf) -> Stored:
         return _PackedStored(name, rows, inputs, self, shape_of(f"{name}.weight_shape") is not None)
 
     def __str__(self) -> str:
-        return f"compressed-tensors, {self.bits} bits, {groups_of(self.group)}{', act-order' * self.act_order}"
+        return f"compressed-tensors, {self.bits} bits, {self.scales_are_of}{', act-order' * self.act_order}"
 
 
-class _PackedStored(Stored):
+class _PackedStored(GroupedStored):
+    form: PackedFormat
     weight_packed: Tensor  # [rows, inputs / (32 / bits)] int32, the first input lowest
     weight_scale: Tensor  # [rows, groups]
     weight_zero_point: Tensor  # [rows / (32 / bits), groups] int32, the first row lowest; unless symmetric
     weight_g_idx: Tensor  # [inputs] int32, with act-order
     weight_shape: Tensor  # [2] int64, where the file has it
-    order: Tensor | None = None  # what sorts `weight_g_idx`, where it is not sorted
 
     def __init__(self, name: str, rows: int, inputs: int, form: PackedFormat, has_shape: bool) -> None:
-        super().__init__(name, rows, inputs)
-        self.form = form
+        super().__init__(name, rows, inputs, form)
         self.has_shape = has_shape
         in_word = 32 // form.bits
-        self.groups = groups = -(-inputs // group_size(form.group, inputs))
         self.weight_packed = torch.empty(rows, -(-inputs // in_word), dtype=torch.int32, device="meta")
-        self.weight_scale = torch.empty(rows, groups, dtype=torch.float32, device="meta")
+        self.weight_scale = torch.empty(rows, self.groups, dtype=torch.float32, device="meta")
         if not form.symmetric:
-            self.weight_zero_point = torch.empty(-(-rows // in_word), groups, dtype=torch.int32, device="meta")
+            self.weight_zero_point = torch.empty(-(-rows // in_word), self.groups, dtype=torch.int32, device="meta")
         if form.act_order:
             self.weight_g_idx = torch.empty(inputs, dtype=torch.int32, device="meta")
         if has_shape:
@@ -86,25 +71,13 @@ class _PackedStored(Stored):
         if not self.form.symmetric:
             yield part("weight_zero_point", init=random_words, kinds=(torch.int32,))
         if self.form.act_order:
-            yield part(
-                "weight_g_idx",
-                init=dummy_index(self.groups),
-                kinds=(torch.int32, torch.int64),
-                refuse=lambda index: index_problem(index, self.groups),
-            )
+            yield self.index_part("weight_g_idx")
         if self.has_shape:
             yield part("weight_shape", init=random_words, kinds=(torch.int64, torch.int32), refuse=self._shape_problem)
-
-    def problems(self) -> Iterable[str]:
-        if problem := group_problem(self.form.group, self.inputs):
-            yield f"{self.name}.weight_packed: {problem}"
 
     def finish(self) -> None:
         if self.form.act_order:
             self.order = order_of(self.weight_g_idx)
-
-    def permutation(self) -> Tensor | None:
-        return self.order
 
     def numbers(self, start: int, stop: int) -> Numbers:
         bits = self.form.bits

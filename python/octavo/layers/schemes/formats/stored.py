@@ -6,14 +6,14 @@ them, piece by piece: `numbers` gives some rows at a time, so that no whole matr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from octavo.layers.weight import Layer
+from octavo.layers.weight import Layer, WeightPart
 
 ShapeOf = Callable[[str], tuple[int, ...] | None]
 """The shape of a tensor of the file; None where it has none of that name."""
@@ -108,15 +108,55 @@ class Format(ABC):
         """For people: `GPTQ, 4 bits, groups of 128`."""
 
 
-def group_size(group: int, inputs: int) -> int:
-    """-1 stands for whole rows."""
-    return inputs if group == -1 else group
+@dataclass(frozen=True)
+class GroupedFormat(Format):
+    """Numbers of 4 or 8 bits in words of 32; so many consecutive inputs of a row have one scale."""
+
+    bits: int
+    group: int  # -1: whole rows
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.bits == 4 else torch.int8
+
+    def group_of(self, inputs: int) -> int:
+        return inputs if self.group == -1 else self.group
+
+    @property
+    def scales_are_of(self) -> str:
+        """How a person says it."""
+        return "a scale a row" if self.group == -1 else f"groups of {self.group}"
 
 
-def group_problem(group: int, inputs: int) -> str | None:
-    """Why rows of `inputs` numbers cannot be cut into such groups."""
-    size = group_size(group, inputs)
-    return f"{inputs} inputs are not a multiple of the group size {size}" if inputs % size else None
+class GroupedStored(Stored):
+    """A projection in such a format."""
+
+    order: Tensor | None = None  # what sorts inputs by their groups, where they are not sorted
+
+    def __init__(self, name: str, rows: int, inputs: int, form: GroupedFormat) -> None:
+        super().__init__(name, rows, inputs)
+        self.form = form
+        self.groups = -(-inputs // form.group_of(inputs))
+
+    def index_part(self, name: str) -> WeightPart:
+        """The attribute `name`, [inputs] int32: the group of each input."""
+        return WeightPart(
+            f"{self.name}.{name}",
+            self,
+            name,
+            (self.inputs,),
+            init=dummy_index(self.groups),
+            kinds=(torch.int32, torch.int64),
+            refuse=lambda index: index_problem(index, self.groups),
+        )
+
+    def problems(self) -> Iterable[str]:
+        size = self.form.group_of(self.inputs)
+        if self.inputs % size:
+            yield f"{self.name}.{self.form.first}: {self.inputs} inputs are not a multiple of the group size {size}"
+
+    def permutation(self) -> Tensor | None:
+        return self.order
 
 
 def index_problem(index: Tensor, groups: int) -> str | None:
