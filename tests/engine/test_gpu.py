@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from octavo import LLM, SamplingParams
+from tests.engine import gpu_models
 
 pytestmark = pytest.mark.gpu
 
@@ -20,29 +21,10 @@ pytestmark = pytest.mark.gpu
 TOLERANCE = 0.15
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "gemma3"])
+@pytest.fixture(scope="module", params=["Llama", "Qwen3", "Gemma3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    common: dict[str, Any] = {
-        "vocab_size": 2048,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "head_dim": 64,
-    }
-    if request.param == "llama":
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common))
-    elif request.param == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**common))
-    else:
-        config = transformers.Gemma3TextConfig(**common, sliding_window=96, query_pre_attn_scalar=64)
-        model = transformers.Gemma3ForCausalLM(config)
     path = tmp_path_factory.mktemp(request.param)
-    model.to(torch.bfloat16).save_pretrained(path)
+    gpu_models.make(request.param, 4).to(torch.bfloat16).save_pretrained(path)
     return path
 
 

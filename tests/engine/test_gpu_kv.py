@@ -12,18 +12,19 @@ import pytest
 import torch
 
 from octavo import LLM, RequestOutput, SamplingParams
+from tests.engine import gpu_models
 from tests.engine.conftest import NEVER_DRAWN, make_admission_hopeful
 
 pytestmark = pytest.mark.gpu
 
 SAMPLE = [
-    ("llama", "fp8", "bfloat16"),
-    ("llama", "int8", "float16"),
-    ("llama", "int4", "bfloat16"),
-    ("llama", "int8", "float32"),
-    ("qwen3", "int4", "float16"),
-    ("gemma3", "fp8", "float16"),
-    ("gemma3", "int8", "bfloat16"),
+    ("Llama", "fp8", "bfloat16"),
+    ("Llama", "int8", "float16"),
+    ("Llama", "int4", "bfloat16"),
+    ("Llama", "int8", "float32"),
+    ("Qwen3", "int4", "float16"),
+    ("Gemma3", "fp8", "float16"),
+    ("Gemma3", "int8", "bfloat16"),
 ]
 # Numbers of 8 bits (bfloat16) fall onto another step than the oracle's now and then, and a step of 4
 # bits is large. Wrong scales or another request's pages move logprobs by whole units.
@@ -31,27 +32,8 @@ TOLERANCE = {"fp8": 0.1, "int8": 0.1, "int4": 0.2}
 
 
 def make(family: str, folder: Path) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "vocab_size": 2048,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "head_dim": 64,
-        "pad_token_id": None,
-    }
-    if family == "gemma3":
-        config = transformers.Gemma3TextConfig(**shape, sliding_window=96, query_pre_attn_scalar=64)
-        model = transformers.Gemma3ForCausalLM(config)
-    elif family == "qwen3":
-        model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
-    else:
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
-    model.eval().save_pretrained(folder)
+    model = gpu_models.make(family, 4, pad_token_id=None)
+    model.save_pretrained(folder)
     return model
 
 
@@ -105,7 +87,7 @@ def test_codes_follow_the_reference(
 
 
 def test_a_small_pool_preempts(tmp_path: Path) -> None:
-    reference = make("llama", tmp_path)
+    reference = make("Llama", tmp_path)
     options: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda", "max_model_len": 512, "max_num_seqs": 16}
     block = 4 * 2 * 2 * 64 * (64 + 4)
     llm = LLM(str(tmp_path), kv_cache_dtype="fp8", kv_cache_memory=20 * block, enable_prefix_caching=False, **options)

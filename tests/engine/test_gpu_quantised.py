@@ -14,6 +14,7 @@ import torch
 from octavo import LLM, SamplingParams
 from octavo.config import EngineConfig
 from octavo.weights.load import load_model
+from tests.engine import gpu_models
 from tests.engine.test_gpu import check
 from tests.models.quantised_files import quantise
 from tests.models.test_quantised import CASES
@@ -37,25 +38,8 @@ SAMPLE = [
 
 
 def make(family: str, folder: Path) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "vocab_size": 2048,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "head_dim": 64,
-    }
-    if family == "Gemma3":
-        config = transformers.Gemma3TextConfig(**shape, sliding_window=96, query_pre_attn_scalar=64)
-        model = transformers.Gemma3ForCausalLM(config)
-    else:
-        config = getattr(transformers, f"{family}Config")(**shape, tie_word_embeddings=False)
-        model = getattr(transformers, f"{family}ForCausalLM")(config)
-    model.eval().save_pretrained(folder)
+    model = gpu_models.make(family, 2, **({} if family == "Gemma3" else {"tie_word_embeddings": False}))
+    model.save_pretrained(folder)
     return model
 
 

@@ -1,0 +1,28 @@
+"""Random models that a GPU's kernels take, of transformers: the oracles of the tests on one."""
+
+from typing import Any
+
+import pytest
+import torch
+
+
+def make(family: str, num_layers: int, **shape: Any) -> torch.nn.Module:
+    """family: as transformers names its classes, such as Qwen3. shape: fields of its config."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 2048,
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "head_dim": 64,
+        **shape,
+    }
+    if family == "Gemma3":
+        config = transformers.Gemma3TextConfig(**shape, sliding_window=96, query_pre_attn_scalar=64)
+    else:
+        config = getattr(transformers, f"{family}Config")(**shape)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
