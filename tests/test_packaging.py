@@ -33,6 +33,7 @@ def test_wheel_lists_the_kernels_and_is_small(wheel: Path) -> None:
     kernels = {f"octavo/{path.relative_to(REPOSITORY)}" for path in (REPOSITORY / "kernels").rglob("*.py")}
     assert "octavo/kernels/attention/decode.py" in kernels and kernels <= names
     assert "octavo/_core.pyi" in names and "octavo/py.typed" in names
+    assert {f"octavo/texts/{name}" for name in ("calibration.txt", "evaluation.txt", "README.md")} <= names
     assert any(name.endswith(".abi3.so") for name in names)
     assert not any(name.startswith(("tests/", "bench/", "rust/")) for name in names)
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
