@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "octavo"
 
 # Folder or file of the package -> parts of the package that it may import.
-LEAVES = {"_core", "chat", "config", "errors", "options", "outputs", "sampling_params"}
+LEAVES = {"_core", "answers", "chat", "config", "errors", "options", "outputs", "sampling_params"}
 ALLOWED = {
     "kernels": {"kernels"},
     "layers": {"layers", "kernels", "model_config"},

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 __all__ = [
     "PLAN_FORMAT",
+    "AnswerFormat",
     "ChatTemplate",
     "ChoiceDelta",
     "EngineCore",
@@ -26,9 +27,12 @@ __all__ = [
     "TemplateError",
     "Tokenizer",
     "__version__",
+    "anthropic_error",
     "measure_body",
+    "ollama_error",
     "openai_error",
     "read_prompts",
+    "tgi_error",
 ]
 
 __version__: str
@@ -146,6 +150,8 @@ class Tokenizer:
         template can. Raises `PromptTooLongError` where the template makes more than max_characters.
         """
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
+    def ends_with(self, prompt: Prompt, text: str) -> bool:
+        """Whether the prompt ends with a short text and blanks behind it, special tokens included."""
     def token_bytes(self, token_id: int) -> bytes: ...
 
 @final
@@ -163,6 +169,14 @@ class ChatTemplate:
     @property
     def takes_tools(self) -> bool:
         """Whether the template for conversations with tools makes anything of them."""
+    @property
+    def call_format(self) -> str | None:
+        """How it has the model write calls of tools ("hermes", "llama3_json", "mistral", "gemma");
+        None where that is not known, or there is no place for tools.
+        """
+    @property
+    def reasoning(self) -> str | None:
+        """The tags around the model's reasoning, "think" or "mistral"; None if it shows none."""
     def render(
         self,
         messages_json: str,
@@ -208,6 +222,31 @@ class SamplingParams:
         """
 
 @final
+class AnswerFormat:
+    """How an answer's reasoning, content and calls of tools are told apart (rust/text/answer.rs)."""
+
+    def __new__(
+        cls,
+        *,
+        reasoning: str | None = None,
+        begins_in_reasoning: bool = False,
+        drops_reasoning: bool = False,
+        calls: str | None = None,
+        named: str | None = None,
+        tools: Sequence[str] = ...,
+        single_call: bool = False,
+    ) -> AnswerFormat:
+        """reasoning: name of its tags, as `ChatTemplate.reasoning`. calls: a format, as
+        `ChatTemplate.call_format`, or "required": the answer is a list of calls. named: the answer
+        is the arguments of a call of that tool. Raises `ValueError`.
+        """
+    @property
+    def markers(self) -> list[str]:
+        """Texts that tell the parts apart; the model may write them as special tokens."""
+    def read(self, text: str) -> tuple[str | None, str | None, list[tuple[str, str]]]:
+        """A whole answer: (reasoning, content, name and arguments of each call). Runs detached."""
+
+@final
 class ReplyFormat:
     """How the reply to one call is written: by which protocol, as a stream or in one piece, and
     what is particular to the call.
@@ -222,6 +261,7 @@ class ReplyFormat:
         stream: bool,
         include_usage: bool = False,
         continuous_usage: bool = False,
+        answer: AnswerFormat | None = None,
     ) -> ReplyFormat:
         """OpenAI's chat completions. A stream has an event a token, the last of a choice with
         `finish_reason`, then (include_usage) an event with empty `choices` and the usage, then
@@ -238,11 +278,43 @@ class ReplyFormat:
         continuous_usage: bool = False,
     ) -> ReplyFormat:
         """OpenAI's text completions; the same events."""
+    @staticmethod
+    def tgi(
+        *,
+        stream: bool,
+        details: bool = False,
+        as_list: bool = False,
+        top_n_tokens: int = 0,
+        seed: int | None = None,
+        prompt: str = "",
+    ) -> ReplyFormat:
+        """TGI's `/generate` and `/generate_stream`: an event a token, the last with all of the text.
+
+        Of several choices the answer is the one with the highest mean log probability. as_list: in
+        a list, as `POST /` answers. prompt: put before the text, for `return_full_text`.
+        """
+    @staticmethod
+    def anthropic(*, id: str, model: str, stream: bool, answer: AnswerFormat | None = None) -> ReplyFormat:
+        """Anthropic's messages; a stream has named events."""
+    @staticmethod
+    def ollama(
+        *, id: str, model: str, created_at: str, chat: bool, stream: bool, answer: AnswerFormat | None = None
+    ) -> ReplyFormat:
+        """Ollama's chats (chat) or completions; a stream has a line of JSON for each delta."""
     def write_error(self, code: str, message: str) -> bytes:
         """What ends a stream by an error, for errors that the core does not know of."""
 
 def openai_error(message: str, *, type: str, param: str | None, code: str) -> bytes:
     """OpenAI's error object, for an answer that is an error."""
+
+def tgi_error(message: str, error_type: str) -> bytes:
+    """TGI's error object."""
+
+def anthropic_error(message: str, *, type: str) -> bytes:
+    """Anthropic's error object."""
+
+def ollama_error(message: str) -> bytes:
+    """Ollama's error object."""
 
 def measure_body(
     body: bytes, *, max_depth: int, max_fields: int, max_values: int, uncounted: str | None = None

@@ -50,6 +50,15 @@ SCHEDULING_POLICIES = ("fcfs", "priority")
 BATCHING = ("continuous", "static", "none")
 
 
+PARSER_AUTO, PARSER_NONE = "auto", "none"
+TOOL_CALL_PARSERS = (PARSER_AUTO, PARSER_NONE, "hermes", "llama3_json", "mistral", "gemma")
+REASONING_PARSERS = (PARSER_AUTO, PARSER_NONE, "think", "mistral")
+_PARSER_ALIASES = {  # vLLM's names for what is the same
+    "tool_call_parser": {"llama4_json": "llama3_json", "granite4": "hermes"},
+    "reasoning_parser": {"deepseek_r1": "think", "qwen3": "think", "glm45": "think", "holo2": "think"},
+}
+
+
 def _parse_length(text: str) -> int:
     return AUTO_LENGTH if text == "auto" else parse_count(text)
 
@@ -76,6 +85,16 @@ class EngineConfig:
         GENERATION_AUTO,
         "Where sampling defaults come from: auto: the model's generation_config.json, vllm: nowhere (neutral values), "
         "or a folder with another generation_config.json.",
+    )
+    tool_call_parser: str = option(
+        PARSER_AUTO,
+        f"How the model writes calls of tools: {', '.join(TOOL_CALL_PARSERS)}; auto: as its chat template shows, none: "
+        "calls stay text.",
+    )
+    reasoning_parser: str = option(
+        PARSER_AUTO,
+        f"What stands around the model's reasoning: {', '.join(REASONING_PARSERS)} (think: <think>, mistral: [THINK]); "
+        "auto: as its chat template shows, none: reasoning stays text.",
     )
     served_model_name: tuple[str, ...] = option(
         (), "Names under which clients reach the model; the first one is put into answers."
@@ -174,6 +193,9 @@ class EngineConfig:
         object.__setattr__(self, "cudagraph_capture_sizes", tuple(sorted(set(self.cudagraph_capture_sizes))))
         object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(self.dtype, self.dtype))
 
+        for field, aliases in _PARSER_ALIASES.items():
+            object.__setattr__(self, field, aliases.get(getattr(self, field), getattr(self, field)))
+
         if not self.model:
             raise ValueError("model = '': must be a folder, a .gguf file or a hub id")
         for field, allowed in (
@@ -183,6 +205,8 @@ class EngineConfig:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("scheduling_policy", SCHEDULING_POLICIES),
             ("batching", BATCHING),
+            ("tool_call_parser", TOOL_CALL_PARSERS),
+            ("reasoning_parser", REASONING_PARSERS),
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(allowed)}")

@@ -14,6 +14,15 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model made of a tool."""
+
+    name: str
+    arguments: str
+    """JSON of an object, or what the model wrote in its place."""
+
+
 @dataclass
 class CompletionOutput:
     """One choice of a request."""
@@ -29,6 +38,11 @@ class CompletionOutput:
     """None while it runs, then "stop", "length", "abort" or "error"."""
     stop_reason: int | str | None = None
     """The stop string or stop token id that ended it; None for the model's own end token."""
+    reasoning: str | None = None
+    """Of an answer of `LLM.chat`, whose `text` has it too; as `content` and `tool_calls`."""
+    content: str | None = None
+    """The answer without reasoning and calls of tools."""
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     def finished(self) -> bool:
         """Whether nothing more will come."""

@@ -27,6 +27,7 @@ SWITCHES = {
     "--disable-log-requests": _NOT_LOGGED,
     "--disable-mm-preprocessor-cache": _ONLY_TEXT,
     "--disable-uvicorn-access-log": _NOT_LOGGED,
+    "--enable-auto-tool-choice": "calls of tools are always told apart, where --tool-call-parser knows their format",
     "--enable-prompt-tokens-details": "the usage in an answer always has them",
     "--enable-request-id-headers": "every answer has an X-Request-Id",
     "--interleave-mm-strings": _ONLY_TEXT,
@@ -107,7 +108,7 @@ _UNSUPPORTED = """
 --data-parallel-address --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb
 --data-parallel-rank --data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank
 --default-chat-template-kwargs --default-mm-loras --disable-chunked-mm-input --disable-hybrid-kv-cache-manager
---disable-sliding-window --ec-transfer-config --enable-auto-tool-choice --enable-dbo --enable-eplb
+--disable-sliding-window --ec-transfer-config --enable-dbo --enable-eplb
 --enable-expert-parallel --enable-force-include-usage --enable-log-deltas --enable-log-outputs --enable-log-requests
 --enable-lora --enable-lora-bias --enable-mm-embeds --enable-prompt-embeds --enable-server-load-tracking
 --enable-sleep-mode --enable-ssl-refresh --enable-tokenizer-info-endpoint --eplb-config
@@ -118,11 +119,11 @@ _UNSUPPORTED = """
 --mamba-ssm-cache-dtype --master-addr --master-port --max-cpu-loras --max-lora-rank --max-loras
 --max-num-queued-tokens --middleware --mm-encoder-tp-mode --model-loader-extra-config --moe-backend
 --num-gpu-blocks-override --otlp-traces-endpoint --override-generation-config --override-pooler-config
---performance-mode --pooler-config --profiler-config --quantization-config --reasoning-parser
+--performance-mode --pooler-config --profiler-config --quantization-config
 --reasoning-parser-plugin --return-tokens-as-token-ids --root-path --rope-scaling --rope-theta --scheduler-cls
 --show-hidden-metrics-for-version --skip-tokenizer-init --spec-method --spec-model --spec-tokens
 --speculative-config --ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile
---structured-outputs-config --tokens-only --tool-call-parser --tool-parser-plugin --tool-server
+--structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
 --trust-request-chat-template --uds --worker-cls --worker-extension-cls
 """
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())

@@ -11,6 +11,7 @@ use super::*;
 use crate::plan::{ResultLayout, ResultWriter, STATUS_OK};
 use crate::protocol::{CallHead, Delta, Protocol, StreamUsage, Usage};
 use crate::request::SamplingOptions;
+use crate::text::answer::AnswerFormat;
 
 const END: u32 = 256; // the first id that is no byte
 const TOP: usize = 3;
@@ -117,7 +118,7 @@ impl Script {
     fn run(&self, stream: Option<StreamUsage>) -> (String, usize) {
         let head = CallHead { id: "x", model: "m", created: 1 };
         let format = if self.chat {
-            ReplyFormat::openai_chat(&head, stream)
+            ReplyFormat::openai_chat(&head, stream, AnswerFormat::default())
         } else {
             ReplyFormat::openai_completion(&head, stream)
         };

@@ -5,25 +5,35 @@
 //! looks. It sees neither the core's lock nor a socket: what it writes is bytes, made after the
 //! news has been taken out of the outbox.
 
+mod anthropic;
 pub mod body;
 mod json;
+mod ollama;
 mod openai;
 mod openai_chat;
 mod openai_completion;
+mod openai_tools;
 pub mod prompts;
+mod split;
+mod tgi;
 
 use std::sync::Arc;
 
 use crate::output::{Failure, Finish, Token, TokenLogprob};
+use crate::text::answer::AnswerFormat;
 use crate::text::Tokenizer;
 
+pub use anthropic::write_error as write_anthropic_error;
+pub use ollama::write_error as write_ollama_error;
 pub use openai::{write_error, CallHead, StreamUsage};
+pub use split::WholeAnswer;
+pub use tgi::{write_error as write_tgi_error, TgiCall};
 
 /// One API's form of a reply. A call's prompts, each with its `n` choices, are answered by one
 /// reply.
 ///
-/// A stream is `open`, any number of `delta`, then `close` or `error`; an answer in one piece is
-/// `body`. An error that is the whole answer comes with an HTTP status and looks like the refusal
+/// A stream is `open`, any number of `delta`, then `close` or `error`, one after another; an answer
+/// in one piece is `body`. An error that is the whole answer comes with an HTTP status and looks like the refusal
 /// of a call: the server writes both.
 pub trait Protocol: std::fmt::Debug + Send + Sync {
     /// Begins a stream, before its first delta; `usage` has the tokens of the prompts.
@@ -82,14 +92,35 @@ pub struct ReplyFormat {
 
 impl ReplyFormat {
     /// OpenAI's chat completions, streamed where `stream` says what of the usage the client wants
-    /// to see.
-    pub fn openai_chat(head: &CallHead<'_>, stream: Option<StreamUsage>) -> Self {
-        Self { protocol: Arc::new(openai::OpenAi::<openai_chat::Chat>::new(head, stream)), streamed: stream.is_some() }
+    /// to see. `answer`: what may be in the answers besides content.
+    pub fn openai_chat(head: &CallHead<'_>, stream: Option<StreamUsage>, answer: AnswerFormat) -> Self {
+        let protocol: Arc<dyn Protocol> = if answer.is_plain() {
+            Arc::new(openai::OpenAi::<openai_chat::Chat>::new(head, stream))
+        } else {
+            Arc::new(openai_tools::ChatWithTools::new(head, stream, answer))
+        };
+        Self { protocol, streamed: stream.is_some() }
     }
 
     /// OpenAI's text completions.
     pub fn openai_completion(head: &CallHead<'_>, stream: Option<StreamUsage>) -> Self {
         let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream);
         Self { protocol: Arc::new(protocol), streamed: stream.is_some() }
+    }
+
+    /// TGI's `/generate` and `/generate_stream`.
+    pub fn tgi(call: TgiCall, streamed: bool) -> Self {
+        Self { protocol: Arc::new(tgi::Tgi::new(call)), streamed }
+    }
+
+    /// Anthropic's messages.
+    pub fn anthropic(head: &CallHead<'_>, streamed: bool, answer: AnswerFormat) -> Self {
+        Self { protocol: Arc::new(anthropic::Anthropic::new(head.id, head.model, answer)), streamed }
+    }
+
+    /// Ollama's chats, or its completions.
+    pub fn ollama(head: &CallHead<'_>, created_at: &str, is_chat: bool, streamed: bool, answer: AnswerFormat) -> Self {
+        let protocol = ollama::Ollama::new(head.id, head.model, created_at, is_chat, answer);
+        Self { protocol: Arc::new(protocol), streamed }
     }
 }

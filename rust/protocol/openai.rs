@@ -81,14 +81,24 @@ impl<S: Shape> OpenAi<S> {
     }
 }
 
-impl<S: Shape> Protocol for OpenAi<S> {
-    fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, usage: Usage, tokenizer: Option<&Tokenizer>) {
+impl<S: Shape> OpenAi<S> {
+    /// Appends an event of one choice, whose text is written by `write_fields`. `finish_reason` is
+    /// written where the delta is the choice's last.
+    pub(super) fn event(
+        &self,
+        out: &mut Vec<u8>,
+        delta: &Delta<'_>,
+        finish_reason: Option<&str>,
+        usage: Usage,
+        tokenizer: Option<&Tokenizer>,
+        write_fields: impl FnOnce(&mut Vec<u8>),
+    ) {
         out.extend_from_slice(b"data: ");
         out.extend_from_slice(&self.head);
         out.extend_from_slice(b"{\"index\":");
         write_integer(out, delta.index.into());
-        S::write_delta(out, delta);
-        write_logprobs_and_finish::<S>(out, delta, tokenizer);
+        write_fields(out);
+        write_logprobs_and_finish::<S>(out, delta, finish_reason, tokenizer);
         if let Some(reason) = delta.finish.and_then(Finish::stop_reason) {
             write_stop_reason(out, Some(reason));
         }
@@ -99,6 +109,35 @@ impl<S: Shape> Protocol for OpenAi<S> {
             out.extend_from_slice(b",\"usage\":null");
         }
         out.extend_from_slice(b"}\n\n");
+    }
+
+    /// Appends a whole answer. `write_fields` writes the text of a choice, and says how it ended.
+    pub(super) fn whole(
+        &self,
+        out: &mut Vec<u8>,
+        choices: &[Delta<'_>],
+        usage: Usage,
+        tokenizer: Option<&Tokenizer>,
+        write_fields: impl Fn(&mut Vec<u8>, &Delta<'_>) -> Option<&'static str>,
+    ) {
+        out.extend_from_slice(&self.head);
+        write_separated(out, choices, |out, choice| {
+            out.extend_from_slice(b"{\"index\":");
+            write_integer(out, choice.index.into());
+            let finish_reason = write_fields(out, choice);
+            write_logprobs_and_finish::<S>(out, choice, finish_reason, tokenizer);
+            write_stop_reason(out, choice.finish.and_then(Finish::stop_reason));
+            out.push(b'}');
+        });
+        out.push(b']');
+        write_usage(out, usage);
+        out.push(b'}');
+    }
+}
+
+impl<S: Shape> Protocol for OpenAi<S> {
+    fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, usage: Usage, tokenizer: Option<&Tokenizer>) {
+        self.event(out, delta, reason_of(delta), usage, tokenizer, |out| S::write_delta(out, delta));
     }
 
     fn close(&self, out: &mut Vec<u8>, usage: Usage) {
@@ -124,19 +163,15 @@ impl<S: Shape> Protocol for OpenAi<S> {
     }
 
     fn body(&self, out: &mut Vec<u8>, choices: &[Delta<'_>], usage: Usage, tokenizer: Option<&Tokenizer>) {
-        out.extend_from_slice(&self.head);
-        write_separated(out, choices, |out, choice| {
-            out.extend_from_slice(b"{\"index\":");
-            write_integer(out, choice.index.into());
+        self.whole(out, choices, usage, tokenizer, |out, choice| {
             S::write_whole(out, choice);
-            write_logprobs_and_finish::<S>(out, choice, tokenizer);
-            write_stop_reason(out, choice.finish.and_then(Finish::stop_reason));
-            out.push(b'}');
+            reason_of(choice)
         });
-        out.push(b']');
-        write_usage(out, usage);
-        out.push(b'}');
     }
+}
+
+fn reason_of(delta: &Delta<'_>) -> Option<&'static str> {
+    delta.finish.map(|finish| finish.reason.as_str())
 }
 
 /// Appends OpenAI's error object, which its clients raise on. `kind` is its field `type`.
@@ -160,7 +195,12 @@ pub(super) fn token_text(token: u32, tokenizer: Option<&Tokenizer>) -> Cow<'_, s
     }
 }
 
-fn write_logprobs_and_finish<S: Shape>(out: &mut Vec<u8>, delta: &Delta<'_>, tokenizer: Option<&Tokenizer>) {
+fn write_logprobs_and_finish<S: Shape>(
+    out: &mut Vec<u8>,
+    delta: &Delta<'_>,
+    finish_reason: Option<&str>,
+    tokenizer: Option<&Tokenizer>,
+) {
     out.extend_from_slice(b",\"logprobs\":");
     if delta.logprobs.is_empty() {
         out.extend_from_slice(b"null");
@@ -168,7 +208,7 @@ fn write_logprobs_and_finish<S: Shape>(out: &mut Vec<u8>, delta: &Delta<'_>, tok
         S::write_logprobs(out, delta, tokenizer);
     }
     out.extend_from_slice(b",\"finish_reason\":");
-    write_optional_string(out, delta.finish.map(|finish| finish.reason.as_str()));
+    write_optional_string(out, finish_reason.filter(|_| delta.finish.is_some()));
 }
 
 fn write_stop_reason(out: &mut Vec<u8>, reason: Option<StopReason<'_>>) {
@@ -197,6 +237,7 @@ pub(super) mod tests {
     use super::*;
     use crate::output::FinishReason;
     use crate::protocol::ReplyFormat;
+    use crate::text::answer::AnswerFormat;
     use serde_json::{json, Value};
 
     pub(in crate::protocol) const HEAD: CallHead<'_> = CallHead { id: "id-1", model: "a \"model\"", created: 17 };
@@ -221,7 +262,8 @@ pub(super) mod tests {
         let expected = json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 2}});
         let stream = |at_end, in_every_event| {
-            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event })).protocol
+            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event }), AnswerFormat::default())
+                .protocol
         };
         let delta = |at_end, in_every_event| {
             let protocol = stream(at_end, in_every_event);
@@ -242,7 +284,7 @@ pub(super) mod tests {
 
     #[test]
     fn a_stream_that_fails_ends_with_its_error_and_done() {
-        let protocol = ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default())).protocol;
+        let protocol = ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default()), AnswerFormat::default()).protocol;
         for (code, kind, param) in [
             ("numerical_error", "server_error", Value::Null),
             ("all_tokens_masked", "invalid_request_error", json!("logit_bias")),

@@ -1,6 +1,7 @@
 //! The Python binding, `octavo._core`. Only this folder names `pyo3`; `python/octavo/_core.pyi` is
 //! its contract.
 
+mod answer;
 mod body;
 mod core;
 mod delta;
@@ -17,6 +18,8 @@ mod text;
 #[pyo3::pymodule]
 mod _core {
     #[pymodule_export]
+    use super::answer::AnswerFormat;
+    #[pymodule_export]
     use super::body::{measure_body, read_prompts};
     #[pymodule_export]
     use super::core::EngineCore;
@@ -29,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
-    use super::protocol::{openai_error, ReplyFormat};
+    use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, ReplyFormat};
     #[pymodule_export]
     use super::text::{ChatTemplate, Prompt, Tokenizer};
 

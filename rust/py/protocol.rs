@@ -3,8 +3,9 @@
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
+use super::answer::AnswerFormat;
 use crate::output::Failure;
-use crate::protocol::{self, CallHead, StreamUsage};
+use crate::protocol::{self, CallHead, StreamUsage, TgiCall};
 
 /// How the reply to one call is written: by which protocol, as a stream or in one piece.
 #[pyclass(frozen, module = "octavo._core")]
@@ -13,7 +14,9 @@ pub struct ReplyFormat(pub(super) protocol::ReplyFormat);
 #[pymethods]
 impl ReplyFormat {
     #[staticmethod]
-    #[pyo3(signature = (*, id, model, created, stream, include_usage = false, continuous_usage = false))]
+    #[pyo3(signature = (
+        *, id, model, created, stream, include_usage = false, continuous_usage = false, answer = None
+    ))]
     fn openai_chat(
         id: &str,
         model: &str,
@@ -21,9 +24,14 @@ impl ReplyFormat {
         stream: bool,
         include_usage: bool,
         continuous_usage: bool,
+        answer: Option<&AnswerFormat>,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
-        Self(protocol::ReplyFormat::openai_chat(&CallHead { id, model, created }, stream))
+        Self(protocol::ReplyFormat::openai_chat(
+            &CallHead { id, model, created },
+            stream,
+            answer.map(AnswerFormat::format).unwrap_or_default(),
+        ))
     }
 
     #[staticmethod]
@@ -38,6 +46,34 @@ impl ReplyFormat {
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
         Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, stream, details = false, as_list = false, top_n_tokens = 0, seed = None, prompt = String::new()))]
+    fn tgi(stream: bool, details: bool, as_list: bool, top_n_tokens: u32, seed: Option<u64>, prompt: String) -> Self {
+        Self(protocol::ReplyFormat::tgi(TgiCall { details, as_list, top_n_tokens, seed, prompt }, stream))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, id, model, stream, answer = None))]
+    fn anthropic(id: &str, model: &str, stream: bool, answer: Option<&AnswerFormat>) -> Self {
+        let answer = answer.map(AnswerFormat::format).unwrap_or_default();
+        Self(protocol::ReplyFormat::anthropic(&CallHead { id, model, created: 0 }, stream, answer))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, id, model, created_at, chat, stream, answer = None))]
+    fn ollama(
+        id: &str,
+        model: &str,
+        created_at: &str,
+        chat: bool,
+        stream: bool,
+        answer: Option<&AnswerFormat>,
+    ) -> Self {
+        let answer = answer.map(AnswerFormat::format).unwrap_or_default();
+        let head = CallHead { id, model, created: 0 };
+        Self(protocol::ReplyFormat::ollama(&head, created_at, chat, stream, answer))
     }
 
     fn write_error<'py>(&self, py: Python<'py>, code: &str, message: &str) -> Bound<'py, PyBytes> {
@@ -58,5 +94,27 @@ pub(super) fn openai_error<'py>(
 ) -> Bound<'py, PyBytes> {
     let mut out = Vec::new();
     protocol::write_error(&mut out, message, r#type, param, code);
+    PyBytes::new(py, &out)
+}
+
+#[pyfunction]
+pub(super) fn tgi_error<'py>(py: Python<'py>, message: &str, error_type: &str) -> Bound<'py, PyBytes> {
+    let mut out = Vec::new();
+    protocol::write_tgi_error(&mut out, message, error_type);
+    PyBytes::new(py, &out)
+}
+
+#[pyfunction]
+#[pyo3(signature = (message, *, r#type))]
+pub(super) fn anthropic_error<'py>(py: Python<'py>, message: &str, r#type: &str) -> Bound<'py, PyBytes> {
+    let mut out = Vec::new();
+    protocol::write_anthropic_error(&mut out, message, r#type);
+    PyBytes::new(py, &out)
+}
+
+#[pyfunction]
+pub(super) fn ollama_error<'py>(py: Python<'py>, message: &str) -> Bound<'py, PyBytes> {
+    let mut out = Vec::new();
+    protocol::write_ollama_error(&mut out, message);
     PyBytes::new(py, &out)
 }

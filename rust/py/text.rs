@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 
 use super::gguf::GgufFile;
 use super::guard::detached;
+use crate::text::answer::{CallFormat, ReasoningTags};
 use crate::text::{self, RenderOptions, Specials};
 
 /// Token ids of a prompt, kept in Rust.
@@ -166,6 +167,10 @@ impl Tokenizer {
         Ok(py.detach(|| self.tokenizer.decode(&ids, skip_special_tokens)))
     }
 
+    fn ends_with(&self, prompt: &Prompt, text: &str) -> bool {
+        self.tokenizer.ends_with(&prompt.token_ids, text)
+    }
+
     fn token_bytes(&self, token_id: u32) -> &[u8] {
         self.tokenizer.token_bytes(token_id)
     }
@@ -195,6 +200,16 @@ impl ChatTemplate {
     #[getter]
     fn takes_tools(&self) -> bool {
         self.template.takes_tools()
+    }
+
+    #[getter]
+    fn call_format(&self) -> Option<&'static str> {
+        self.template.call_format().map(CallFormat::name)
+    }
+
+    #[getter]
+    fn reasoning(&self) -> Option<&'static str> {
+        self.template.reasoning().map(ReasoningTags::name)
     }
 
     #[pyo3(signature = (

@@ -1,10 +1,12 @@
 //! Text work: everything between a client's characters and token ids, in both directions.
 //!
 //! In: [`ChatTemplate`] renders messages, [`Tokenizer`] turns text into ids. Out: [`Detokenizer`]
-//! turns ids into text as they come, [`StopMatcher`] cuts it at stop strings. Nothing here knows of
-//! requests, the scheduler or Python.
+//! turns ids into text as they come, [`StopMatcher`] cuts it at stop strings, and [`answer`] tells
+//! reasoning, content and calls of tools apart. Nothing here knows of requests, the scheduler or
+//! Python.
 
 mod added_tokens;
+pub mod answer;
 mod chat;
 mod clock;
 mod detokenize;

@@ -11,6 +11,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::text::answer::{CallFormat, ReasoningTags};
 use crate::text::clock::strftime;
 use crate::text::json::Json;
 use crate::text::rendered_text::RenderedText;
@@ -47,6 +48,8 @@ pub struct ChatTemplate {
 struct Compiled {
     environment: Environment<'static>,
     takes_tools: bool,
+    call_format: Option<CallFormat>,
+    reasoning: Option<ReasoningTags>,
 }
 
 /// What a render depends on besides the messages.
@@ -123,7 +126,22 @@ impl ChatTemplate {
 
     /// Whether tools reach the prompt: the template for them makes something of `tools`.
     pub fn takes_tools(&self) -> bool {
-        self.tool_use.as_ref().or(self.default.as_ref()).is_some_and(|compiled| compiled.takes_tools)
+        self.with_tools().is_some_and(|compiled| compiled.takes_tools)
+    }
+
+    /// How the template for conversations with tools has the model write calls, where that is
+    /// known.
+    pub fn call_format(&self) -> Option<CallFormat> {
+        self.with_tools().filter(|compiled| compiled.takes_tools)?.call_format
+    }
+
+    /// What stands around the model's reasoning, if the template tells it apart.
+    pub fn reasoning(&self) -> Option<ReasoningTags> {
+        self.default.as_ref().or(self.tool_use.as_ref())?.reasoning
+    }
+
+    fn with_tools(&self) -> Option<&Compiled> {
+        self.tool_use.as_ref().or(self.default.as_ref())
     }
 
     /// Renders a conversation: a JSON array of messages.
@@ -165,6 +183,7 @@ impl Compiled {
         syntax.trim_blocks(true).lstrip_blocks(true);
         let syntax = syntax.build().expect("the default delimiters are valid");
         template_limits::check(source, syntax.clone())?; // rewriting goes down chains too
+        let (call_format, reasoning) = (CallFormat::of_template(source), ReasoningTags::of(|tag| source.contains(tag)));
         let source = rewrite(source);
         template_limits::check(&source, syntax.clone())?;
         let mut environment = Environment::new();
@@ -215,7 +234,7 @@ impl Compiled {
         environment.add_template_owned(NAME, source).map_err(|error| template_error(&error))?;
         let template = environment.get_template(NAME).map_err(|error| template_error(&error))?;
         let takes_tools = template.undeclared_variables(false).contains("tools");
-        Ok(Self { environment, takes_tools })
+        Ok(Self { environment, takes_tools, call_format, reasoning })
     }
 
     fn render(&self, inputs: &Inputs, special_tokens: &BTreeMap<String, String>) -> Result<String> {

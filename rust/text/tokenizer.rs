@@ -302,6 +302,13 @@ impl Tokenizer {
         let text = if self.drops_leading_space { bytes.strip_prefix(b" ").unwrap_or(&bytes) } else { &bytes };
         String::from_utf8_lossy(text).into_owned()
     }
+
+    /// Whether a prompt ends with `end`, special tokens included, and blanks behind it. Only its
+    /// last 32 tokens are looked at.
+    pub fn ends_with(&self, ids: &[u32], end: &str) -> bool {
+        let tail = &ids[ids.len().saturating_sub(32)..];
+        self.decode(tail, false).trim_end().ends_with(end)
+    }
 }
 
 impl Subwords {

@@ -30,8 +30,12 @@ async def test_every_route_but_the_probes_needs_a_key(guarded: Served) -> None:
                     assert response.status in (200, 405)
                 else:
                     assert response.status == 401, path
-                    error = (await response.json())["error"]
-                    assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
+                    body = await response.json()
+                    if "error_type" in body:
+                        assert body["error_type"] == "authentication"
+                    else:
+                        error = body["error"]
+                        assert (error["type"], error["code"]) == ("authentication_error", "invalid_api_key")
                     assert response.headers["WWW-Authenticate"] == "Bearer"
 
 

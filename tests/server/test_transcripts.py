@@ -26,9 +26,10 @@ def told(
     prompts: tuple[bytes, ...] = (b"Hi",),
     *,
     steps_a_take: int = 1,
+    ending: str = "\n\n",
     **params: int,
 ) -> list[str]:
-    """Everything that is written for a call, as events without the empty line that ends each."""
+    """Everything that is written for a call, as events without what ends each."""
     encoded = [_core.Prompt(prompt) for prompt in prompts]
     reply = script.core.add_call(encoded, _core.SamplingParams(**params), now=0.0, reply_format=reply_format)
     text, finished = b"", False
@@ -40,7 +41,7 @@ def told(
         text, finished = text + delta.write(), delta.finished
     assert script.core.take(reply) is None
     assert not script.core.has_unfinished()
-    events = text.decode().split("\n\n")
+    events = text.decode().split(ending)
     assert events.pop() == ""
     return events
 
@@ -179,3 +180,98 @@ def test_whole_answers(script: Script) -> None:
         "choices": [{"index": index, "message": {"role": "assistant", "content": "ab"}, **finish} for index in (0, 1)],
         "usage": {"prompt_tokens": 2, "total_tokens": 8, **usage},
     }
+
+
+def test_a_chat_with_reasoning_and_calls(script: Script) -> None:
+    """As OpenAI's and vLLM's documents have them: a call's name first, with empty arguments, then pieces."""
+    script.answer = b'<think>h</think>\n<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    head = '{"id":"c","object":"chat.completion.chunk","created":5,"model":"m","choices":[{"index":0,"delta":'
+    answer = _core.AnswerFormat(reasoning="think", calls="hermes", tools=["f"])
+    events = told(script, CHAT(id="c", model="m", created=5, stream=True, answer=answer))
+    assert events.pop() == "data: [DONE]"
+    deltas, tails = [], []
+    for event in events:
+        assert event.startswith(f"data: {head}")
+        delta, _, tail = event.removeprefix(f"data: {head}").partition(',"logprobs":null,')
+        deltas.append(delta)
+        tails.append(tail)
+    assert tails == ['"finish_reason":null}]}'] * (len(tails) - 1) + ['"finish_reason":"tool_calls"}]}']
+    assert len(deltas) == len(script.answer) + 1  # one a token, the end token too
+    assert deltas[0] == '{"role":"assistant","content":""}'
+    identity = json.loads(next(delta for delta in deltas if "tool_calls" in delta))["tool_calls"][0]["id"]
+    assert [delta for delta in deltas[1:] if delta != "{}"] == [
+        '{"reasoning_content":"h","reasoning":"h"}',
+        f'{{"tool_calls":[{{"index":0,"id":"{identity}","type":"function",'
+        '"function":{"name":"f","arguments":""}}]}',
+        *('{"tool_calls":[{"index":0,"function":{"arguments":' + json.dumps(piece) + "}}]}" for piece in '{"a": 1}'),
+    ]
+
+
+def test_messages_of_anthropic(script: Script) -> None:
+    """As Anthropic's documents have a stream: blocks are opened, filled and closed one after another."""
+    script.answer = b'<think>h</think>a<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    answer = _core.AnswerFormat(reasoning="think", calls="hermes", tools=["f"])
+    events = told(script, _core.ReplyFormat.anthropic(id="msg_1", model="m", stream=True, answer=answer))
+    names = [event.split("\n")[0] for event in events]
+    data = [event.split("\n")[1].removeprefix("data: ") for event in events]
+    assert all(name == f"event: {json.loads(line)['type']}" for name, line in zip(names, data, strict=True))
+    usage = '"usage":{"input_tokens":2,"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"output_tokens":'
+    identity = json.loads(next(line for line in data if "tool_use" in line))["content_block"]["id"]
+    assert identity.startswith("toolu_")
+    assert data == [
+        '{"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant","model":"m",'
+        '"content":[],"stop_reason":null,"stop_sequence":null,' + usage + "0}}}",
+        '{"type":"content_block_start","index":0,"content_block":{"type":"thinking","thinking":"","signature":""}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"thinking_delta","thinking":"h"}}',
+        '{"type":"content_block_delta","index":0,"delta":{"type":"signature_delta","signature":""}}',
+        '{"type":"content_block_stop","index":0}',
+        '{"type":"content_block_start","index":1,"content_block":{"type":"text","text":""}}',
+        '{"type":"content_block_delta","index":1,"delta":{"type":"text_delta","text":"a"}}',
+        '{"type":"content_block_stop","index":1}',
+        '{"type":"content_block_start","index":2,"content_block":{"type":"tool_use",'
+        f'"id":"{identity}","name":"f","input":{{}}}}}}',
+        '{"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":"{"}}',
+        '{"type":"content_block_delta","index":2,"delta":{"type":"input_json_delta","partial_json":"}"}}',
+        '{"type":"content_block_stop","index":2}',
+        '{"type":"message_delta","delta":{"stop_reason":"tool_use","stop_sequence":null},' + usage + "71}}",
+        '{"type":"message_stop"}',
+    ]
+
+
+def test_tokens_of_tgi(script: Script) -> None:
+    """As TGI's documents have a stream: an event a token, the last with all of the text, and no `[DONE]`."""
+    script.answer = b"ab"
+
+    def told_by(steps_a_take: int) -> list[str]:
+        reply_format = _core.ReplyFormat.tgi(stream=True, details=True, top_n_tokens=1, seed=7, prompt="Hi ")
+        return told(script, reply_format, logprobs=1, steps_a_take=steps_a_take)
+
+    def token(identity: int, text: str) -> str:
+        entry = f'{{"id":{identity},"text":"{text}","logprob":-0.5,"special":false}}'
+        return f'"token":{entry},"top_tokens":[{entry}]'
+
+    end = '{"finish_reason":"eos_token","generated_tokens":3,"seed":7,"input_length":2}'
+    expected = [
+        f'data:{{"index":1,{token(97, "a")},"generated_text":null,"details":null}}',
+        f'data:{{"index":2,{token(98, "b")},"generated_text":null,"details":null}}',
+        f'data:{{"index":3,{token(256, "")},"generated_text":"Hi ab","details":{end}}}',
+    ]
+    assert told_by(1) == expected
+    assert told_by(9) == expected  # also where they leave together
+
+
+def test_lines_of_ollama(script: Script) -> None:
+    script.answer = b'a<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
+    answer = _core.AnswerFormat(calls="hermes", tools=["f"])
+    reply_format = _core.ReplyFormat.ollama(
+        id="1", model="m", created_at="2026-01-01T00:00:00Z", chat=True, stream=True, answer=answer
+    )
+    lines = told(script, reply_format, ending="\n")
+    head = '{"model":"m","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":'
+    assert lines[:2] == [
+        f'{head}"a"}},"done":false}}',
+        f'{head}"","tool_calls":[{{"function":{{"name":"f","arguments":{{"x": 1}}}}}}]}},"done":false}}',
+    ]
+    last = json.loads(lines[2])
+    assert (last["done"], last["done_reason"], last["prompt_eval_count"], last["eval_count"]) == (True, "stop", 2, 61)
+    assert last["total_duration"] >= last["eval_duration"] >= 0

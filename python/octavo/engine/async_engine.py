@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from octavo import _core
+from octavo.answers import ModelAnswers
 from octavo.config import EngineConfig
 from octavo.engine import process
 from octavo.engine.engine import Engine
@@ -101,6 +102,7 @@ class AsyncEngine:
         self.model_name = parts.model_name
         self.tokenizer: _core.Tokenizer | None = parts.tokenizer
         self.chat_template: _core.ChatTemplate | None = parts.chat_template
+        self.answers = ModelAnswers(parts.config, parts.chat_template, parts.tokenizer)
         self.generation_defaults = parts.generation_defaults
         self.report = parts.report
         self.streams: dict[int, ReplyStream] = {}

@@ -13,10 +13,11 @@ from typing import Any
 from tqdm import tqdm
 
 from octavo import _core
+from octavo.answers import ModelAnswers, ToolUse
 from octavo.chat import read_chat
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
-from octavo.engine.outputs import OutputBuilder
+from octavo.engine.outputs import OutputBuilder, tell_apart
 from octavo.engine.prompts import PromptInput, TokensPrompt, encode_prompt
 from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
@@ -57,6 +58,8 @@ class LLM:
         # caller already holds.
         self._engine = Engine.from_config(dataclasses.replace(config, max_waiting=2**20))
         self._thread = StepThread(self._engine)
+        parts = self._engine.parts
+        self._answers = ModelAnswers(parts.config, parts.chat_template, parts.tokenizer)
 
     def close(self) -> None:
         """Gives back the memory of model and KV cache, on a GPU to the device. Idempotent; nothing
@@ -124,7 +127,9 @@ class LLM:
         """Answers one conversation or a list of them, through the model's chat template.
 
         Messages are those of OpenAI's chats, and checked like a request's; keys that these do not
-        have go to the template as they are. Raises `ValueError` that names the message.
+        have go to the template as they are. Of each choice `text` is all that the model wrote;
+        `reasoning`, `content` and `tool_calls` are its parts. Raises `ValueError` that names the
+        message.
         """
         self._engine.check_usable()
         tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
@@ -151,7 +156,19 @@ class LLM:
                 raise type(error)(f"conversation {number}: {error}") from error
             encoded.append(prompt)
         prompts: list[PromptInput] = [TokensPrompt(prompt_token_ids=prompt.token_ids) for prompt in encoded]
-        return self._run(prompts, encoded, sampling_params, use_tqdm)
+        if tools:
+            self._answers.warn()
+        tool_use = ToolUse([tool["function"]["name"] for tool in tools or ()])
+        formats = [self._answers.format(prompt, tool_use) for prompt in encoded]
+        params = [
+            self._answers.params(format, params)
+            for format, params in zip(formats, self._each_params(encoded, sampling_params), strict=True)
+        ]
+        outputs = self._run(prompts, encoded, params, use_tqdm)
+        for format, output in zip(formats, outputs, strict=True):
+            for choice in output.outputs:
+                tell_apart(format, choice)
+        return outputs
 
     def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:
         try:
@@ -166,11 +183,18 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        params = self._each_params(encoded, sampling_params)
+        return self._thread.run(lambda: self._complete(prompts, encoded, params, use_tqdm))
+
+    def _each_params(
+        self, encoded: list[_core.Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        """Of each prompt."""
         if sampling_params is None:
             defaults, longest = self.get_default_sampling_params(), self._engine.parts.max_model_len
             params = [defaults.fitting(longest - len(prompt)) for prompt in encoded]
         elif isinstance(sampling_params, SamplingParams):
-            params = [sampling_params] * len(prompts)
+            params = [sampling_params] * len(encoded)
         elif not isinstance(sampling_params, Sequence):
             raise ValueError(
                 f"sampling_params: expected SamplingParams or a list of them, got {type(sampling_params).__name__}"
@@ -180,11 +204,11 @@ class LLM:
             for number, given in enumerate(params):
                 if not isinstance(given, SamplingParams):
                     raise ValueError(f"sampling_params[{number}]: expected SamplingParams, got {type(given).__name__}")
-        if len(params) != len(prompts):
+        if len(params) != len(encoded):
             raise ValueError(
-                f"sampling_params: {len(params)} given for {len(prompts)} prompts; pass one, or one for each"
+                f"sampling_params: {len(params)} given for {len(encoded)} prompts; pass one, or one for each"
             )
-        return self._thread.run(lambda: self._complete(prompts, encoded, params, use_tqdm))
+        return params
 
     def _complete(
         self,

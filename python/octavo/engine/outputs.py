@@ -8,8 +8,17 @@ import dataclasses
 
 from octavo import _core
 from octavo.engine.prompts import PromptInput, prompt_text
-from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ToolCall
 from octavo.sampling_params import SamplingParams
+
+
+def tell_apart(format: _core.AnswerFormat | None, choice: CompletionOutput) -> None:
+    """Fills in the parts of a choice that has ended."""
+    if format is None:
+        choice.content = choice.text
+        return
+    choice.reasoning, choice.content, calls = format.read(choice.text)
+    choice.tool_calls = [ToolCall(name, arguments) for name, arguments in calls]
 
 
 class OutputBuilder:

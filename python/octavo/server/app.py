@@ -9,6 +9,8 @@ from aiohttp import web
 from octavo.server.body import Bodies
 from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
+from octavo.server.errors import ERROR_FORMS
+from octavo.server.intake import Intake
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import add_headers, check_host_and_key, json_errors
 from octavo.server.openai.routes import OpenAIRoutes
@@ -31,9 +33,10 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     metrics = Metrics(engine)
     calls = CallServer(engine, config, metrics)
     bodies = Bodies(config.max_body_size)
-    routes = OpenAIRoutes(engine, bodies, metrics, calls)
+    intake = Intake(engine, bodies, metrics, calls)
+    openai = OpenAIRoutes(intake)
     app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
-    app[CALLS], app[BODIES], app[METRICS] = calls, bodies, metrics
+    app[CALLS], app[BODIES], app[METRICS], app[ERROR_FORMS] = calls, bodies, metrics, {}
 
     async def health(_: web.Request) -> web.Response:
         """Alive and making progress; also while draining."""
@@ -54,7 +57,7 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     async def close(_: web.Application) -> None:
         bodies.close()
 
-    app.add_routes(routes.routes())
+    app.add_routes(openai.routes())
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
     app.on_response_prepare.append(add_headers)
     app.on_startup.append(attach)

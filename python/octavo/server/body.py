@@ -147,6 +147,8 @@ class Form(Generic[S]):
     """Fields that would change the answer if they worked, with the values that change nothing,
     besides null.
     """
+    prompt: str = "messages"
+    """The field that is named where the prompt is too long."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,9 @@ class Parsed(Generic[S]):
 
     request: S
     prompts: tuple[slice, ...]
-    """Where in the body `prompt` has its value, which `_core.read_prompts` decodes. The last counts."""
+    """Where in the body `prompt` has its value, which `_core.read_prompts` decodes unless the struct
+    has it. The last counts.
+    """
     ignored: tuple[str, ...]
     """Names of the fields that nobody knows."""
 
@@ -168,8 +172,9 @@ def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) 
     fields = _measure(body)
     text = sum(field.text for field in fields if field.name in form.prompt_text)
     if text > max_characters:
-        what = f"messages and tools have {text} characters, more than the {max_characters} that are read."
-        raise prompt_too_long(max_model_len, what, "messages")
+        named = " and ".join(sorted(form.bulky))
+        what = f"{named} have {text} characters, more than the {max_characters} that are read."
+        raise prompt_too_long(max_model_len, what, form.prompt)
     for field in fields:
         name = field.name
         if name not in form.bulky and field.value.stop - field.value.start > MAX_FIELD_BYTES:
@@ -178,8 +183,14 @@ def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) 
             raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
     known = {*form.struct.__struct_fields__, *form.bulky, *form.unsupported}
     ignored = tuple(field.name for field in fields if field.name not in known)
-    prompts = tuple(field.value for field in fields if field.name == "prompt" and "prompt" in form.bulky)
+    apart = "prompt" in form.bulky and "prompt" not in form.struct.__struct_fields__
+    prompts = tuple(field.value for field in fields if apart and field.name == "prompt")
     return Parsed(_json(_without(body, prompts), form.struct), prompts, ignored)
+
+
+def field_names(body: bytes) -> list[str]:
+    """Names of the fields of a body. Raises `ApiError` 400."""
+    return [field.name for field in _measure(body)]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ the answer looks like is the protocol's affair, in Rust: bytes come from there a
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -39,11 +39,21 @@ WRITE_TIMEOUT = 60.0
 UNREAD_BYTES = 48 * 1024
 """Less than this in the socket's buffer, and a write cannot block: the transport pauses at 64 KiB."""
 
-SSE_HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}
+
+@dataclass(frozen=True)
+class StreamForm:
+    """What a stream is to HTTP."""
+
+    headers: Mapping[str, str]
+    keep_alive: bytes
+    """Written while a stream waits for its first token; nothing where nothing may be."""
+
+
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+SERVER_SENT_EVENTS = StreamForm(
+    {"Content-Type": "text/event-stream; charset=utf-8", **_UNBUFFERED}, b": keep-alive\n\n"
+)
+JSON_LINES = StreamForm({"Content-Type": "application/x-ndjson", **_UNBUFFERED}, b"")
 
 
 class EventWriter:
@@ -69,7 +79,7 @@ class EventWriter:
             self._transport.abort()
             raise ConnectionResetError("the client does not read its stream") from None
 
-    async def keep_alive(self, first: Coroutine[Any, Any, T]) -> T:
+    async def keep_alive(self, first: Coroutine[Any, Any, T], line: bytes) -> T:
         """Waits for the first delta; comment lines meanwhile keep proxies from cutting a long
         queue.
         """
@@ -79,7 +89,8 @@ class EventWriter:
                 done, _ = await asyncio.wait({waiting}, timeout=self._keep_alive_interval)
                 if done:
                     return waiting.result()
-                await self.write(b": keep-alive\n\n")
+                if line:
+                    await self.write(line)
         finally:
             waiting.cancel()
 
@@ -101,6 +112,9 @@ class Call:
     cache_salt: str | None
     arrival: float
     """On the monotonic clock."""
+    stream_form: StreamForm = SERVER_SENT_EVENTS
+    answer_headers: Callable[[_core.ReplyDelta], Mapping[str, str]] | None = None
+    """Further headers of an answer in one piece."""
 
 
 class CallServer:
@@ -142,7 +156,7 @@ class CallServer:
             try:
                 if call.stream:
                     return await self._streamed(request, call, reply, times)
-                return await self._whole(reply, times)
+                return await self._whole(call, reply, times)
             finally:
                 if last := reply.close():  # what the client did not wait for counts as well
                     times.add(last)
@@ -168,23 +182,24 @@ class CallServer:
         times.add(delta)
         return delta
 
-    async def _whole(self, reply: "ReplyStream", times: CallTimes) -> web.Response:
+    async def _whole(self, call: Call, reply: "ReplyStream", times: CallTimes) -> web.Response:
         """The answer in one piece; the reply has no news before its end."""
         delta = await self._next(reply, times)
         if delta.error is not None:
             raise from_failure(delta.error)
-        return web.Response(body=await self._written(delta), content_type="application/json")
+        headers = {} if call.answer_headers is None else call.answer_headers(delta)
+        return web.Response(body=await self._written(delta), content_type="application/json", headers=headers)
 
     async def _streamed(
         self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=SSE_HEADERS)
+        response = web.StreamResponse(headers=call.stream_form.headers)
         if request.version < HttpVersion11:
             response.force_close()  # without chunks it is the end of the connection that ends a stream
         await response.prepare(request)
         events = EventWriter(request, response, self._config.sse_keep_alive_interval)
         try:
-            delta = await events.keep_alive(self._next(reply, times))
+            delta = await events.keep_alive(self._next(reply, times), call.stream_form.keep_alive)
             while True:
                 if data := await self._written(delta):  # news may have been taken with those before
                     await events.write(data)

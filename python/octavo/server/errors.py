@@ -7,7 +7,7 @@ again must not be a 5xx: OpenAI's clients retry those.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from aiohttp import web
 
@@ -51,13 +51,34 @@ class ApiError(Exception):
         return _core.openai_error(self.message, type=kind, param=self.param, code=self.code)
 
     def response(self) -> web.Response:
-        """The HTTP answer."""
-        response = web.Response(
-            status=self.status, body=self.body() + b"\n", content_type="application/json", headers=self.headers
-        )
+        """The HTTP answer, as OpenAI's API has it."""
+        return self.response_of(self.status, self.body() + b"\n")
+
+    def response_of(self, status: int, body: bytes) -> web.Response:
+        """The HTTP answer in the form of a protocol."""
+        response = web.Response(status=status, body=body, content_type="application/json", headers=self.headers)
         if self.headers.get("Connection") == "close":
             response.force_close()  # aiohttp does not look at the header
         return response
+
+
+ErrorForm = Callable[[ApiError], web.Response]
+"""How a protocol answers with an error."""
+
+ERROR_FORMS = web.AppKey("error_forms", dict[str, ErrorForm])
+"""Of routes that have another form than OpenAI's, by their path."""
+
+ERROR_FORM: web.RequestKey[ErrorForm] = web.RequestKey("error_form", Callable)  # type: ignore[arg-type]
+"""Of a request whose body says which protocol it is of."""
+
+
+def error_form(request: web.BaseRequest) -> ErrorForm:
+    """The form of errors in which a request is answered."""
+    form: ErrorForm | None = request.get(ERROR_FORM)
+    if form is None and isinstance(request, web.Request):
+        resource = request.match_info.route.resource
+        form = None if resource is None else request.app[ERROR_FORMS].get(resource.canonical)
+    return form or ApiError.response
 
 
 def bad_request(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

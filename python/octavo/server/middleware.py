@@ -15,7 +15,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ApiError, bad_http, internal_error
+from octavo.server.errors import ApiError, bad_http, error_form, internal_error
 from octavo.server.log import log_answer, log_refusal, one_line
 from octavo.server.metrics import Metrics
 
@@ -75,7 +75,7 @@ def json_errors(metrics: Metrics, *, access_log: bool) -> Middleware:
                 log_answer(request, response.status, time.monotonic() - arrival)
             return response
         metrics.errors[failure.code] += 1
-        response = failure.response()
+        response = error_form(request)(failure)
         response.headers["X-Request-Id"] = request_id(request)
         log_refusal(failure, request.method, request.path, response.headers["X-Request-Id"])
         return response

@@ -90,6 +90,7 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
     listening = await listen(runner, app[METRICS], listener, BACKLOG)
     signals = Signals()
     asyncio.get_running_loop().set_exception_handler(LoopErrors())
+    engine.answers.warn()
     logger.info("ready %.1f s after the process began", process_age())
     print(_welcome(engine, config, listener), file=sys.stderr, flush=True)
     logging_task = asyncio.ensure_future(_log_stats(engine)) if not engine.config.disable_log_stats else None

@@ -8,9 +8,10 @@ from typing import Any
 import msgspec
 
 from octavo import chat
+from octavo.answers import ToolUse
 from octavo.server.body import from_validation
 from octavo.server.errors import bad_request
-from octavo.server.openai.schemas import ChatCompletionRequest
+from octavo.server.openai.schemas import ChatCompletionRequest, NamedTool
 from octavo.server.openai.tool_schema import check_schema
 
 _RESERVED_KWARGS = frozenset(
@@ -56,6 +57,26 @@ def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | N
         if parameters is not None:
             check_schema(parameters, f"tools[{index}].function.parameters")
     return tools if takes_tools else None
+
+
+def tool_use(request: ChatCompletionRequest) -> ToolUse:
+    """What the request wants of its tools, which `template_tools` has checked. Raises `ApiError` 400
+    with param `tool_choice`.
+    """
+    names = [msgspec.json.decode(tool)["function"]["name"] for tool in request.tools or ()]
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool):
+        if choice.type != "function":
+            raise bad_request("tool_choice.type: must be function.", "tool_choice")
+        if choice.function.name not in names:
+            raise bad_request(f"tool_choice: no tool is called {choice.function.name[:64]!r}.", "tool_choice")
+    elif choice not in (None, "none", "auto", "required"):
+        raise bad_request("tool_choice: must be none, auto, required, or name a tool.", "tool_choice")
+    if isinstance(choice, NamedTool) or choice == "required":
+        if not names:
+            raise bad_request("tool_choice: needs tools.", "tool_choice")
+        raise bad_request("tool_choice: only none and auto are supported yet.", "tool_choice", "unsupported_parameter")
+    return ToolUse(names, forbidden=choice == "none", parallel=request.parallel_tool_calls is not False)
 
 
 def template_kwargs(kwargs: dict[str, Any] | None) -> str | None:

@@ -4,12 +4,11 @@ A request becomes a `Call` here: body, struct, checks, prompts (tokenised off th
 answers it.
 """
 
-import functools
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -17,11 +16,11 @@ from aiohttp import web
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.sampling_params import SamplingParams
-from octavo.server.body import Bodies, Form, Parsed, decode
-from octavo.server.calls import Call, CallServer
-from octavo.server.errors import ApiError, bad_request, body_refused, prompt_too_long
-from octavo.server.metrics import Metrics
-from octavo.server.openai.messages import template_kwargs, template_messages, template_tools
+from octavo.server.body import Form, Parsed
+from octavo.server.calls import Call
+from octavo.server.errors import bad_request, body_refused, prompt_too_long
+from octavo.server.intake import ChatText, Intake
+from octavo.server.openai.messages import template_kwargs, template_messages, template_tools, tool_use
 from octavo.server.openai.schemas import (
     MAX_PROMPTS,
     UNSUPPORTED_CHAT,
@@ -31,14 +30,7 @@ from octavo.server.openai.schemas import (
     check_choices,
 )
 
-if TYPE_CHECKING:
-    from octavo.engine.async_engine import AsyncEngine
-
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
-T = TypeVar("T")
-
-_ANY_MODEL = frozenset({"", "dummy", "tgi"})
-"""What clients of single-model servers put where a name must be."""
 
 
 @dataclass(frozen=True)
@@ -73,30 +65,16 @@ CHAT = Kind(
 
 MAX_CALL_CONTEXTS = 256
 """The prompts of one call together are as long as so many prompts of the model's length."""
-_ALWAYS_READ = 64 * 1024
-"""Characters that are tokenised whatever the model's length, to say how many tokens they are."""
-
-
-@dataclass(frozen=True)
-class ChatText:
-    """What the chat template gets, as JSON."""
-
-    messages: str
-    tools: str | None
-    kwargs: str | None
 
 
 class OpenAIRoutes:
     """The handlers."""
 
-    def __init__(self, engine: "AsyncEngine", bodies: Bodies, metrics: Metrics, calls: CallServer) -> None:
-        self._calls = calls
-        self._engine = engine
-        self._bodies = bodies
-        self._metrics = metrics
-        self._names = engine.config.served_model_name or (engine.model_name,)
-        longest_token = 0 if engine.tokenizer is None else engine.tokenizer.longest_token
-        self._max_characters = max(_ALWAYS_READ, engine.max_model_len * longest_token)
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._engine = intake.engine
+        self._calls = intake.calls
+        self._metrics = intake.metrics
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -112,13 +90,13 @@ class OpenAIRoutes:
 
     async def models(self, _: web.Request) -> web.Response:
         """`GET /v1/models`."""
-        return web.json_response({"object": "list", "data": [self._card(name) for name in self._names]})
+        return web.json_response({"object": "list", "data": [self._card(name) for name in self._intake.names]})
 
     async def model(self, request: web.Request) -> web.Response:
         """`GET /v1/models/{id}`; clients send a slash of the id as %2F or as it is."""
         name = request.match_info["model"]
-        if name not in self._names:
-            raise self._unknown_model(name)
+        if name not in self._intake.names:
+            raise self._intake.unknown_model(name)
         return web.json_response(self._card(name))
 
     def _card(self, name: str) -> dict[str, Any]:
@@ -132,21 +110,12 @@ class OpenAIRoutes:
             "max_model_len": self._engine.max_model_len,
         }
 
-    def _check_model(self, name: str | None) -> None:
-        if name is not None and name not in self._names and name not in _ANY_MODEL:
-            raise self._unknown_model(name)
-
-    def _unknown_model(self, name: str) -> ApiError:
-        shown = name if len(name) <= 100 else name[:100] + "..."
-        served = ", ".join(self._names)
-        return ApiError(404, "model_not_found", f"The model {shown!r} is not served here, but {served}.", param="model")
-
     # ---- generation ------------------------------------------------------------------------------
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/completions`."""
         arrival = time.monotonic()
-        read, given = await self._read(request, self._read_completion)
+        read, given = await self._intake.read(request, self._read_completion)
         self._metrics.ignored(read.ignored)
         parsed = read.request
         try:
@@ -155,12 +124,6 @@ class OpenAIRoutes:
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(COMPLETION, parsed)) from None
         return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival))
-
-    async def _read(self, request: web.Request, read: Callable[[bytes], T]) -> T:
-        """What `read` makes of the body, which nobody keeps."""
-        self._calls.check_open()
-        body = await self._bodies.read(request)
-        return await self._bodies.work(len(body), functools.partial(read, body))
 
     def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
         parsed = self._decode(COMPLETION, body)
@@ -175,7 +138,7 @@ class OpenAIRoutes:
                     value.stop,
                     max_prompts=MAX_PROMPTS,
                     max_tokens=self._engine.max_model_len,
-                    max_characters=self._max_characters,
+                    max_characters=self._intake.max_characters,
                 )
             except _core.RefusedError as error:
                 raise body_refused(error) from None
@@ -207,23 +170,32 @@ class OpenAIRoutes:
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""
         arrival = time.monotonic()
-        read, text = await self._read(request, self._read_chat)
+        read, text = await self._intake.read(request, self._read_chat)
         self._metrics.ignored(read.ignored)
         parsed = read.request
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)
-            prompt = await self._engine.encode_chat(
-                text.messages,
-                text.tools,
-                add_generation_prompt=parsed.add_generation_prompt is not False,
-                kwargs_json=text.kwargs,
-                max_characters=self._max_characters,
-            )
-        except _core.PromptTooLongError as error:  # what the template makes of them
-            raise prompt_too_long(self._engine.max_model_len, str(error), "messages") from None
+            prompt = await self._encode_chat(parsed, text)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(CHAT, parsed)) from None
-        return await self._calls.serve(request, self._call(CHAT, parsed, [prompt], params, arrival))
+        answer = self._engine.answers.format(
+            prompt, text.tool_use, include_reasoning=parsed.include_reasoning is not False
+        )
+        if parsed.skip_special_tokens is None:
+            params = self._engine.answers.params(answer, params)
+        call = self._call(CHAT, parsed, [prompt], params, arrival, answer=answer)
+        return await self._calls.serve(request, call)
+
+    async def encode_chat_of(self, request: web.Request) -> _core.Prompt:
+        """The prompt that a chat's body makes, for routes that show it."""
+        read, text = await self._intake.read(request, self._read_chat)
+        try:
+            return await self._encode_chat(read.request, text)
+        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
+            raise self._calls.refusal(error, _names(CHAT, read.request)) from None
+
+    async def _encode_chat(self, parsed: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
+        return await self._intake.encode_chat(text, add_generation_prompt=parsed.add_generation_prompt is not False)
 
     def _read_chat(self, body: bytes) -> tuple[Parsed[ChatCompletionRequest], ChatText]:
         parsed = self._decode(CHAT, body)
@@ -231,12 +203,13 @@ class OpenAIRoutes:
         messages = msgspec.json.encode(template_messages(chat)).decode()
         template = self._engine.chat_template
         tools = template_tools(chat, template is None or template.takes_tools)
-        return parsed, ChatText(messages, tools, template_kwargs(chat.chat_template_kwargs))
+        kwargs = template_kwargs(chat.chat_template_kwargs)
+        return parsed, ChatText(messages, tools, kwargs, tool_use(chat))
 
     def _decode(self, kind: Kind[R], body: bytes) -> Parsed[R]:
         """What both routes check of a body."""
-        parsed = decode(kind.form, body, self._max_characters, self._engine.max_model_len)
-        self._check_model(parsed.request.model)
+        parsed = self._intake.decode(kind.form, body)
+        self._intake.check_model(parsed.request.model)
         parsed.request.check_stream_options()
         return parsed
 
@@ -247,8 +220,9 @@ class OpenAIRoutes:
         prompts: list[_core.Prompt],
         params: SamplingParams,
         arrival: float,
+        **particular: Any,
     ) -> Call:
-        """What `calls.py` answers."""
+        """What `calls.py` answers. particular: what the reply format of the route takes besides."""
         call_id = kind.id_prefix + uuid.uuid4().hex
         reply_format = kind.reply_format(
             id=call_id,
@@ -257,6 +231,7 @@ class OpenAIRoutes:
             stream=bool(parsed.stream),
             include_usage=parsed.include_usage,
             continuous_usage=parsed.continuous_usage,
+            **particular,
         )
         return Call(
             id=call_id,

@@ -59,7 +59,6 @@ UNSUPPORTED_CHAT = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
-    "tool_choice": ("none", "auto"),
 }
 """Fields that would change the answer, with the values under which ignoring them is right."""
 
@@ -156,6 +155,19 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
         return self.sampling_params(defaults, self.logprobs, **given)
 
 
+class NamedFunction(msgspec.Struct, frozen=True):
+    """The function that `tool_choice` names."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True):
+    """A `tool_choice` that names a tool."""
+
+    type: str
+    function: NamedFunction
+
+
 class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
@@ -164,7 +176,9 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: list[msgspec.Raw] | None = None
-    tool_choice: Any = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
 

@@ -1,0 +1,88 @@
+"""How a model's answers are read: what is reasoning, what is a call of a tool.
+
+The formats come from the chat template, or from `tool_call_parser` and `reasoning_parser`; what a
+request says of its tools decides which of them counts. The reading itself is Rust
+(`_core.AnswerFormat`). Knows nothing of HTTP.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+
+from octavo import _core
+from octavo.config import PARSER_AUTO, PARSER_NONE, EngineConfig
+from octavo.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolUse:
+    """What a request wants of tools. Without tools there are no calls."""
+
+    names: Sequence[str] = ()
+    forbidden: bool = False
+    """The model sees the tools, and what looks like a call is content (`tool_choice` none)."""
+    parallel: bool = True
+    """Else all calls but the first are left out."""
+
+
+class ModelAnswers:
+    """The formats of one model: `calls` and `reasoning` are names as `_core.AnswerFormat` knows them, or
+    None.
+    """
+
+    def __init__(
+        self, config: EngineConfig, template: _core.ChatTemplate | None, tokenizer: _core.Tokenizer | None
+    ) -> None:
+        self._tokenizer = tokenizer
+        self.calls = _chosen(config.tool_call_parser, None if template is None else template.call_format)
+        shown = None if template is None else template.reasoning
+        if shown is None and template is not None and tokenizer is not None and tokenizer.token_to_id("</think>"):
+            shown = "think"
+        self.reasoning = _chosen(config.reasoning_parser, shown)
+        takes_tools = template is not None and template.takes_tools
+        self._is_unknown = takes_tools and self.calls is None and config.tool_call_parser == PARSER_AUTO
+
+    def warn(self) -> None:
+        """Logs that calls of tools will stay text, where the template has a format that nobody knows."""
+        if self._is_unknown:
+            logger.warning(
+                "calls of tools stay text: the chat template shows none of the known formats; name one with "
+                "--tool-call-parser"
+            )
+
+    def format(
+        self, prompt: _core.Prompt, tools: ToolUse, *, include_reasoning: bool = True
+    ) -> _core.AnswerFormat | None:
+        """How to read the answer to a prompt; None where it is text and nothing else."""
+        calls = self.calls if tools.names and not tools.forbidden else None
+        if calls is None and self.reasoning is None:
+            return None
+        return _core.AnswerFormat(
+            reasoning=self.reasoning,
+            drops_reasoning=not include_reasoning,
+            begins_in_reasoning=self._begins_in_reasoning(prompt),
+            calls=calls,
+            tools=tools.names,
+            single_call=not tools.parallel,
+        )
+
+    def params(self, format: _core.AnswerFormat | None, params: SamplingParams) -> SamplingParams:
+        """The parameters with which a format can be read: markers that are special tokens must not
+        be left out of the text.
+        """
+        special = {} if self._tokenizer is None else self._tokenizer.special_tokens
+        if format is None or not any(marker in special for marker in format.markers):
+            return params
+        return dataclasses.replace(params, skip_special_tokens=False)
+
+    def _begins_in_reasoning(self, prompt: _core.Prompt) -> bool:
+        if self.reasoning is None or self._tokenizer is None:
+            return False
+        opening = _core.AnswerFormat(reasoning=self.reasoning).markers[0]
+        return self._tokenizer.ends_with(prompt, opening)
+
+
+def _chosen(parser: str, shown: str | None) -> str | None:
+    return shown if parser == PARSER_AUTO else None if parser == PARSER_NONE else parser

@@ -1,0 +1,171 @@
+//! Ollama's `/api/chat` and `/api/generate`: a line of JSON for each delta, the last with counts
+//! and times.
+
+use std::io::Write;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use super::json::{write_separated, write_string};
+use super::split::{write_object, SplitReply, WholeAnswer};
+use super::{Delta, Protocol, Usage};
+use crate::output::{Failure, FinishReason};
+use crate::text::answer::{AnswerFormat, Piece};
+use crate::text::Tokenizer;
+
+/// One call of Ollama's API, which has one choice.
+#[derive(Debug)]
+pub(super) struct Ollama {
+    /// `{"model":...,"created_at":...`
+    head: Box<[u8]>,
+    is_chat: bool,
+    split: SplitReply,
+    arrived: Instant,
+    streamed: Mutex<Streamed>,
+}
+
+/// What the last line of a stream tells of those before it.
+#[derive(Debug, Default)]
+struct Streamed {
+    began: Option<Instant>,
+    /// A call is told whole: its name and arguments so far.
+    call: Option<(String, String)>,
+    reason: &'static str,
+}
+
+impl Ollama {
+    /// `created_at` is a time as RFC 3339 writes it. `is_chat`: answers are messages.
+    pub(super) fn new(id: &str, model: &str, created_at: &str, is_chat: bool, answer: AnswerFormat) -> Self {
+        let mut head = b"{\"model\":".to_vec();
+        write_string(&mut head, model);
+        head.extend_from_slice(b",\"created_at\":");
+        write_string(&mut head, created_at);
+        let split = SplitReply::new(answer, id);
+        Self { head: head.into(), is_chat, split, arrived: Instant::now(), streamed: Mutex::default() }
+    }
+
+    /// Appends a line up to `"done"`.
+    fn write_part(&self, out: &mut Vec<u8>, part: &WholeAnswer) {
+        out.extend_from_slice(&self.head);
+        let content = part.content.as_deref().unwrap_or_default();
+        if self.is_chat {
+            out.extend_from_slice(b",\"message\":{\"role\":\"assistant\",\"content\":");
+        } else {
+            out.extend_from_slice(b",\"response\":");
+        }
+        write_string(out, content);
+        if let Some(text) = &part.reasoning {
+            out.extend_from_slice(b",\"thinking\":");
+            write_string(out, text);
+        }
+        if self.is_chat {
+            if !part.calls.is_empty() {
+                out.extend_from_slice(b",\"tool_calls\":[");
+                write_separated(out, &part.calls, |out, (name, arguments)| {
+                    out.extend_from_slice(b"{\"function\":{\"name\":");
+                    write_string(out, name);
+                    out.extend_from_slice(b",\"arguments\":");
+                    write_object(out, arguments);
+                    out.extend_from_slice(b"}}");
+                });
+                out.push(b']');
+            }
+            out.push(b'}');
+        }
+        out.extend_from_slice(b",\"done\":");
+    }
+
+    /// Appends the end of the last line, from `"done"`'s value on. When the first token came is
+    /// known of streams alone.
+    fn write_end(&self, out: &mut Vec<u8>, reason: &str, usage: Usage, began: Option<Instant>) {
+        let total = self.arrived.elapsed().as_nanos();
+        let Usage { prompt_tokens, completion_tokens, .. } = usage;
+        write!(
+            out,
+            "true,\"done_reason\":\"{reason}\",\"total_duration\":{total},\"load_duration\":0,\
+             \"prompt_eval_count\":{prompt_tokens},\"eval_count\":{completion_tokens}"
+        )
+        .expect("writing to a Vec cannot fail");
+        if let Some(began) = began {
+            let prompt = began.duration_since(self.arrived).as_nanos();
+            let output = total.saturating_sub(prompt);
+            write!(out, ",\"prompt_eval_duration\":{prompt},\"eval_duration\":{output}")
+                .expect("writing to a Vec cannot fail");
+        }
+        out.push(b'}');
+    }
+}
+
+impl Streamed {
+    /// The call that has come, once another piece shows that it has ended.
+    fn take_call(&mut self, part: &mut WholeAnswer) {
+        part.calls.extend(self.call.take());
+    }
+}
+
+impl Protocol for Ollama {
+    fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, _: Usage, _: Option<&Tokenizer>) {
+        let mut streamed = self.streamed.lock().unwrap_or_else(PoisonError::into_inner);
+        streamed.began.get_or_insert_with(Instant::now);
+        let mut part = WholeAnswer::default();
+        for piece in self.split.split(delta).pieces {
+            match piece {
+                Piece::Reasoning(text) => part.reasoning.get_or_insert_default().push_str(&text),
+                Piece::Content(text) => {
+                    streamed.take_call(&mut part);
+                    part.content.get_or_insert_default().push_str(&text);
+                }
+                Piece::Call(name) => {
+                    streamed.take_call(&mut part);
+                    streamed.call = Some((name, String::new()));
+                }
+                Piece::Arguments(text) => {
+                    if let Some((_, arguments)) = &mut streamed.call {
+                        arguments.push_str(&text);
+                    }
+                }
+            }
+        }
+        if let Some(finish) = delta.finish {
+            streamed.take_call(&mut part);
+            streamed.reason = done_reason(finish.reason);
+        }
+        if part != WholeAnswer::default() {
+            self.write_part(out, &part);
+            out.extend_from_slice(b"false}\n");
+        }
+    }
+
+    fn close(&self, out: &mut Vec<u8>, usage: Usage) {
+        let streamed = self.streamed.lock().unwrap_or_else(PoisonError::into_inner);
+        self.write_part(out, &WholeAnswer::default());
+        self.write_end(out, streamed.reason, usage, streamed.began);
+        out.push(b'\n');
+    }
+
+    fn error(&self, out: &mut Vec<u8>, failure: &Failure) {
+        write_error(out, &failure.message);
+        out.push(b'\n');
+    }
+
+    fn body(&self, out: &mut Vec<u8>, choices: &[Delta<'_>], usage: Usage, _: Option<&Tokenizer>) {
+        let Some(choice) = choices.first() else { return };
+        self.write_part(out, &self.split.whole(choice));
+        let reason = choice.finish.map_or("stop", |finish| done_reason(finish.reason));
+        self.write_end(out, reason, usage, None);
+    }
+}
+
+/// Appends Ollama's error object.
+pub fn write_error(out: &mut Vec<u8>, message: &str) {
+    out.extend_from_slice(b"{\"error\":");
+    write_string(out, message);
+    out.push(b'}');
+}
+
+fn done_reason(reason: FinishReason) -> &'static str {
+    if reason == FinishReason::Length {
+        "length"
+    } else {
+        "stop"
+    }
+}

@@ -1,0 +1,142 @@
+"""Calls of tools and reasoning in chats: streamed and whole, as OpenAI's client reads them."""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+
+from octavo.answers import ModelAnswers
+from octavo.config import EngineConfig
+from tests.server.conftest import Served
+
+CHAT = "/v1/chat/completions"
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+USER: Any = {"role": "user", "content": "Weather in Paris?"}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def speaks(served: Served, answer: str, **parsers: str) -> openai.AsyncOpenAI:
+    """Has the model answer so, and gives a client."""
+    served.engine.script.answer = answer.encode()
+    config = EngineConfig(model="m", **({"tool_call_parser": "hermes", "reasoning_parser": "think"} | parsers))
+    served.engine.answers = ModelAnswers(config, None, served.engine.tokenizer)
+    return openai.AsyncOpenAI(base_url=served.url + "/v1", api_key="none", max_retries=0)
+
+
+async def test_a_call_in_one_piece(served: Served) -> None:
+    async with speaks(served, f"Let me see. {CALL}") as client:
+        answer = await client.chat.completions.create(model="dummy", messages=[USER], tools=[TOOL])
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "Let me see."
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.id.startswith("call_")
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Paris"})
+
+
+async def test_content_is_null_beside_calls_alone(served: Served) -> None:
+    speaks(served, CALL)
+    status, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL]})
+    assert status == 200
+    message = body["choices"][0]["message"]
+    assert message["content"] is None and message["tool_calls"][0]["function"]["name"] == "weather"
+
+
+async def test_streamed_calls_add_up_in_the_client(served: Served) -> None:
+    """openai-python's own accumulator puts the deltas together."""
+    second = CALL.replace("Paris", "Rome")
+    client = speaks(served, f"<think>hm</think>\n\nSo: {CALL}\n{second}")
+    async with client, client.chat.completions.stream(model="dummy", messages=[USER], tools=[TOOL]) as stream:
+        chunks = [event.chunk async for event in stream if event.type == "chunk"]
+        final = await stream.get_final_completion()
+    message = final.choices[0].message
+    assert message.content == "So:"
+    assert message.tool_calls is not None
+    read = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+    assert read == [("weather", {"city": "Paris"}), ("weather", {"city": "Rome"})]
+    assert len({call.id for call in message.tool_calls}) == 2
+    assert final.choices[0].finish_reason == "tool_calls"
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
+    first = deltas[0]
+    assert first.function is not None and first.id is not None
+    assert (first.index, first.type, first.function.name, first.function.arguments) == (0, "function", "weather", "")
+    assert all(delta.id is None for delta in deltas[1 : [delta.index for delta in deltas].index(1)])
+    assert len(deltas) > 10  # pieces of arguments, as they come
+
+
+async def test_one_call_where_they_may_not_be_parallel(served: Served) -> None:
+    speaks(served, CALL + CALL)
+    _, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL], "parallel_tool_calls": False})
+    assert len(body["choices"][0]["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}], ids=["no tools", "none"])
+async def test_without_tools_to_call_it_is_text(served: Served, fields: dict[str, Any]) -> None:
+    speaks(served, CALL)
+    _, body = await served.post(CHAT, {"messages": [USER], **fields})
+    choice = body["choices"][0]
+    assert choice["message"] == {"role": "assistant", "content": CALL}
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_a_broken_call_is_content_and_a_cut_one_keeps_its_reason(served: Served) -> None:
+    speaks(served, "<tool_call>{weather(Paris)}</tool_call>")
+    _, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL]})
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "<tool_call>{weather(Paris)}</tool_call>"}
+    assert body["choices"][0]["finish_reason"] == "stop"
+    speaks(served, CALL)
+    _, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL], "max_tokens": CALL.index("Paris")})
+    choice = body["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"city": "'
+
+
+async def test_ids_of_mistral_have_nine_letters(served: Served) -> None:
+    speaks(served, '[TOOL_CALLS][{"name": "weather", "arguments": {}}]', tool_call_parser="mistral")
+    _, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL]})
+    identity = body["choices"][0]["message"]["tool_calls"][0]["id"]
+    assert len(identity) == 9 and identity.isalnum()
+
+
+async def test_reasoning_is_split_off(served: Served) -> None:
+    speaks(served, "<think>\nhm\n</think>\n\nYes")
+    _, body = await served.post(CHAT, {"messages": [USER]})
+    assert body["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": "Yes",
+        "reasoning_content": "hm",
+        "reasoning": "hm",
+    }
+    _, body = await served.post(CHAT, {"messages": [USER], "include_reasoning": False})
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "Yes"}
+    events = await served.events(CHAT, {"messages": [USER]})
+    deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm"
+    assert "".join(delta.get("reasoning", "") for delta in deltas) == "hm"
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes"
+
+
+async def test_a_prompt_that_opens_the_reasoning(served: Served) -> None:
+    speaks(served, "hm</think>Yes")
+    opened = {"messages": [USER], "chat_template_kwargs": {"extra": "<think>\n"}}
+    _, body = await served.post(CHAT, opened)
+    message = body["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", "Yes")
+    _, body = await served.post(CHAT, opened | {"max_tokens": 2})
+    message = body["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", None)
+
+
+async def test_log_probabilities_come_once_a_token(served: Served) -> None:
+    answer = f"<think>hm</think>a{CALL}"
+    speaks(served, answer)
+    request = {"messages": [USER], "tools": [TOOL], "logprobs": True}
+    events = await served.events(CHAT, request)
+    entries = [
+        entry for event in events[:-1] for entry in (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    ]
+    assert "".join(entry["token"] for entry in entries if entry["token"]) == answer
+    reasons = [event["choices"][0]["finish_reason"] for event in events[:-1]]
+    assert reasons[-1] == "tool_calls" and not any(reasons[:-1])
