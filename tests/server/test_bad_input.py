@@ -455,7 +455,21 @@ MESSAGE_ROWS: list[Row] = [
         "unsupported_parameter",
         ANY,
     ),
-    ("F tool_choice", CHAT, chat(tool_choice="required"), 400, "unsupported_parameter", "tool_choice"),
+    ("F tool_choice without tools", CHAT, chat(tool_choice="required"), 400, "invalid_value", "tool_choice"),
+    ("F tool_choice auto without tools", CHAT, chat(tool_choice="auto"), 200, None, None),
+    ("F tool_choice required", CHAT, chat(tools=[tool("f")], tool_choice="required"), 400, ANY, "tool_choice"),
+    ("F tool_choice word", CHAT, chat(tools=[tool("f")], tool_choice="maybe"), 400, "invalid_value", "tool_choice"),
+    ("F tool_choice type", CHAT, chat(tools=[tool("f")], tool_choice=5), 400, "invalid_type", "tool_choice"),
+    (
+        "F tool_choice unknown",
+        CHAT,
+        chat(tools=[tool("f")], tool_choice={"type": "function", "function": {"name": "g"}}),
+        400,
+        "invalid_value",
+        "tool_choice",
+    ),
+    ("F parallel_tool_calls", CHAT, chat(parallel_tool_calls="no"), 400, "invalid_type", "parallel_tool_calls"),
+    ("F include_reasoning", CHAT, chat(include_reasoning=1), 400, "invalid_type", "include_reasoning"),
 ]
 
 STREAM_ROWS: list[Row] = [
@@ -598,7 +612,6 @@ async def test_announced_size_is_refused_at_once(served: Served) -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/v1/nope", 404, "route_not_found"),
-        ("POST", "/", 404, "route_not_found"),
         ("GET", "/docs", 404, "route_not_found"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
         ("GET", COMPLETIONS, 405, "method_not_allowed"),
@@ -624,8 +637,7 @@ async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:
         ("/chat/completions", "Is /v1/chat/completions meant?"),
         ("/v1/v1/completions", "Is /v1/completions meant?"),
         ("/models/", "Is /v1/models meant?"),
-        ("/", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /health"),
-        ("/docs", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /health"),
+        ("/docs", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /tokenize"),
     ],
 )
 async def test_a_wrong_route_is_told_the_right_one(served: Served, path: str, hint: str) -> None:

@@ -14,6 +14,9 @@ from octavo.server.intake import Intake
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import add_headers, check_host_and_key, json_errors
 from octavo.server.openai.routes import OpenAIRoutes
+from octavo.server.shared import SharedRoutes
+from octavo.server.tgi import errors as tgi_errors
+from octavo.server.tgi.routes import TgiRoutes
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -35,6 +38,8 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     bodies = Bodies(config.max_body_size)
     intake = Intake(engine, bodies, metrics, calls)
     openai = OpenAIRoutes(intake)
+    tgi = TgiRoutes(intake, openai)
+    shared = SharedRoutes(intake, openai, tgi)
     app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
     app[CALLS], app[BODIES], app[METRICS], app[ERROR_FORMS] = calls, bodies, metrics, {}
 
@@ -57,8 +62,12 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     async def close(_: web.Application) -> None:
         bodies.close()
 
-    app.add_routes(openai.routes())
+    for routes, form in ((openai.routes(), None), (shared.routes(), None), (tgi.routes(), tgi_errors.response)):
+        app.add_routes(routes)
+        if form is not None:
+            app[ERROR_FORMS].update({route.path: form for route in routes})
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
+    app.add_routes([web.get("/", health), web.get("/ping", health), web.post("/ping", health)])
     app.on_response_prepare.append(add_headers)
     app.on_startup.append(attach)
     app.on_cleanup.append(close)

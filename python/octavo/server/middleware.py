@@ -96,7 +96,7 @@ def from_http(error: web.HTTPException, request: web.BaseRequest) -> ApiError:
 
 def _route_hint(request: web.Request) -> str:
     """Which route may be meant: clients leave out `/v1`, or write it twice."""
-    routes = [resource.canonical for resource in request.app.router.resources()]
+    routes = list(dict.fromkeys(resource.canonical for resource in request.app.router.resources()))
     meant = [route for route in routes if request.path.rstrip("/").endswith(route.removeprefix("/v1"))]
     if meant:
         return f"Is {max(meant, key=len)} meant?"

@@ -1,0 +1,1 @@
+"""TGI's API: its routes, what clients send, its errors."""
