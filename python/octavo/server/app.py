@@ -36,7 +36,7 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     metrics = Metrics(engine)
     calls = CallServer(engine, config, metrics)
     bodies = Bodies(config.max_body_size)
-    intake = Intake(engine, bodies, metrics, calls)
+    intake = Intake(engine, config, bodies, metrics, calls)
     openai = OpenAIRoutes(intake)
     tgi = TgiRoutes(intake, openai)
     shared = SharedRoutes(intake, openai, tgi)

@@ -18,6 +18,12 @@ class ServerConfig:
         (), "Further `Host` names to answer to, on a loopback address without a key."
     )
     max_body_size: int = option(16 * 2**20, "Largest request body in bytes, after decompression.", parse=parse_bytes)
+    max_input_tokens: int | None = option(
+        None, "Longest prompt in tokens; default: what the model's length leaves.", parse=parse_count
+    )
+    max_best_of: int = option(2, "Largest best_of on TGI's routes.", parse=parse_count)
+    max_stop_sequences: int = option(4, "Stop sequences of a request on TGI's routes.", parse=parse_count)
+    max_top_n_tokens: int = option(5, "Largest top_n_tokens on TGI's routes.", parse=parse_count)
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests may take to finish after SIGTERM.", parse=float
     )
@@ -34,12 +40,17 @@ class ServerConfig:
         for field, low, high in (
             ("port", 0, 65535),
             ("max_body_size", 1024, 2**31),
+            ("max_best_of", 1, 128),
+            ("max_stop_sequences", 0, 32),
+            ("max_top_n_tokens", 0, 20),
             ("shutdown_timeout", 0.0, 86400.0),
             ("sse_keep_alive_interval", 0.01, 3600.0),
         ):
             value = getattr(self, field)
             if not low <= value <= high:
                 raise ValueError(f"{field} = {value}: must be from {low} to {high}")
+        if self.max_input_tokens is not None and self.max_input_tokens < 1:
+            raise ValueError(f"max_input_tokens = {self.max_input_tokens}: must be at least 1")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level = {self.log_level!r}: must be one of {', '.join(LOG_LEVELS)}")
         if any(len(key) < 1 for key in self.api_key):

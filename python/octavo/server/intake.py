@@ -14,6 +14,7 @@ from octavo import _core
 from octavo.answers import ToolUse
 from octavo.server.body import Bodies, Form, Parsed, decode, field_names
 from octavo.server.calls import CallServer
+from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_request, prompt_too_long
 from octavo.server.metrics import Metrics
 
@@ -43,8 +44,12 @@ class ChatText:
 class Intake:
     """Shared by the routes of all protocols."""
 
-    def __init__(self, engine: "AsyncEngine", bodies: Bodies, metrics: Metrics, calls: CallServer) -> None:
+    def __init__(
+        self, engine: "AsyncEngine", config: ServerConfig, bodies: Bodies, metrics: Metrics, calls: CallServer
+    ) -> None:
         self.engine = engine
+        self.config = config
+        self.max_input_tokens = min(engine.max_model_len - 1, config.max_input_tokens or engine.max_model_len)
         self.metrics = metrics
         self.calls = calls
         self.names = engine.config.served_model_name or (engine.model_name,)
@@ -93,6 +98,7 @@ class Intake:
         prompt = await self.engine.encode_text(text, add_special_tokens)
         if len(prompt) > length:
             raise prompt_too_long(length, f"the prompt has {len(prompt)}.", field)
+        self.check_length(prompt, field)
         if len(prompt) == 0:
             raise bad_request(f"{field}: must have at least one token.", field)
         return prompt
@@ -100,7 +106,7 @@ class Intake:
     async def encode_chat(self, text: ChatText, *, add_generation_prompt: bool = True) -> _core.Prompt:
         """A conversation as tokens. Raises `ApiError` 400 where the template makes too much of it."""
         try:
-            return await self.engine.encode_chat(
+            prompt = await self.engine.encode_chat(
                 text.messages,
                 text.tools,
                 add_generation_prompt=add_generation_prompt,
@@ -109,3 +115,12 @@ class Intake:
             )
         except _core.PromptTooLongError as error:
             raise prompt_too_long(self.engine.max_model_len, str(error), "messages") from None
+        self.check_length(prompt, "messages")
+        return prompt
+
+    def check_length(self, prompt: _core.Prompt, field: str) -> None:
+        """Raises `ApiError` 400 for a prompt over `max_input_tokens`."""
+        most = self.config.max_input_tokens
+        if most is not None and len(prompt) > most:
+            what = f"the prompt has {len(prompt)}, and prompts may have {most} (max_input_tokens)."
+            raise prompt_too_long(self.engine.max_model_len, what, field)

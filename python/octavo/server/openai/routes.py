@@ -159,6 +159,7 @@ class OpenAIRoutes:
                     raise prompt_too_long(self._engine.max_model_len, f"the prompt has {len(encoded)}.", "prompt")
             else:
                 encoded = prompt
+            self._intake.check_length(encoded, "prompt")
             if len(encoded) == 0:
                 raise bad_request("prompt: must have at least one token.", "prompt")
             prompts.append(encoded)

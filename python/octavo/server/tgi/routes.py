@@ -15,14 +15,7 @@ from octavo.server.body import Form
 from octavo.server.calls import Call
 from octavo.server.intake import Intake
 from octavo.server.openai.routes import OpenAIRoutes
-from octavo.server.tgi.schemas import (
-    MAX_BEST_OF,
-    MAX_STOP_SEQUENCES,
-    GenerateRequest,
-    Parameters,
-    TokenizeRequest,
-    empty_inputs,
-)
+from octavo.server.tgi.schemas import GenerateRequest, Parameters, TokenizeRequest, empty_inputs
 
 _INPUTS = frozenset({"inputs"})
 GENERATE = Form(GenerateRequest, _INPUTS, _INPUTS, {}, "inputs")
@@ -70,7 +63,7 @@ class TgiRoutes:
         read = parsed.request
         streams = bool(read.stream) if stream is None else stream
         parameters = read.parameters or Parameters()
-        parameters.check(streams, self._engine.max_model_len - 1)
+        parameters.check(streams, self._intake.config, self._intake.max_input_tokens)
         if not read.inputs:
             raise empty_inputs()
         seed = parameters.drawn_seed()
@@ -142,9 +135,9 @@ class TgiRoutes:
                 "model_sha": None,
                 "model_pipeline_tag": "text-generation",
                 "max_concurrent_requests": (config.max_num_seqs or 0) + config.max_waiting,
-                "max_best_of": MAX_BEST_OF,
-                "max_stop_sequences": MAX_STOP_SEQUENCES,
-                "max_input_tokens": length - 1,
+                "max_best_of": self._intake.config.max_best_of,
+                "max_stop_sequences": self._intake.config.max_stop_sequences,
+                "max_input_tokens": self._intake.max_input_tokens,
                 "max_total_tokens": length,
                 "validation_workers": 2,
                 "max_client_batch_size": 1,

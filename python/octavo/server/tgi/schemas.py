@@ -10,14 +10,12 @@ from typing import Annotated, Any
 import msgspec
 
 from octavo.sampling_params import SamplingParams
+from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_request
 
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
-MAX_BEST_OF = 2
-MAX_STOP_SEQUENCES = 4
-MAX_TOP_N_TOKENS = 5
 DEFAULT_NEW_TOKENS = 1024
 """Where a request says nothing; less where less fits."""
 
@@ -58,19 +56,19 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
         """Whether tokens are drawn; else each is the likeliest. What shapes the draw asks for one."""
         return bool(self.do_sample) or self.temperature not in (None, 1.0) or bool(self.top_k or self.top_p)
 
-    def check(self, stream: bool, max_input_tokens: int) -> None:
+    def check(self, stream: bool, config: ServerConfig, max_input_tokens: int) -> None:
         """Raises `ApiError` for what TGI refuses and for what is not supported."""
         for name, why in _UNSUPPORTED.items():
             if getattr(self, name) not in (None, False):
                 raise bad_request(f"`{name}`: {why}", name, "unsupported_parameter")
         best_of = 1 if self.best_of is None else self.best_of
         inside = (
-            ("best_of", best_of, 1, MAX_BEST_OF),
+            ("best_of", best_of, 1, config.max_best_of),
             ("max_new_tokens", self.max_new_tokens, 1, None),
             ("truncate", self.truncate, 1, max_input_tokens),
-            ("top_n_tokens", self.top_n_tokens, 0, MAX_TOP_N_TOKENS),
+            ("top_n_tokens", self.top_n_tokens, 0, config.max_top_n_tokens),
             ("top_k", self.top_k, 1, None),
-            ("stop", None if self.stop is None else len(self.stop), 0, MAX_STOP_SEQUENCES),
+            ("stop", None if self.stop is None else len(self.stop), 0, config.max_stop_sequences),
         )
         for name, number, low, high in inside:
             if number is not None and not (low <= number and (high is None or number <= high)):
