@@ -8,11 +8,13 @@ stay as they are. Knows nothing of templates themselves, nor of HTTP.
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from octavo import _core
+
+T = TypeVar("T")
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MAX_MESSAGES = 2048
@@ -87,12 +89,15 @@ class _Tool(msgspec.Struct, frozen=True):
 
 
 class _Conversation(msgspec.Struct, frozen=True):
-    messages: list[Message]
+    messages: list[msgspec.Raw]
     tools: list[msgspec.Raw] | None = None
 
 
-def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """The conversation for the template. Raises `ChatError`."""
+def template_messages(messages: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
+    """The conversation for the template. Keys of a message that nobody checks stay as they are.
+
+    Raises `ChatError`, and `msgspec.ValidationError` whose path begins with `$.messages`.
+    """
     if not messages:
         raise ChatError("messages: must not be empty.")
     if len(messages) > MAX_MESSAGES:
@@ -125,22 +130,19 @@ def template_tools(tools: Sequence[msgspec.Raw] | None, takes_tools: bool) -> st
 def read_chat(
     messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None, takes_tools: bool
 ) -> tuple[str, str | None]:
-    """Messages and tools of a caller in Python, checked, as JSON for the template. Keys of a message
-    that nobody checks stay as they are. Raises `ChatError`.
+    """Messages and tools of a caller in Python, checked, as JSON for the template. Raises
+    `ChatError`.
     """
     try:
         # In the way that requests come, so that they are checked in the same way.
         body = json.dumps({"messages": messages, "tools": tools or None}, allow_nan=False)
         chat = msgspec.json.decode(body, type=_Conversation)
         tools_json = template_tools(chat.tools, takes_tools)
+        checked = template_messages(chat.messages)
     except ChatError:
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise ChatError(f"messages or tools: {error}", "tools" if "$.tools" in str(error) else "messages") from None
-    checked = template_messages(chat.messages)
-    known = set(Message.__struct_fields__)
-    for given, message in zip(messages, checked, strict=True):
-        message.update({key: value for key, value in given.items() if key not in known})
     return msgspec.json.encode(checked).decode(), tools_json
 
 
@@ -148,7 +150,8 @@ def _bad_tools(message: str, code: str = "invalid_value") -> ChatError:
     return ChatError(message, "tools", code)
 
 
-def _message(message: Message, where: str) -> dict[str, Any]:
+def _message(raw: msgspec.Raw, where: str) -> dict[str, Any]:
+    message = _decode(raw, Message, where)
     if message.role not in ROLES:
         raise ChatError(f"{where}.role: must be one of {', '.join(ROLES)}.")
     if message.role == "tool" and message.tool_call_id is None:
@@ -167,7 +170,8 @@ def _message(message: Message, where: str) -> dict[str, Any]:
         ]
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
-    return result
+    others = _decode(raw, dict[str, msgspec.Raw], where)
+    return result | {key: value for key, value in others.items() if key not in Message.__struct_fields__}
 
 
 def _text(message: Message, where: str) -> str:
@@ -229,13 +233,7 @@ def _check_tool(raw: msgspec.Raw, where: str, names: set[str]) -> None:
     """Raises where it cannot be used. names: those of the tools before it, to which its own is
     added.
     """
-    try:
-        tool = msgspec.json.decode(raw, type=_Tool)
-        bytes(raw).decode()
-    except UnicodeDecodeError as error:
-        raise _bad_tools(f"{where}: {error}.") from None
-    except msgspec.ValidationError as error:
-        raise msgspec.ValidationError(_moved(str(error), where)) from None
+    tool = _decode(raw, _Tool, where)
     if tool.type != "function":
         raise _bad_tools(f"{where}.type: must be function.")
     if bytes(memoryview(tool.function.parameters)[:1]) not in (b"{", b"n"):
@@ -246,6 +244,17 @@ def _check_tool(raw: msgspec.Raw, where: str, names: set[str]) -> None:
     if name in names:
         raise _bad_tools(f"{where}.function.name: two tools are called {name}.")
     names.add(name)
+
+
+def _decode(raw: msgspec.Raw, kind: type[T], where: str) -> T:
+    """Raises `ChatError` for what is not UTF-8, which msgspec sees only in the text that it decodes."""
+    try:
+        bytes(raw).decode()
+        return msgspec.json.decode(raw, type=kind)
+    except UnicodeDecodeError as error:
+        raise ChatError(f"{where}: {error}.", where.partition("[")[0]) from None
+    except msgspec.ValidationError as error:
+        raise msgspec.ValidationError(_moved(str(error), where)) from None
 
 
 def _moved(text: str, where: str) -> str:

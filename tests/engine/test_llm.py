@@ -5,6 +5,7 @@ streams that abort.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 
 from octavo import LLM, AsyncEngine, EngineConfig, SamplingParams
 from octavo._core import KvCapacityError, PromptTooLongError
+from octavo.models.presets import PRESETS
+from octavo.weights import load
 from tests.text.test_special_tokens import CONFIG, write_folder
 
 TINY = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "device": "cpu", "max_model_len": 128}
@@ -134,6 +137,31 @@ def test_memory_that_holds_no_request_is_said_at_the_start() -> None:
     assert 16 < longest < 4096
     with pytest.raises((PromptTooLongError, KvCapacityError)):
         fitted.generate({"prompt_token_ids": [1] * longest}, SamplingParams(max_tokens=1), use_tqdm=False)
+
+
+def test_a_preset_may_be_longer_than_its_model_was_trained_for() -> None:
+    """It has no weights: benchmarks ask for shapes."""
+    with LLM(**(TINY | {"max_model_len": 5000}), kv_cache_memory=4_000_000) as llm:
+        assert llm._engine.parts.max_model_len == 5000
+        assert llm._engine.parts.runner.model.config.max_position_embeddings == 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "message"),
+    [
+        ({"max_model_len": 5000}, {}, "max_model_len = 5000: must be at most the model's max_position_embeddings = 64"),
+        ({"kv_cache_dtype": "int4"}, {"head_dim": 6}, "kv_cache_dtype = int4: needs heads of a multiple of 4"),
+    ],
+    ids=["length", "pages"],
+)
+def test_what_the_model_cannot_do_is_said_before_its_weights_are_read(
+    options: Any, shape: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = PRESETS["tiny"] | {"max_position_embeddings": 64} | shape
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(load, "fill_with_random", None)
+    with pytest.raises(ValueError, match=message):
+        LLM(**(TINY | {"model": str(tmp_path), "max_model_len": None} | options))
 
 
 def test_a_whole_prompt_is_one_step_without_chunked_prefill() -> None:

@@ -220,6 +220,9 @@ def test_a_pipe_as_model(tmp_path: Path) -> None:
     os.mkfifo(path)
     assert f"{path}: not a regular file" in refused(path)
     assert "/dev/null: not a regular file" in refused(Path("/dev/null"))
+    for tokenizer in (path, Path("/dev/null")):
+        with pytest.raises(ModelError, match=f"{tokenizer}: not a regular file"):
+            load("tiny", load_format="dummy", tokenizer=str(tokenizer))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

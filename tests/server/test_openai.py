@@ -429,7 +429,7 @@ async def test_probes_and_metrics(served: Served) -> None:
     assert 'finished_reason="stop",model_name="org/tiny"' in text
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total"):
         assert f'vllm:{name}{{model_name="org/tiny"}}' in text
-    assert 'block_size="16"' in text
+    assert 'block_size="16"' in text and 'cache_dtype="auto"' in text
     buckets = [line for line in text.splitlines() if line.startswith("vllm:e2e_request_latency_seconds_bucket")]
     assert 'le="+Inf"' in buckets[-1]
     assert buckets[-1].endswith(" 2.0")

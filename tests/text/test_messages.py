@@ -160,9 +160,22 @@ def test_what_json_cannot_hold_is_refused() -> None:
             called([{"role": "user", "content": "x", "odd": odd}], None)
 
 
-def test_keys_that_nobody_checks_reach_the_template_of_a_caller_in_python() -> None:
-    messages = [USER, {"role": "assistant", "content": "x", "thinking": "hm", "n": BIG}]
-    assert_seen(called, messages, None, messages)
+@BOTH
+def test_keys_that_nobody_checks_reach_the_template(way: Any) -> None:
+    """As in transformers: a template may ask for what OpenAI's messages do not have."""
+    messages = [
+        {"role": "user", "content": "Hi", "annotations": [{"z": 1, "a": [None, 1.5]}]},
+        {"role": "assistant", "content": "x", "thinking": "hm", "n": BIG, "audio": None},
+    ]
+    assert_seen(way, messages, None, messages)
+
+
+def test_a_message_that_is_not_utf8_is_refused() -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x", "odd": "y"}]}).encode().replace(b"y", b"\xff")
+    with pytest.raises(ApiError) as refused:
+        request = decode(CHAT.form, body, 1 << 20, 4096).request
+        template_messages(request)
+    assert refused.value.status == 400
 
 
 def test_tools_need_a_place_in_the_template() -> None:

@@ -23,7 +23,8 @@ from octavo.engine.kv_layout import pick_kv_dtype, refuse_kv_dtype_of_device
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
 from octavo.engine.warm_up import rehearse_layers, warm_up
-from octavo.weights.load import LoadedModel, load_model
+from octavo.model_config import ModelConfig
+from octavo.weights.load import load_model
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +100,14 @@ def build_engine(config: EngineConfig) -> EngineParts:
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     config.for_device(kind)  # what contradicts itself is refused before anything is loaded
     refuse_kv_dtype_of_device(config.kv_cache_dtype, device)
-    loaded = load_model(config, device=device)
+
+    def refuse_early(model_config: ModelConfig, dtype: torch.dtype) -> None:
+        pick_max_model_len(config, model_config)
+        pick_kv_dtype(config.kv_cache_dtype, model_dtype=dtype, head_dim=model_config.head_dim, device=device)
+
+    loaded = load_model(config, device=device, check=refuse_early)
     load_seconds = time.monotonic() - started
-    max_model_len = pick_max_model_len(config, loaded)
+    max_model_len = pick_max_model_len(config, loaded.config)
     config = config.for_device(kind, max_model_len)
     max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
     block_size = known(config.block_size)
@@ -236,11 +242,11 @@ def known(value: int | None) -> int:
     return value
 
 
-def pick_max_model_len(config: EngineConfig, loaded: LoadedModel) -> int:
+def pick_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
     """The model's own length unless the user asks for less. Asking for more is refused: positions
     past it were never trained.
     """
-    limit = loaded.config.max_position_embeddings
+    limit = model_config.max_position_embeddings
     if config.max_model_len is None or config.max_model_len == AUTO_LENGTH:
         return limit
     if config.max_model_len > limit:

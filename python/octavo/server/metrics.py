@@ -241,10 +241,10 @@ class Metrics(Collector):
             counter.add_metric(labels, stats.get(name, 0.0))
             yield counter
         info = GaugeMetricFamily(
-            "vllm:cache_config_info", "The KV pool.", labels=[*names, "block_size", "num_gpu_blocks"]
+            "vllm:cache_config_info", "The KV pool.", labels=[*names, "block_size", "num_gpu_blocks", "cache_dtype"]
         )
         sizes = [str(int(stats.get(name, 0.0))) for name in ("block_size", "num_blocks")]
-        info.add_metric([*labels, *sizes], 1.0)
+        info.add_metric([*labels, *sizes, self._engine.config.kv_cache_dtype], 1.0)
         yield info
         success = CounterMetricFamily(
             "vllm:request_success", "Requests by how they ended.", labels=[*names, "finished_reason"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from octavo.weights.dummy import fill_with_random
 from octavo.weights.generation_config import read_generation
 from octavo.weights.gguf import GgufSource
 from octavo.weights.gguf_config import config_from_gguf
+from octavo.weights.gguf_sampling import read_gguf_sampling
 from octavo.weights.gguf_split import open_other_parts
 from octavo.weights.quantization.config import pick_recipe
 from octavo.weights.safetensors import SafetensorsSource
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from octavo import _core
 
 logger = logging.getLogger(__name__)
+
+Check = Callable[[ModelConfig, torch.dtype], object]
 
 
 @dataclass(frozen=True)
@@ -53,15 +57,23 @@ class LoadedModel:
     generation_defaults: dict[str, Any]  # fields of `SamplingParams` where a request does not give them
 
 
-def load_model(config: EngineConfig, *, device: torch.device) -> LoadedModel:
+def load_model(config: EngineConfig, *, device: torch.device, check: Check | None = None) -> LoadedModel:
     """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and
     field.
+
+    check: called with the model's config and dtype before its weights are read; raises for what
+    cannot be served with them.
     """
     place = resolve(config.model, config.load_format)
     if place is None:
-        return _load(preset_config(config.model), None, None, config, device, None)
+        preset = preset_config(config.model)
+        if config.max_model_len is not None:  # no weights, so no positions that were never trained
+            longest = max(config.max_model_len, preset.max_position_embeddings)
+            preset = dataclasses.replace(preset, max_position_embeddings=longest)
+        return _load(preset, None, None, config, device, check)
     try:
-        return _load_gguf(place, config, device) if place.suffix == ".gguf" else _load_folder(place, config, device)
+        load = _load_gguf if place.suffix == ".gguf" else _load_folder
+        return load(place, config, device, check)
     except OSError as error:  # of whichever file: unreadable, gone in between, on a broken disk
         raise ModelError(f"{error.filename or place}: {error.strerror or error}") from None
 
@@ -90,7 +102,7 @@ def resolve(model: str, load_format: str) -> Path | None:
     raise ModelError(f"model {model!r}: no such folder or .gguf file")
 
 
-def _load_folder(folder: Path, config: EngineConfig, device: torch.device) -> LoadedModel:
+def _load_folder(folder: Path, config: EngineConfig, device: torch.device, check: Check | None) -> LoadedModel:
     if config.load_format == "gguf":
         raise ModelError(f"{folder}: load_format gguf needs a .gguf file, not a folder")
     for path in sorted(folder.iterdir()):
@@ -102,10 +114,10 @@ def _load_folder(folder: Path, config: EngineConfig, device: torch.device) -> Lo
         model_config = settle_head(model_config, source)
         if model_config.checkpoint_dtype is None:
             model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
-    return _load(model_config, source, folder, config, device, folder)
+    return _load(model_config, source, folder, config, device, check, generation_folder=folder)
 
 
-def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> LoadedModel:
+def _load_gguf(path: Path, config: EngineConfig, device: torch.device, check: Check | None) -> LoadedModel:
     if config.load_format == "safetensors":
         raise ModelError(f"{path}: load_format safetensors needs a folder, not a .gguf file")
     header = open_gguf(path)
@@ -114,7 +126,8 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
     if config.quantization == "gguf":
         config = dataclasses.replace(config, quantization=None)  # which the file is
-    loaded = _load(model_config, source, path, config, device, None)
+    sampling = read_gguf_sampling(header.metadata(), str(path), config.generation_config)
+    loaded = _load(model_config, source, path, config, device, check)
     parts = (header, *other_parts)
     packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
     if source is not None and packed:
@@ -125,7 +138,7 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device) -> Loaded
             sum(Path(part.path).stat().st_size for part in parts) / 2**30,
             loaded.model.weight_bytes() / 2**30,
         )
-    defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config)
+    defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config) | sampling
     return dataclasses.replace(loaded, generation_defaults=defaults)
 
 
@@ -147,7 +160,8 @@ def _load(
     place: Path | None,
     wanted: EngineConfig,
     device: torch.device,
-    generation_folder: Path | None,
+    check: Check | None,
+    generation_folder: Path | None = None,
 ) -> LoadedModel:
     """Text, then weights; `source` None means random weights, `place` None a preset,
     `generation_folder` None a model that brings no generation_config.json.
@@ -174,6 +188,8 @@ def _load(
         )
     ends = tuple(dict.fromkeys(config.eos_token_ids + text.end_token_ids))
     dtype, dtype_reason = pick_dtype(wanted.dtype, config.checkpoint_dtype, device)
+    if check is not None:
+        check(config, dtype)
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer

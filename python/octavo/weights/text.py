@@ -93,6 +93,8 @@ def read_text(place: Path | None, tokenizer: str | None, template: str | None) -
     where = str(place)
     if tokenizer is not None:
         path = Path(tokenizer).expanduser()
+        if path.exists():
+            refuse_special_file(path)
         own = _read(path) if path.exists() else _Parts()
         if own.tokenizer is None:
             raise ModelError(

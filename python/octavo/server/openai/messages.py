@@ -38,6 +38,8 @@ def template_messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:
         return chat.template_messages(request.messages)
     except chat.ChatError as error:
         raise bad_request(str(error), error.param, error.code) from None
+    except msgspec.ValidationError as error:
+        raise from_validation(str(error)) from None
 
 
 def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | None:

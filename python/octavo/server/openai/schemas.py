@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import msgspec
 
-from octavo.chat import Message
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request
 
@@ -171,7 +170,7 @@ class NamedTool(msgspec.Struct, frozen=True):
 class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: list[Message]
+    messages: list[msgspec.Raw]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Count | None = None
