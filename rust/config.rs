@@ -25,6 +25,71 @@ pub enum SchedulingPolicy {
     Priority,
 }
 
+/// From where drafts come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SpeculationMethod {
+    /// What came after the latest place in the sequence's own text that reads as its end.
+    Ngram,
+    /// What most such places say, in its own text and in earlier outputs of its tenant.
+    Suffix,
+}
+
+/// Speculative decoding; the fields are the keys of `SpeculativeConfig` in Python.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Speculation {
+    /// From where drafts come.
+    pub method: SpeculationMethod,
+    /// Tokens that must be the same, at least.
+    pub lookup_min: u32,
+    /// Tokens that are compared, at most.
+    pub lookup_max: u32,
+    /// Drafts that follow a match of one token, at most; of suffixes.
+    pub max_spec_factor: f32,
+    /// Drafts are this sure at least, by how often their text went on so; of suffixes.
+    pub min_token_prob: f32,
+    /// Tokens of earlier outputs that are kept; of suffixes.
+    pub max_cached_tokens: u32,
+    /// Whether only as many drafts are verified as pay. Without, all that there are: that is there
+    /// to be compared with, and for tests.
+    pub adaptive: bool,
+}
+
+impl Default for Speculation {
+    fn default() -> Self {
+        Self {
+            method: SpeculationMethod::Ngram,
+            lookup_min: 2,
+            lookup_max: 5,
+            max_spec_factor: 1.0,
+            min_token_prob: 0.1,
+            max_cached_tokens: 1 << 20,
+            adaptive: true,
+        }
+    }
+}
+
+impl Speculation {
+    fn check(&self, num_draft_tokens: u32) -> Result<(), Error> {
+        if num_draft_tokens == 0 {
+            return Err(Error::invalid("num_speculative_tokens", 0, "at least 1"));
+        }
+        if !(1..=64).contains(&self.lookup_min) {
+            return Err(Error::invalid("prompt_lookup_min", self.lookup_min, "from 1 to 64"));
+        }
+        if !(self.lookup_min..=256).contains(&self.lookup_max) {
+            let limit = format!("from prompt_lookup_min = {} to 256", self.lookup_min);
+            return Err(Error::invalid("prompt_lookup_max", self.lookup_max, limit));
+        }
+        if !(self.max_spec_factor > 0.0 && self.max_spec_factor.is_finite()) {
+            return Err(Error::invalid("suffix_decoding_max_spec_factor", self.max_spec_factor, "above 0"));
+        }
+        if !(0.0..=1.0).contains(&self.min_token_prob) {
+            return Err(Error::invalid("suffix_decoding_min_token_prob", self.min_token_prob, "from 0 to 1"));
+        }
+        Ok(())
+    }
+}
+
 /// Configuration of a [`Scheduler`](crate::scheduler::Scheduler). The fields are those of
 /// `EngineCore` in `_core.pyi`.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,6 +128,8 @@ pub struct CoreConfig {
     pub prefill_graphs: PrefillGraphs,
     /// Most draft tokens a decode row may carry.
     pub num_draft_tokens: u32,
+    /// Speculative decoding; None: drafts come from [`set_drafts`](crate::scheduler::Scheduler::set_drafts) alone.
+    pub speculation: Option<Speculation>,
     /// How often a sequence may have been preempted and still give its place to a better rank.
     pub max_preemptions: u32,
     /// Whether a sequence is admitted only if there will be room for its growth as well. Without, as
@@ -123,6 +190,7 @@ impl Default for CoreConfig {
             draft_graphs: Vec::new(),
             prefill_graphs: PrefillGraphs::default(),
             num_draft_tokens: 0,
+            speculation: None,
             max_preemptions: 3,
             admits_by_growth: true,
             priority_aging: 60.0,
@@ -178,6 +246,9 @@ impl CoreConfig {
         }
         if let Some(token) = self.eos_token_ids.iter().find(|token| **token >= self.vocab_size) {
             return Err(Error::invalid("eos_token_ids", token, format!("below vocab_size = {}", self.vocab_size)));
+        }
+        if let Some(speculation) = &self.speculation {
+            speculation.check(self.num_draft_tokens)?;
         }
         if self.max_waiting == 0 {
             return Err(Error::invalid("max_waiting", 0, "at least 1"));
@@ -270,6 +341,18 @@ mod tests {
                 CoreConfig { prefill_graphs: PrefillGraphs { tokens: vec![0], ..PrefillGraphs::default() }, ..good() },
             ),
             ("draft_graphs", CoreConfig { draft_graphs: vec![DecodeShape { rows: 2, tokens: 0 }], ..good() }),
+            (
+                "num_speculative_tokens",
+                CoreConfig { speculation: Some(Speculation::default()), num_draft_tokens: 0, ..good() },
+            ),
+            (
+                "prompt_lookup_max",
+                CoreConfig {
+                    speculation: Some(Speculation { lookup_max: 1, ..Speculation::default() }),
+                    num_draft_tokens: 1,
+                    ..good()
+                },
+            ),
             ("priority_aging", CoreConfig { priority_aging: 0.0, ..good() }),
             ("static_batch_wait", CoreConfig { static_batch_wait: f64::NAN, ..good() }),
         ] {

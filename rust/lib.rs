@@ -39,4 +39,5 @@ mod py;
 pub mod request;
 pub mod scheduler;
 mod slab;
+mod speculation;
 pub mod text;

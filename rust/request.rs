@@ -49,6 +49,10 @@ pub struct Progress {
     pub num_cached_tokens: u32,
     /// Output tokens of all choices so far.
     pub num_output_tokens: u32,
+    /// Drafts that were right and became output, and drafts that were wrong, or came behind the end.
+    pub num_accepted_tokens: u32,
+    /// See `num_accepted_tokens`.
+    pub num_rejected_tokens: u32,
     /// When the request was added.
     pub added: f64,
     /// When it first got a place in a step.

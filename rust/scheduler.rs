@@ -23,11 +23,13 @@ use crate::policy::{Order, WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
+use crate::speculation::Speculator;
 
 mod admit;
 mod arrive;
 mod budget;
 mod commit;
+mod draft;
 mod growth;
 mod integrity;
 mod lengths;
@@ -85,6 +87,12 @@ pub struct Stats {
     pub computed_prompt_tokens: u64,
     /// Counter: output tokens.
     pub generation_tokens: u64,
+    /// Counter: decode rows that had drafts.
+    pub drafted_rows: u64,
+    /// Counter: drafts verified.
+    pub draft_tokens: u64,
+    /// Counter: drafts that were right.
+    pub accepted_tokens: u64,
     /// Counter: tokens looked up in the prefix cache at admissions.
     pub prefix_cache_queries: u64,
     /// Counter: tokens found there.
@@ -107,6 +115,10 @@ struct StepRow {
 #[derive(Debug, Default)]
 struct Step {
     id: u64,
+    /// When it was planned.
+    planned_at: f64,
+    /// Tokens of its rows if all of them are decode rows; 0: there are prompts.
+    decode_tokens: u32,
     rows: Vec<StepRow>,
     layout: Option<ResultLayout>,
     /// Records of its result, padding included.
@@ -192,6 +204,11 @@ pub struct Scheduler {
     too_big: Vec<u32>,
     lengths: Lengths,
     forecast: Forecast,
+    speculator: Option<Speculator>,
+    /// By place behind a row's first token: drafts that were right. Counters.
+    accepted_by_place: Vec<u64>,
+    /// When the last step was committed.
+    committed_at: f64,
     /// Requests that have not been admitted yet.
     num_queued: usize,
     /// Of these, requests that wait behind others of their call.
@@ -237,6 +254,11 @@ impl Scheduler {
             too_big: Vec::with_capacity(LOOKAHEAD),
             lengths: Lengths::new(config.max_model_len),
             forecast: Forecast::default(),
+            speculator: config
+                .speculation
+                .map(|speculation| Speculator::new(speculation, config.num_draft_tokens as usize)),
+            accepted_by_place: vec![0; config.num_draft_tokens as usize],
+            committed_at: 0.0,
             num_queued: 0,
             num_behind: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),
@@ -346,6 +368,11 @@ impl Scheduler {
         }
     }
 
+    /// How many drafts were right, by their place behind a row's first token. Counters.
+    pub fn accepted_by_place(&self) -> &[u64] {
+        &self.accepted_by_place
+    }
+
     /// Gives a running sequence blocks for `len` tokens.
     fn extend(&mut self, number: u32, len: u32) {
         let sequence = &mut self.sequences[number];
@@ -369,6 +396,7 @@ impl Scheduler {
         sequence.covered_len = 0;
         sequence.decoding = false;
         sequence.drafts.clear();
+        sequence.drafter = None;
         self.nothing_fits = None;
     }
 

@@ -370,6 +370,12 @@ class RequestProgress:
     @property
     def num_cached_tokens(self) -> int: ...
     @property
+    def num_accepted_tokens(self) -> int:
+        """Drafts that became output, over its choices."""
+    @property
+    def num_rejected_tokens(self) -> int:
+        """Drafts that were wrong, or came behind the end."""
+    @property
     def num_output_tokens(self) -> int:
         """Over its choices, so far."""
     @property
@@ -459,6 +465,7 @@ class EngineCore:
         draft_graphs: Sequence[tuple[int, int]] = ...,
         prefill_draft_graphs: Sequence[tuple[int, int]] = ...,
         num_draft_tokens: int = 0,
+        speculation: dict[str, Any] | None = None,
         max_preemptions: int = 3,
         priority_aging: float = 60.0,
         static_batch_wait: float = 0.1,
@@ -531,6 +538,8 @@ class EngineCore:
         """
     def has_unfinished(self) -> bool: ...
     def stats(self) -> dict[str, float]: ...
+    def accepted_per_position(self) -> list[int]:
+        """Drafts that were right so far, by their place behind the row's own token."""
     def reset_prefix_cache(self) -> None: ...
     def check_integrity(self) -> None: ...
     def fail_step(self, slot: int, code: str, message: str) -> None:

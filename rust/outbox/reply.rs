@@ -244,6 +244,8 @@ impl Reply {
             prompt_tokens: sum.prompt_tokens + u64::from(progress.num_prompt_tokens),
             completion_tokens: sum.completion_tokens + u64::from(progress.num_output_tokens),
             cached_tokens: sum.cached_tokens + u64::from(progress.num_cached_tokens),
+            accepted_tokens: sum.accepted_tokens + u64::from(progress.num_accepted_tokens),
+            rejected_tokens: sum.rejected_tokens + u64::from(progress.num_rejected_tokens),
         })
     }
 }

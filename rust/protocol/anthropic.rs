@@ -254,7 +254,7 @@ fn write_end(out: &mut Vec<u8>, reason: &str, stop: Option<&str>) {
 
 /// Appends `"usage":{...}`. Anthropic counts cached tokens beside the others.
 fn write_usage(out: &mut Vec<u8>, usage: Usage) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, .. } = usage;
     let computed = prompt_tokens.saturating_sub(cached_tokens);
     write!(
         out,

@@ -79,6 +79,10 @@ pub struct Usage {
     pub completion_tokens: u64,
     /// Prompt tokens found in the prefix cache.
     pub cached_tokens: u64,
+    /// Drafts of speculative decoding that became output, and those that did not.
+    pub accepted_tokens: u64,
+    /// See `accepted_tokens`.
+    pub rejected_tokens: u64,
 }
 
 /// How the reply to one call is written.

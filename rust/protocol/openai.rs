@@ -220,16 +220,25 @@ fn write_stop_reason(out: &mut Vec<u8>, reason: Option<StopReason<'_>>) {
     }
 }
 
-/// Appends `,"usage":{...}`.
+/// Appends `,"usage":{...}`; what became of drafts stands there if there were any.
 fn write_usage(out: &mut Vec<u8>, usage: Usage) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens } = usage;
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, accepted_tokens, rejected_tokens } = usage;
     let total = prompt_tokens + completion_tokens;
     write!(
         out,
         ",\"usage\":{{\"prompt_tokens\":{prompt_tokens},\"completion_tokens\":{completion_tokens},\"total_tokens\":{total},\
-         \"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}}}"
+         \"prompt_tokens_details\":{{\"cached_tokens\":{cached_tokens}}}"
     )
     .expect("writing to a Vec cannot fail");
+    if accepted_tokens + rejected_tokens > 0 {
+        write!(
+            out,
+            ",\"completion_tokens_details\":{{\"accepted_prediction_tokens\":{accepted_tokens},\
+             \"rejected_prediction_tokens\":{rejected_tokens}}}"
+        )
+        .expect("writing to a Vec cannot fail");
+    }
+    out.push(b'}');
 }
 
 #[cfg(test)]
@@ -241,7 +250,8 @@ pub(super) mod tests {
     use serde_json::{json, Value};
 
     pub(in crate::protocol) const HEAD: CallHead<'_> = CallHead { id: "id-1", model: "a \"model\"", created: 17 };
-    const USAGE: Usage = Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2 };
+    const USAGE: Usage =
+        Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2, accepted_tokens: 1, rejected_tokens: 5 };
 
     /// What a protocol writes.
     pub(in crate::protocol) fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
@@ -260,7 +270,8 @@ pub(super) mod tests {
     #[test]
     fn usage_comes_where_it_was_asked_for() {
         let expected = json!({"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7,
-            "prompt_tokens_details": {"cached_tokens": 2}});
+            "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 5}});
         let stream = |at_end, in_every_event| {
             ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event }), AnswerFormat::default())
                 .protocol

@@ -101,7 +101,7 @@ mod tests {
         let finish = Finish { reason: FinishReason::Length, stop_text: None };
         let choice = |index, text| Delta { index, text, first: true, finish: Some(&finish), ..Delta::default() };
         let protocol = ReplyFormat::openai_chat(&HEAD, None, AnswerFormat::default()).protocol;
-        let usage = Usage { prompt_tokens: 1, completion_tokens: 2, cached_tokens: 0 };
+        let usage = Usage { prompt_tokens: 1, completion_tokens: 2, ..Usage::default() };
         let body = written(|out| protocol.body(out, &[choice(0, "é"), choice(1, "")], usage, None));
         let expected = |index: u32, text: &str| {
             json!({"index": index, "message": {"role": "assistant", "content": text}, "logprobs": null,

@@ -14,7 +14,9 @@ use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
+use crate::config::{
+    Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
+};
 use crate::outbox::{Outbox, ReplyId};
 use crate::output::Failure;
 use crate::py::delta::ReplyDelta;
@@ -61,7 +63,7 @@ impl EngineCore {
         vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
         prefill_graph_decodes=vec![], prefill_graph_rows=0, draft_graphs=vec![], prefill_draft_graphs=vec![],
-        num_draft_tokens=0, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
+        num_draft_tokens=0, speculation=None, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -84,6 +86,7 @@ impl EngineCore {
         draft_graphs: Vec<(u32, u32)>,
         prefill_draft_graphs: Vec<(u32, u32)>,
         num_draft_tokens: u32,
+        speculation: Option<SpeculationOptions>,
         max_preemptions: u32,
         priority_aging: f64,
         static_batch_wait: f64,
@@ -131,6 +134,7 @@ impl EngineCore {
                 rows: prefill_graph_rows,
             },
             num_draft_tokens,
+            speculation: speculation.map(SpeculationOptions::checked).transpose()?,
             max_preemptions,
             admits_by_growth: true,
             priority_aging,
@@ -309,12 +313,19 @@ impl EngineCore {
             ("generation_tokens", stats.generation_tokens),
             ("prefix_cache_queries", stats.prefix_cache_queries),
             ("prefix_cache_hits", stats.prefix_cache_hits),
+            ("spec_decode_num_drafts", stats.drafted_rows),
+            ("spec_decode_num_draft_tokens", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", stats.accepted_tokens),
         ] {
             entries.set_item(name, value as f64)?;
         }
         entries.set_item("block_size", f64::from(block_size))?;
         entries.set_item("kv_cache_usage_perc", usage)?;
         Ok(entries)
+    }
+
+    fn accepted_per_position(&self) -> Vec<u64> {
+        self.lock().scheduler.accepted_by_place().to_vec()
     }
 
     fn reset_prefix_cache(&self) {
@@ -352,6 +363,39 @@ impl EngineCore {
         let buffers = std::mem::take(&mut self.lock().slots);
         drop(buffers);
         self.ring();
+    }
+}
+
+/// The keys of `SpeculativeConfig` that the core needs, as a dictionary.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+struct SpeculationOptions {
+    method: String,
+    prompt_lookup_min: u32,
+    prompt_lookup_max: u32,
+    suffix_decoding_max_spec_factor: f32,
+    suffix_decoding_min_token_prob: f32,
+    suffix_decoding_max_cached_tokens: u32,
+    adaptive: bool,
+}
+
+impl SpeculationOptions {
+    fn checked(self) -> PyResult<Speculation> {
+        Ok(Speculation {
+            method: match self.method.as_str() {
+                "ngram" => SpeculationMethod::Ngram,
+                "suffix" => SpeculationMethod::Suffix,
+                other => {
+                    return Err(PyValueError::new_err(format!("method is {other:?}, but must be ngram or suffix")))
+                }
+            },
+            lookup_min: self.prompt_lookup_min,
+            lookup_max: self.prompt_lookup_max,
+            max_spec_factor: self.suffix_decoding_max_spec_factor,
+            min_token_prob: self.suffix_decoding_min_token_prob,
+            max_cached_tokens: self.suffix_decoding_max_cached_tokens,
+            adaptive: self.adaptive,
+        })
     }
 }
 

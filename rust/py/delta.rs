@@ -59,6 +59,10 @@ pub struct RequestProgress {
     #[pyo3(get)]
     num_cached_tokens: u32,
     #[pyo3(get)]
+    num_accepted_tokens: u32,
+    #[pyo3(get)]
+    num_rejected_tokens: u32,
+    #[pyo3(get)]
     num_output_tokens: u32,
     #[pyo3(get)]
     times: (f64, f64, f64, f64),
@@ -76,6 +80,8 @@ impl RequestProgress {
             index: request.index,
             num_prompt_tokens: progress.num_prompt_tokens,
             num_cached_tokens: progress.num_cached_tokens,
+            num_accepted_tokens: progress.num_accepted_tokens,
+            num_rejected_tokens: progress.num_rejected_tokens,
             num_output_tokens: progress.num_output_tokens,
             times: (progress.added, progress.first_scheduled, progress.first_token, progress.last_token),
             choices: request.choices.iter().map(choice).collect(),

@@ -134,6 +134,7 @@ impl Scheduler {
                 bin_end: self.lengths.last_of(0),
                 bypassed: 0,
                 drafts: Vec::new(),
+                drafter: None,
             });
             self.requests[request].sequences.push(sequence);
         }

@@ -25,6 +25,7 @@ impl Scheduler {
         self.now = self.clock(now);
         let step = self.in_flight.pop_front().expect("it was looked at above");
         self.fence(step.id);
+        self.measure_step(step.id, step.planned_at, step.decode_tokens, step.decode_tokens > step.rows.len() as u32);
         for (index, row) in step.rows.iter().enumerate() {
             self.commit_row(row, &layout.row(result, step.record_of(index)), sink);
         }
@@ -152,15 +153,17 @@ impl Scheduler {
                 sequence.most_len -= row.len - num_valid;
             }
         }
-        let mut finish = None;
-        for index in 0..num_valid as usize {
-            finish = self.append(row.sequence, result, index, sink);
-            if finish.is_some() {
-                break;
-            }
+        let (mut finish, mut appended) = (None, 0);
+        while appended < num_valid && finish.is_none() {
+            finish = self.append(row.sequence, result, appended as usize, sink);
+            appended += 1;
         }
+        self.count_drafts(row.sequence, row.num_drafts, appended.min(num_valid.saturating_sub(1)));
         if still_there {
             self.register_filled(row.sequence);
+            if row.sample && finish.is_none() {
+                self.foretell(row.sequence, appended as usize);
+            }
         }
         if row.sample {
             self.release_choices(row.sequence);
@@ -293,6 +296,13 @@ impl Scheduler {
         let sequence = &mut self.sequences[number];
         sequence.state = State::Finished;
         let in_flight = sequence.in_flight;
+        if let (
+            Some(speculator),
+            FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Length,
+        ) = (&mut self.speculator, reason)
+        {
+            speculator.remember(sequence.root, &sequence.outputs);
+        }
         match reason {
             FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) => {
                 self.stats.finished_stop += 1;

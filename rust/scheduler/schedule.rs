@@ -44,6 +44,9 @@ impl Scheduler {
             return Err(Error::BufferTooSmall { what: "plan", len: plan.len(), needed: self.plan_bytes() });
         }
         self.now = self.clock(now);
+        if self.plan_drafts() {
+            return Ok(None);
+        }
         self.open_batch();
         let planned = &mut self.planned;
         planned.decodes.clear();
@@ -255,6 +258,8 @@ impl Scheduler {
             ..PlanInfo::default()
         };
         step.id = info.step_id;
+        step.planned_at = self.now;
+        step.decode_tokens = if planned.prefills.is_empty() { planned.num_decode_tokens } else { 0 };
         step.failed = false;
         step.rows.clear();
         for (source, destination) in &planned.copies {

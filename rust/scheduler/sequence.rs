@@ -8,6 +8,7 @@ use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::{Lane, Order};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{SamplingParams, SeqRef};
+use crate::speculation::Drafter;
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +32,7 @@ pub(super) enum State {
 pub(super) struct Traits {
     /// Flags of each row that samples.
     pub row_flags: u32,
+    /// Output tokens before which no end token may come.
     pub min_tokens: u32,
     pub greedy: bool,
     pub has_bias: bool,
@@ -47,7 +49,8 @@ impl Traits {
         let may_stop = !params.ignore_eos || !params.stop_token_ids.is_empty() || !params.stop.is_empty();
         Self {
             row_flags: ROW_SAMPLE | logprobs | penalties,
-            min_tokens: params.min_tokens,
+            // Without end tokens there is nothing that may not be drawn yet.
+            min_tokens: if params.ignore_eos && params.stop_token_ids.is_empty() { 0 } else { params.min_tokens },
             greedy: params.temperature == 0.0,
             has_choices: params.n > 1,
             has_bias: !params.logit_bias.is_empty(),
@@ -116,6 +119,8 @@ pub(super) struct Sequence {
     pub bypassed: u32,
     /// For its next decode row.
     pub drafts: Vec<u32>,
+    /// Foretells its tokens while it decodes, where that is wanted.
+    pub drafter: Option<Box<Drafter>>,
 }
 
 impl Sequence {

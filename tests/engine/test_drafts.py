@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from octavo import LLM
-from octavo.engine import setup
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import Step, StepBuffers
 from tests.kernels.plan_bytes import LOGPROBS, SAMPLE, Enter, Row, write_plan
@@ -22,9 +21,9 @@ BLOCKS_A_SLOT = 4
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModelRunner]:
-    monkeypatch.setattr(setup, "NUM_DRAFT_TOKENS", 3)
-    options = {"model": "tiny", "load_format": "dummy", "dtype": "float32", "kv_cache_memory": 64 << 20}
+def runner(request: pytest.FixtureRequest) -> Iterator[ModelRunner]:
+    options = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}
+    options |= {"model": "tiny", "load_format": "dummy", "dtype": "float32", "kv_cache_memory": 64 << 20}
     with LLM(**options, device=request.param, max_model_len=60, max_num_seqs=8) as llm:
         yield llm._engine.runner
 

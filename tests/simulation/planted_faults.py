@@ -130,6 +130,36 @@ FAULTS = [
         "sequence.most_len -= (row.len - num_valid).saturating_sub(1);",
     ),
     Fault(
+        "keys and values of a rejected draft that count as computed",
+        "rust/scheduler/commit.rs",
+        "sequence.least_len += num_valid - 1;",
+        "sequence.least_len += row.len - 1;",
+    ),
+    Fault(
+        "a block registered that a rejected draft fills",
+        "rust/scheduler/commit.rs",
+        "sequence.computed_len += num_valid;",
+        "sequence.computed_len += row.len;",
+    ),
+    Fault(
+        "a token that counts as an accepted draft",
+        "rust/scheduler/commit.rs",
+        "appended.min(num_valid.saturating_sub(1))",
+        "appended.min(num_valid).min(row.num_drafts)",
+    ),
+    Fault(
+        "a draft that is counted twice",
+        "rust/scheduler/draft.rs",
+        "self.stats.draft_tokens += u64::from(num_drafts);",
+        "self.stats.draft_tokens += u64::from(num_drafts + num_accepted);",
+    ),
+    Fault(
+        "drafts behind a token that is still in flight",
+        "rust/scheduler/draft.rs",
+        "if !self.in_flight.is_empty() {",
+        "if self.in_flight.len() > 1 {",
+    ),
+    Fault(
         "a stop token that min_tokens should have banned",
         "rust/scheduler/sequence.rs",
         "(self.outputs.len() as u32 + self.pending) < self.traits.min_tokens",

@@ -5,7 +5,9 @@
 //! everything on at once, the loud troubles (failures, aborts) would end most requests before the
 //! quiet ones could show.
 
-use _core::config::{Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy};
+use _core::config::{
+    Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
+};
 use _core::request::{SamplingOptions, SamplingParams};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -281,7 +283,8 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         seed: rng.random(),
         ..config
     };
-    // Without a draw of its own: the kept seeds stay the scenarios that they were.
+    // Without draws of their own: the kept seeds stay the scenarios that they were.
+    let config = CoreConfig { speculation: speculation(&config), ..config };
     if config.graph_sizes.is_empty() {
         return config;
     }
@@ -291,6 +294,21 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
     let prefill_graphs =
         PrefillGraphs { tokens: vec![1, 4, 16, 48, 200], decodes: vec![0, 1, 4, 16], draft_decodes, rows: 4 };
     CoreConfig { draft_graphs, prefill_graphs, ..config }
+}
+
+/// Half of the worlds with drafts have the core foretell them. Its text has no order, so most are
+/// wrong; those of the other worlds are mostly right.
+fn speculation(config: &CoreConfig) -> Option<Speculation> {
+    let draw = config.seed;
+    (config.num_draft_tokens > 0 && draw & 1 == 1).then(|| Speculation {
+        method: if draw & 2 == 0 { SpeculationMethod::Ngram } else { SpeculationMethod::Suffix },
+        lookup_min: 1,
+        lookup_max: 1 + (draw >> 2) as u32 % 4,
+        max_spec_factor: 4.0,
+        max_cached_tokens: (draw >> 4) as u32 % 500,
+        adaptive: draw & (1 << 20) == 0,
+        ..Speculation::default()
+    })
 }
 
 /// Blocks of one sequence of the model's full length.

@@ -30,6 +30,8 @@ struct InFlight {
     result: Vec<u8>,
     is_lost: bool,
     seqs: Vec<SeqRef>,
+    /// Of each row that draws a token: whose it is, and how many drafts it has.
+    draws: Vec<(SeqRef, u64)>,
 }
 
 /// A row of a plan, by whose it is.
@@ -75,6 +77,9 @@ pub struct World {
     /// Upper bound on the steps that all accepted requests can take, preemptions included.
     work: u64,
     unknown_aborts: u64,
+    /// Committed rows that drew tokens for a sequence that had not ended, and their drafts.
+    num_draws: u64,
+    num_drafts: u64,
     /// Requests that have had a row.
     begun: FxHashSet<RequestId>,
     totals: Totals,
@@ -108,6 +113,8 @@ impl World {
             submitted: 0,
             work: 0,
             unknown_aborts: 0,
+            num_draws: 0,
+            num_drafts: 0,
             begun: FxHashSet::default(),
             totals: Totals { worlds: 1, ..Totals::default() },
             trace: Vec::new(),
@@ -312,6 +319,8 @@ impl World {
             copies: plan.num_copies,
             faults: faults.clone(),
         });
+        let draws = rows.iter().filter(|row| row.samples && !faults.nan_rows.contains(&row.index));
+        let draws = draws.map(|row| (row.seq, row.drafts.as_ref().map_or(0, Vec::len) as u64)).collect();
         self.begun.extend(seqs.iter().map(|seq| seq.request));
         self.totals.steps += 1;
         self.totals.copies += u64::from(plan.num_copies);
@@ -321,6 +330,7 @@ impl World {
             result: result.iter().flat_map(|word| word.to_le_bytes()).collect(),
             is_lost: faults.lost,
             seqs: seqs.clone(),
+            draws,
         });
         let (written, read) = self.device.touched_blocks();
         step_blocks(&after, written, read)?;
@@ -371,6 +381,9 @@ impl World {
         offered: &FxHashMap<SeqRef, Vec<u32>>,
         after: &Inspection,
     ) -> Result<(), String> {
+        if self.core.config().speculation.is_some() {
+            return Ok(());
+        }
         let is_full = |seq| {
             let planned = after.sequences.iter().find(|sequence| sequence.seq == seq).map(|view| view.num_planned);
             planned == Some(self.core.config().max_model_len)
@@ -430,7 +443,7 @@ impl World {
     fn offer_drafts(&mut self) -> Result<FxHashMap<SeqRef, Vec<u32>>, String> {
         let most = self.core.config().num_draft_tokens as usize;
         let mut offered = FxHashMap::default();
-        if most == 0 {
+        if most == 0 || self.core.config().speculation.is_some() {
             return Ok(offered);
         }
         for sequence in self.core.inspect().sequences {
@@ -470,6 +483,12 @@ impl World {
             }
         } else {
             self.trace.push(Event::Commit(step.step_id));
+            for (seq, drafts) in step.draws {
+                if self.ledger.choice(seq).is_some_and(|choice| choice.ended.is_none()) {
+                    self.num_draws += 1;
+                    self.num_drafts += drafts;
+                }
+            }
             self.ledger.call = Call::Commit { step_id: step.step_id, seqs: step.seqs };
             self.core
                 .commit(step.step_id, &step.result, self.now, &mut self.ledger)
@@ -518,6 +537,20 @@ impl World {
             return Err(format!(
                 "stop, length, abort, error, unknown aborts, tokens: {counted:?}; the core says {stated:?}"
             ));
+        }
+        // A row brings one token that is no draft, unless its sequence ended among the accepted ones.
+        let most = self.num_draws + stats.accepted_tokens;
+        let least = most - (stop + length).min(most);
+        if stats.draft_tokens != self.num_drafts || !(least..=most).contains(&self.ledger.num_tokens) {
+            return Err(format!(
+                "{} rows with {} drafts brought {} tokens; the core says {} drafts, {} of them accepted",
+                self.num_draws, self.num_drafts, self.ledger.num_tokens, stats.draft_tokens, stats.accepted_tokens
+            ));
+        }
+        let by_place = self.core.accepted_by_place();
+        if by_place.iter().sum::<u64>() != stats.accepted_tokens || !by_place.is_sorted_by(|left, right| left >= right)
+        {
+            return Err(format!("{} drafts were accepted, by place {by_place:?}", stats.accepted_tokens));
         }
         if self.core.has_unfinished()
             || stats.num_running + stats.num_waiting + stats.blocks_used + stats.blocks_held > 0

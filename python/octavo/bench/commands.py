@@ -1,4 +1,4 @@
-"""The five commands of `octavo bench`. Each prints a table for people, or one JSON object with
+"""The six commands of `octavo bench`. Each prints a table for people, or one JSON object with
 `--json`.
 """
 
@@ -23,6 +23,7 @@ from octavo.options import parse_with
 Rows = list[dict[str, Any]]
 
 BATCHING_SEQS = 32
+TEXTS = ("code", "prose", "copy", "random")
 LENGTH_SPREAD = 24
 
 
@@ -88,6 +89,19 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
         "--output-len", type=count, default=96, help="longest output; short ones are commoner [default: 96]"
     )
 
+    speculative = command(
+        "speculative", "Speculative decoding against none, in turns, on several kinds of text and numbers of streams"
+    )
+    speculative.add_argument(
+        "--text", nargs="+", default=list(TEXTS), choices=TEXTS, help=f"[default: {' '.join(TEXTS)}]"
+    )
+    speculative.add_argument(
+        "--streams", nargs="+", default=[1], type=count, metavar="N", help="requests at once [default: 1]"
+    )
+    speculative.add_argument("--repeat", type=count, default=3, help="runs of each; medians are reported [default: 3]")
+    speculative.add_argument("--input-len", type=count, default=256, help="tokens of a prompt [default: 256]")
+    speculative.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
+
     memory = command("memory", "Requests in the same KV memory: pages, GQA, windows; in fewer bits", engine=False)
     memory.add_argument("--kv-gib", type=parse_with(at_least(0.01)), default=8.0, help="KV memory in GiB [default: 8]")
     memory.add_argument(
@@ -147,11 +161,21 @@ def run(options: argparse.Namespace, config: EngineConfig | None) -> int:
         rows = [asyncio.run(measure_server(options))]
     else:
         assert config is not None
-        rows = {"latency": latency_rows, "throughput": throughput_rows, "batching": batching_rows}[options.bench](
-            options, config
-        )
+        rows = {
+            "latency": latency_rows,
+            "throughput": throughput_rows,
+            "batching": batching_rows,
+            "speculative": speculative_rows,
+        }[options.bench](options, config)
     print(json.dumps({"bench": options.bench, "rows": rows}) if options.json else table(rows))
     return int(any(row.get("failed") for row in rows))
+
+
+def speculative_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
+    """See `octavo.bench.speculative`."""
+    from octavo.bench.speculative import speculative_rows
+
+    return speculative_rows(options, config)
 
 
 def latency_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:

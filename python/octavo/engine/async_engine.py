@@ -309,6 +309,10 @@ class AsyncEngine:
         """Gauges and counters of the core by name."""
         return self.core.stats()
 
+    def accepted_per_position(self) -> list[int]:
+        """Drafts that were right so far, by position; none without speculative decoding."""
+        return self.core.accepted_per_position()
+
     def shutdown(self) -> None:
         """Ends the engine thread and gives its memory back; requests still running end with an
         error, which wakes their streams.

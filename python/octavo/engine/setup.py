@@ -33,12 +33,6 @@ GRAPH_BYTES = 16 << 20
 rehearsed step's.
 """
 
-
-NUM_DRAFT_TOKENS = 0
-"""Most draft tokens of a decode row, for which core, block tables, graphs and memory are sized.
-Nothing drafts yet.
-"""
-
 MEMORY_FLAG = {"cuda": "--gpu-memory-utilization", "cpu": "--kv-cache-memory"}
 
 
@@ -57,6 +51,7 @@ class StartupReport:
     kv_tokens: int
     max_concurrency: float
     kernels: str
+    speculation: str
     sampling: str
     load_seconds: float
     total_seconds: float
@@ -71,6 +66,7 @@ class StartupReport:
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
             f"sampling     {self.sampling}",
+            *([f"speculation  {self.speculation}"] if self.speculation else []),
             f"set up in    {self.total_seconds:.1f} s",
         ]
 
@@ -121,7 +117,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
             max_num_batched_tokens,
             max_model_len,
             list(config.cudagraph_capture_sizes),
-            num_draft_tokens=NUM_DRAFT_TOKENS,
+            num_draft_tokens=config.num_draft_tokens,
         )
     runner = ModelRunner(
         loaded,
@@ -131,7 +127,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
-        num_draft_tokens=NUM_DRAFT_TOKENS,
+        num_draft_tokens=config.num_draft_tokens,
         graph_sizes=graph_sizes,
     )
     weight_bytes = loaded.model.weight_bytes()
@@ -156,7 +152,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
         prefill_graph_rows=graph_sizes.prefill_rows,
         draft_graphs=graph_sizes.drafts,
         prefill_draft_graphs=graph_sizes.prefill_drafts,
-        num_draft_tokens=NUM_DRAFT_TOKENS,
+        num_draft_tokens=config.num_draft_tokens,
+        speculation=config.speculation and config.speculation.core_options(),
         # A secret of this process, so that nobody can make two prompts share cached blocks by
         # crafting a collision.
         hash_secret=os.urandom(32),
@@ -199,6 +196,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         kv_tokens=kv_tokens,
         max_concurrency=kv_tokens / max_model_len,
         kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
+        speculation=config.speculation.line() if config.speculation else "",
         sampling=describe_defaults(loaded.generation_defaults),
         load_seconds=load_seconds,
         total_seconds=time.monotonic() - started,

@@ -11,11 +11,13 @@ import time
 from collections.abc import Hashable
 from typing import Any
 
+import numpy as np
 import torch
 
 from octavo._core import EngineCore, Prompt, SamplingParams
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import Step, StepBuffers
+from octavo.kernels.step.plan_format import RESULT_TOKENS, Plan
 from octavo.models.registry import Model
 
 FILTERS: dict[str, Any] = {"temperature": 1.0, "top_k": 5, "top_p": 0.9, "min_p": 0.01}
@@ -44,20 +46,32 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
     """Runs every kind of request to its end. `core_options`: those of the real core, whose pool
     must be unused yet.
     """
-    core = EngineCore(**core_options | {"batching": "continuous"})
+    speculation = core_options["speculation"] and core_options["speculation"] | {"adaptive": False}
+    core = EngineCore(**core_options | {"batching": "continuous", "speculation": speculation})
+    max_tokens = 2 if speculation is None else 4 + core_options["num_draft_tokens"]
     core.bind(0, buffers.plan_array, buffers.result_array)
     for options in REQUESTS:
         if options.get("n", 1) > runner.max_num_seqs:
             continue
         for length in PROMPT_LENS:
-            if length + 2 > core.longest_request:
+            if length + max_tokens > core.longest_request:
                 continue
-            params = SamplingParams(max_tokens=2, ignore_eos=True, detokenize=False, **options)
+            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
             core.add_call([Prompt([0] * length)], params, now=time.monotonic())
             while core.schedule(0, time.monotonic()) is not None:
                 step = Step(0, buffers.read_plan(), buffers)
                 runner.launch_forward(step)
                 runner.launch_sample(step)
                 buffers.wait()
+                if speculation is not None:
+                    say_zero(buffers, step.plan)
                 core.commit(0, time.monotonic())
     runner.state.penalty_counts = None  # taken again by the first request that needs them
+
+
+def say_zero(buffers: StepBuffers, plan: Plan) -> None:
+    """Writes over the result that every row drew token 0, as the prompts are: so that the core foretells
+    more of them, and drafts are verified.
+    """
+    words = buffers.result_array.view(np.int32)[: plan.padded_rows * plan.result_width]
+    words.reshape(plan.padded_rows, plan.result_width)[:, RESULT_TOKENS] = 0

@@ -102,6 +102,11 @@ _COUNTERS = {
     "prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "prefix_cache_hits": "Prompt tokens found in the prefix cache.",
 }
+_DRAFT_COUNTERS = {
+    "spec_decode_num_drafts": "Rows of steps that had drafts.",
+    "spec_decode_num_draft_tokens": "Drafts verified.",
+    "spec_decode_num_accepted_tokens": "Drafts that were right.",
+}
 
 
 class Histogram:
@@ -240,6 +245,7 @@ class Metrics(Collector):
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
             counter.add_metric(labels, stats.get(name, 0.0))
             yield counter
+        yield from self._drafts(stats)
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV pool.", labels=[*names, "block_size", "num_gpu_blocks", "cache_dtype"]
         )
@@ -265,3 +271,22 @@ class Metrics(Collector):
         unknown = CounterMetricFamily("octavo:unknown_fields", "Request fields that were ignored.", labels=names)
         unknown.add_metric(labels, self.unknown_fields)
         yield unknown
+
+    def _drafts(self, stats: dict[str, float]) -> Iterator[Metric]:
+        """Of speculative decoding, where there is any."""
+        by_position = self._engine.accepted_per_position()
+        if not by_position:
+            return
+        names, labels = ["model_name"], [self._engine.model_name]
+        for name, text in _DRAFT_COUNTERS.items():
+            counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
+            counter.add_metric(labels, stats.get(name, 0.0))
+            yield counter
+        positions = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Drafts that were right, by position.",
+            labels=[*names, "position"],
+        )
+        for position, count in enumerate(by_position):
+            positions.add_metric([*labels, str(position)], count)
+        yield positions

@@ -1,0 +1,93 @@
+//! Drafts for the step being planned: foretold at each commit, verified as far as it pays.
+//!
+//! What comes next can be foretold only of a sequence whose last token is known here, so with drafts
+//! one step is in flight and not two: the next is planned when the one before has been committed.
+//! That costs the device a pause a step, which the controller sees in the steps' times.
+
+use super::Scheduler;
+
+impl Scheduler {
+    /// Gives the decode rows of the step being planned the drafts that pay. True where some would,
+    /// but first the steps in flight must be committed.
+    pub(super) fn plan_drafts(&mut self) -> bool {
+        let Some(speculator) = &mut self.speculator else { return false };
+        // Drafts take blocks that others may be counting on, if only for a step.
+        let scarce = self.kv.pool().num_free() < 2 * self.running.len() * self.config.num_groups();
+        if scarce {
+            return false;
+        }
+        let max_model_len = self.config.max_model_len;
+        let controller = &mut speculator.controller;
+        controller.open();
+        for number in &self.running {
+            let sequence = &self.sequences[*number];
+            if !sequence.wants_decode(max_model_len) {
+                continue;
+            }
+            let left = sequence.max_tokens - sequence.outputs.len() as u32 - sequence.pending - 1;
+            let room = if sequence.below_min_tokens() { 0 } else { left.min(max_model_len - sequence.most_len - 1) };
+            let chances = sequence.drafter.iter().flat_map(|drafter| drafter.chances(room as usize));
+            controller.offer(chances);
+        }
+        let lens = if speculator.config.adaptive { controller.choose(self.next_step) } else { controller.all() };
+        let Some(lens) = lens else { return false };
+        if !self.in_flight.is_empty() {
+            return true;
+        }
+        let mut lens = lens.iter();
+        for number in &self.running {
+            let sequence = &mut self.sequences[*number];
+            if !sequence.wants_decode(max_model_len) {
+                continue;
+            }
+            let len = *lens.next().expect("each was offered");
+            if let Some(drafter) = &sequence.drafter {
+                sequence.drafts.extend_from_slice(drafter.foretold(len as usize));
+            }
+        }
+        false
+    }
+
+    /// The sequence has `count` new tokens, and goes on: what comes next is foretold.
+    pub(super) fn foretell(&mut self, number: u32, count: usize) {
+        let Some(speculator) = &self.speculator else { return };
+        let sequence = &mut self.sequences[number];
+        if !sequence.decoding {
+            return;
+        }
+        if let Some(drafter) = &mut sequence.drafter {
+            drafter.follow(&sequence.outputs[sequence.outputs.len() - count..]);
+        } else {
+            let drafter = sequence.drafter.insert(Box::new(speculator.new_drafter(sequence.root)));
+            drafter.read(&sequence.prompt);
+            drafter.read(&sequence.outputs);
+        }
+        if let Some(drafter) = &mut sequence.drafter {
+            speculator.foretell(drafter);
+        }
+    }
+
+    /// A decode row has been committed: so many of its drafts were right, and became output.
+    pub(super) fn count_drafts(&mut self, number: u32, num_drafts: u32, num_accepted: u32) {
+        if num_drafts == 0 {
+            return;
+        }
+        self.stats.drafted_rows += 1;
+        self.stats.draft_tokens += u64::from(num_drafts);
+        self.stats.accepted_tokens += u64::from(num_accepted);
+        for count in &mut self.accepted_by_place[..num_accepted as usize] {
+            *count += 1;
+        }
+        let progress = &mut self.requests[self.sequences[number].request].progress;
+        progress.num_accepted_tokens += num_accepted;
+        progress.num_rejected_tokens += num_drafts - num_accepted;
+    }
+
+    /// A step of decodes has taken from its plan, or from the commit before it, until now.
+    pub(super) fn measure_step(&mut self, step_id: u64, planned_at: f64, tokens: u32, has_drafts: bool) {
+        let before = std::mem::replace(&mut self.committed_at, self.now);
+        if let (Some(speculator), true) = (&mut self.speculator, tokens > 0) {
+            speculator.controller.measured(tokens, has_drafts, self.now - before.max(planned_at), step_id);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+//! What will come next in one sequence, by what came before: prompt lookup (Saxena 2023, "Prompt
+//! Lookup Decoding") and suffix decoding (Oliaro et al. 2024, `SuffixDecoding`, section 4).
+
+use super::history::{History, Match};
+use super::store::{until_end, Store};
+use crate::config::{Speculation, SpeculationMethod};
+
+/// Weight of what is believed of a sequence before any of its drafts has been tested, in tests.
+const PRIOR_TESTS: f32 = 2.0;
+/// The part of the drafts that is believed to be right then.
+const PRIOR_HITS: f32 = 0.5;
+/// What an old test still counts after one more.
+const MEMORY: f32 = 0.95;
+
+/// Foretells one sequence's tokens, and keeps count of how often it is right, whether or not
+/// anybody has the drafts verified: so it is known at no cost what drafting would gain.
+#[derive(Debug)]
+pub(crate) struct Drafter {
+    history: History,
+    root: u128,
+    /// The tokens that should come next, and how sure each is if those before it are right: the
+    /// part of the earlier occurrences that went on so.
+    foretold: Vec<u32>,
+    sure: Vec<f32>,
+    /// Foretold tokens that were right, and the sum of how sure they and the wrong ones were; old
+    /// ones count less.
+    hits: f32,
+    tests: f32,
+}
+
+impl Drafter {
+    /// For a sequence whose tenant has the prefix hashes' `root`. It knows no token yet.
+    pub fn new(config: &Speculation, root: u128) -> Self {
+        Self {
+            history: History::new(config.lookup_min as usize),
+            root,
+            foretold: Vec::new(),
+            sure: Vec::new(),
+            hits: 0.0,
+            tests: 0.0,
+        }
+    }
+
+    /// Tokens that nobody had to foretell: the prompt, and what was output before a preemption.
+    pub fn read(&mut self, tokens: &[u32]) {
+        self.history.extend(tokens);
+    }
+
+    /// New output: the foretold tokens are tested against it, up to the first that is wrong.
+    pub fn follow(&mut self, tokens: &[u32]) {
+        for ((token, foretold), sure) in tokens.iter().zip(&self.foretold).zip(&self.sure) {
+            let is_hit = token == foretold;
+            self.hits = self.hits * MEMORY + f32::from(u8::from(is_hit));
+            self.tests = self.tests * MEMORY + sure;
+            if !is_hit {
+                break;
+            }
+        }
+        self.history.extend(tokens);
+    }
+
+    /// Foretells the next tokens, at most `most`.
+    pub fn foretell(&mut self, config: &Speculation, most: usize, store: &Store) {
+        self.foretold.clear();
+        self.sure.clear();
+        match config.method {
+            SpeculationMethod::Ngram => self.copy(config, most),
+            SpeculationMethod::Suffix => self.vote(config, most, store),
+        }
+    }
+
+    /// What is foretold, at most `most` tokens, each with the chance that it and all before it are
+    /// right.
+    pub fn chances(&self, most: usize) -> impl Iterator<Item = f32> + '_ {
+        let rate = (self.hits + PRIOR_TESTS * PRIOR_HITS) / (self.tests + PRIOR_TESTS);
+        let mut chance = 1.0;
+        self.sure.iter().take(most).map(move |sure| {
+            chance *= (rate * sure).min(0.99);
+            chance
+        })
+    }
+
+    pub fn foretold(&self, len: usize) -> &[u32] {
+        &self.foretold[..len]
+    }
+
+    /// Takes what came after the latest of the longest matches. Where it comes to the end of the
+    /// text, it goes on with itself: a period is repeated.
+    fn copy(&mut self, config: &Speculation, most: usize) {
+        let text = self.history.tokens();
+        let matches = self.history.matches(text, config.lookup_max as usize);
+        let Some(found) = matches.reduce(|best, other| if other.len > best.len { other } else { best }) else {
+            return;
+        };
+        for place in found.next..found.next + most {
+            let token = match text.get(place) {
+                Some(token) => *token,
+                None => self.foretold[place - text.len()],
+            };
+            self.foretold.push(token);
+            self.sure.push(1.0);
+        }
+    }
+
+    /// Goes on as most of the longest matches did, in this text and in the tenant's outputs, while
+    /// they are sure enough; the longer the match, the further.
+    fn vote(&mut self, config: &Speculation, most: usize, store: &Store) {
+        let text = self.history.tokens();
+        let deepest = config.lookup_max as usize;
+        let own = self.history.matches(text, deepest).map(|found| (text, found));
+        let all: Vec<(&[u32], Match)> = own.chain(store.matches(self.root, text, deepest)).collect();
+        let Some(longest) = all.iter().map(|(_, found)| found.len).max() else { return };
+        let most = most.min(((longest as f32 * config.max_spec_factor) as usize).max(1));
+        let of_longest = all.iter().filter(|(_, found)| found.len == longest);
+        let mut paths: Vec<&[u32]> = of_longest.map(|(tokens, found)| until_end(tokens, found.next, most)).collect();
+        let mut chance = 1.0;
+        for depth in 0..most {
+            paths.retain(|path| path.len() > depth);
+            let votes = |token: u32| paths.iter().filter(|path| path[depth] == token).count();
+            // Of equals the first, which is the latest of the sequence's own.
+            let Some(token) = paths.iter().map(|path| path[depth]).rev().max_by_key(|token| votes(*token)) else {
+                return;
+            };
+            let sure = votes(token) as f32 / paths.len() as f32;
+            chance *= sure;
+            if chance < config.min_token_prob {
+                return;
+            }
+            self.foretold.push(token);
+            self.sure.push(sure);
+            paths.retain(|path| path[depth] == token);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn foretold(config: &Speculation, most: usize, text: &[u32], outputs: &[&[u32]]) -> Vec<u32> {
+        let mut store = Store::new(config.lookup_min as usize, 1000);
+        for output in outputs {
+            store.add(0, output);
+        }
+        let mut drafter = Drafter::new(config, 0);
+        drafter.read(text);
+        drafter.foretell(config, most, &store);
+        assert_eq!(drafter.chances(9).count(), drafter.foretold.len());
+        drafter.foretold
+    }
+
+    #[test]
+    fn lookup_takes_the_longest_match_and_goes_on_with_a_period() {
+        let config = Speculation { lookup_min: 2, lookup_max: 3, ..Speculation::default() };
+        assert_eq!(foretold(&config, 4, &[1, 2, 3, 9, 9, 2, 3, 8, 1, 2, 3], &[]), [9, 9, 2, 3]);
+        assert_eq!(foretold(&config, 4, &[1, 2, 1, 2], &[]), [1, 2, 1, 2]);
+        assert_eq!(foretold(&config, 4, &[5, 1, 2, 6, 3, 4], &[]), Vec::<u32>::new());
+    }
+
+    #[test]
+    fn suffixes_vote_and_look_no_further_than_they_are_long() {
+        let config =
+            Speculation { method: SpeculationMethod::Suffix, lookup_min: 2, lookup_max: 16, ..Speculation::default() };
+        let outputs: [&[u32]; 3] = [&[1, 2, 3, 4, 5], &[1, 2, 3, 4, 6], &[1, 2, 7, 8, 9]];
+        assert_eq!(foretold(&config, 8, &[9, 1, 2], &outputs), [3, 4]);
+        assert_eq!(foretold(&config, 8, &[9, 1, 2, 3], &outputs), [4, 6]);
+        let sure = Speculation { min_token_prob: 0.7, ..config };
+        assert_eq!(foretold(&sure, 8, &[9, 1, 2], &outputs), Vec::<u32>::new());
+        assert_eq!(foretold(&sure, 8, &[1, 2, 3, 4, 0, 1, 2, 3], &[]), [4, 0, 1]);
+    }
+
+    #[test]
+    fn counts_how_often_it_is_right() {
+        let config = Speculation::default();
+        let mut drafter = Drafter::new(&config, 0);
+        let store = Store::new(2, 1000);
+        drafter.read(&[1, 2, 3, 4, 1, 2]);
+        drafter.foretell(&config, 4, &store);
+        let first = drafter.chances(1).next().expect("a match");
+        assert!((first - PRIOR_HITS).abs() < 1e-6);
+        for _ in 0..100 {
+            for token in [3, 4, 1, 2] {
+                drafter.follow(&[token]);
+                drafter.foretell(&config, 4, &store);
+            }
+        }
+        assert!(drafter.chances(1).next().expect("a match") > 0.9);
+        for token in 100..150 {
+            drafter.follow(&[token]);
+            drafter.follow(&[2]);
+            drafter.follow(&[3]);
+            drafter.foretell(&config, 4, &store);
+        }
+        assert!(drafter.chances(1).next().expect("a match") < 0.3);
+    }
+}

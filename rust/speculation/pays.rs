@@ -1,0 +1,234 @@
+//! How many drafts a step should have verified: as many as bring the most tokens a second, by how
+//! often drafts have been right and how long steps have taken. That is none where it does not pay.
+
+/// Classes of steps by their tokens: one each up to 8, then four to a doubling.
+const NUM_CLASSES: usize = 8 + 4 * 12;
+/// Weight of a new step's time.
+const NEWS: f64 = 0.2;
+/// No step counts as longer than this many times what was expected: a pause is not its tokens' fault.
+const MOST_SURPRISE: f64 = 3.0;
+/// Steps after which a time is measured anew.
+const STALE_AFTER: u64 = 400;
+/// By how much of a step's time each token of a step of unknown size is held to lengthen it.
+const GUESSED_SLOPE: f64 = 0.01;
+/// Drafting must promise this many times the tokens a second.
+const LEAST_GAIN: f64 = 1.03;
+/// A draft with less than this chance is not looked at.
+const LEAST_CHANCE: f32 = 0.05;
+
+/// Mean time of the steps of one class.
+#[derive(Debug, Clone, Copy)]
+struct StepTime {
+    tokens: f64,
+    seconds: f64,
+    /// Number of the step that was measured last; 0: none.
+    step: u64,
+}
+
+/// Times of steps by their tokens.
+#[derive(Debug)]
+struct StepTimes([StepTime; NUM_CLASSES]);
+
+fn class_of(tokens: u32) -> usize {
+    if tokens <= 8 {
+        return tokens.max(1) as usize - 1;
+    }
+    let doublings = tokens.ilog2();
+    let quarter = (tokens >> (doublings - 2)) & 3;
+    (8 + 4 * (doublings as usize - 3) + quarter as usize).min(NUM_CLASSES - 1)
+}
+
+impl StepTimes {
+    fn new() -> Self {
+        Self([StepTime { tokens: 0.0, seconds: 0.0, step: 0 }; NUM_CLASSES])
+    }
+
+    fn add(&mut self, tokens: u32, seconds: f64, step: u64) {
+        let time = &mut self.0[class_of(tokens)];
+        let tokens = f64::from(tokens);
+        if time.step == 0 {
+            *time = StepTime { tokens, seconds, step };
+        } else {
+            time.tokens += NEWS * (tokens - time.tokens);
+            time.seconds += NEWS * (seconds.min(MOST_SURPRISE * time.seconds) - time.seconds);
+            time.step = step;
+        }
+    }
+
+    fn is_fresh(time: &StepTime, step: u64) -> bool {
+        time.step > 0 && time.step + STALE_AFTER > step
+    }
+
+    /// The nearest class that was measured lately, down and up from that of `tokens`, which is the
+    /// first of both.
+    fn around(&self, tokens: u32, step: u64) -> (Option<&StepTime>, Option<&StepTime>) {
+        let class = class_of(tokens);
+        let fresh = |time: &&StepTime| Self::is_fresh(time, step);
+        (self.0[..=class].iter().rev().find(fresh), self.0[class..].iter().find(fresh))
+    }
+}
+
+/// One sequence's drafts.
+#[derive(Debug, Clone, Copy)]
+struct Draft {
+    /// The chance that it and all before it are right.
+    chance: f32,
+    /// The sequence's place among those of the step.
+    row: u32,
+}
+
+/// Decides by figures, and learns them.
+#[derive(Debug)]
+pub(crate) struct Controller {
+    /// Of steps of decodes only, without and with drafts.
+    plain: StepTimes,
+    drafting: StepTimes,
+    /// Of the step being planned. Kept for its memory.
+    drafts: Vec<Draft>,
+    lens: Vec<u32>,
+}
+
+impl Controller {
+    pub fn new() -> Self {
+        Self { plain: StepTimes::new(), drafting: StepTimes::new(), drafts: Vec::new(), lens: Vec::new() }
+    }
+
+    /// A step of decodes only has taken so long.
+    pub fn measured(&mut self, tokens: u32, has_drafts: bool, seconds: f64, step: u64) {
+        if seconds > 0.0 {
+            let times = if has_drafts { &mut self.drafting } else { &mut self.plain };
+            times.add(tokens, seconds, step);
+        }
+    }
+
+    /// Forgets the offers of the step before.
+    pub fn open(&mut self) {
+        self.drafts.clear();
+        self.lens.clear();
+    }
+
+    /// The next decode row of the step could carry drafts of these chances, which fall.
+    pub fn offer(&mut self, chances: impl Iterator<Item = f32>) {
+        let row = self.lens.len() as u32;
+        self.lens.push(0);
+        let likely = chances.take_while(|chance| *chance >= LEAST_CHANCE);
+        self.drafts.extend(likely.map(|chance| Draft { chance, row }));
+    }
+
+    /// How many drafts each row that was offered should carry in step `step`; None where none
+    /// should.
+    pub fn choose(&mut self, step: u64) -> Option<&[u32]> {
+        let rows = self.lens.len() as u32;
+        if self.drafts.is_empty() {
+            return None;
+        }
+        let class = &self.plain.0[class_of(rows)];
+        if !StepTimes::is_fresh(class, step) {
+            return None; // a step without drafts will tell
+        }
+        let plain_rate = f64::from(rows) / class.seconds;
+        // Stable: each row's drafts stay in their order.
+        self.drafts.sort_by(|left, right| right.chance.total_cmp(&left.chance));
+        let (mut gained, mut best, mut best_rate) = (0.0, 0, plain_rate * LEAST_GAIN);
+        for (index, draft) in self.drafts.iter().enumerate() {
+            gained += f64::from(draft.chance);
+            let rate = (f64::from(rows) + gained) / self.expected(rows, rows + index as u32 + 1, class, step);
+            if rate > best_rate {
+                (best, best_rate) = (index + 1, rate);
+            }
+        }
+        for draft in &self.drafts[..best] {
+            self.lens[draft.row as usize] += 1;
+        }
+        (best > 0).then_some(&self.lens)
+    }
+
+    /// All that were offered; None where there are none.
+    pub fn all(&mut self) -> Option<&[u32]> {
+        for draft in &self.drafts {
+            self.lens[draft.row as usize] += 1;
+        }
+        (!self.drafts.is_empty()).then_some(&self.lens)
+    }
+
+    /// Seconds of a step of `rows` rows and `tokens` tokens, beside which `plain` is one without
+    /// drafts.
+    fn expected(&self, rows: u32, tokens: u32, plain: &StepTime, step: u64) -> f64 {
+        let (below, above) = self.drafting.around(tokens, step);
+        let tokens = f64::from(tokens);
+        let (from, seconds) = match below {
+            Some(time) => (time.tokens, time.seconds),
+            None => (f64::from(rows), plain.seconds),
+        };
+        match above {
+            Some(time) if time.tokens > from => {
+                let part = ((tokens - from) / (time.tokens - from)).clamp(0.0, 1.0);
+                seconds + part * (time.seconds - seconds)
+            }
+            _ => seconds * (1.0 + GUESSED_SLOPE * (tokens - from).max(0.0)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_rise_with_the_tokens() {
+        let classes: Vec<usize> = (1..100_000).map(class_of).collect();
+        assert!(classes.windows(2).all(|pair| pair[0] <= pair[1] && pair[1] <= pair[0] + 1));
+        assert_eq!((classes[7], classes[8], classes[9], classes[15]), (7, 8, 9, 12));
+    }
+
+    /// Steps of a device that takes `seconds(tokens)`, with drafts of one chance on every row: the
+    /// tokens a second in the end, as a part of those without drafts.
+    fn speed_up(rows: u32, chance: f32, most: u32, seconds: impl Fn(u32) -> f64) -> f64 {
+        let mut controller = Controller::new();
+        let (mut tokens, mut time) = (0.0, 0.0);
+        for step in 1..=4000 {
+            controller.open();
+            for _ in 0..rows {
+                controller.offer((1..=most).map(|place| chance.powi(place as i32)));
+            }
+            let lens = controller.choose(step).map_or(vec![0; rows as usize], <[u32]>::to_vec);
+            let count = rows + lens.iter().sum::<u32>();
+            controller.measured(count, count > rows, seconds(count), step);
+            time += seconds(count);
+            let accepted = |len: u32| (1..=len).map(|place| f64::from(chance.powi(place as i32))).sum::<f64>();
+            tokens += lens.iter().map(|len| 1.0 + accepted(*len)).sum::<f64>();
+        }
+        (tokens / time) / (f64::from(rows) / seconds(rows))
+    }
+
+    #[test]
+    fn never_slower_and_faster_where_it_pays() {
+        let gpu = |tokens: u32| 5e-3 + f64::from(tokens.saturating_sub(64)) * 2e-5;
+        let cpu = |tokens: u32| 0.02 + f64::from(tokens) * 5e-3;
+        for rows in [1, 4, 16, 64, 256] {
+            for chance in [0.02, 0.2, 0.5, 0.8, 0.97] {
+                for (name, seconds) in [("gpu", &gpu as &dyn Fn(u32) -> f64), ("cpu", &cpu)] {
+                    let gain = speed_up(rows, chance, 7, seconds);
+                    assert!(gain > 0.98, "{name}: {rows} rows at {chance}: {gain}");
+                }
+            }
+        }
+        assert!(speed_up(1, 0.9, 7, gpu) > 4.0);
+        assert!(speed_up(1, 0.9, 7, cpu) > 2.0);
+        assert!(speed_up(64, 0.9, 7, cpu) > 0.99);
+    }
+
+    #[test]
+    fn a_device_that_becomes_slow_with_drafts_is_noticed() {
+        let mut controller = Controller::new();
+        let mut drafted = 0;
+        for step in 1..=1000 {
+            controller.open();
+            controller.offer([0.9, 0.8, 0.7].into_iter());
+            let count = 1 + controller.choose(step).map_or(0, |lens| lens[0]);
+            drafted += u32::from(count > 1);
+            controller.measured(count, count > 1, if count > 1 { 1.0 } else { 0.01 }, step);
+        }
+        assert!((1..=20).contains(&drafted), "{drafted}");
+    }
+}
