@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
+from octavo.server.anthropic import errors as anthropic_errors
+from octavo.server.anthropic.routes import AnthropicRoutes
 from octavo.server.body import Bodies
 from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
@@ -13,6 +15,8 @@ from octavo.server.errors import ERROR_FORMS
 from octavo.server.intake import Intake
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import add_headers, check_host_and_key, json_errors
+from octavo.server.ollama import errors as ollama_errors
+from octavo.server.ollama.routes import OllamaRoutes
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.shared import SharedRoutes
 from octavo.server.tgi import errors as tgi_errors
@@ -40,6 +44,7 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     openai = OpenAIRoutes(intake)
     tgi = TgiRoutes(intake, openai)
     shared = SharedRoutes(intake, openai, tgi)
+    anthropic, ollama = AnthropicRoutes(intake, openai), OllamaRoutes(intake, openai)
     app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
     app[CALLS], app[BODIES], app[METRICS], app[ERROR_FORMS] = calls, bodies, metrics, {}
 
@@ -62,10 +67,14 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     async def close(_: web.Application) -> None:
         bodies.close()
 
-    for routes, form in ((openai.routes(), None), (shared.routes(), None), (tgi.routes(), tgi_errors.response)):
+    app.add_routes([*openai.routes(), *shared.routes()])
+    for routes, form in (
+        (tgi.routes(), tgi_errors.response),
+        (anthropic.routes(), anthropic_errors.response),
+        (ollama.routes(), ollama_errors.response),
+    ):
         app.add_routes(routes)
-        if form is not None:
-            app[ERROR_FORMS].update({route.path: form for route in routes})
+        app[ERROR_FORMS].update({route.path: form for route in routes})
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
     app.add_routes([web.get("/", health), web.get("/ping", health), web.post("/ping", health)])
     app.on_response_prepare.append(add_headers)

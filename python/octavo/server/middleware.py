@@ -126,7 +126,10 @@ def check_host_and_key(config: ServerConfig) -> Middleware:
 
 
 def _has_key(request: web.Request, digests: list[bytes]) -> bool:
+    """In `Authorization: Bearer`, or in `X-Api-Key` as Anthropic's clients send it."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if "X-Api-Key" in request.headers and scheme == "":
+        scheme, key = "bearer", request.headers["X-Api-Key"]
     digest = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
     # Over all keys and without an early exit, so that the time says nothing.
     matches = [hmac.compare_digest(digest, known) for known in digests]

@@ -6,8 +6,9 @@ answers it.
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -63,8 +64,19 @@ CHAT = Kind(
 )
 
 
+_ANTHROPIC = "anthropic-version"
+"""A header of Anthropic's clients."""
 MAX_CALL_CONTEXTS = 256
 """The prompts of one call together are as long as so many prompts of the model's length."""
+
+
+@dataclass(frozen=True)
+class PreparedChat:
+    """A chat as the engine takes it."""
+
+    prompt: _core.Prompt
+    params: SamplingParams
+    answer: _core.AnswerFormat | None
 
 
 class OpenAIRoutes:
@@ -88,19 +100,25 @@ class OpenAIRoutes:
 
     # ---- models ----------------------------------------------------------------------------------
 
-    async def models(self, _: web.Request) -> web.Response:
+    async def models(self, request: web.Request) -> web.Response:
         """`GET /v1/models`."""
-        return web.json_response({"object": "list", "data": [self._card(name) for name in self._intake.names]})
+        answer: dict[str, Any] = {"object": "list", "data": [self._card(name, request) for name in self._intake.names]}
+        if _ANTHROPIC in request.headers:
+            answer |= {"has_more": False, "first_id": self._intake.names[0], "last_id": self._intake.names[-1]}
+        return web.json_response(answer)
 
     async def model(self, request: web.Request) -> web.Response:
         """`GET /v1/models/{id}`; clients send a slash of the id as %2F or as it is."""
         name = request.match_info["model"]
         if name not in self._intake.names:
             raise self._intake.unknown_model(name)
-        return web.json_response(self._card(name))
+        return web.json_response(self._card(name, request))
 
-    def _card(self, name: str) -> dict[str, Any]:
-        return {
+    def _card(self, name: str, request: web.Request) -> dict[str, Any]:
+        """A model as OpenAI shows it; to Anthropic's clients with what they look for besides."""
+        since = datetime.fromtimestamp(self._started, timezone.utc).isoformat().replace("+00:00", "Z")
+        theirs = {"type": "model", "display_name": name, "created_at": since} if _ANTHROPIC in request.headers else {}
+        return theirs | {
             "id": name,
             "object": "model",
             "created": self._started,
@@ -174,18 +192,27 @@ class OpenAIRoutes:
         read, text = await self._intake.read(request, self._read_chat)
         self._metrics.ignored(read.ignored)
         parsed = read.request
-        try:
-            params = parsed.to_sampling_params(self._engine.generation_defaults)
-            prompt = await self._encode_chat(parsed, text)
-        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, _names(CHAT, parsed)) from None
-        answer = self._engine.answers.format(
-            prompt, text.tool_use, include_reasoning=parsed.include_reasoning is not False
-        )
-        if parsed.skip_special_tokens is None:
-            params = self._engine.answers.params(answer, params)
-        call = self._call(CHAT, parsed, [prompt], params, arrival, answer=answer)
+        chat = await self.prepare(parsed, text, _names(CHAT, parsed))
+        call = self._call(CHAT, parsed, [chat.prompt], chat.params, arrival, answer=chat.answer)
         return await self._calls.serve(request, call)
+
+    async def prepare(self, chat: ChatCompletionRequest, text: ChatText, names: Mapping[str, str]) -> PreparedChat:
+        """What a chat becomes before it is a call; chats of other protocols too, translated. Raises
+        `ApiError`.
+
+        names: what the request calls the core's fields.
+        """
+        try:
+            params = chat.to_sampling_params(self._engine.generation_defaults)
+            prompt = await self._encode_chat(chat, text)
+        except (ValueError, _core.OverloadedError, EngineDeadError) as error:
+            raise self._calls.refusal(error, names) from None
+        answer = self._engine.answers.format(
+            prompt, text.tool_use, include_reasoning=chat.include_reasoning is not False
+        )
+        if chat.skip_special_tokens is None:
+            params = self._engine.answers.params(answer, params)
+        return PreparedChat(prompt, params, answer)
 
     async def encode_chat_of(self, request: web.Request) -> _core.Prompt:
         """The prompt that a chat's body makes, for routes that show it."""
@@ -195,17 +222,19 @@ class OpenAIRoutes:
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(CHAT, read.request)) from None
 
-    async def _encode_chat(self, parsed: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
-        return await self._intake.encode_chat(text, add_generation_prompt=parsed.add_generation_prompt is not False)
+    async def _encode_chat(self, chat: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
+        return await self._intake.encode_chat(text, add_generation_prompt=chat.add_generation_prompt is not False)
 
     def _read_chat(self, body: bytes) -> tuple[Parsed[ChatCompletionRequest], ChatText]:
         parsed = self._decode(CHAT, body)
-        chat = parsed.request
+        return parsed, self.chat_text(parsed.request)
+
+    def chat_text(self, chat: ChatCompletionRequest) -> ChatText:
+        """What the template gets of a chat. Raises `ApiError` 400."""
         messages = msgspec.json.encode(template_messages(chat)).decode()
         template = self._engine.chat_template
         tools = template_tools(chat, template is None or template.takes_tools)
-        kwargs = template_kwargs(chat.chat_template_kwargs)
-        return parsed, ChatText(messages, tools, kwargs, tool_use(chat))
+        return ChatText(messages, tools, template_kwargs(chat.chat_template_kwargs), tool_use(chat))
 
     def _decode(self, kind: Kind[R], body: bytes) -> Parsed[R]:
         """What both routes check of a body."""

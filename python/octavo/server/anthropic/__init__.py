@@ -1,0 +1,1 @@
+"""Anthropic's API: its routes, what clients send, its errors."""

@@ -1,0 +1,1 @@
+"""Ollama's API: its routes, what clients send, its errors."""

@@ -1,0 +1,200 @@
+"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/tags`, `/api/show`, `/api/ps`, `/api/version`."""
+
+import hashlib
+import time
+import uuid
+from datetime import datetime, timezone
+from typing import Any
+
+from aiohttp import web
+
+from octavo import _core
+from octavo.errors import EngineDeadError
+from octavo.server.body import Form, Parsed
+from octavo.server.calls import JSON_LINES, Call
+from octavo.server.errors import bad_request
+from octavo.server.intake import ChatText, Intake
+from octavo.server.ollama.schemas import (
+    UNSUPPORTED_CHAT,
+    UNSUPPORTED_GENERATE,
+    ChatRequest,
+    GenerateRequest,
+    ShowRequest,
+)
+from octavo.server.openai.routes import OpenAIRoutes, PreparedChat
+from octavo.server.openai.schemas import ChatCompletionRequest
+
+_CHAT_TEXT = frozenset({"messages", "tools"})
+_PROMPT_TEXT = frozenset({"prompt", "system"})
+CHAT = Form(ChatRequest, _CHAT_TEXT, _CHAT_TEXT, UNSUPPORTED_CHAT)
+GENERATE = Form(GenerateRequest, _PROMPT_TEXT, _PROMPT_TEXT, UNSUPPORTED_GENERATE, "prompt")
+SHOW = Form(ShowRequest, frozenset(), frozenset(), {})
+_CHAT_NAMES = {"prompt": "messages", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
+_GENERATE_NAMES = _CHAT_NAMES | {"prompt": "prompt"}
+
+
+class OllamaRoutes:
+    """The handlers."""
+
+    def __init__(self, intake: Intake, chats: OpenAIRoutes) -> None:
+        self._intake = intake
+        self._engine = intake.engine
+        self._chats = chats
+        self._since = _rfc3339(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        """What to add to the application; errors on these have Ollama's form."""
+        return [
+            web.post("/api/chat", self.chat),
+            web.post("/api/generate", self.generate),
+            web.get("/api/tags", self.tags),
+            web.post("/api/show", self.show),
+            web.get("/api/ps", self.running),
+            web.get("/api/version", self.version),
+        ]
+
+    async def chat(self, request: web.Request) -> web.StreamResponse:
+        """`POST /api/chat`; without messages it asks whether the model is loaded."""
+        arrival = time.monotonic()
+        parsed, chat, text = await self._intake.read(request, self._read_chat)
+        self._intake.metrics.ignored(parsed.ignored)
+        if text is None:
+            return self._loaded({"message": {"role": "assistant", "content": ""}})
+        prepared = await self._chats.prepare(chat, text, _CHAT_NAMES)
+        return await self._serve(request, parsed.request, chat, prepared, arrival)
+
+    def _read_chat(self, body: bytes) -> tuple[Parsed[ChatRequest], ChatCompletionRequest, ChatText | None]:
+        parsed = self._intake.decode(CHAT, body)
+        self._check_model(parsed.request.model)
+        chat = parsed.request.to_chat()
+        return parsed, chat, self._chats.chat_text(chat) if chat.messages else None
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        """`POST /api/generate`: through the chat template unless `raw`; without a prompt it asks
+        whether the model is loaded.
+        """
+        arrival = time.monotonic()
+        parsed, chat, text = await self._intake.read(request, self._read_generate)
+        self._intake.metrics.ignored(parsed.ignored)
+        read = parsed.request
+        if not read.prompt:
+            return self._loaded({"response": ""})
+        if text is not None:
+            prepared = await self._chats.prepare(chat, text, _GENERATE_NAMES)
+        else:
+            try:
+                params = chat.to_sampling_params(self._engine.generation_defaults)
+                prompt = await self._intake.encode_text(read.prompt, "prompt")
+            except (ValueError, _core.OverloadedError, EngineDeadError) as error:
+                raise self._intake.calls.refusal(error, _GENERATE_NAMES) from None
+            prepared = PreparedChat(prompt, params, None)
+        return await self._serve(request, read, chat, prepared, arrival)
+
+    def _read_generate(self, body: bytes) -> tuple[Parsed[GenerateRequest], ChatCompletionRequest, ChatText | None]:
+        parsed = self._intake.decode(GENERATE, body)
+        self._check_model(parsed.request.model)
+        chat = parsed.request.to_chat()
+        return parsed, chat, None if parsed.request.raw else self._chats.chat_text(chat)
+
+    async def _serve(
+        self,
+        request: web.Request,
+        read: ChatRequest | GenerateRequest,
+        chat: ChatCompletionRequest,
+        prepared: PreparedChat,
+        arrival: float,
+    ) -> web.StreamResponse:
+        is_chat = isinstance(read, ChatRequest)
+        call_id = uuid.uuid4().hex
+        call = Call(
+            id=call_id,
+            prompts=[prepared.prompt],
+            names=_CHAT_NAMES if is_chat else _GENERATE_NAMES,
+            params=prepared.params,
+            max_tokens=chat.max_tokens,
+            reply_format=_core.ReplyFormat.ollama(
+                id=call_id,
+                model=read.model,
+                created_at=_rfc3339(time.time()),
+                chat=is_chat,
+                stream=read.streams,
+                answer=prepared.answer,
+            ),
+            stream=read.streams,
+            priority=0,
+            cache_salt=None,
+            arrival=arrival,
+            stream_form=JSON_LINES,
+        )
+        return await self._intake.calls.serve(request, call)
+
+    def _loaded(self, fields: dict[str, Any]) -> web.Response:
+        head = {"model": self._engine.model_name, "created_at": _rfc3339(time.time())}
+        return web.json_response(head | fields | {"done": True, "done_reason": "load"})
+
+    def _check_model(self, name: str) -> None:
+        """Ollama's names may have a tag, which is `latest` where none is given."""
+        self._intake.check_model(name.removesuffix(":latest"))
+
+    async def tags(self, _: web.Request) -> web.Response:
+        """`GET /api/tags`."""
+        return web.json_response({"models": [self._card(name) for name in self._intake.names]})
+
+    async def running(self, _: web.Request) -> web.Response:
+        """`GET /api/ps`; a model that is served stays."""
+        stays = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0, "context_length": self._engine.max_model_len}
+        return web.json_response({"models": [self._card(name) | stays for name in self._intake.names]})
+
+    async def show(self, request: web.Request) -> web.Response:
+        """`POST /api/show`."""
+        read = (await self._intake.read(request, lambda body: self._intake.decode(SHOW, body))).request
+        name = read.model or read.name
+        if name is None:
+            raise bad_request("model: this field is required.", "model", "missing_required_parameter")
+        self._check_model(name)
+        template = self._engine.chat_template
+        capabilities = ["completion"]
+        if template is not None and template.takes_tools and self._engine.answers.calls is not None:
+            capabilities.append("tools")
+        if self._engine.answers.reasoning is not None:
+            capabilities.append("thinking")
+        return web.json_response(
+            {
+                "modelfile": "",
+                "parameters": "",
+                "template": "",
+                "details": self._details(),
+                "model_info": {"general.architecture": "", "context_length": self._engine.max_model_len},
+                "capabilities": capabilities,
+                "modified_at": self._since,
+            }
+        )
+
+    async def version(self, _: web.Request) -> web.Response:
+        """`GET /api/version`."""
+        return web.json_response({"version": _core.__version__})
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "name": name,
+            "model": name,
+            "modified_at": self._since,
+            "size": 0,
+            "digest": hashlib.sha256(name.encode()).hexdigest(),
+            "details": self._details(),
+        }
+
+    def _details(self) -> dict[str, Any]:
+        """What is known of the model's files; Ollama's clients want all of the fields."""
+        return {
+            "parent_model": "",
+            "format": "",
+            "family": "",
+            "families": [],
+            "parameter_size": "",
+            "quantization_level": self._engine.config.quantization or "",
+        }
+
+
+def _rfc3339(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")

@@ -1,0 +1,115 @@
+"""Ollama's routes, as its own client reads them."""
+
+import json
+from typing import Any
+
+import ollama
+import pytest
+
+from octavo.answers import ModelAnswers
+from octavo.config import EngineConfig
+from tests.server.conftest import Served
+
+USER: Any = {"role": "user", "content": "Hi"}
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = '<tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'
+
+
+def speaks(served: Served, answer: str = "Hello world") -> ollama.AsyncClient:
+    """Has the model answer so, and gives a client."""
+    served.engine.script.answer = answer.encode()
+    config = EngineConfig(model="m", tool_call_parser="hermes", reasoning_parser="think")
+    served.engine.answers = ModelAnswers(config, None, served.engine.tokenizer)
+    return ollama.AsyncClient(host=served.url)
+
+
+async def test_chats(served: Served) -> None:
+    async with speaks(served) as client:
+        answer = await client.chat("org/tiny", [USER])
+        assert (answer.message.role, answer.message.content, answer.done, answer.done_reason) == (
+            "assistant",
+            "Hello world",
+            True,
+            "stop",
+        )
+        assert (answer.prompt_eval_count, answer.eval_count) == (len("<user>Hi"), 12)
+        parts = [part async for part in await client.chat("org/tiny:latest", [USER], stream=True)]
+        assert "".join(part.message.content or "" for part in parts) == "Hello world"
+        assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+        assert parts[-1].eval_count == 12 and (parts[-1].total_duration or 0) >= (parts[-1].eval_duration or 0) > 0
+        cut = await client.chat("org/tiny", [USER], options={"num_predict": 2, "temperature": 0})
+        assert (cut.message.content, cut.done_reason) == ("He", "length")
+
+
+async def test_tools_and_reasoning(served: Served) -> None:
+    async with speaks(served, f"<think>hm</think>So {CALL}") as client:
+        whole = await client.chat("dummy", [USER], tools=[TOOL])
+        streamed = [part async for part in await client.chat("dummy", [USER], tools=[TOOL], stream=True)]
+        for messages in ([whole.message], [part.message for part in streamed]):
+            assert "".join(message.thinking or "" for message in messages) == "hm"
+            assert "".join(message.content or "" for message in messages) == "So"
+            calls = [call.function for message in messages for call in message.tool_calls or ()]
+            assert [(call.name, call.arguments) for call in calls] == [("weather", {"city": "Paris"})]
+        turns: Any = [
+            USER,
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]},
+            {"role": "tool", "content": "Rain", "tool_name": "weather"},
+        ]
+        answer = await client.chat("dummy", turns, tools=[TOOL])
+        prompt = "<user>Hi<assistant><tool>Rain" + json.dumps([TOOL])
+        assert answer.prompt_eval_count == len(prompt)
+
+
+async def test_completions(served: Served) -> None:
+    async with speaks(served) as client:
+        answer = await client.generate("dummy", "Hi", system="Be brief.")
+        assert (answer.response, answer.prompt_eval_count) == ("Hello world", len("<system>Be brief.<user>Hi"))
+        assert (await client.generate("dummy", "Hi", raw=True)).prompt_eval_count == 2
+        parts = [part async for part in await client.generate("dummy", "Hi", stream=True)]
+        assert "".join(part.response for part in parts) == "Hello world" and parts[-1].done
+        assert (await client.generate("dummy", "")).done_reason == "load"
+
+
+async def test_lines_are_the_default_of_raw_callers(served: Served) -> None:
+    async with served.http.post(served.url + "/api/generate", json={"model": "dummy", "prompt": "Hi"}) as response:
+        assert response.content_type == "application/x-ndjson"
+        lines = (await response.text()).splitlines()
+    assert len(lines) == 12 and json.loads(lines[-1])["done"]
+
+
+async def test_models(served: Served) -> None:
+    async with speaks(served) as client:
+        assert [model.model for model in (await client.list()).models] == ["org/tiny"]
+        assert [model.model for model in (await client.ps()).models] == ["org/tiny"]
+        assert (await client.show("org/tiny")).capabilities == ["completion", "tools", "thinking"]
+        assert "version" in (await served.get("/api/version"))[1]
+
+
+# (name, route, body, status, what the message names)
+BAD = [
+    ("no model", "chat", {"messages": [USER]}, 400, "model"),
+    ("model", "chat", {"model": "other", "messages": [USER]}, 404, "other"),
+    ("format", "chat", {"model": "dummy", "messages": [USER], "format": "json"}, 400, "format"),
+    ("images", "chat", {"model": "dummy", "messages": [{**USER, "images": ["a"]}]}, 400, "images"),
+    ("role", "chat", {"model": "dummy", "messages": [{"role": "x", "content": ""}]}, 400, "role"),
+    ("option", "chat", {"model": "dummy", "messages": [USER], "options": {"top_p": 2.0}}, 400, "top_p"),
+    ("mirostat", "chat", {"model": "dummy", "messages": [USER], "options": {"mirostat": 1}}, 400, "mirostat"),
+    ("suffix", "generate", {"model": "dummy", "prompt": "Hi", "suffix": "x"}, 400, "suffix"),
+    ("no JSON", "generate", b"{", 400, "JSON"),
+    ("show", "show", {}, 400, "model"),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "status", "named"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
+async def test_bad_requests(served: Served, route: str, body: Any, status: int, named: str) -> None:
+    got, answer = await served.post(f"/api/{route}", body)
+    assert got == status and set(answer) == {"error"}
+    assert named in answer["error"]
+    assert (await served.post("/api/chat", {"model": "dummy", "messages": [USER], "stream": False}))[0] == 200
+
+
+async def test_a_failure_is_the_last_line(served: Served) -> None:
+    served.engine.script.fail_after = 1
+    async with served.http.post(served.url + "/api/generate", json={"model": "dummy", "prompt": "Hi"}) as response:
+        lines = (await response.text()).splitlines()
+    assert set(json.loads(lines[-1])) == {"error"}
