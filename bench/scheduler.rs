@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use _core::config::CoreConfig;
-use _core::output::{FinishReason, OutputSink, SampledToken};
+use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
 use _core::plan::{PlanInfo, ResultWriter, STATUS_OK};
-use _core::request::{Progress, SamplingParams, SeqRef};
+use _core::request::{Progress, RequestId, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
 use criterion::{criterion_group, criterion_main, Criterion};
 
@@ -20,6 +20,10 @@ use criterion::{criterion_group, criterion_main, Criterion};
 struct Nowhere;
 
 impl OutputSink for Nowhere {
+    fn on_prompt_token(&mut self, _: RequestId, token: &PromptToken<'_>) {
+        black_box(token.id);
+    }
+
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, _: &Progress) -> Option<u32> {
         black_box((seq, token.id));
         None

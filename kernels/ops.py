@@ -3,8 +3,9 @@ plain-PyTorch twin elsewhere.
 
 Layers and engine call only this module. What an op does, and its shapes, stand in
 `reference/layers.py`, of those in 4 and 8 bits in `reference/int4.py` and `eight_bit.py`, of
-`prepare` and `sample` in `reference/step.py`. Triton is imported at the
-first call with a CUDA tensor, so a host without it can run everything on its CPU.
+`prepare` and `sample` in `reference/step.py`, of `prompt_logprobs` in `reference/logprobs.py`.
+Triton is imported at the first call with a CUDA tensor, so a host without it can run everything on
+its CPU.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from octavo.kernels.reference import eight_bit, int4, layers, step
+from octavo.kernels.reference import eight_bit, int4, layers, logprobs, step
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -62,4 +63,5 @@ prefill_attention = _by_device(layers.prefill_attention, "attention.prefill")
 copy_blocks = _by_device(layers.copy_blocks, "attention.copy_blocks")
 prepare = _by_device(step.prepare, "step.prepare", tensor_at=1)
 sample = _by_device(step.sample, "step.sample")
+prompt_logprobs = _by_device(logprobs.prompt_logprobs, "step.prompt_logprobs")
 sample_peak_rehearsal = _by_device(step.sample_peak_rehearsal, "step.sample")

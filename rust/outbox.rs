@@ -12,17 +12,19 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use crate::output::{Failure, FinishReason, OutputSink, SampledToken, SequenceError};
+use crate::output::{Failure, FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use crate::protocol::ReplyFormat;
 use crate::request::{Progress, RequestId, SamplingParams, SeqRef};
 use crate::text::Tokenizer;
 
 mod choice;
+mod prompt;
 mod reply;
 #[cfg(test)]
 mod tests;
 
 pub use choice::{ChoiceDelta, ChoiceProgress, TokenGap};
+pub use prompt::PromptLogprobs;
 use reply::Reply;
 pub use reply::{ReplyDelta, RequestProgress};
 
@@ -106,6 +108,13 @@ impl Outbox {
 }
 
 impl OutputSink for Outbox {
+    fn on_prompt_token(&mut self, request: RequestId, token: &PromptToken<'_>) {
+        let Some(id) = self.of_request.get(&request).copied() else { return };
+        if let Some(reply) = self.replies.get_mut(&id) {
+            reply.push_prompt(prompt_of(id, request), token);
+        }
+    }
+
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
         let id = *self.of_request.get(&seq.request)?;
         let reply = self.replies.get_mut(&id)?;

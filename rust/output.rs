@@ -2,7 +2,7 @@
 //! commit, and what becomes of them on their way to a client.
 
 use crate::plan::TokenLogprobs;
-use crate::request::{Progress, SeqRef};
+use crate::request::{Progress, RequestId, SeqRef};
 
 /// Why a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -164,9 +164,24 @@ pub struct SampledToken<'a> {
     pub finish: Option<FinishReason>,
 }
 
+/// One token of a prompt whose log probabilities were asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct PromptToken<'a> {
+    /// Its id.
+    pub id: u32,
+    /// Its place in the prompt, from 1: nothing comes before the first token.
+    pub place: u32,
+    /// Its log probabilities, given all before it.
+    pub logprobs: TokenLogprobs<'a>,
+}
+
 /// Receives what a commit brings. The owner of the text implements it: it detokenises and knows the
 /// stop strings.
 pub trait OutputSink {
+    /// Log probabilities of a prompt token, where they were asked for: each once, in order, all of
+    /// them before the request's first output token.
+    fn on_prompt_token(&mut self, request: RequestId, token: &PromptToken<'_>);
+
     /// A token was added to a sequence. Returns the index in `stop` of a stop string that the text
     /// now holds; the sequence then ends with [`FinishReason::StopString`], whatever `token.finish`
     /// says.

@@ -15,10 +15,10 @@ mod capacity;
 mod result;
 pub mod words;
 
-use words::{bias, block, copy, enter, penalty, row, HEADER, NONE, SECTION_ALIGNMENT};
+use words::{bias, block, copy, enter, penalty, row, target, HEADER, NONE, SECTION_ALIGNMENT};
 
 pub use capacity::PlanCapacity;
-pub use result::{ResultLayout, ResultWriter, RowResult, TokenLogprobs};
+pub use result::{ResultLayout, ResultWriter, RowResult, TargetLayout, TokenLogprobs};
 pub use words::{
     PlanInfo, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL, ROW_SAMPLE, STATUS_MASKED, STATUS_NAN,
     STATUS_NO_TOKEN, STATUS_OK,
@@ -98,6 +98,14 @@ impl PlanInfo {
             top: self.max_logprobs.map(|top| top as usize),
         }
     }
+
+    /// Where the results of the prompt targets lie.
+    pub fn target_layout(&self) -> TargetLayout {
+        TargetLayout {
+            start: self.result_layout().bytes(self.padded_rows as usize),
+            top: self.max_prompt_logprobs.unwrap_or(0) as usize,
+        }
+    }
 }
 
 fn align(bytes: usize) -> usize {
@@ -115,6 +123,7 @@ pub struct PlanWriter {
     bias: Vec<[u32; bias::WORDS]>,
     drafts: Vec<u32>,
     penalty_tokens: Vec<[u32; penalty::WORDS]>,
+    prompt_targets: Vec<[u32; target::WORDS]>,
 }
 
 impl PlanWriter {
@@ -128,6 +137,7 @@ impl PlanWriter {
         self.bias.clear();
         self.drafts.clear();
         self.penalty_tokens.clear();
+        self.prompt_targets.clear();
     }
 
     /// Appends a row; decodes come first.
@@ -221,6 +231,19 @@ impl PlanWriter {
         self.penalty_tokens.len() as u32
     }
 
+    /// Appends a prompt token whose log probabilities are wanted, behind the token at `place` among
+    /// the step's tokens.
+    pub fn push_prompt_target(&mut self, place: u32, token: u32) {
+        let mut words = [0; target::WORDS];
+        (words[target::PLACE], words[target::TARGET]) = (place, token);
+        self.prompt_targets.push(words);
+    }
+
+    /// Records of `prompt_targets` so far.
+    pub fn num_prompt_targets(&self) -> u32 {
+        self.prompt_targets.len() as u32
+    }
+
     /// Lays header and sections out in `buffer` and completes `info` (counts of sections, offsets,
     /// bytes, result width).
     ///
@@ -235,6 +258,7 @@ impl PlanWriter {
         info.num_bias = self.bias.len() as u32;
         info.num_drafts = self.drafts.len() as u32;
         info.num_penalty_tokens = self.penalty_tokens.len() as u32;
+        info.num_prompt_targets = self.prompt_targets.len() as u32;
         info.result_width = info.result_layout().width() as u32;
 
         let mut end = align(HEADER.len() * 4);
@@ -251,6 +275,7 @@ impl PlanWriter {
         info.bias_offset = place(self.bias.len() * bias::WORDS);
         info.drafts_offset = place(self.drafts.len());
         info.penalty_tokens_offset = place(self.penalty_tokens.len() * penalty::WORDS);
+        info.prompt_targets_offset = place(self.prompt_targets.len() * target::WORDS);
         info.num_bytes = end as u32;
         if buffer.len() < end {
             return Err(Error::BufferTooSmall { what: "plan", len: buffer.len(), needed: end });
@@ -264,6 +289,7 @@ impl PlanWriter {
         put(buffer, info.bias_offset, self.bias.as_flattened());
         put(buffer, info.drafts_offset, &self.drafts);
         put(buffer, info.penalty_tokens_offset, self.penalty_tokens.as_flattened());
+        put(buffer, info.prompt_targets_offset, self.prompt_targets.as_flattened());
         Ok(())
     }
 }
@@ -363,6 +389,12 @@ impl<'a> PlanView<'a> {
         records::<{ penalty::WORDS }>(self.bytes, self.info.penalty_tokens_offset, self.info.num_penalty_tokens)
             .map(|w| (w[penalty::TOKEN], w[penalty::SEEN] / 2, w[penalty::SEEN] % 2 == 1))
     }
+
+    /// Prompt tokens whose log probabilities are wanted: (place of the token before, token).
+    pub fn prompt_targets(&self) -> impl Iterator<Item = (u32, u32)> + 'a {
+        records::<{ target::WORDS }>(self.bytes, self.info.prompt_targets_offset, self.info.num_prompt_targets)
+            .map(|w| (w[target::PLACE], w[target::TARGET]))
+    }
 }
 
 fn records<const N: usize>(bytes: &[u8], offset: u32, count: u32) -> impl Iterator<Item = [u32; N]> + '_ {
@@ -412,6 +444,7 @@ mod tests {
         writer.push_drafts(&[30, 31]);
         writer.push_penalty_token(10, 0, true);
         writer.push_penalty_token(5, 2, false);
+        writer.push_prompt_target(3, 14);
         let mut info = PlanInfo { step_id: 1 << 40 | 7, decode_query_len: 1, all_greedy: true, ..PlanInfo::default() };
         let mut buffer = vec![0xee; 1024];
         writer.finish(&mut buffer, &mut info).expect("it fits");
@@ -420,7 +453,8 @@ mod tests {
         let words = |offset, count| (0..count).map(|i| at(offset, i)).collect::<Vec<_>>();
         assert_eq!(words(0, 8), [7, 1 << 8, 0, 1, 0, 0, 1, 0]);
         assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
-        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (128, at(0, 17), at(0, 22)));
+        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (144, at(0, 17), at(0, 22)));
+        assert_eq!(words(32 * 4, 3), [u32::MAX, 1, info.prompt_targets_offset]);
         assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, u32::MAX, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
         assert_eq!(words(info.blocks_offset, 4), [1, 3, 7, 9]);
@@ -429,6 +463,7 @@ mod tests {
         assert_eq!(words(info.copies_offset, 2), [4, 9]);
         assert_eq!(words(info.bias_offset, 2), [8, 0xff80_0000]);
         assert_eq!(words(info.penalty_tokens_offset, 4), [10, 1, 5, 4]);
+        assert_eq!(words(info.prompt_targets_offset, 2), [3, 14]);
         let offsets = [info.rows_offset, info.blocks_offset, info.enters_offset, info.bias_offset, info.num_bytes];
         assert!(offsets.iter().all(|offset| offset % 16 == 0));
 
@@ -439,6 +474,7 @@ mod tests {
         assert_eq!(view.penalty_tokens().collect::<Vec<_>>(), [(10, 0, true), (5, 2, false)]);
         assert_eq!(view.bias().collect::<Vec<_>>(), [(8, f32::NEG_INFINITY)]);
         assert_eq!(view.drafts().collect::<Vec<_>>(), [30, 31]);
+        assert_eq!(view.prompt_targets().collect::<Vec<_>>(), [(3, 14)]);
     }
 
     #[test]

@@ -36,6 +36,9 @@ pub(crate) struct Request {
     /// Of the request of a call that stands in the queue: those that come after it, one by one. Some
     /// may be gone.
     pub behind: VecDeque<RequestId>,
+    /// Where log probabilities of the prompt are wanted: tokens, its first included, of which they
+    /// have been told or are in flight.
+    pub prompt_asked: u32,
     pub progress: Progress,
 }
 
@@ -109,6 +112,7 @@ pub struct SamplingOptions {
     pub skip_special_tokens: bool,
     pub detokenize: bool,
     pub logprobs: Option<i64>,
+    pub prompt_logprobs: Option<i64>,
     pub logit_bias: Vec<(i64, f64)>,
 }
 
@@ -134,6 +138,7 @@ impl Default for SamplingOptions {
             skip_special_tokens: true,
             detokenize: true,
             logprobs: None,
+            prompt_logprobs: None,
             logit_bias: Vec::new(),
         }
     }
@@ -184,6 +189,8 @@ pub struct SamplingParams {
     pub detokenize: bool,
     /// None: no log probabilities; else those of the sampled token and of this many top ones.
     pub logprobs: Option<u32>,
+    /// The same of each prompt token but the first, which nothing comes before.
+    pub prompt_logprobs: Option<u32>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
 }
@@ -264,10 +271,8 @@ impl SamplingParams {
             include_stop_str_in_output: options.include_stop_str_in_output,
             skip_special_tokens: options.skip_special_tokens,
             detokenize: options.detokenize,
-            logprobs: match options.logprobs {
-                Some(value) => Some(integer("logprobs", value, 0, i64::from(MAX_LOGPROBS))?),
-                None => None,
-            },
+            logprobs: num_logprobs("logprobs", options.logprobs)?,
+            prompt_logprobs: num_logprobs("prompt_logprobs", options.prompt_logprobs)?,
             logit_bias,
         })
     }
@@ -307,6 +312,10 @@ fn integer(field: &'static str, value: i64, least: i64, most: i64) -> Result<u32
     } else {
         Err(Error::invalid(field, value, format!("from {least} to {most}")))
     }
+}
+
+fn num_logprobs(field: &'static str, value: Option<i64>) -> Result<Option<u32>, Error> {
+    value.map(|value| integer(field, value, 0, i64::from(MAX_LOGPROBS))).transpose()
 }
 
 fn number(field: &'static str, value: f64, least: f64, most: f64) -> Result<f32, Error> {
@@ -360,6 +369,8 @@ mod tests {
             ("stop_token_ids", SamplingOptions { stop_token_ids: vec![-1], ..options() }),
             ("stop_token_ids", SamplingOptions { stop_token_ids: vec![1; 100_000], ..options() }),
             ("logprobs", SamplingOptions { logprobs: Some(21), ..options() }),
+            ("prompt_logprobs", SamplingOptions { prompt_logprobs: Some(-1), ..options() }),
+            ("prompt_logprobs", SamplingOptions { prompt_logprobs: Some(21), ..options() }),
             ("logit_bias", SamplingOptions { logit_bias: vec![(0, 100.5)], ..options() }),
             ("logit_bias", SamplingOptions { logit_bias: vec![(0, 1.0); 1025], ..options() }),
         ] {

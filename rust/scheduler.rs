@@ -18,7 +18,7 @@ use rustc_hash::FxHashMap;
 use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
 use crate::kv_cache::KvCache;
-use crate::plan::{PlanCapacity, PlanWriter, ResultLayout};
+use crate::plan::{PlanCapacity, PlanWriter, ResultLayout, TargetLayout};
 use crate::policy::{Order, WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
@@ -99,6 +99,16 @@ pub struct Stats {
     pub prefix_cache_hits: u64,
 }
 
+/// Prompt tokens of which a row of a step in flight brings log probabilities.
+#[derive(Debug, Clone, Copy, Default)]
+struct Targets {
+    /// Of the first, among those of the step.
+    record: u32,
+    /// Its place in the prompt.
+    first: u32,
+    len: u32,
+}
+
 /// One row of a step in flight.
 #[derive(Debug, Clone, Copy)]
 struct StepRow {
@@ -107,6 +117,7 @@ struct StepRow {
     run: u32,
     len: u32,
     num_drafts: u32,
+    targets: Targets,
     prefill: bool,
     sample: bool,
 }
@@ -121,7 +132,9 @@ struct Step {
     decode_tokens: u32,
     rows: Vec<StepRow>,
     layout: Option<ResultLayout>,
-    /// Records of its result, padding included.
+    targets: TargetLayout,
+    num_targets: usize,
+    /// Its rows' records of the result, padding included.
     num_records: usize,
     /// Decode rows, without and with the padding rows that stand between them and the prefill rows.
     num_decodes: usize,

@@ -53,6 +53,9 @@ class Plan(NamedTuple):
     bias_offset: int
     drafts_offset: int
     penalty_tokens_offset: int
+    max_prompt_logprobs: int  # most top tokens that a request asks for its prompt; -1 where there are no targets
+    num_prompt_targets: int
+    prompt_targets_offset: int
 
     @classmethod
     def read(cls, plan: npt.NDArray[np.uint8]) -> Plan:
@@ -68,6 +71,16 @@ class Plan(NamedTuple):
     def num_prefills(self) -> int:
         """Prefill rows, padding included."""
         return self.padded_rows - self.padded_decodes
+
+    @property
+    def target_width(self) -> int:
+        """Words of the result record of one prompt target."""
+        return TARGET_RESULT_TOP + 2 * self.max_prompt_logprobs
+
+    @property
+    def result_words(self) -> int:
+        """Words of the whole result: rows, then prompt targets."""
+        return self.padded_rows * self.result_width + self.num_prompt_targets * self.target_width
 
 
 HEADER_BYTES = 4 * len(Plan._fields)
@@ -106,10 +119,11 @@ ENTER_WORDS = 16
     ENTER_UNUSED,
 ) = range(ENTER_WORDS)
 
-PAIR_WORDS = 2  # of one record of `copies`, `bias` or `penalty_tokens`
+PAIR_WORDS = 2  # of one record of `copies`, `bias`, `penalty_tokens` or `prompt_targets`
 COPY_SOURCE, COPY_DESTINATION = range(PAIR_WORDS)
 BIAS_TOKEN, BIAS_VALUE = range(PAIR_WORDS)
 PENALTY_TOKEN, PENALTY_SEEN = range(PAIR_WORDS)
+TARGET_PLACE, TARGET_TARGET = range(PAIR_WORDS)
 
 STATUS_OK = 0
 STATUS_NAN = 1  # NaN or +inf in the row's logits: nothing is drawn
@@ -117,6 +131,7 @@ STATUS_MASKED = 2  # every token is at -inf: nothing is drawn
 STATUS_NO_TOKEN = 3  # the row asked for no token
 
 RESULT_STATUS, RESULT_NUM_VALID, RESULT_TOKENS = range(3)
+TARGET_RESULT_LOGPROB, TARGET_RESULT_RANK, TARGET_RESULT_TOP = range(3)
 
 GREEDY_TEMPERATURE = 1e-5  # below it the highest logit wins, as in vLLM
 

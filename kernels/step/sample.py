@@ -1,7 +1,7 @@
 """`sample` in Triton: one pass over the logits, then one program a row that chooses, accepts drafts
 and advances the state.
 
-Pass 1, `_scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and
+Pass 1, `scan_kernel`, one program a tile of `TILE` tokens: processes the tile (`logits.py`) and
 keeps the peak and the mass of every group of `GROUP` tokens, in which a sick number becomes NaN.
 Pass 2, `_choose_kernel`, one program a row: the first step of a draw needs those figures only, the
 second reads one group again, the filters (`filters.py`) some. A batch that is greedy throughout
@@ -70,9 +70,9 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Planes of the per-tile figures [planes, num_logits, tiles], and of the per-group ones [planes,
 # num_logits, subs].
-_BEST, _RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(3))
-_BEST_ID, _SICK = (tl.constexpr(plane) for plane in range(2))
-_PEAK, _MASS, _RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
+_BEST, RAW_PEAK, _RAW_MASS = (tl.constexpr(plane) for plane in range(3))
+_BEST_ID, SICK = (tl.constexpr(plane) for plane in range(2))
+_PEAK, _MASS, RAW_SUB_PEAK = (tl.constexpr(plane) for plane in range(3))
 
 
 def sample(
@@ -101,7 +101,7 @@ def sample(
     counts = words if state.penalty_counts is None else state.penalty_counts
     mask_width = 0 if masks is None else masks.stride(0)
     masks = words if masks is None else masks
-    _scan_kernel[(tiles, num_logits)](
+    scan_kernel[(tiles, num_logits)](
         logits, tile_floats, tile_ints, groups, words, inputs.sample_rows, state.records, counts, masks,
         rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits.stride(0), mask_width,
         GREEDY=greedy, WITH_LOGPROBS=with_logprobs, TILE=TILE, SUB=SUB, PDL=pdl,
@@ -121,7 +121,7 @@ def sample(
         launch_pdl=pdl,
     )  # fmt: skip
     if with_logprobs:
-        raw_peaks, raw_tiles = groups[_RAW_SUB_PEAK.value], tile_floats[_RAW_PEAK.value :]
+        raw_peaks, raw_tiles = groups[RAW_SUB_PEAK.value], tile_floats[RAW_PEAK.value :]
         write_logprobs(
             logits, raw_peaks, raw_tiles, words, plan, vocab, result, tile=TILE, sub=SUB,
         )  # fmt: skip
@@ -139,7 +139,7 @@ def sample_peak_rehearsal(logits: Tensor) -> None:
 
 
 @triton.jit(do_not_specialize=["rows_at", "drafts_at", "bias_at", "num_decodes", "length", "num_logits"])
-def _scan_kernel(
+def scan_kernel(
     logits_ptr, tile_floats_ptr, tile_ints_ptr, groups_ptr, words_ptr, sample_rows_ptr, records_ptr, counts_ptr,
     masks_ptr,
     rows_at, drafts_at, bias_at, num_decodes, length, num_logits, vocab, logits_stride, mask_width,
@@ -166,13 +166,13 @@ def _scan_kernel(
     if WITH_LOGPROBS:
         raw_peak = tl.max(raw, 0)
         raw_mass = tl.sum(tl.exp(raw - tl.maximum(raw_peak, _LOWEST)), 0)
-        tl.store(tile_floats_ptr + _RAW_PEAK * plane + at, raw_peak)
+        tl.store(tile_floats_ptr + RAW_PEAK * plane + at, raw_peak)
         tl.store(tile_floats_ptr + _RAW_MASS * plane + at, raw_mass)
         raw_peaks = tl.max(tl.reshape(raw, [SUBS_OF_TILE, SUB]), 1)
-        tl.store(groups_ptr + _RAW_SUB_PEAK * plane * SUBS_OF_TILE + sub, raw_peaks)
+        tl.store(groups_ptr + RAW_SUB_PEAK * plane * SUBS_OF_TILE + sub, raw_peaks)
 
     if GREEDY:
-        tl.store(tile_ints_ptr + _SICK * plane + at, tl.max(sick.to(tl.int32), 0))
+        tl.store(tile_ints_ptr + SICK * plane + at, tl.max(sick.to(tl.int32), 0))
         best = tl.max(raw, 0)
         token = tl.min(tl.where(raw == best, ids, _NO_TOKEN), 0)
         tl.store(tile_floats_ptr + _BEST * plane + at, best)
@@ -242,7 +242,7 @@ def _choose_kernel(
             at = index * tiles + tile_lane
             tile_bests = tl.load(tile_floats_ptr + _BEST * plane + at, mask=in_tiles, other=-float("inf"))
             tile_tokens = tl.load(tile_ints_ptr + _BEST_ID * plane + at, mask=in_tiles, other=_NO_TOKEN)
-            sick = tl.max(tl.load(tile_ints_ptr + _SICK * plane + at, mask=in_tiles, other=0), 0) != 0
+            sick = tl.max(tl.load(tile_ints_ptr + SICK * plane + at, mask=in_tiles, other=0), 0) != 0
             peak = tl.max(tile_bests, 0)
             token = tl.min(tl.where(tile_bests == peak, tile_tokens, _NO_TOKEN), 0)
         else:

@@ -215,6 +215,7 @@ class SamplingParams:
         skip_special_tokens: bool = True,
         detokenize: bool = True,
         logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         logit_bias: Sequence[tuple[int, float]] = ...,
     ) -> SamplingParams:
         """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
@@ -353,6 +354,11 @@ class ChoiceDelta:
         1).
         """
     @property
+    def prompt_logprobs(self) -> list[list[tuple[int, float, int]]] | None:
+        """With the choice's first delta, where they were asked for: of each token of the prompt but
+        the first, as in `logprobs`. Made when it is read.
+        """
+    @property
     def finish_reason(self) -> str | None:
         """None, "stop", "length", "abort" or "error"."""
     @property
@@ -432,7 +438,9 @@ class ReplyDelta:
         """
     @property
     def is_long(self) -> bool:
-        """Whether `write` may take longer than an event loop should wait."""
+        """Whether `write`, or reading the log probabilities of its choices, may take longer than an
+        event loop should wait.
+        """
     def write(self) -> bytes:
         """The bytes for the client: events of a stream, or the whole answer at its end. Empty
         without a `ReplyFormat`, and for a whole answer that failed. Runs detached where it is long.

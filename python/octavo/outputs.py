@@ -69,6 +69,10 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    """One entry a token of the prompt, by token id: the token itself first, then the likeliest ones.
+    None for the first token, which nothing comes before. There from the first output token on.
+    """
     num_cached_tokens: int = 0
     """Tokens of the prompt whose KV blocks came from the prefix cache."""
     metrics: RequestMetrics | None = None

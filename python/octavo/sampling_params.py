@@ -76,6 +76,10 @@ class SamplingParams:
     """Log-probabilities of the drawn token and of this many of the likeliest ones; 0: the drawn one
     only.
     """
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first. All of the prompt is computed then, whatever
+    the prefix cache holds.
+    """
     detokenize: bool = True
     """Make text; without it only token ids come out and `stop` cannot be used."""
     skip_special_tokens: bool = True
@@ -93,7 +97,7 @@ class SamplingParams:
         """What Rust could not name: a wrong type, or an integer that 64 bits do not hold."""
         for name in ("n", "top_k", "min_tokens"):
             _check_integer(name, getattr(self, name))
-        for name in ("seed", "max_tokens", "logprobs"):
+        for name in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_integer(name, getattr(self, name))
         for name in (
@@ -178,5 +182,6 @@ class SamplingParams:
             skip_special_tokens=self.skip_special_tokens,
             detokenize=self.detokenize,
             logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
             logit_bias=tuple((self.logit_bias or {}).items()),
         )

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::prompt::{entries_of, PromptLogprobs};
 use crate::output::{Finish, FinishReason, SampledToken, Token, TokenLogprob};
 use crate::protocol::Delta;
 use crate::request::SamplingParams;
@@ -26,6 +27,8 @@ pub struct ChoiceDelta {
     pub logprobs: Vec<Vec<TokenLogprob>>,
     /// Set once, with the last delta.
     pub finish: Option<Finish>,
+    /// Those of its prompt, where they were asked for; with the first delta.
+    pub prompt: Option<Arc<PromptLogprobs>>,
 }
 
 impl ChoiceDelta {
@@ -188,9 +191,7 @@ impl Choice {
         self.progress.num_tokens += 1;
         self.progress.last_token = now;
         if let Some(logprobs) = token.logprobs {
-            let drawn = TokenLogprob { token: token.id, logprob: logprobs.logprob(), rank: logprobs.rank() };
-            let top = (1..).zip(logprobs.top()).map(|(rank, (token, logprob))| TokenLogprob { token, logprob, rank });
-            self.pending.logprobs.push(std::iter::once(drawn).chain(top).collect());
+            self.pending.logprobs.push(entries_of(token.id, &logprobs).collect());
         }
         let text_offset = self.text_chars;
         let ends_by_id = matches!(token.finish, Some(FinishReason::Eos | FinishReason::StopToken(_)));

@@ -3,13 +3,14 @@
 use std::sync::Arc;
 
 use super::choice::{Choice, ChoiceDelta, ChoiceProgress, TokenGap};
-use crate::output::{Failure, FinishReason, SampledToken};
+use super::prompt::PromptLogprobs;
+use crate::output::{Failure, FinishReason, PromptToken, SampledToken};
 use crate::protocol::{Delta, ReplyFormat, Usage};
 use crate::request::{Progress, SamplingParams};
 use crate::text::Tokenizer;
 
-/// Writing more log probabilities than this takes long enough, about 0.2 ms, to be done off the
-/// event loop.
+/// Writing more log probabilities than this, or handing them to Python, takes long enough, about
+/// 0.2 ms, to be done off the event loop.
 const LONG: usize = 2048;
 
 /// Where one request, which is one prompt with its choices, stands.
@@ -95,10 +96,12 @@ impl ReplyDelta {
         self.writer.is_some()
     }
 
-    /// Whether [`Self::write`] takes so long that an event loop should not wait for it.
+    /// Whether [`Self::write`], or reading what it holds, takes so long that an event loop should not
+    /// wait for it.
     pub fn is_long(&self) -> bool {
-        let entries = |choice: &ChoiceDelta| choice.logprobs.iter().map(Vec::len).sum::<usize>();
-        self.writer.is_some() && self.choices.iter().map(entries).sum::<usize>() > LONG
+        let of_prompt = |choice: &ChoiceDelta| choice.prompt.as_ref().map_or(0, |prompt| prompt.len());
+        let entries = |choice: &ChoiceDelta| choice.logprobs.iter().map(Vec::len).sum::<usize>() + of_prompt(choice);
+        self.choices.iter().map(entries).sum::<usize>() > LONG
     }
 }
 
@@ -110,6 +113,9 @@ struct Request {
     has_news: bool,
     /// Its first token was taken.
     began: bool,
+    /// Log probabilities of its prompt while they come, and all of them.
+    gathering: Option<PromptLogprobs>,
+    prompt: Option<Arc<PromptLogprobs>>,
 }
 
 /// The outgoing side of one call.
@@ -143,7 +149,10 @@ impl Reply {
             (0..).zip(numbered).map(|(index, prompt)| Choice::new(index, params, prompt, tokenizer)).collect();
         let waiting = |prompt: &Arc<[u32]>| {
             let progress = Progress { num_prompt_tokens: prompt.len() as u32, added: now, ..Progress::default() };
-            Request { progress, has_news: false, began: false }
+            let gathering = params.prompt_logprobs.map(|top| PromptLogprobs::new(prompt, top));
+            let mut request = Request { progress, has_news: false, began: false, gathering, prompt: None };
+            request.keep_whole_prompt();
+            request
         };
         Self {
             format,
@@ -154,6 +163,15 @@ impl Reply {
             opened: false,
             in_news: false,
             failure: None,
+        }
+    }
+
+    /// A prompt's token got its log probabilities.
+    pub(super) fn push_prompt(&mut self, prompt: usize, token: &PromptToken<'_>) {
+        let request = &mut self.requests[prompt];
+        if let Some(gathering) = &mut request.gathering {
+            gathering.push(token);
+            request.keep_whole_prompt();
         }
     }
 
@@ -211,8 +229,11 @@ impl Reply {
     /// Everything it gained since the last call.
     pub(super) fn take(&mut self, tokenizer: Option<&Arc<Tokenizer>>) -> ReplyDelta {
         let finished = self.finished();
-        let choices =
+        let mut choices: Vec<ChoiceDelta> =
             if self.has_news() { self.choices.iter_mut().filter_map(Choice::take).collect() } else { Vec::new() };
+        for choice in choices.iter_mut().filter(|choice| choice.first) {
+            choice.prompt.clone_from(&self.requests[choice.index as usize / self.choices_each].prompt);
+        }
         let token_gaps = self.choices.iter_mut().flat_map(Choice::take_gaps).collect();
         let requests = (0..self.requests.len()).filter_map(|prompt| self.take_progress(prompt)).collect();
         let writer = self.format.clone().map(|format| Writer {
@@ -251,6 +272,13 @@ impl Reply {
 }
 
 impl Request {
+    /// All log probabilities of the prompt may have come.
+    fn keep_whole_prompt(&mut self) {
+        if self.gathering.as_ref().is_some_and(PromptLogprobs::is_complete) {
+            self.prompt = self.gathering.take().map(Arc::new);
+        }
+    }
+
     fn gain(&mut self, progress: &Progress) {
         self.progress = *progress;
         self.has_news = true;

@@ -1,8 +1,8 @@
 //! How large the plans and results of one configuration can become: the size of the buffers that
 //! cross the boundary.
 
-use super::words::{bias, block, copy, enter, penalty, row, HEADER};
-use super::{align, ResultLayout};
+use super::words::{bias, block, copy, enter, penalty, row, target, HEADER};
+use super::{align, ResultLayout, TargetLayout};
 use crate::config::CoreConfig;
 use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
 
@@ -27,6 +27,8 @@ pub struct PlanCapacity {
     pub drafts: usize,
     /// Records of `penalty_tokens`.
     pub penalty_tokens: usize,
+    /// Records of `prompt_targets`: each is of a token of the step.
+    pub prompt_targets: usize,
 }
 
 impl PlanCapacity {
@@ -51,6 +53,7 @@ impl PlanCapacity {
             bias: rows * (MAX_LOGIT_BIAS + MAX_STOP_TOKENS + config.eos_token_ids.len()),
             drafts: rows * config.num_draft_tokens as usize,
             penalty_tokens: config.vocab_size.min(config.max_model_len) as usize + tokens,
+            prompt_targets: tokens,
         }
     }
 
@@ -66,13 +69,15 @@ impl PlanCapacity {
             self.bias * bias::WORDS,
             self.drafts,
             self.penalty_tokens * penalty::WORDS,
+            self.prompt_targets * target::WORDS,
         ];
         sections.iter().map(|words| align(words * 4)).sum()
     }
 
     /// Bytes of the largest result.
     pub fn result_bytes(&self, num_draft_tokens: u32) -> usize {
-        let layout = ResultLayout { query_len: 1 + num_draft_tokens as usize, top: Some(MAX_LOGPROBS as usize) };
-        self.rows * layout.width() * 4
+        let top = MAX_LOGPROBS as usize;
+        let layout = ResultLayout { query_len: 1 + num_draft_tokens as usize, top: Some(top) };
+        TargetLayout { start: layout.bytes(self.rows), top }.end(self.prompt_targets)
     }
 }

@@ -1,7 +1,9 @@
-//! The result of a step: one record a row, in row order. `docs/plan.md` has its words.
+//! The result of a step: one record a row, in row order, then one a prompt target. `docs/plan.md` has
+//! their words.
 
 use super::word;
 use super::words::result::{NUM_VALID, STATUS, TOKENS};
+use super::words::target_result::{LOGPROB, RANK, TOP};
 
 /// Where the parts of one result record lie, in words: status, number valid, tokens, then log
 /// probabilities.
@@ -58,44 +60,82 @@ impl<'a> RowResult<'a> {
 
     /// Log probabilities of the token at `index`, where the step has any.
     pub fn logprobs(&self, index: usize) -> Option<TokenLogprobs<'a>> {
-        self.layout.top.map(|_| TokenLogprobs { layout: self.layout, record: self.record, index, wanted: usize::MAX })
+        let length = self.layout.query_len;
+        self.layout.top.map(|top| {
+            let ids = TOKENS + 3 * length + index * top;
+            TokenLogprobs {
+                record: self.record,
+                logprob: TOKENS + length + index,
+                rank: TOKENS + 2 * length + index,
+                ids,
+                values: ids + length * top,
+                top,
+            }
+        })
+    }
+}
+
+/// Where the results of a step's prompt targets lie: records behind those of the rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct TargetLayout {
+    /// Bytes before the first.
+    pub start: usize,
+    /// Top log probabilities of each.
+    pub top: usize,
+}
+
+impl TargetLayout {
+    fn record_bytes(self) -> usize {
+        (TOP + 2 * self.top) * 4
+    }
+
+    /// Bytes of a result with so many targets, the rows' records included.
+    pub fn end(self, targets: usize) -> usize {
+        self.start + targets * self.record_bytes()
+    }
+
+    /// Log probabilities of one target. Panics where `result` is shorter than [`Self::end`] of more
+    /// than `index` targets.
+    pub fn logprobs(self, result: &[u8], index: usize) -> TokenLogprobs<'_> {
+        let record = &result[self.end(index)..self.end(index + 1)];
+        TokenLogprobs { record, logprob: LOGPROB, rank: RANK, ids: TOP, values: TOP + self.top, top: self.top }
     }
 }
 
 /// Log probabilities of one token: its own, and the top ones.
 #[derive(Debug, Clone, Copy)]
 pub struct TokenLogprobs<'a> {
-    layout: ResultLayout,
     record: &'a [u8],
-    index: usize,
-    wanted: usize,
+    /// Where its own stand, and the first of the top ones, in words.
+    logprob: usize,
+    rank: usize,
+    ids: usize,
+    values: usize,
+    top: usize,
 }
 
 impl<'a> TokenLogprobs<'a> {
     /// The same, with at most `wanted` top entries: a row may ask for fewer than the step's
-    /// `max_logprobs`.
+    /// most.
     #[must_use]
     pub fn limited(self, wanted: u32) -> Self {
-        Self { wanted: wanted as usize, ..self }
+        Self { top: self.top.min(wanted as usize), ..self }
     }
 
     /// Log probability of the token itself.
     pub fn logprob(&self) -> f32 {
-        f32::from_bits(word(self.record, TOKENS + self.layout.query_len + self.index))
+        f32::from_bits(word(self.record, self.logprob))
     }
 
     /// Its rank in the whole vocabulary, from 1.
     pub fn rank(&self) -> u32 {
-        word(self.record, TOKENS + 2 * self.layout.query_len + self.index)
+        word(self.record, self.rank)
     }
 
     /// The likeliest tokens and their log probabilities, best first.
     pub fn top(&self) -> impl ExactSizeIterator<Item = (u32, f32)> + 'a {
-        let top = self.layout.top.unwrap_or(0);
-        let ids = TOKENS + 3 * self.layout.query_len + self.index * top;
-        let values = ids + self.layout.query_len * top;
-        let record = self.record;
-        (0..top.min(self.wanted)).map(move |i| (word(record, ids + i), f32::from_bits(word(record, values + i))))
+        let Self { record, ids, values, .. } = *self;
+        (0..self.top).map(move |i| (word(record, ids + i), f32::from_bits(word(record, values + i))))
     }
 }
 
@@ -165,5 +205,18 @@ mod tests {
         let logprobs = row.logprobs(1).expect("the layout has them").limited(2);
         assert_eq!((logprobs.logprob(), logprobs.rank()), (-0.5, 2));
         assert_eq!(logprobs.top().collect::<Vec<_>>(), [(9, -0.25), (8, -0.5)]);
+    }
+
+    #[test]
+    fn prompt_targets_have_records_behind_the_rows() {
+        let layout = TargetLayout { start: 8, top: 2 };
+        let value = |number: f32| number.to_bits();
+        let words = [7, 7, 7, 7, 7, 7, 7, 7, value(-2.5), 4, 11, 12, value(-0.5), value(-0.75)];
+        let result: Vec<u8> = words.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        assert_eq!(layout.end(2), result.len());
+        let logprobs = layout.logprobs(&result, 1);
+        assert_eq!((logprobs.logprob(), logprobs.rank()), (-2.5, 4));
+        assert_eq!(logprobs.top().collect::<Vec<_>>(), [(11, -0.5), (12, -0.75)]);
+        assert_eq!(logprobs.limited(1).top().len(), 1);
     }
 }

@@ -5,7 +5,8 @@
 
 /// Bytes at whose multiples sections begin.
 pub const SECTION_ALIGNMENT: usize = 16;
-/// Stands for "none" in `mask_row`, `num_logprobs` and `max_logprobs`: -1 as a signed word.
+/// Stands for "none" in `mask_row`, `num_logprobs`, `max_logprobs` and `max_prompt_logprobs`: -1 as a
+/// signed word.
 pub const NONE: u32 = u32::MAX;
 
 /// What a word of the header can hold.
@@ -125,6 +126,11 @@ header! {
     bias_offset: u32,
     drafts_offset: u32,
     penalty_tokens_offset: u32,
+    /// Most top log probabilities that a request asks for its prompt, of those with a target in this
+    /// step; None where there is no target.
+    max_prompt_logprobs: Option<u32>,
+    num_prompt_targets: u32,
+    prompt_targets_offset: u32,
 }
 
 /// Makes the words of one kind of record: their names in order, and the place of each.
@@ -169,6 +175,14 @@ record! {
 record! {
     /// One token that the penalties must know.
     penalty: TOKEN, SEEN
+}
+record! {
+    /// One prompt token whose log probabilities are wanted.
+    target: PLACE, TARGET
+}
+record! {
+    /// The start of the result of a prompt target: then come its top ids and their log probabilities.
+    target_result: LOGPROB, RANK, TOP
 }
 record! {
     /// The start of a row's result; from `TOKENS` on there are as many words as the layout says.

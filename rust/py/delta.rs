@@ -29,9 +29,13 @@ impl ChoiceDelta {
 
     #[getter]
     fn logprobs(&self) -> Option<Vec<Vec<(u32, f32, u32)>>> {
-        let position =
-            |tokens: &Vec<TokenLogprob>| tokens.iter().map(|token| (token.token, token.logprob, token.rank)).collect();
-        (!self.0.logprobs.is_empty()).then(|| self.0.logprobs.iter().map(position).collect())
+        (!self.0.logprobs.is_empty()).then(|| self.0.logprobs.iter().map(|tokens| entries(tokens)).collect())
+    }
+
+    /// Made when it is read: a prompt may have thousands of tokens.
+    #[getter]
+    fn prompt_logprobs(&self) -> Option<Vec<Vec<(u32, f32, u32)>>> {
+        self.0.prompt.as_ref().map(|prompt| prompt.positions().map(entries).collect())
     }
 
     #[getter]
@@ -47,6 +51,11 @@ impl ChoiceDelta {
             None => None,
         })
     }
+}
+
+/// (token, log probability, rank) of each of a position's tokens.
+fn entries(tokens: &[TokenLogprob]) -> Vec<(u32, f32, u32)> {
+    tokens.iter().map(|token| (token.token, token.logprob, token.rank)).collect()
 }
 
 /// Where one request of a call stands.
@@ -117,6 +126,8 @@ impl Failure {
 pub struct ReplyDelta {
     /// Of a reply without a format; what else gained something is only written.
     choices: Vec<Py<ChoiceDelta>>,
+    #[pyo3(get)]
+    is_long: bool,
     delta: outbox::ReplyDelta,
 }
 
@@ -148,14 +159,9 @@ impl ReplyDelta {
         self.delta.failure.clone().map(Failure)
     }
 
-    #[getter]
-    fn is_long(&self) -> bool {
-        self.delta.is_long()
-    }
-
     /// What takes long is written detached; what does not would pay more for the GIL than it gains.
     fn write<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        let bytes = if self.delta.is_long() { py.detach(|| self.delta.write()) } else { self.delta.write() };
+        let bytes = if self.is_long { py.detach(|| self.delta.write()) } else { self.delta.write() };
         PyBytes::new(py, &bytes)
     }
 }
@@ -163,8 +169,9 @@ impl ReplyDelta {
 impl ReplyDelta {
     /// Hands what the outbox gave over to Python.
     pub(super) fn new(py: Python<'_>, mut delta: outbox::ReplyDelta) -> PyResult<Self> {
+        let is_long = delta.is_long();
         let choices = if delta.has_format() { Vec::new() } else { std::mem::take(&mut delta.choices) };
         let choices = choices.into_iter().map(|choice| Py::new(py, ChoiceDelta(choice))).collect::<PyResult<_>>()?;
-        Ok(Self { choices, delta })
+        Ok(Self { choices, is_long, delta })
     }
 }

@@ -14,7 +14,7 @@ impl SamplingParams {
     #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, max_tokens_is_default=false,
         min_tokens=0, ignore_eos=false, stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
-        detokenize=true, logprobs=None, logit_bias=vec![]))]
+        detokenize=true, logprobs=None, prompt_logprobs=None, logit_bias=vec![]))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         n: i64,
@@ -36,6 +36,7 @@ impl SamplingParams {
         skip_special_tokens: bool,
         detokenize: bool,
         logprobs: Option<i64>,
+        prompt_logprobs: Option<i64>,
         logit_bias: Vec<(i64, f64)>,
     ) -> PyResult<Self> {
         let options = SamplingOptions {
@@ -58,6 +59,7 @@ impl SamplingParams {
             skip_special_tokens,
             detokenize,
             logprobs,
+            prompt_logprobs,
             logit_bias,
         };
         Ok(Self(request::SamplingParams::new(options)?))

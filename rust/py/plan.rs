@@ -18,6 +18,8 @@ pub fn plan_format(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         ("copy", words::copy::NAMES),
         ("bias", words::bias::NAMES),
         ("penalty", words::penalty::NAMES),
+        ("target", words::target::NAMES),
+        ("target_result", words::target_result::NAMES),
         ("result", words::result::NAMES),
     ] {
         let places = PyDict::new(py);

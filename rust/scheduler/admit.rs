@@ -190,10 +190,14 @@ impl Scheduler {
         if !self.config.enable_prefix_caching {
             return Start::Cached(0);
         }
-        // The last token is computed in any case: its logits are needed.
+        // The last token is computed in any case: its logits are needed. So is every one whose logits
+        // give the log probabilities of a prompt token that has not been told.
         let block_size = self.config.block_size as usize;
         let sequence = &mut self.sequences[number];
-        let count = (sequence.known_len() as usize - 1) / block_size;
+        let asked = self.requests[sequence.request].prompt_asked;
+        let is_asked = sequence.traits.wants_prompt && asked < sequence.prompt.len() as u32;
+        let findable = if is_asked { asked } else { sequence.known_len() };
+        let count = (findable as usize - 1) / block_size;
         sequence.hash_blocks(&self.hasher, block_size, count, &mut self.token_scratch);
         Start::Cached(self.kv.find(&sequence.hashes[..count]))
     }

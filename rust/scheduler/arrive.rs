@@ -96,6 +96,7 @@ impl Scheduler {
             started: false,
             in_batch: false,
             behind: VecDeque::new(),
+            prompt_asked: 1,
             progress,
         });
         self.by_id.insert(id, request);

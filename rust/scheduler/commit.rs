@@ -1,9 +1,9 @@
 //! A step or a request ends: tokens are appended, stop rules applied, blocks registered and given
 //! back.
 
-use super::{Scheduler, Sequence, State, StepRow};
+use super::{Scheduler, Sequence, State, Step, StepRow};
 use crate::error::Error;
-use crate::output::{FinishReason, OutputSink, SampledToken, SequenceError};
+use crate::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use crate::plan::{RowResult, ROW_LOGPROBS, STATUS_MASKED, STATUS_NAN, STATUS_OK};
 use crate::request::RequestId;
 
@@ -18,7 +18,7 @@ impl Scheduler {
             return Err(Error::StepOrder { step_id, reason: "it is not the oldest step in flight" });
         };
         let layout = step.layout.expect("a step in flight has been written");
-        let needed = layout.bytes(step.num_records);
+        let needed = layout.bytes(step.num_records).max(step.targets.end(step.num_targets));
         if result.len() < needed {
             return Err(Error::BufferTooSmall { what: "result", len: result.len(), needed });
         }
@@ -27,7 +27,8 @@ impl Scheduler {
         self.fence(step.id);
         self.measure_step(step.id, step.planned_at, step.decode_tokens, step.decode_tokens > step.rows.len() as u32);
         for (index, row) in step.rows.iter().enumerate() {
-            self.commit_row(row, &layout.row(result, step.record_of(index)), sink);
+            let told = self.tell_prompt(&step, row, result, sink);
+            self.commit_row(row, &layout.row(result, step.record_of(index)), told, sink);
         }
         self.spare_steps.push(step);
         self.retire_failed();
@@ -117,20 +118,54 @@ impl Scheduler {
         }
     }
 
-    fn commit_row(&mut self, row: &StepRow, result: &RowResult<'_>, sink: &mut impl OutputSink) {
+    /// Tells the log probabilities of the prompt tokens that the row was asked for. Also where the
+    /// sequence was preempted meanwhile: nobody asks for them again.
+    fn tell_prompt(
+        &self,
+        step: &Step,
+        row: &StepRow,
+        result: &[u8],
+        sink: &mut impl OutputSink,
+    ) -> Result<(), SequenceError> {
+        let sequence = &self.sequences[row.sequence];
+        let Some(wanted) = sequence.params.prompt_logprobs.filter(|_| row.targets.len > 0) else { return Ok(()) };
+        if sequence.state == State::Finished {
+            return Ok(());
+        }
+        for number in 0..row.targets.len {
+            let logprobs = step.targets.logprobs(result, (row.targets.record + number) as usize).limited(wanted);
+            if logprobs.logprob().is_nan() {
+                return Err(SequenceError::Numerical);
+            }
+            let place = row.targets.first + number;
+            let token = PromptToken { id: sequence.prompt[place as usize], place, logprobs };
+            sink.on_prompt_token(sequence.name.request, &token);
+        }
+        Ok(())
+    }
+
+    /// told: what came of telling the prompt's log probabilities.
+    fn commit_row(
+        &mut self,
+        row: &StepRow,
+        result: &RowResult<'_>,
+        told: Result<(), SequenceError>,
+        sink: &mut impl OutputSink,
+    ) {
         let finished = self.sequences[row.sequence].state == State::Finished;
         self.leave_step(row);
         if finished {
             return;
         }
         let status = match result.status() {
+            _ if told.is_err() => told.map(|()| 0),
             STATUS_NAN => Err(SequenceError::Numerical),
             STATUS_MASKED => Err(SequenceError::AllMasked),
             STATUS_OK if (1..=1 + row.num_drafts).contains(&result.num_valid()) => Ok(result.num_valid()),
             _ => Err(SequenceError::BadResult),
         };
         let num_valid = match status {
-            _ if !row.sample => 0,
+            _ if !row.sample && told.is_ok() => 0,
             Ok(num_valid) => num_valid,
             Err(error) => {
                 self.release_choices(row.sequence);

@@ -47,8 +47,12 @@ fn at_least(sizes: &[u32], least: u32) -> Option<u32> {
 }
 
 impl Scheduler {
-    /// The padding of the step in `planned`: none where no captured size holds it.
+    /// The padding of the step in `planned`: none where no captured size holds it, and where log
+    /// probabilities of prompts are wanted, whose hidden states a captured step does not keep.
     pub(super) fn padding(&self, planned: &PlannedStep) -> Padding {
+        if planned.prefills.iter().any(|row| !self.prompt_targets(row).is_empty()) {
+            return Padding::default();
+        }
         self.captured_size(planned).unwrap_or_default()
     }
 

@@ -1,8 +1,10 @@
 //! A step is planned: rows for running sequences, oldest first, then admissions; then it is written
 //! down.
 
+use std::ops::Range;
+
 use super::budget::PromptBudget;
-use super::{Scheduler, State, Step, StepRow, MAX_STEPS_IN_FLIGHT};
+use super::{Scheduler, State, Step, StepRow, Targets, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
 use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
 
@@ -281,6 +283,8 @@ impl Scheduler {
         self.planned = planned;
         self.writer.finish(plan, &mut info).expect("the buffer has plan_bytes, and no plan is larger");
         step.layout = Some(info.result_layout());
+        step.targets = info.target_layout();
+        step.num_targets = info.num_prompt_targets as usize;
         step.num_records = info.padded_rows as usize;
         (step.num_decodes, step.padded_decodes) = (num_decodes as usize, info.padded_decodes as usize);
         self.in_flight.push_back(step);
@@ -288,15 +292,38 @@ impl Scheduler {
         info
     }
 
+    /// Places in the prompt of the tokens whose log probabilities a row brings: those that stand
+    /// behind its own tokens, as far as they were not told before a preemption.
+    pub(super) fn prompt_targets(&self, row: &PlannedRow) -> Range<u32> {
+        let sequence = &self.sequences[row.sequence];
+        if !sequence.traits.wants_prompt {
+            return 0..0;
+        }
+        let end = (row.start + row.len + 1).min(sequence.prompt.len() as u32);
+        self.requests[sequence.request].prompt_asked.max(row.start + 1)..end
+    }
+
     fn write_row(&mut self, row: &PlannedRow, prefill: bool, info: &mut PlanInfo, step: &mut Step) {
         if row.enters {
             self.write_enter(row);
         }
+        let wanted = self.prompt_targets(row);
         let sequence = &mut self.sequences[row.sequence];
         let mut flags = 0;
         let mut num_drafts = 0;
+        let mut targets = Targets::default();
         if prefill {
             flags |= ROW_PREFILL;
+            if !wanted.is_empty() {
+                targets =
+                    Targets { record: self.writer.num_prompt_targets(), first: wanted.start, len: wanted.len() as u32 };
+                for place in wanted.clone() {
+                    let before = info.num_tokens + place - 1 - row.start;
+                    self.writer.push_prompt_target(before, sequence.prompt[place as usize]);
+                }
+                info.max_prompt_logprobs = info.max_prompt_logprobs.max(sequence.params.prompt_logprobs);
+                self.requests[sequence.request].prompt_asked = wanted.end;
+            }
             let writer = &mut self.writer;
             sequence.with_tokens(row.start as usize, (row.start + row.len) as usize, |tokens| {
                 writer.push_prefill_tokens(tokens);
@@ -357,7 +384,7 @@ impl Scheduler {
         sequence.drafts.clear();
         debug_assert_eq!(sequence.state, State::Running);
         let (sequence, run) = (row.sequence, sequence.run);
-        step.rows.push(StepRow { sequence, run, len: row.len, num_drafts, prefill, sample: row.sample });
+        step.rows.push(StepRow { sequence, run, len: row.len, num_drafts, targets, prefill, sample: row.sample });
     }
 
     fn write_enter(&mut self, row: &PlannedRow) {

@@ -39,6 +39,7 @@ pub(super) struct Traits {
     pub has_choices: bool,
     pub ignore_eos: bool,
     pub has_stop_tokens: bool,
+    pub wants_prompt: bool,
     pub ending: Ending,
 }
 
@@ -56,6 +57,7 @@ impl Traits {
             has_bias: !params.logit_bias.is_empty(),
             ignore_eos: params.ignore_eos,
             has_stop_tokens: !params.stop_token_ids.is_empty(),
+            wants_prompt: params.prompt_logprobs.is_some(),
             ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },
         }
     }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::config::{DecodeShape, PrefillGraphs, SchedulingPolicy};
-use crate::output::{FinishReason, OutputSink, SampledToken, SequenceError};
+use crate::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use crate::plan::{
     PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
 };
@@ -17,6 +17,8 @@ use crate::request::{Progress, SamplingOptions, SamplingParams};
 #[derive(Debug, Default)]
 struct Told {
     tokens: Vec<(SeqRef, u32)>,
+    /// Request, place, token and number of top ones.
+    prompt: Vec<(RequestId, u32, u32, usize)>,
     finished: Vec<(SeqRef, FinishReason)>,
     progress: Progress,
     /// Ends a sequence by its stop string 0 when this token comes.
@@ -24,6 +26,10 @@ struct Told {
 }
 
 impl OutputSink for Told {
+    fn on_prompt_token(&mut self, request: RequestId, token: &PromptToken<'_>) {
+        self.prompt.push((request, token.place, token.id, token.logprobs.top().len()));
+    }
+
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
         self.tokens.push((seq, token.id));
         self.progress = *progress;
@@ -80,7 +86,7 @@ impl Bench {
 
     fn commit_with(&mut self, step: &Planned, draw: impl Fn(&Row) -> (u32, Vec<u32>)) {
         let layout = step.info.result_layout();
-        let mut result = vec![0; layout.bytes(step.rows.len())];
+        let mut result = vec![0; step.info.target_layout().end(step.info.num_prompt_targets as usize)];
         for (index, row) in step.rows.iter().enumerate() {
             let (status, tokens) = if row.flags & ROW_SAMPLE == 0 { (STATUS_NO_TOKEN, Vec::new()) } else { draw(row) };
             ResultWriter::new(layout, &mut result, index).tokens(status, &tokens);
@@ -381,6 +387,33 @@ fn the_newest_gives_way_and_is_computed_again() {
     assert!(bench.scheduler.stats().preemptions > 0);
     let finished: Vec<RequestId> = bench.told.finished.iter().map(|(seq, _)| seq.request).collect();
     assert_eq!((finished, bench.told.tokens.len()), (vec![old, new], 16));
+    bench.assert_empty();
+}
+
+#[test]
+fn a_prompt_is_told_once_over_chunks_and_a_preemption() {
+    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 8, ..greedy_for_blocks() });
+    let wants = |top| SamplingOptions { prompt_logprobs: Some(top), ..max_tokens(8) };
+    bench.add(&counted(12), max_tokens(8));
+    bench.run(1);
+    // Both begin with what the cache holds, and who wants log probabilities computes it again.
+    bench.add(&counted(12), max_tokens(8));
+    let id = bench.add(&counted(15), wants(2));
+    let asked = |step: &Planned| PlanView::new(&step.plan).prompt_targets().collect::<Vec<_>>();
+    let first = bench.schedule().expect("a prompt and a chunk");
+    assert_eq!((Bench::lens(&first), first.info.max_prompt_logprobs), (vec![4, 4], Some(2)));
+    assert_eq!(asked(&first), [(4, 2), (5, 3), (6, 4), (7, 5)]);
+    let second = bench.schedule().expect("a decode and a chunk");
+    assert_eq!(asked(&second)[..2], [(1, 6), (2, 7)]);
+    bench.commit(&first, 1);
+    bench.commit(&second, 1);
+    bench.run(1);
+    assert!(bench.scheduler.stats().preemptions > 0);
+    let told: Vec<_> = (1..15).map(|place| (id, place, place + 1, 2)).collect();
+    assert_eq!(bench.told.prompt, told);
+    bench.add(&[5], wants(0));
+    bench.run(1);
+    assert_eq!((bench.told.prompt.len(), bench.told.finished.len()), (14, 4));
     bench.assert_empty();
 }
 

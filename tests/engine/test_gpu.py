@@ -71,6 +71,31 @@ def test_greedy_and_logprobs_follow_the_reference(folder: Path, enforce_eager: b
     check(model, cold + warm + forked)
 
 
+def test_log_probabilities_of_prompts_follow_the_reference(folder: Path) -> None:
+    """In chunks, beside decodes in graphs, with a cache that holds the prompts already."""
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(4)
+    prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(n)]} for n in (1, 2, 130, 700)]
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 1024, "kv_cache_memory": 256 << 20}
+    plain = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=0)
+    asks = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs=0, prompt_logprobs=3)
+    with LLM(str(folder), dtype="bfloat16", device="cuda", **options) as llm:
+        llm.generate(prompts, plain, use_tqdm=False)
+        outputs = llm.generate(prompts + prompts, [plain] * 4 + [asks] * 4, use_tqdm=False)
+        llm.core.check_integrity()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    check(model, outputs)
+    for output in outputs[4:]:
+        ids, told = output.prompt_token_ids, output.prompt_logprobs
+        assert told[0] is None and len(told) == len(ids) and output.num_cached_tokens == 0
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids], device="cuda")).logits[0].float().log_softmax(-1).cpu()
+        for row, token, position in zip(logprobs, ids[1:], told[1:], strict=False):
+            assert next(iter(position)) == token and 3 <= len(position) <= 4
+            for other, entry in position.items():
+                assert entry.logprob == pytest.approx(float(row[other]), abs=TOLERANCE)
+
+
 def test_seeded_draws_do_not_depend_on_company(folder: Path) -> None:
     rng = random.Random(2)
     prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(rng.randrange(1, 200))]} for _ in range(16)]

@@ -9,7 +9,7 @@ from tests.kernels.compile_sm90 import TYPES, ints, meta, report
 from tests.kernels.plan_bytes import PENALTIES, SAMPLE, Enter, Row, write_plan
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels.step import prepare, sample
+from octavo.kernels.step import prepare, prompt_logprobs, sample
 
 META = torch.device("meta")
 
@@ -32,6 +32,10 @@ def sample_case(vocab: int, dtype: torch.dtype, **plan_options: Any) -> None:
     sample.sample(logits, plan, data.to(META), state, inputs, ints(32 * plan.result_width), masks)
 
 
+def prompt_case(vocab: int, dtype: torch.dtype) -> None:
+    prompt_logprobs.prompt_logprobs(meta(128, vocab, dtype=dtype), ints(128, 2), vocab, 20, ints(128, 42))
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for query_len, groups, block_size in itertools.product((1, 512), (1, 2), (16, 64)):
         name = f"prepare query {query_len} groups {groups} page {block_size}"
@@ -42,6 +46,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             name = f"sample {TYPES[dtype]} {vocab}{' greedy' * all_greedy}{' logprobs' * (top > 0)}"
             options = {"all_greedy": all_greedy, "max_logprobs": top}
             yield name, lambda v=vocab, t=dtype, o=options: sample_case(v, t, **o)
+        yield f"prompt_logprobs {TYPES[dtype]} {vocab}", lambda v=vocab, t=dtype: prompt_case(v, t)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ RECORDS = {
     "copies": "copy",
     "bias": "bias",
     "penalty_tokens": "penalty",
+    "prompt_targets": "target",
 }
 
 
@@ -53,7 +54,7 @@ def test_the_records_are_the_cores() -> None:
         assert int(re.search(r"(\d+)\]$", shape)[1]) == len(names)
     sizes = [len(PLAN_FORMAT[record]) for record in RECORDS.values()]
     pair = plan_format.PAIR_WORDS
-    assert sizes == [plan_format.ROW_WORDS, plan_format.BLOCK_WORDS, plan_format.ENTER_WORDS, pair, pair, pair]
+    assert sizes == [plan_format.ROW_WORDS, plan_format.BLOCK_WORDS, plan_format.ENTER_WORDS, pair, pair, pair, pair]
 
 
 def test_flags_statuses_and_results_are_the_cores() -> None:
@@ -65,7 +66,10 @@ def test_flags_statuses_and_results_are_the_cores() -> None:
     names = in_order(PLAN_FORMAT["result"])
     assert [getattr(plan_format, f"RESULT_{name}".upper()) for name in names] == list(range(len(names)))
     assert [name for _, name, _ in table("words")][: len(names)] == names
+    names = in_order(PLAN_FORMAT["target_result"])
+    assert [getattr(plan_format, f"TARGET_RESULT_{name}".upper()) for name in names] == list(range(len(names)))
+    assert [name for _, name, _ in table("target's words")][: len(names)] == names
 
 
 def test_the_table_of_kinds_is_whole() -> None:
-    assert set(PLAN_FORMAT) == {"header", "result", "row_flag", "status", *RECORDS.values()}
+    assert set(PLAN_FORMAT) == {"header", "result", "target_result", "row_flag", "status", *RECORDS.values()}

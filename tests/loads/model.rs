@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use _core::config::CoreConfig;
-use _core::output::{FinishReason, OutputSink, SampledToken};
+use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
 use _core::plan::{PlanInfo, PlanView, ResultWriter, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NO_TOKEN, STATUS_OK};
 use _core::request::{Progress, RequestId, SamplingOptions, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
@@ -51,6 +51,8 @@ struct Told {
 }
 
 impl OutputSink for Told {
+    fn on_prompt_token(&mut self, _: RequestId, _: &PromptToken<'_>) {}
+
     fn on_token(&mut self, seq: SeqRef, _: &SampledToken<'_>, _: &Progress) -> Option<u32> {
         self.num_tokens += 1;
         self.first.entry(seq.request).or_insert((self.step, self.now));

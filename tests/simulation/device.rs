@@ -13,7 +13,7 @@
 //!
 //! What these checks miss, the hashes catch: see `model.rs`.
 
-use crate::model::{attend, bias_term, first_visible, hidden, kv_value, mix2, penalty_term, Logits, Sampling};
+use crate::model::{attend, bias_term, first_visible, hidden, kv_value, logprob, mix2, penalty_term, Logits, Sampling};
 use crate::packed::{ensure, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
 use std::collections::BTreeMap;
 
@@ -79,6 +79,8 @@ pub struct Device {
     settled: Vec<u64>,
     /// Blocks that the last step wrote and read.
     touched: (Vec<u32>, Vec<u32>),
+    /// Hidden states of the step's tokens; 0 for those of padding.
+    states: Vec<u64>,
     occupants: u64,
     noise: u64,
 }
@@ -124,6 +126,7 @@ impl Device {
             fenced: 0,
             settled: Vec::new(),
             touched: (Vec::new(), Vec::new()),
+            states: Vec::new(),
             occupants: 0,
             noise: seed,
         };
@@ -155,7 +158,8 @@ impl Device {
         (&self.touched.0, &self.touched.1)
     }
 
-    /// Runs one step and returns its packed result: `padded_rows` records of `result_width` words.
+    /// Runs one step and returns its packed result: `padded_rows` records of `result_width` words,
+    /// then one a prompt target.
     pub fn execute(&mut self, bytes: &[u8], faults: &Faults) -> Result<Vec<u32>, Violation> {
         self.step += 1;
         let view = View::new(bytes)?;
@@ -171,9 +175,18 @@ impl Device {
         self.record_copies(&view)?;
         let width = plan.result_width as usize;
         let mut result = vec![0xdead_beef; plan.padded_rows as usize * width];
+        self.states.clear();
         for (index, row) in rows.iter().enumerate() {
             let drawn = self.run_row(&view, index, row, faults)?;
+            self.states.resize((row.query_start + row.query_len) as usize, 0);
             pack(plan, row, &drawn, self.shape.vocab_size, &mut result[index * width..(index + 1) * width]);
+        }
+        for &(place, target) in &view.prompt_targets {
+            let logprob = logprob(self.states[place as usize], target);
+            let top = plan.max_prompt_logprobs.unwrap_or(0);
+            result.extend([logprob.to_bits(), target % 5 + 1]);
+            result.extend((0..top).map(|top| (target + top) % self.shape.vocab_size));
+            result.extend((0..top).map(|top| (logprob - top as f32).to_bits()));
         }
         Ok(result)
     }
@@ -307,6 +320,7 @@ impl Device {
             states.push(self.run_token(slot, token, position, faults.lost)?);
         }
 
+        self.states.extend_from_slice(&states);
         let is_nan = faults.nan_rows.contains(&(index as u32));
         let drawn = if row.flags & SAMPLE == 0 {
             Drawn { status: STATUS_NOT_SAMPLED, tokens: Vec::new() }

@@ -4,7 +4,7 @@
 use crate::device::{Device, Faults};
 use crate::packed::Shape;
 use _core::config::{Batching, CoreConfig};
-use _core::output::{FinishReason, OutputSink, SampledToken};
+use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
 use _core::request::{Progress, RequestId, SamplingOptions, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
 use rustc_hash::FxHashMap;
@@ -21,6 +21,8 @@ struct Clients {
 }
 
 impl OutputSink for Clients {
+    fn on_prompt_token(&mut self, _: RequestId, _: &PromptToken<'_>) {}
+
     fn on_token(&mut self, seq: SeqRef, _: &SampledToken<'_>, _: &Progress) -> Option<u32> {
         self.served[self.of_request[&seq.request]] += 1;
         None

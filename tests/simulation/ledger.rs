@@ -7,7 +7,8 @@ use crate::model::Sampling;
 use crate::oracle::{self, End, Expected};
 use crate::scenario::NewRequest;
 use _core::config::CoreConfig;
-use _core::output::{FinishReason, OutputSink, SampledToken, SequenceError};
+use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
+use _core::plan::TokenLogprobs;
 use _core::request::{Progress, RequestId, SeqRef};
 use rustc_hash::FxHashMap;
 use std::hash::BuildHasher;
@@ -29,6 +30,9 @@ pub struct Request {
     /// The first request of its call.
     pub call: RequestId,
     pub choices: Vec<Choice>,
+    /// Log probabilities of its prompt, where it asks for them, and how many have come.
+    prompt: Vec<f32>,
+    prompt_told: usize,
     is_cache_checked: bool,
 }
 
@@ -123,7 +127,12 @@ impl Ledger {
         for len in 1..=asked.prompt.len() {
             *self.prefixes.entry(prefix_key(asked.salt.as_deref(), &asked.prompt[..len])).or_default() += 1;
         }
-        self.requests.insert(id, Request { asked, call, choices, is_cache_checked: false });
+        let prompt = match params.prompt_logprobs {
+            Some(_) => oracle::expect_prompt(&asked.prompt, &self.windows),
+            None => Vec::new(),
+        };
+        let request = Request { asked, call, choices, prompt, prompt_told: 0, is_cache_checked: false };
+        self.requests.insert(id, request);
     }
 
     pub fn choice(&mut self, seq: SeqRef) -> Option<&mut Choice> {
@@ -150,6 +159,10 @@ impl Ledger {
         let request = self.requests.get_mut(&seq.request).ok_or("a token of an unknown request")?;
         if !request.is_cache_checked {
             request.is_cache_checked = true;
+            if request.prompt_told < request.prompt.len() {
+                let (told, all) = (request.prompt_told, request.prompt.len());
+                return Err(format!("S16: the first token comes after {told} of the prompt's {all} log probabilities"));
+            }
             let cached = progress.num_cached_tokens as usize;
             let found = request.asked.prompt.get(..cached).ok_or("S8: more cached tokens than the prompt has")?;
             let key = prefix_key(request.asked.salt.as_deref(), found);
@@ -183,20 +196,9 @@ impl Ledger {
         match (&token.logprobs, wants_logprobs) {
             (None, None) => {}
             (Some(found), Some(wanted)) => {
-                if found.logprob().to_bits() != choice.expected.logprobs[place].to_bits()
-                    || found.rank() != token.id % 5 + 1
-                {
-                    return Err(format!(
-                        "output token {place} has logprob {} of rank {}",
-                        found.logprob(),
-                        found.rank()
-                    ));
-                }
-                let top: Vec<u32> = found.top().map(|(id, _)| id).collect();
-                let right: Vec<u32> = (0..wanted).map(|top| (token.id + top) % self.config.vocab_size).collect();
-                if top != right {
-                    return Err(format!("output token {place} has top tokens {top:?}, expected {right:?}"));
-                }
+                let right = choice.expected.logprobs[place];
+                logprobs_are_right(found, token.id, right, wanted, self.config.vocab_size)
+                    .map_err(|wrong| format!("output token {place} {wrong}"))?;
             }
             (found, wanted) => return Err(format!("logprobs {:?}, wanted {wanted:?}", found.is_some())),
         }
@@ -205,6 +207,31 @@ impl Ledger {
         let history: Vec<u32> = request.asked.prompt.iter().chain(&choice.received).copied().collect();
         *self.prefixes.entry(prefix_key(request.asked.salt.as_deref(), &history)).or_default() += 1;
         Ok(())
+    }
+
+    /// S16: each token of the prompt is told once, in order.
+    fn prompt_token_is_right(&mut self, id: RequestId, token: &PromptToken) -> Result<(), String> {
+        let Call::Commit { step_id, seqs } = &self.call else {
+            return Err(format!("a prompt's log probability comes out of {:?}", self.call));
+        };
+        if !seqs.iter().any(|seq| seq.request == id) {
+            return Err(format!("a prompt's log probability, but no row in step {step_id}"));
+        }
+        let request = self.requests.get_mut(&id).ok_or("a log probability of an unknown request")?;
+        let Some(wanted) = request.asked.params.prompt_logprobs else {
+            return Err("S16: log probabilities of a prompt that asked for none".to_string());
+        };
+        if request.has_ended() {
+            return Err("S16: a log probability of the prompt after the end".to_string());
+        }
+        request.prompt_told += 1;
+        let place = request.prompt_told;
+        if token.place as usize != place || request.asked.prompt.get(place) != Some(&token.id) {
+            let (found, id) = (token.place, token.id);
+            return Err(format!("S16: prompt token {place} is to be told, but {found} comes, which is {id}"));
+        }
+        logprobs_are_right(&token.logprobs, token.id, request.prompt[place - 1], wanted, self.config.vocab_size)
+            .map_err(|wrong| format!("S16: prompt token {place} {wrong}"))
     }
 
     fn end_is_right(&mut self, seq: SeqRef, reason: FinishReason) -> Result<(), String> {
@@ -263,7 +290,31 @@ impl Ledger {
     }
 }
 
+/// What the device says of a token whose log probability is to be `right`.
+fn logprobs_are_right(
+    found: &TokenLogprobs,
+    token: u32,
+    right: f32,
+    wanted: u32,
+    vocab_size: u32,
+) -> Result<(), String> {
+    if found.logprob().to_bits() != right.to_bits() || found.rank() != token % 5 + 1 {
+        return Err(format!("has logprob {} of rank {}, expected {right}", found.logprob(), found.rank()));
+    }
+    let top: Vec<u32> = found.top().map(|(id, _)| id).collect();
+    let expected: Vec<u32> = (0..wanted).map(|top| (token + top) % vocab_size).collect();
+    if top != expected {
+        return Err(format!("has top tokens {top:?}, expected {expected:?}"));
+    }
+    Ok(())
+}
+
 impl OutputSink for Ledger {
+    fn on_prompt_token(&mut self, request: RequestId, token: &PromptToken<'_>) {
+        let outcome = self.prompt_token_is_right(request, token);
+        self.note(SeqRef { request, index: 0 }, outcome);
+    }
+
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
         let outcome = self.token_is_right(seq, token, progress);
         self.note(seq, outcome);

@@ -116,9 +116,14 @@ impl Logits<'_> {
             .find(|&token| !is_banned(token))
     }
 
-    /// The log-probability that the model reports for a token; made up, but a function of what the
-    /// draw depends on.
+    /// The log-probability that the model reports for a token.
     pub fn logprob(&self, token: u32) -> f32 {
-        -((mix2(self.state, u64::from(token)) >> 48) as f32) / 4096.0
+        logprob(self.state, token)
     }
+}
+
+/// The log-probability of a token behind a hidden state; made up, but a function of what the draw
+/// depends on.
+pub fn logprob(state: u64, token: u32) -> f32 {
+    -((mix2(state, u64::from(token)) >> 48) as f32) / 4096.0
 }

@@ -4,7 +4,7 @@
 //! All of E1-E8 reduce to one comparison: whatever happened to a request in the world, its stream
 //! equals this one.
 
-use crate::model::{attend, bias_term, first_visible, hidden, kv_value, penalty_term, Logits, Sampling};
+use crate::model::{attend, bias_term, first_visible, hidden, kv_value, logprob, penalty_term, Logits, Sampling};
 
 /// One choice of a request, as the model and the stop rules see it.
 pub struct Request<'a> {
@@ -71,6 +71,21 @@ pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
         }
     }
     expected
+}
+
+/// Log probabilities of all tokens of a prompt but the first.
+pub fn expect_prompt(prompt: &[u32], windows: &[u32]) -> Vec<f32> {
+    let mut slots: Vec<Vec<u64>> = vec![Vec::new(); windows.len()];
+    (0..)
+        .zip(prompt.windows(2))
+        .map(|(position, pair)| {
+            let state = hidden(pair[0], position, &sums_before(&slots, windows, position, position));
+            for (group, values) in slots.iter_mut().enumerate() {
+                values.push(kv_value(state, group));
+            }
+            logprob(hidden(0, position, &sums_before(&slots, windows, position, position + 1)), pair[1])
+        })
+        .collect()
 }
 
 /// Per group, the attention sum of a token at `position` over its visible slots below `end`.

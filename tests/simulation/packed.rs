@@ -80,12 +80,15 @@ pub struct Header {
     pub num_bias: u32,
     pub num_drafts: u32,
     pub num_penalty_tokens: u32,
+    /// None: there are no prompt targets.
+    pub max_prompt_logprobs: Option<u32>,
+    pub num_prompt_targets: u32,
     /// In the order of the page's table of sections.
-    pub offsets: [u32; 8],
+    pub offsets: [u32; 9],
 }
 
 impl Header {
-    const WORDS: usize = 32;
+    const WORDS: usize = 35;
 
     fn read(bytes: &[u8]) -> Result<Self, Violation> {
         ensure!(bytes.len() >= 4 * Self::WORDS, "{} bytes are too few for a header", bytes.len());
@@ -118,7 +121,9 @@ impl Header {
             num_bias: word(21),
             num_drafts: word(22),
             num_penalty_tokens: word(23),
-            offsets: std::array::from_fn(|section| word(24 + section)),
+            max_prompt_logprobs: u32::try_from(word(32) as i32).ok(),
+            num_prompt_targets: word(33),
+            offsets: std::array::from_fn(|section| if section < 8 { word(24 + section) } else { word(34) }),
         })
     }
 }
@@ -134,6 +139,8 @@ pub struct View {
     pub bias: Vec<u32>,
     drafts: Vec<u32>,
     pub penalty_tokens: Vec<u32>,
+    /// (place, target)
+    pub prompt_targets: Vec<(u32, u32)>,
 }
 
 impl View {
@@ -151,7 +158,8 @@ impl View {
             let words = bytes[offset as usize..end as usize].chunks_exact(4);
             Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
         };
-        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens] = plan.offsets;
+        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens, targets] = plan.offsets;
+        let targets = section("prompt_targets", targets, plan.num_prompt_targets * 2)?;
         Ok(View {
             rows: section("rows", rows, plan.padded_rows * 8)?,
             prefill_tokens: section("prefill_tokens", prefill_tokens, plan.num_prefill_tokens)?,
@@ -161,6 +169,7 @@ impl View {
             bias: section("bias", bias, plan.num_bias * 2)?,
             drafts: section("drafts", drafts, plan.num_drafts)?,
             penalty_tokens: section("penalty_tokens", penalty_tokens, plan.num_penalty_tokens * 2)?,
+            prompt_targets: targets.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect(),
             header: plan,
         })
     }
@@ -271,6 +280,25 @@ impl View {
             "S10: {real_tokens} tokens over the budget {}",
             shape.max_num_batched_tokens
         );
+        self.targets_are_prefill_tokens(shape, &rows)?;
         Ok(rows)
+    }
+
+    /// Prompt targets: a token of a prefill row has one at most, and no captured step has any.
+    fn targets_are_prefill_tokens(&self, shape: &Shape, rows: &[Row]) -> Result<(), Violation> {
+        let plan = &self.header;
+        let has_any = !self.prompt_targets.is_empty();
+        ensure!(has_any == plan.max_prompt_logprobs.is_some(), "max_prompt_logprobs {:?}", plan.max_prompt_logprobs);
+        ensure!(!has_any || plan.padded_rows == plan.num_rows, "padding in a step with prompt targets");
+        let mut after = 0;
+        for &(place, target) in &self.prompt_targets {
+            ensure!(target < shape.vocab_size, "S12: prompt target {target}");
+            ensure!(place >= after, "S16: the prompt target behind token {place} comes twice, or out of order");
+            after = place + 1;
+            let is_in = |row: &&Row| (row.query_start..row.query_start + row.query_len).contains(&place);
+            let is_prefill = rows.iter().find(is_in).is_some_and(|row| row.flags & PREFILL != 0);
+            ensure!(is_prefill, "S12: a prompt target behind token {place}, which no prefill row has");
+        }
+        Ok(())
     }
 }

@@ -36,6 +36,30 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(
+        "a prompt's log probabilities told again after a preemption",
+        "rust/scheduler/schedule.rs",
+        "self.requests[sequence.request].prompt_asked.max(row.start + 1)..end",
+        "row.start + 1..end",
+    ),
+    Fault(
+        "a prompt whose log probabilities are wanted begins in the prefix cache",
+        "rust/scheduler/admit.rs",
+        "let findable = if is_asked { asked } else { sequence.known_len() };",
+        "let findable = if is_asked && asked > 1 { asked } else { sequence.known_len() };",
+    ),
+    Fault(
+        "the log probability of a later chunk's first token is left out",
+        "rust/scheduler/schedule.rs",
+        "let end = (row.start + row.len + 1).min(sequence.prompt.len() as u32);",
+        "let end = (row.start + row.len).min(sequence.prompt.len() as u32);",
+    ),
+    Fault(
+        "a prompt's log probabilities read from the record before",
+        "rust/scheduler/commit.rs",
+        "(row.targets.record + number) as usize)",
+        "(row.targets.record + number).saturating_sub(1) as usize)",
+    ),
+    Fault(
         "a skipped decrement",
         "rust/block_pool.rs",
         "entry.references -= 1;",

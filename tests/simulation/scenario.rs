@@ -60,6 +60,7 @@ pub struct Scenario {
     stop_strings: f64,
     open_ended: f64,
     ignore_eos: f64,
+    prompt_logprobs: f64,
     longest_prompt: usize,
     longest_output: u32,
     bases: Vec<Vec<u32>>,
@@ -118,6 +119,8 @@ impl Scenario {
             ignore_eos: if is_storm { 1.0 } else { 0.2 },
             bases,
             config,
+            // The last draw: worlds without it stay what they were.
+            prompt_logprobs: one_in_four(rng, 0.5),
         }
     }
 
@@ -225,6 +228,9 @@ impl Scenario {
         }
         if rng.random_bool(self.logprobs) {
             options.logprobs = Some(rng.random_range(0..4));
+        }
+        if self.prompt_logprobs > 0.0 && rng.random_bool(self.prompt_logprobs) {
+            options.prompt_logprobs = Some(rng.random_range(0..4));
         }
         SamplingParams::new(options).expect("the scenario makes valid parameters")
     }

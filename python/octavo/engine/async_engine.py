@@ -228,7 +228,9 @@ class AsyncEngine:
             while not finished:
                 delta = await stream.next()
                 finished = delta.finished
-                output = builder.add(delta)
+                # Log probabilities of a prompt may be of thousands of tokens.
+                add = functools.partial(builder.add, delta)
+                output = await self.run_beside(add) if delta.is_long else add()
                 if finished and output.error is not None:
                     raise self.error_of(output.error)
                 yield output if finished else builder.snapshot()

@@ -72,9 +72,18 @@ def hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Ten
     """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each
     prefill row.
     """
+    return sampled(all_hidden_states(model, inputs, context), inputs, context)
+
+
+def all_hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Tensor:
+    """Hidden states [tokens, hidden_size] of all tokens of a step."""
     set_context(context)
     tokens = context.slot_mapping[0].shape[0]
-    hidden = model.forward(inputs.token_ids[:tokens], inputs.positions[:tokens])
+    return model.forward(inputs.token_ids[:tokens], inputs.positions[:tokens])
+
+
+def sampled(hidden: Tensor, inputs: StepInputs, context: StepContext) -> Tensor:
+    """Of the hidden states of all tokens of a step, those that a token may be drawn from."""
     if context.num_prefills:
         hidden = hidden[inputs.sample_index[: context.num_decode_tokens + context.num_prefills]]
     return hidden

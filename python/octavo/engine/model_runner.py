@@ -6,16 +6,21 @@ facts of the Rust core, which names request slots and blocks in the plan (docs/p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
-from octavo.engine.forward import StepShape, hidden_states, step_context
+from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_context
 from octavo.engine.kv_layout import KvLayout
 from octavo.engine.step_buffers import DeviceState, Step, StepInputs
 from octavo.kernels import ops
-from octavo.kernels.step.plan_format import PAIR_WORDS, Plan
+from octavo.kernels.step.plan_format import PAIR_WORDS, TARGET_PLACE, Plan
 from octavo.weights.load import LoadedModel
+
+TARGETS_AT_ONCE = 128
+"""Prompt tokens whose logits are in memory at a time."""
 
 
 class ModelRunner:
@@ -62,6 +67,10 @@ class ModelRunner:
             num_groups=self.kv_layout.num_groups,
             device=device,
         )
+        self.see_prompt_logits: Callable[[Tensor], None] | None = None
+        """Is shown the logits of prompt targets, [n, vocab] float32, piece by piece: whole distributions
+        are too large to leave the device.
+        """
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
         self.graphs = StepGraphs(
             self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
@@ -97,7 +106,11 @@ class ModelRunner:
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
         )
-        hidden = hidden_states(self.model, self.inputs, context)
+        hidden = all_hidden_states(self.model, self.inputs, context)
+        logits = self.model.compute_logits(hidden[:TARGETS_AT_ONCE])
+        ops.sample_peak_rehearsal(logits)
+        del logits
+        hidden = sampled(hidden, self.inputs, context)
         if self.max_decode_len > 1:  # every place of a decode row has logits
             hidden = hidden.repeat_interleave(self.max_decode_len, dim=0)[:tokens]
         logits = self.model.compute_logits(hidden)
@@ -122,7 +135,10 @@ class ModelRunner:
             words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
             ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
         ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
-        step.logits = self.forward(plan)
+        hidden, everything = self.forward(plan)
+        step.logits = self.model.compute_logits(hidden)
+        if plan.num_prompt_targets:
+            self.describe_prompts(plan, plan_device, everything, step.buffers.result_device)
 
     @torch.inference_mode()
     def launch_sample(self, step: Step) -> None:
@@ -133,25 +149,42 @@ class ModelRunner:
         assert logits is not None, "launch_forward comes before launch_sample"
         step.logits = None  # the stream keeps what the kernels still read
         ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device)
-        buffers.download(plan.padded_rows * plan.result_width * 4)
+        buffers.download(plan.result_words * 4)
 
-    def forward(self, plan: Plan) -> Tensor:
-        """Logits [n, vocab] float32 of all tokens of decode rows and of the last token of each
-        prefill row.
+    def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each
+        prefill row; and those of all tokens [tokens, hidden_size], where the plan has prompt targets.
         """
-        if self.graphs.fits(plan):
+        if not plan.num_prompt_targets and self.graphs.fits(plan):
             hidden = self.graphs.replay(plan)
-        else:
-            context = step_context(
-                self.inputs,
-                self.state,
-                StepShape.of(plan),
-                max_decode_len=self.max_decode_len,
-                max_query_len=plan.max_query_len,
-                max_seq_len=plan.max_seq_len,
-            )
-            hidden = hidden_states(self.model, self.inputs, context)
-        return self.model.compute_logits(hidden)
+            return hidden, hidden
+        context = step_context(
+            self.inputs,
+            self.state,
+            StepShape.of(plan),
+            max_decode_len=self.max_decode_len,
+            max_query_len=plan.max_query_len,
+            max_seq_len=plan.max_seq_len,
+        )
+        everything = all_hidden_states(self.model, self.inputs, context)
+        hidden = sampled(everything, self.inputs, context)
+        return hidden, everything if plan.num_prompt_targets else hidden
+
+    def describe_prompts(self, plan: Plan, plan_device: Tensor, hidden: Tensor, result: Tensor) -> None:
+        """Enqueues the log probabilities of the plan's prompt targets into the result, behind its
+        rows. hidden: of all tokens of the step.
+
+        Piece by piece: the logits of a long prompt would be as large as the model.
+        """
+        words = plan_device.view(torch.int32)[plan.prompt_targets_offset // 4 :]
+        targets = words[: plan.num_prompt_targets * PAIR_WORDS].view(-1, PAIR_WORDS)
+        records = result[plan.padded_rows * plan.result_width : plan.result_words].view(-1, plan.target_width)
+        for start in range(0, plan.num_prompt_targets, TARGETS_AT_ONCE):
+            piece = slice(start, start + TARGETS_AT_ONCE)
+            logits = self.model.compute_logits(hidden[targets[piece, TARGET_PLACE]])
+            if self.see_prompt_logits is not None:
+                self.see_prompt_logits(logits)
+            ops.prompt_logprobs(logits, targets[piece], self.vocab_size, plan.max_prompt_logprobs, records[piece])
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:

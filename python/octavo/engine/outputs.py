@@ -35,6 +35,7 @@ class OutputBuilder:
         tokenizer: _core.Tokenizer | None,
     ) -> None:
         self._tokenizer = tokenizer
+        self._wants_prompt = params.prompt_logprobs is not None
         self._output = RequestOutput(
             request_id=str(request_id),
             prompt=prompt_text(prompt),
@@ -57,6 +58,9 @@ class OutputBuilder:
             output.num_cached_tokens = request.num_cached_tokens
             output.metrics = RequestMetrics(*request.times)
         for choice in delta.choices:
+            if self._wants_prompt and (prompt := choice.prompt_logprobs) is not None:
+                output.prompt_logprobs = [None, *map(self._named, prompt)]
+                self._wants_prompt = False  # each choice brings them
             completion = output.outputs[choice.index]
             completion.text += choice.text
             completion.token_ids.extend(choice.token_ids)

@@ -28,6 +28,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"temperature": 0.0, **PENALTIES, "logit_bias": [(0, 1.0)]},
     {**FILTERS, "n": 2},  # a fork: its blocks are copied
     {**FILTERS, **PENALTIES, "logprobs": 2},
+    {"temperature": 0.0, "prompt_logprobs": 2},
 ]
 PROMPT_LENS = (3, 40)  # `prepare` has a variant for short rows and one for long ones
 
