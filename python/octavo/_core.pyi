@@ -248,6 +248,24 @@ class AnswerFormat:
         """A whole answer: (reasoning, content, name and arguments of each call). Runs detached."""
 
 @final
+class Echo:
+    """The prompts that completions begin with."""
+
+    def __new__(
+        cls,
+        texts: Sequence[str],
+        *,
+        choices_each: int,
+        alone: bool,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> Echo:
+        """texts: of each prompt of the call, with `choices_each` choices. alone: nothing but the
+        prompt is shown. logprobs: top log probabilities of each token where any are wanted, and
+        prompt_logprobs of vLLM's field beside them.
+        """
+
+@final
 class ReplyFormat:
     """How the reply to one call is written: by which protocol, as a stream or in one piece, and
     what is particular to the call.
@@ -277,8 +295,9 @@ class ReplyFormat:
         stream: bool,
         include_usage: bool = False,
         continuous_usage: bool = False,
+        echo: Echo | None = None,
     ) -> ReplyFormat:
-        """OpenAI's text completions; the same events."""
+        """OpenAI's text completions; the same events. echo: they begin with their prompts."""
     @staticmethod
     def tgi(
         *,

@@ -61,6 +61,7 @@ impl ChoiceDelta {
             tokens: &self.tokens[start..end],
             logprobs: self.logprobs.get(start..end).unwrap_or_default(),
             finish: self.finish.as_ref().filter(|_| is_last && !self.failed()),
+            prompt: self.prompt.as_deref().filter(|_| start == 0),
         }
     }
 

@@ -120,7 +120,7 @@ impl Script {
         let format = if self.chat {
             ReplyFormat::openai_chat(&head, stream, AnswerFormat::default())
         } else {
-            ReplyFormat::openai_completion(&head, stream)
+            ReplyFormat::openai_completion(&head, stream, None)
         };
         let mut call = Told::new(&self.prompt_lens, &self.params(), Some(format));
         let mut positions = vec![0; self.outputs.len()];
@@ -386,7 +386,7 @@ proptest! {
 
 fn completion(stream: bool) -> ReplyFormat {
     let head = CallHead { id: "x", model: "m", created: 1 };
-    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default))
+    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default), None)
 }
 
 fn params(n: i64) -> SamplingParams {

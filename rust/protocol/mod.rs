@@ -12,6 +12,7 @@ mod ollama;
 mod openai;
 mod openai_chat;
 mod openai_completion;
+mod openai_prompt;
 mod openai_tools;
 pub mod prompts;
 mod split;
@@ -19,6 +20,7 @@ mod tgi;
 
 use std::sync::Arc;
 
+use crate::outbox::PromptLogprobs;
 use crate::output::{Failure, Finish, Token, TokenLogprob};
 use crate::text::answer::AnswerFormat;
 use crate::text::Tokenizer;
@@ -26,6 +28,7 @@ use crate::text::Tokenizer;
 pub use anthropic::write_error as write_anthropic_error;
 pub use ollama::write_error as write_ollama_error;
 pub use openai::{write_error, CallHead, StreamUsage};
+pub use openai_prompt::Echo;
 pub use split::WholeAnswer;
 pub use tgi::{write_error as write_tgi_error, TgiCall};
 
@@ -68,6 +71,8 @@ pub struct Delta<'a> {
     pub logprobs: &'a [Vec<TokenLogprob>],
     /// Set with the choice's last delta, unless it failed.
     pub finish: Option<&'a Finish>,
+    /// Log probabilities of the choice's prompt, where they were asked for; with its first delta.
+    pub prompt: Option<&'a PromptLogprobs>,
 }
 
 /// Token counts of a call so far, over all its prompts and choices.
@@ -106,9 +111,9 @@ impl ReplyFormat {
         Self { protocol, streamed: stream.is_some() }
     }
 
-    /// OpenAI's text completions.
-    pub fn openai_completion(head: &CallHead<'_>, stream: Option<StreamUsage>) -> Self {
-        let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream);
+    /// OpenAI's text completions, with their prompts before them where there is an `echo`.
+    pub fn openai_completion(head: &CallHead<'_>, stream: Option<StreamUsage>, echo: Option<Echo>) -> Self {
+        let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream).with_echo(echo);
         Self { protocol: Arc::new(protocol), streamed: stream.is_some() }
     }
 

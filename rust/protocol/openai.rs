@@ -15,6 +15,7 @@ use std::io::Write;
 use std::marker::PhantomData;
 
 use super::json::{write_integer, write_optional_string, write_separated, write_string};
+use super::openai_prompt::{write_prompt_logprobs, Echo, Echoed};
 use super::{Delta, Protocol, Usage};
 use crate::output::{Failure, Finish, StopReason};
 use crate::text::Tokenizer;
@@ -46,6 +47,9 @@ pub(super) trait Shape: Debug + Send + Sync {
     /// `object` of a whole answer.
     const BODY: &'static str;
 
+    /// Whether each choice of a whole answer has the log probabilities of its prompt, or the answer.
+    const PROMPT_IN_CHOICES: bool;
+
     /// Appends the field of a choice that holds its text, in an event.
     fn write_delta(out: &mut Vec<u8>, delta: &Delta<'_>);
 
@@ -62,6 +66,7 @@ pub(super) struct OpenAi<S> {
     /// `{...,"choices":[`
     head: Box<[u8]>,
     usage: StreamUsage,
+    echo: Option<Echo>,
     shape: PhantomData<S>,
 }
 
@@ -77,7 +82,27 @@ impl<S: Shape> OpenAi<S> {
         head.extend_from_slice(b",\"model\":");
         write_string(&mut head, call.model);
         head.extend_from_slice(b",\"choices\":[");
-        Self { head: head.into(), usage: stream.unwrap_or_default(), shape: PhantomData }
+        Self { head: head.into(), usage: stream.unwrap_or_default(), echo: None, shape: PhantomData }
+    }
+
+    /// The same, where each choice begins with its prompt.
+    pub(super) fn with_echo(self, echo: Option<Echo>) -> Self {
+        Self { echo, ..self }
+    }
+
+    /// What the client is told of the usage.
+    fn shown(&self, usage: Usage) -> Usage {
+        match self.echo {
+            Some(Echo { alone: true, .. }) => Usage { completion_tokens: 0, ..usage },
+            _ => usage,
+        }
+    }
+
+    fn write_prompt(&self, out: &mut Vec<u8>, choice: Option<&Delta<'_>>, tokenizer: Option<&Tokenizer>) {
+        let top = self.echo.as_ref().map_or(Some(u32::MAX), |echo| echo.prompt_logprobs);
+        if let Some((prompt, top)) = choice.and_then(|choice| choice.prompt).zip(top) {
+            write_prompt_logprobs(out, prompt, top, tokenizer);
+        }
     }
 }
 
@@ -104,7 +129,7 @@ impl<S: Shape> OpenAi<S> {
         }
         out.extend_from_slice(b"}]");
         if self.usage.in_every_event {
-            write_usage(out, usage);
+            write_usage(out, self.shown(usage));
         } else if self.usage.at_end {
             out.extend_from_slice(b",\"usage\":null");
         }
@@ -122,21 +147,31 @@ impl<S: Shape> OpenAi<S> {
     ) {
         out.extend_from_slice(&self.head);
         write_separated(out, choices, |out, choice| {
+            let echoed = self.echo.as_ref().map(|echo| echo.add_to(choice, tokenizer));
+            let choice = &echoed.as_ref().map_or(*choice, Echoed::delta);
             out.extend_from_slice(b"{\"index\":");
             write_integer(out, choice.index.into());
             let finish_reason = write_fields(out, choice);
             write_logprobs_and_finish::<S>(out, choice, finish_reason, tokenizer);
             write_stop_reason(out, choice.finish.and_then(Finish::stop_reason));
+            if S::PROMPT_IN_CHOICES {
+                self.write_prompt(out, Some(choice), tokenizer);
+            }
             out.push(b'}');
         });
         out.push(b']');
-        write_usage(out, usage);
+        if !S::PROMPT_IN_CHOICES {
+            self.write_prompt(out, choices.first(), tokenizer);
+        }
+        write_usage(out, self.shown(usage));
         out.push(b'}');
     }
 }
 
 impl<S: Shape> Protocol for OpenAi<S> {
     fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, usage: Usage, tokenizer: Option<&Tokenizer>) {
+        let echoed = self.echo.as_ref().map(|echo| echo.add_to(delta, tokenizer));
+        let delta = &echoed.as_ref().map_or(*delta, Echoed::delta);
         self.event(out, delta, reason_of(delta), usage, tokenizer, |out| S::write_delta(out, delta));
     }
 
@@ -145,7 +180,7 @@ impl<S: Shape> Protocol for OpenAi<S> {
             out.extend_from_slice(b"data: ");
             out.extend_from_slice(&self.head);
             out.push(b']');
-            write_usage(out, usage);
+            write_usage(out, self.shown(usage));
             out.extend_from_slice(b"}\n\n");
         }
         out.extend_from_slice(b"data: [DONE]\n\n");
@@ -322,7 +357,7 @@ pub(super) mod tests {
 
     #[test]
     fn whole_answers_always_have_a_stop_reason() {
-        let protocol = ReplyFormat::openai_completion(&HEAD, None).protocol;
+        let protocol = ReplyFormat::openai_completion(&HEAD, None, None).protocol;
         let finishes = [
             (FinishReason::Eos, None, "stop", Value::Null),
             (FinishReason::Length, None, "length", Value::Null),

@@ -13,6 +13,7 @@ pub(super) struct Chat;
 impl Shape for Chat {
     const EVENT: &'static str = "chat.completion.chunk";
     const BODY: &'static str = "chat.completion";
+    const PROMPT_IN_CHOICES: bool = false;
 
     fn write_delta(out: &mut Vec<u8>, delta: &Delta<'_>) {
         out.extend_from_slice(b",\"delta\":{");

@@ -15,6 +15,7 @@ pub(super) struct Completion;
 impl Shape for Completion {
     const EVENT: &'static str = "text_completion";
     const BODY: &'static str = "text_completion";
+    const PROMPT_IN_CHOICES: bool = true;
 
     fn write_delta(out: &mut Vec<u8>, delta: &Delta<'_>) {
         out.extend_from_slice(b",\"text\":\"");
@@ -30,9 +31,16 @@ impl Shape for Completion {
         out.extend_from_slice(b"{\"tokens\":");
         write_list(out, delta.tokens, |out, token| write_string(out, &token_text(token.id, tokenizer)));
         out.extend_from_slice(b",\"token_logprobs\":");
-        write_list(out, delta.logprobs, |out, position| write_logprob(out, position[0].logprob));
+        // The first token of a prompt has none: nothing comes before it.
+        write_list(out, delta.logprobs, |out, position| match position.first() {
+            Some(own) => write_logprob(out, own.logprob),
+            None => out.extend_from_slice(b"null"),
+        });
         out.extend_from_slice(b",\"top_logprobs\":");
-        write_list(out, delta.logprobs, |out, position| write_by_text(out, position, tokenizer));
+        write_list(out, delta.logprobs, |out, position| match position.as_slice() {
+            [] => out.extend_from_slice(b"null"),
+            position => write_by_text(out, position, tokenizer),
+        });
         out.extend_from_slice(b",\"text_offset\":");
         write_list(out, delta.tokens, |out, token| write_integer(out, token.text_offset.into()));
         out.push(b'}');
@@ -71,7 +79,7 @@ mod tests {
     fn events_hold_text() {
         let finish = Finish { reason: FinishReason::StopToken(7), stop_text: None };
         let last = Delta { text: "é", finish: Some(&finish), first: true, ..Delta::default() };
-        let protocol = ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default())).protocol;
+        let protocol = ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None).protocol;
         assert_eq!(
             event(&written(|out| protocol.delta(out, &last, Usage::default(), None))),
             json!({

@@ -32,7 +32,7 @@ mod _core {
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
-    use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, ReplyFormat};
+    use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, Echo, ReplyFormat};
     #[pymodule_export]
     use super::text::{ChatTemplate, Prompt, Tokenizer};
 

@@ -35,7 +35,9 @@ impl ReplyFormat {
     }
 
     #[staticmethod]
-    #[pyo3(signature = (*, id, model, created, stream, include_usage = false, continuous_usage = false))]
+    #[pyo3(signature = (
+        *, id, model, created, stream, include_usage = false, continuous_usage = false, echo = None
+    ))]
     fn openai_completion(
         id: &str,
         model: &str,
@@ -43,9 +45,11 @@ impl ReplyFormat {
         stream: bool,
         include_usage: bool,
         continuous_usage: bool,
+        echo: Option<&Echo>,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
-        Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream))
+        let echo = echo.map(|echo| echo.0.clone());
+        Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream, echo))
     }
 
     #[staticmethod]
@@ -80,6 +84,25 @@ impl ReplyFormat {
         let mut out = Vec::new();
         self.0.protocol.error(&mut out, &Failure::new(code, message));
         PyBytes::new(py, &out)
+    }
+}
+
+/// The prompts that completions begin with.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct Echo(protocol::Echo);
+
+#[pymethods]
+impl Echo {
+    #[new]
+    #[pyo3(signature = (texts, *, choices_each, alone, logprobs, prompt_logprobs))]
+    fn new(
+        texts: Vec<String>,
+        choices_each: u32,
+        alone: bool,
+        logprobs: Option<u32>,
+        prompt_logprobs: Option<u32>,
+    ) -> Self {
+        Self(protocol::Echo { texts, choices_each, alone, logprobs, prompt_logprobs })
     }
 }
 

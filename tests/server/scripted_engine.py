@@ -30,6 +30,11 @@ TEMPLATE = (
 )
 
 
+def prompt_logprob(token: int) -> float:
+    """The log probability of a token in a prompt, whatever comes before it."""
+    return -token / 16
+
+
 class Script:
     """Stands where `Engine` and its parts stand: plans with the core, and answers each plan from
     the script.
@@ -111,6 +116,14 @@ class Script:
 
     def _write(self, plan: Plan) -> None:
         words = self._plan.view(np.int32)
+        targets = words[plan.prompt_targets_offset // 4 :][: plan.num_prompt_targets * 2].reshape(-1, 2)
+        told = self._result.view(np.int32)[plan.padded_rows * plan.result_width : plan.result_words]
+        told = told.reshape(len(targets), -1) if len(targets) else told[:0].reshape(0, 2)
+        for (_, token), record in zip(targets.tolist(), told, strict=True):
+            top, floats = plan.max_prompt_logprobs, record.view(np.float32)
+            floats[0], record[1] = prompt_logprob(token), 2
+            record[2 : 2 + top] = [65, token, *range(66, 64 + top)][:top]
+            floats[2 + top :] = [-0.01, prompt_logprob(token), *(-9.0 - i for i in range(top))][:top]
         enters = words[plan.enters_offset // 4 :][: plan.num_enters * 16].reshape(-1, 16)
         for slot, _, output_index in enters[:, :3].tolist():
             self._output_index[slot] = output_index

@@ -297,7 +297,19 @@ PROMPT_ROWS: list[Row] = [
     ("E11 special tokens as text", COMPLETIONS, completion(prompt="<|im_start|><|endoftext|>"), 200, None, None),
     ("E14 suffix", COMPLETIONS, completion(suffix="x"), 400, "unsupported_parameter", "suffix"),
     ("E17 prompt_embeds", COMPLETIONS, completion(prompt_embeds="AAAA"), 400, "unsupported_parameter", "prompt_embeds"),
-    ("E echo", COMPLETIONS, completion(echo=True), 400, "unsupported_parameter", "echo"),
+    ("E echo", COMPLETIONS, completion(echo=True), 200, None, None),
+    ("E echo type", COMPLETIONS, completion(echo="yes"), 400, "invalid_type", "echo"),
+    ("E prompt_logprobs", COMPLETIONS, completion(prompt_logprobs=21), 400, "invalid_value", "prompt_logprobs"),
+    ("E prompt_logprobs all", COMPLETIONS, completion(prompt_logprobs=-1), 400, "invalid_value", "prompt_logprobs"),
+    (
+        "E prompt_logprobs in a stream",
+        COMPLETIONS,
+        completion(prompt_logprobs=1, stream=True),
+        400,
+        "invalid_value",
+        "prompt_logprobs",
+    ),
+    ("E max_tokens 0 without echo", COMPLETIONS, completion(max_tokens=0), 400, "invalid_value", "max_tokens"),
 ]
 
 

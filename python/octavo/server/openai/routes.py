@@ -139,9 +139,10 @@ class OpenAIRoutes:
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)
             prompts = await self._encode(given, parsed.add_special_tokens is not False)
+            echo = await self._echo(parsed, given) if parsed.echo else None
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(COMPLETION, parsed)) from None
-        return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival))
+        return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival, echo=echo))
 
     def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
         parsed = self._decode(COMPLETION, body)
@@ -185,6 +186,24 @@ class OpenAIRoutes:
             if num_tokens > most_tokens:
                 raise bad_request(f"prompt: at most {most_tokens} tokens over all prompts of a call.", "prompt")
         return prompts
+
+    async def _echo(self, parsed: CompletionRequest, given: list[str | _core.Prompt]) -> _core.Echo:
+        """What completions begin with: prompts as they were given, or the text of their tokens."""
+        tokenizer = self._engine.tokenizer
+
+        def text_of(prompt: str | _core.Prompt) -> str:
+            if isinstance(prompt, str):
+                return prompt
+            return "" if tokenizer is None else tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+
+        texts = await self._engine.run_beside(lambda: [text_of(prompt) for prompt in given])
+        return _core.Echo(
+            texts,
+            choices_each=parsed.n or 1,
+            alone=parsed.is_echo_alone,
+            logprobs=parsed.logprobs,
+            prompt_logprobs=parsed.prompt_logprobs,
+        )
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/chat/completions`."""

@@ -34,7 +34,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "repetition_detection": (),
     "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
@@ -46,7 +45,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 
-UNSUPPORTED_COMPLETION = {**_UNSUPPORTED, "echo": (False,), "suffix": ("",)}
+UNSUPPORTED_COMPLETION = {**_UNSUPPORTED, "suffix": ("",)}
 UNSUPPORTED_CHAT = {
     **_UNSUPPORTED,
     "add_special_tokens": (False,),
@@ -92,6 +91,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: dict[Long, float] | None = None
+    prompt_logprobs: Count | None = None
     priority: Count | None = None
     cache_salt: str | None = None
 
@@ -108,13 +108,18 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         if self.output_limit is not None:
             given["max_tokens"] = self.output_limit
         return SamplingParams.with_defaults(
-            {"max_tokens": None, **defaults}, {"seed": self.seed, "logprobs": logprobs, **given}
+            {"max_tokens": None, **defaults},
+            {"seed": self.seed, "logprobs": logprobs, "prompt_logprobs": self.prompt_logprobs, **given},
         )
 
     def check_stream_options(self) -> None:
-        """`stream_options` makes sense in a stream only."""
+        """`stream_options` makes sense in a stream only, and a stream has no place for
+        `prompt_logprobs`.
+        """
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options: only allowed when stream is true.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise bad_request("prompt_logprobs: not available when stream is true.", "prompt_logprobs")
 
     @property
     def output_limit(self) -> int | None:
@@ -141,6 +146,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     """`POST /v1/completions`, all but its `prompt`: that may be millions of token ids."""
 
     logprobs: Count | None = None
+    echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
 
@@ -151,7 +157,19 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
         given = {} if self.output_limit is not None or "max_tokens" in defaults else {"max_tokens": 16}
+        if self.echo and self.logprobs is not None:
+            given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
         return self.sampling_params(defaults, self.logprobs, **given)
+
+    @property
+    def is_echo_alone(self) -> bool:
+        """Whether nothing but the prompt is wanted."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    @property
+    def output_limit(self) -> int | None:
+        """To compute the prompt is to draw a token."""
+        return 1 if self.is_echo_alone else self.max_tokens
 
 
 class NamedFunction(msgspec.Struct, frozen=True):
