@@ -150,7 +150,8 @@ mod tests {
     use crate::protocol::{ReplyFormat, StreamUsage, Usage};
     use serde_json::{json, Value};
 
-    const USAGE: Usage = Usage { prompt_tokens: 2, completion_tokens: 1, cached_tokens: 0 };
+    const USAGE: Usage =
+        Usage { prompt_tokens: 2, completion_tokens: 1, cached_tokens: 0, accepted_tokens: 0, rejected_tokens: 0 };
 
     fn echo(alone: bool) -> Echo {
         Echo {
