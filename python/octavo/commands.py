@@ -1,4 +1,5 @@
-"""`octavo serve | chat | generate | bench | version`: the flags of each command, and what it runs.
+"""`octavo serve | chat | generate | evaluate | bench | version`: the flags of each command, and what it
+runs.
 
 Flags of the engine and of the server are derived from their dataclasses; `vllm_flags` says what
 becomes of vLLM's others.
@@ -60,6 +61,12 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="text to continue; - reads it from the standard input")
     _add_sampling_flags(generate, max_tokens=256)
     _add_engine_flags(generate)
+
+    from octavo.evaluate.commands import add_arguments
+
+    evaluate = command("evaluate", "measure a model's quality, alone or against another", run_evaluate)
+    _add_model(evaluate)
+    add_arguments(evaluate)
 
     from octavo.bench.commands import add_commands
 
@@ -223,6 +230,14 @@ def run_bench(args: argparse.Namespace) -> int:
 
     _log_to_stderr(logging.WARNING)
     return run(args, engine_config(args) if args.bench not in ("memory", "serve") else None)
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    """`octavo evaluate`."""
+    from octavo.evaluate.commands import run
+
+    _log_to_stderr(logging.WARNING)
+    return run(args, engine_config(args))
 
 
 def run_version(_: argparse.Namespace) -> int:
