@@ -19,6 +19,7 @@ ALLOWED = {
     "models": {"models", "layers", "kernels", "model_config"},
     "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
     "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "vllm_flags"} | LEAVES,
+    "quantize": {"quantize", "engine", "models", "layers", "kernels", "weights", "model_config", "texts"} | LEAVES,
     "server": {"server"} | LEAVES,
 }
 

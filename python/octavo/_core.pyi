@@ -135,6 +135,10 @@ class Tokenizer:
         """Special tokens by the names under which templates know them, such as `bos_token`."""
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, token_id: int) -> str | None: ...
+    def to_json(self) -> str | None:
+        """As `tokenizer.json` has it, without what is put before and after a text; None for ids of
+        bytes.
+        """
     def encode_text(self, text: str, add_special_tokens: bool = True, parse_special: bool = True) -> Prompt: ...
     def encode_chat(
         self,

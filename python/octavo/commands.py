@@ -1,5 +1,5 @@
-"""`octavo serve | chat | generate | evaluate | bench | version`: the flags of each command, and what it
-runs.
+"""`octavo serve | chat | generate | quantize | evaluate | bench | version`: the flags of each command,
+and what it runs.
 
 Flags of the engine and of the server are derived from their dataclasses; `vllm_flags` says what
 becomes of vLLM's others.
@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", "measure a model's quality, alone or against another", run_evaluate)
     _add_model(evaluate)
     add_arguments(evaluate)
+
+    from octavo.quantize.command import add_flags as add_quantize_flags
+
+    add_quantize_flags(command("quantize", "make a checkpoint in 4 or 8 bits", run_quantize))
 
     from octavo.bench.commands import add_commands
 
@@ -222,6 +226,14 @@ def run_generate(args: argparse.Namespace) -> int:
     except UnicodeError as error:
         raise ValueError(f"{'the standard input' if args.prompt == '-' else 'PROMPT'} is not UTF-8: {error}") from None
     return generate(engine_config(args), sampling(args), prompt)
+
+
+def run_quantize(args: argparse.Namespace) -> int:
+    """`octavo quantize`."""
+    from octavo.quantize.command import run
+
+    _log_to_stderr(logging.WARNING)
+    return run(args)
 
 
 def run_bench(args: argparse.Namespace) -> int:

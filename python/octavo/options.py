@@ -67,6 +67,21 @@ def parse_bytes(text: str) -> int:
     return int(float(number) * factor) if "." in number else int(number) * factor
 
 
+def at_least(least: float) -> Callable[[str], float]:
+    """Reads a number of the kind of `least` that is no smaller."""
+
+    def read(text: str) -> float:
+        try:
+            value = type(least)(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a {'whole ' if isinstance(least, int) else ''}number") from None
+        if not least <= value < float("inf"):
+            raise ValueError(f"{text} must be at least {least}")
+        return value
+
+    return read
+
+
 def parse_with(parse: Callable[[str], T]) -> Callable[[str], T]:
     """`parse` as the `type` of an argparse argument, which would swallow the text of its
     `ValueError`.

@@ -127,6 +127,10 @@ impl Tokenizer {
         self.tokenizer.id_to_token(token_id)
     }
 
+    fn to_json(&self, py: Python<'_>) -> PyResult<Option<String>> {
+        detached(py, || self.tokenizer.to_json())
+    }
+
     #[pyo3(signature = (text, add_special_tokens = true, parse_special = true))]
     fn encode_text(
         &self,

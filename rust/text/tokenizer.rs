@@ -250,6 +250,18 @@ impl Tokenizer {
         }
     }
 
+    /// As `tokenizer.json` has it, without what is put before and after a text; `None` for ids of
+    /// bytes.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`]: a part of it cannot be written.
+    pub fn to_json(&self) -> Result<Option<String>> {
+        match &self.model {
+            Vocabulary::Bytes => Ok(None),
+            Vocabulary::Subwords(subwords) => subwords.pipeline.to_string(false).map(Some).map_err(tokenizer_error),
+        }
+    }
+
     /// Tokenises `text`. `add_special_tokens` adds what the tokenizer adds to every text (often
     /// BOS).
     ///

@@ -18,7 +18,7 @@ from typing import Any
 from octavo.bench.progress import progress
 from octavo.bench.workloads import NAMES, Item, known_workload, workload
 from octavo.config import EngineConfig
-from octavo.options import parse_with
+from octavo.options import at_least, parse_with
 
 Rows = list[dict[str, Any]]
 
@@ -127,21 +127,6 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
         default=32000,
         help="prompts are random ids below it [default: 32000]",
     )
-
-
-def at_least(least: float) -> Callable[[str], float]:
-    """Reads a number of the kind of `least` that is no smaller."""
-
-    def read(text: str) -> float:
-        try:
-            value = type(least)(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is not a {'whole ' if isinstance(least, int) else ''}number") from None
-        if not least <= value < float("inf"):
-            raise ValueError(f"{text} must be at least {least}")
-        return value
-
-    return read
 
 
 def server_url(text: str) -> str:

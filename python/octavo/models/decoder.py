@@ -41,6 +41,11 @@ class DecoderLayer(Layer):
         )
         self.mlp = mlp
 
+    @property
+    def mlp_norm(self) -> RMSNorm:
+        """The norm that `mlp` reads."""
+        return self.post_attention_norm
+
     def __call__(self, x: Any, residual: Tensor, positions: Tensor) -> Tensor:
         """x: this layer's normed input; residual: the stream, changed in place.
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from octavo.layers.norm import RMSNorm
 from octavo.layers.schemes.choice import Schemes
 from octavo.model_config import ModelConfig, RopeConfig
 from octavo.models.config_reader import MAX_LAYERS, MAX_POSITIONS, Fields, read_decoder, read_dtype, read_windows
@@ -28,6 +29,10 @@ class Gemma3DecoderLayer(DecoderLayer):
             f"{name}.pre_feedforward_layernorm", config, schemes, self.mlp.gate_up.input_form
         )
         self.post_mlp_norm = hidden_norm(f"{name}.post_feedforward_layernorm", config, schemes)
+
+    @property
+    def mlp_norm(self) -> RMSNorm:
+        return self.pre_mlp_norm
 
     def __call__(self, x: Any, residual: Tensor, positions: Tensor) -> Tensor:
         x = self.post_attention_norm(self.attention(x, positions))

@@ -69,6 +69,49 @@ def config_from_gguf(header: GgufHeader, other_parts: Sequence[GgufHeader] = ())
     """Renames the metadata to the keys of `config.json` and checks them there; warns of keys that
     have no meaning here. Raises `ModelError`.
     """
+    fields, values, factors = _read(header, other_parts)
+    prefix = f"{header.architecture}."
+    spelling = {key: prefix + suffix for key, suffix in (GGUF_KEYS | GGUF_OWN_KEYS).items()}
+    spelling |= {key: f"tokenizer.ggml.{key}" for key in ("bos_token_id", "eos_token_id")}
+    spelling |= {f"rope_parameters.{key}": name for key, name in LONGROPE.items()}
+    config = config_from_dict(values, header.path, spelling=spelling, defaults=DEFAULTS)
+    _check_head_sizes(fields, config.head_dim)
+    scale = fields.number("rope.scaling.attn_factor", 1.0)
+    unknown = [name for name in fields.unknown() if name.removeprefix(prefix) not in HARMLESS]
+    warn_unknown(header.path, unknown)
+    rope = config.rope
+    if FREQUENCIES in factors:
+        rope = _divided(rope, header, config.head_dim, factors[FREQUENCIES])
+    return replace(
+        config,
+        rope=_scaled(rope, scale),
+        local_rope=config.local_rope and _scaled(config.local_rope, scale),
+        checkpoint_dtype=_dtype((header, *other_parts)),
+    )
+
+
+def values_from_gguf(header: GgufHeader, other_parts: Sequence[GgufHeader] = ()) -> dict[str, Any]:
+    """The header as a `config.json`. Raises `ModelError` for what such a file has no key for."""
+    fields, values, factors = _read(header, other_parts)
+    if FREQUENCIES in factors:
+        raise ModelError(f"{header.path}: {FREQUENCIES}: config.json has no key for such factors")
+    if fields.number("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise fields.error("rope.scaling.attn_factor", "config.json has no key for it")
+    family = GGUF_FAMILIES[header.architecture]
+    defaults = {key: value for key, value in DEFAULTS.items() if key in family.defaults}
+    table = values.pop("rope_parameters")
+    if "sliding_attention" in table:  # a table a kind of layer
+        values["rope_local_base_freq"] = table["sliding_attention"]["rope_theta"] or defaults["rope_local_base_freq"]
+        table = table["full_attention"]
+    return {"model_type": family.model_type, **defaults, **values, "rope_scaling": table or None}
+
+
+def _read(
+    header: GgufHeader, other_parts: Sequence[GgufHeader]
+) -> tuple[Fields, dict[str, Any], dict[str, list[float]]]:
+    """The architecture's metadata, the same under the keys of `config.json`, and the tensors that
+    divide rotary frequencies.
+    """
     family = GGUF_FAMILIES.get(header.architecture)
     if family is None:
         raise ModelError(
@@ -105,23 +148,7 @@ def config_from_gguf(header: GgufHeader, other_parts: Sequence[GgufHeader] = ())
             raise ModelError(f"{header.path}: {name}: not part of a {header.architecture} model with such a header")
     table |= {key: factors[name] for key, name in LONGROPE.items() if name in factors}
     family.complete_gguf(values, fields)
-    spelling = {key: prefix + suffix for key, suffix in (GGUF_KEYS | GGUF_OWN_KEYS).items()}
-    spelling |= {key: f"tokenizer.ggml.{key}" for key in ("bos_token_id", "eos_token_id")}
-    spelling |= {f"rope_parameters.{key}": name for key, name in LONGROPE.items()}
-    config = config_from_dict(values, header.path, spelling=spelling, defaults=DEFAULTS)
-    _check_head_sizes(fields, config.head_dim)
-    scale = fields.number("rope.scaling.attn_factor", 1.0)
-    unknown = [name for name in fields.unknown() if name.removeprefix(prefix) not in HARMLESS]
-    warn_unknown(header.path, unknown)
-    rope = config.rope
-    if FREQUENCIES in factors:
-        rope = _divided(rope, header, config.head_dim, factors[FREQUENCIES])
-    return replace(
-        config,
-        rope=_scaled(rope, scale),
-        local_rope=config.local_rope and _scaled(config.local_rope, scale),
-        checkpoint_dtype=_dtype((header, *other_parts)),
-    )
+    return fields, values, factors
 
 
 def _rope_table(fields: Fields) -> dict[str, Any]:

@@ -45,6 +45,7 @@ class SafetensorsSource:
         self._stored: dict[str, str] = {}  # our name -> the file's
         self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[str, str] = {}  # our name -> name of its shard
+        self._others: dict[str, Any] = {}  # the file's name of a tensor that the text model has not -> its shard
         stale: list[str] = []
         paths, index = find_shards(folder)
         for path in paths:
@@ -65,6 +66,7 @@ class SafetensorsSource:
             for stored in file.keys():  # noqa: SIM118 - not a dict
                 name = text_model_name(stored)
                 if name is None:
+                    self._others[stored] = file
                     continue
                 if name in self._files:
                     stale.append(name)
@@ -94,6 +96,18 @@ class SafetensorsSource:
 
     def fill(self, name: str, destination: Tensor) -> None:
         destination.copy_(self._files[name].get_tensor(self._stored[name]))
+
+    def stored_names(self) -> dict[str, str | None]:
+        """Every tensor of the files -> its name here; None for those of no text model."""
+        return {stored: name for name, stored in self._stored.items()} | dict.fromkeys(self._others)
+
+    def read(self, stored: str) -> Tensor:
+        """A tensor as the file has it, by the file's name; nothing of it is read before it is used."""
+        file = self._others.get(stored) or next(
+            self._files[name] for name, other in self._stored.items() if other == stored
+        )
+        tensor: Tensor = file.get_tensor(stored)
+        return tensor
 
     def dtype(self) -> str | None:
         """The type of the first matrix that is not quantised, for files whose config does not say."""

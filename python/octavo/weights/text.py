@@ -161,12 +161,16 @@ def _from_gguf(path: Path) -> _Parts:
         raise ModelError(
             f"{path}: tokenizer.ggml.tokens: has {tokenizer.vocab_size} entries, but token_embd.weight has {rows} rows"
         )
-    keys = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
-    metadata = header.metadata()
-    sources = {name: source for name, key in keys.items() if isinstance(source := metadata.get(key), str)}
     special = tokenizer.special_tokens
     ends = tuple(special[text] for text in END_TOKENS if text in special)
-    return _Parts(tokenizer, _Templates.named(sources, str(path)), ends)
+    return _Parts(tokenizer, _Templates.named(gguf_templates(header), str(path)), ends)
+
+
+def gguf_templates(header: _core.GgufFile) -> dict[str, str]:
+    """The chat templates of a GGUF file, by name."""
+    keys = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+    metadata = header.metadata()
+    return {name: source for name, key in keys.items() if isinstance(source := metadata.get(key), str)}
 
 
 def _from_folder(folder: Path) -> _Parts:

@@ -96,14 +96,20 @@ def read_recipe(folder: Path) -> Recipe | None:
     if config is not None:
         if not isinstance(config, dict):
             raise ModelError(f"{path}: quantization_config: {config!r} is not an object")
-        return _read(config, str(path), "quantization_config.", "")
+        return recipe_from(config, str(path))
     for name, method in OWN_FILES.items():
         if (folder / name).exists():
-            return _read(read_json(folder / name), str(folder / name), "", method)
+            return recipe_from(read_json(folder / name), str(folder / name), prefix="", method=method)
     return None
 
 
-def _read(config: Mapping[str, Any], source: str, prefix: str, method: str) -> Recipe:
+def recipe_from(
+    config: Mapping[str, Any], source: str, *, prefix: str = "quantization_config.", method: str = ""
+) -> Recipe:
+    """What a config says. prefix: of its keys within the file `source`; method: where it does not say.
+
+    Raises `ModelError`.
+    """
     fields = Fields(source, config, prefix=prefix)
     method = fields.text("quant_method", method).lower()
     if method not in _READERS:
