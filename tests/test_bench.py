@@ -21,6 +21,7 @@ import pytest
 
 from octavo import cli
 from octavo.bench import commands
+from octavo.bench.precision import verdict
 from octavo.bench.workloads import NAMES, workload
 from tests.conftest import find_shared
 
@@ -87,6 +88,33 @@ def test_batching(capsys: pytest.CaptureFixture[str], bars: list[Any]) -> None:
     assert none > static > continuous  # of the same tokens
     assert rows[0]["throughput_ratio"] == 1.0
     assert [(bar.desc, bar.n, bar.total) for bar in bars] == [(name, 6, 6) for name in ("none", "static", "continuous")]
+
+
+def test_precision(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of dummy weights: what each precision holds and must read, in bytes that are counted here."""
+    words = ["--output-len", "4", *ENGINE]
+    rows = bench(capsys, "precision", *words)
+    assert [row["precision"] for row in rows] == ["16 bits", "INT8", "INT4 GPTQ", "INT4 AWQ", "FP8"]
+    matrices = 2 * (64 * (64 + 64) + 64 * 2 * 32 + 3 * 64 * 192)
+    plain = rows[0]
+    assert plain["bytes_a_weight"] == pytest.approx(4.0, rel=0.5)  # float32, and what a CPU keeps twice
+    kv = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, components, bytes
+    for streams in (1, 32):
+        read = plain[f"read_gib_{streams}"] * 2**30 - streams * (128 + 2) * kv
+        assert read == pytest.approx(4 * (matrices + 512 * 64 + 5 * 64))  # with the table as the head, and norms
+        for row in rows:
+            assert row[f"tok_s_{streams}"] > 0
+            assert row[f"ratio_{streams}"] == pytest.approx(row[f"tok_s_{streams}"] / plain[f"tok_s_{streams}"])
+            assert (row[f"says_{streams}"] is None) == (row["precision"] in ("16 bits", "FP8"))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bound", "said"),
+    [(1.5, 1.2, "holds"), (1.4, 1.3, "no: bytes allow 1.30x"), (1.2, 2.0, "no: 60% of the 2.00x that bytes allow")],
+)
+def test_what_a_precision_says(ratio: float, bound: float, said: str) -> None:
+    assert verdict(ratio, bound, (1.5, 2.0)) == said
+    assert verdict(ratio, bound, None) is None
 
 
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:

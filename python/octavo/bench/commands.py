@@ -1,4 +1,4 @@
-"""The six commands of `octavo bench`. Each prints a table for people, or one JSON object with
+"""The commands of `octavo bench`. Each prints a table for people, or one JSON object with
 `--json`.
 """
 
@@ -13,6 +13,7 @@ import json
 import platform
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from octavo.bench.progress import progress
@@ -102,6 +103,20 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
     speculative.add_argument("--input-len", type=count, default=256, help="tokens of a prompt [default: 256]")
     speculative.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
 
+    precision = command(
+        "precision",
+        "The same model in 16, 8 and 4 bits: memory, decode speed at 1 and 32 streams, and whether each is what the "
+        "guide expects. On a CPU tokens a CPU second",
+    )
+    precision.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
+    precision.add_argument("--repeat", type=count, default=1, help="runs; the best is reported [default: 1]")
+    precision.add_argument(
+        "--num-samples", type=count, default=32, help="pieces of text for GPTQ and AWQ [default: 32]"
+    )
+    precision.add_argument(
+        "--checkpoints", type=Path, metavar="DIR", help="where those are made and kept [default: nowhere]"
+    )
+
     memory = command("memory", "Requests in the same KV memory: pages, GQA, windows; in fewer bits", engine=False)
     memory.add_argument("--kv-gib", type=parse_with(at_least(0.01)), default=8.0, help="KV memory in GiB [default: 8]")
     memory.add_argument(
@@ -146,12 +161,7 @@ def run(options: argparse.Namespace, config: EngineConfig | None) -> int:
         rows = [asyncio.run(measure_server(options))]
     else:
         assert config is not None
-        rows = {
-            "latency": latency_rows,
-            "throughput": throughput_rows,
-            "batching": batching_rows,
-            "speculative": speculative_rows,
-        }[options.bench](options, config)
+        rows = _ENGINE_ROWS[options.bench](options, config)
     print(json.dumps({"bench": options.bench, "rows": rows}) if options.json else table(rows))
     return int(any(row.get("failed") for row in rows))
 
@@ -217,6 +227,22 @@ def batching_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
     for row in rows:
         row["throughput_ratio"] = row["output_tokens_per_second"] / rows[0]["output_tokens_per_second"]
     return rows
+
+
+def precision_rows(options: argparse.Namespace, config: EngineConfig) -> Rows:
+    """One row a precision."""
+    from octavo.bench.precision import precision_rows as rows
+
+    return rows(options, config)
+
+
+_ENGINE_ROWS = {
+    "latency": latency_rows,
+    "throughput": throughput_rows,
+    "batching": batching_rows,
+    "precision": precision_rows,
+    "speculative": speculative_rows,
+}
 
 
 def batching_items(options: argparse.Namespace, vocab_size: int) -> list[Item]:
