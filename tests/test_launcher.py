@@ -33,7 +33,8 @@ def test_the_guides_command(served: Calls) -> None:
     line = (
         "--model-id org/model --num-shard 1 --port 8080 --max-concurrent-requests 64 --max-input-tokens 1000 "
         "--max-total-tokens 2048 --max-batch-prefill-tokens 4096 --quantize eetq --dtype bfloat16 "
-        "--cuda-memory-fraction 0.8 --api-key secret --payload-limit 2000000 --max-best-of 4 --cuda-graphs 1,2,4"
+        "--cuda-memory-fraction 0.8 --api-key secret --payload-limit 2000000 --max-best-of 4 --cuda-graphs 1,2,4 "
+        "--speculate 3"
     )
     assert launcher.main(line.split()) == 0
     assert served == [
@@ -47,6 +48,8 @@ def test_the_guides_command(served: Calls) -> None:
                 dtype="bfloat16",
                 gpu_memory_utilization=0.8,
                 cudagraph_capture_sizes=(1, 2, 4),
+                spec_method="ngram",
+                spec_tokens=3,
             ),
             ServerConfig(
                 host="0.0.0.0",
@@ -86,13 +89,13 @@ def test_what_has_no_effect_is_said(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--speculate 2", "--speculate 2: not supported yet"),
+        ("--sharded true", "--sharded true: not supported yet"),
         ("--otlp-endpoint http://a", "--otlp-endpoint: not supported yet"),
         ("--quantize exl2", "--quantize exl2: not supported, only awq, gptq"),
         ("--num-shard 2", "tensor_parallel_size = 2: only 1 is supported"),
         ("--nonsense 2", "unrecognized arguments: --nonsense 2"),
     ],
-    ids=["speculate", "otlp", "quantize", "shards", "unknown"],
+    ids=["sharded", "otlp", "quantize", "shards", "unknown"],
 )
 def test_what_is_refused(served: Calls, words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     try:

@@ -149,9 +149,12 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
         max_characters: int | None = None,
+        continue_final_message: bool = False,
     ) -> Prompt:
         """Renders and tokenises. Message content can never produce a special token; only the
         template can. Raises `PromptTooLongError` where the template makes more than max_characters.
+
+        continue_final_message: the prompt ends with the content of the last message.
         """
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
     def ends_with(self, prompt: Prompt, text: str) -> bool:

@@ -67,7 +67,6 @@ NEUTRAL = {
     "--lora-adapters": ("",),
     "--revision": ("main",),
     "--sharded": ("false",),
-    "--speculate": ("0",),
 }
 """With a value that says what happens anyway; accepted in silence. Any other value is refused."""
 
@@ -176,8 +175,14 @@ def _graphs(value: str) -> list[str]:
     return ["--enforce-eager"] if sizes == ["0"] else ["--cudagraph-capture-sizes", *sizes]
 
 
+def _drafts(value: str) -> list[str]:
+    """Tokens to guess by what a text says already, which is TGI's way without a drafter; 0 for none."""
+    return [] if value == "0" else ["--spec-method", "ngram", "--spec-tokens", value]
+
+
 _TRANSLATED: dict[str, Callable[[str], list[str]]] = {
     "--quantize": _one_of(_QUANTIZATIONS, "--quantization"),
     "--kv-cache-dtype": _one_of(_KV_DTYPES, "--kv-cache-dtype"),
     "--cuda-graphs": _graphs,
+    "--speculate": _drafts,
 }

@@ -46,7 +46,15 @@ impl Tgi {
     }
 
     fn write_tokens(&self, out: &mut Vec<u8>, choice: &Delta<'_>, tokenizer: Option<&Tokenizer>) {
-        out.extend_from_slice(b"\"prefill\":[],\"tokens\":");
+        out.extend_from_slice(b"\"prefill\":[");
+        if let Some(prompt) = choice.prompt {
+            let told = std::iter::once(None).chain(prompt.positions().map(|position| position.first()));
+            write_separated(out, prompt.tokens().iter().zip(told), |out, (id, drawn)| {
+                write_head(out, *id, &token_text(*id, tokenizer), drawn.map(|drawn| drawn.logprob));
+                out.push(b'}');
+            });
+        }
+        out.extend_from_slice(b"],\"tokens\":");
         write_list(out, 0..choice.tokens.len(), |out, number| {
             let token = choice.tokens[number];
             write_token(out, token.id, &token_part(choice, number, tokenizer), logprob(choice, number), tokenizer);
@@ -177,6 +185,13 @@ pub fn write_error(out: &mut Vec<u8>, message: &str, kind: &str) {
 }
 
 fn write_token(out: &mut Vec<u8>, id: u32, text: &str, logprob: Option<f32>, tokenizer: Option<&Tokenizer>) {
+    write_head(out, id, text, logprob);
+    let special = tokenizer.is_some_and(|tokenizer| tokenizer.is_special(id));
+    write!(out, ",\"special\":{special}}}").expect("writing to a Vec cannot fail");
+}
+
+/// Appends what a token of the prompt and one of the output have both.
+fn write_head(out: &mut Vec<u8>, id: u32, text: &str, logprob: Option<f32>) {
     write!(out, "{{\"id\":{id},\"text\":").expect("writing to a Vec cannot fail");
     write_string(out, text);
     out.extend_from_slice(b",\"logprob\":");
@@ -184,8 +199,6 @@ fn write_token(out: &mut Vec<u8>, id: u32, text: &str, logprob: Option<f32>, tok
         Some(logprob) => write_logprob(out, logprob),
         None => out.extend_from_slice(b"null"),
     }
-    let special = tokenizer.is_some_and(|tokenizer| tokenizer.is_special(id));
-    write!(out, ",\"special\":{special}}}").expect("writing to a Vec cannot fail");
 }
 
 /// Appends the likeliest tokens of a position.

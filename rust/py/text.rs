@@ -146,7 +146,7 @@ impl Tokenizer {
 
     #[pyo3(signature = (
         template, messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None,
-        max_characters = None
+        max_characters = None, continue_final_message = false
     ))]
     #[allow(clippy::too_many_arguments)] // All are keywords in Python.
     fn encode_chat(
@@ -158,9 +158,16 @@ impl Tokenizer {
         add_generation_prompt: bool,
         kwargs_json: Option<&str>,
         max_characters: Option<usize>,
+        continue_final_message: bool,
     ) -> PyResult<Prompt> {
-        let options =
-            RenderOptions { tools_json, add_generation_prompt, kwargs_json, max_characters, now: unix_time() };
+        let options = RenderOptions {
+            tools_json,
+            add_generation_prompt,
+            continue_final_message,
+            kwargs_json,
+            max_characters,
+            now: unix_time(),
+        };
         let ids = detached(py, || self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
         Ok(Prompt { token_ids: ids.into() })
     }
@@ -229,7 +236,7 @@ impl ChatTemplate {
         now: Option<f64>,
     ) -> PyResult<String> {
         let now = now.unwrap_or_else(unix_time);
-        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, max_characters: None, now };
+        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now, ..RenderOptions::default() };
         detached(py, || self.template.render(messages_json, &options))
     }
 }

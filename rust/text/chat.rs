@@ -42,7 +42,15 @@ impl Tokenizer {
                 for_each_string(value, &mut replace)?;
             }
         }
-        let rendered = template.render_inputs(&inputs)?;
+        let end = if options.continue_final_message { Some(stand_ins.mark_end(&mut inputs.messages)?) } else { None };
+        let mut rendered = template.render_inputs(&inputs)?;
+        if let Some(mark) = end {
+            let Some(at) = rendered.rfind(mark) else {
+                let message = "continue_final_message: the chat template does not show the last message";
+                return Err(Error::Template(message.to_owned()));
+            };
+            rendered.truncate(at);
+        }
         let (text, matches) = stand_ins.restore(&rendered, self.find_added_tokens(&rendered));
         self.encode_text(&text, false, Specials::At(&matches))
     }
@@ -146,6 +154,18 @@ impl StandIns {
             .ok_or_else(|| Error::Template("messages write parts of too many different special tokens".to_owned()))?;
         self.used.push((original, stand_in));
         Ok(stand_in)
+    }
+
+    /// Puts a stand-in behind the content of the last message, and nowhere else.
+    fn mark_end(&mut self, messages: &mut Json) -> Result<char> {
+        let mark = self.free.pop().ok_or_else(|| Error::Template("messages use all noncharacters".to_owned()))?;
+        let Json::Array(list) = messages else { return Ok(mark) };
+        let Some(Json::Object(pairs)) = list.last_mut() else { return Ok(mark) };
+        match pairs.iter_mut().find(|(key, _)| key == "content") {
+            Some((_, Json::Text(content))) => content.push(mark),
+            _ => return Err(Error::Template("continue_final_message: the last message has no text".to_owned())),
+        }
+        Ok(mark)
     }
 
     /// The text with the original characters, and the matches moved to where they lie in it.

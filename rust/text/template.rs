@@ -59,6 +59,10 @@ pub struct RenderOptions<'a> {
     pub tools_json: Option<&'a str>,
     /// Ends with the head of the assistant's turn.
     pub add_generation_prompt: bool,
+    /// Ends with the last message's content, which the model continues: what the template writes
+    /// behind it is cut off. Only [`Tokenizer::encode_chat`](crate::text::Tokenizer::encode_chat)
+    /// looks at it.
+    pub continue_final_message: bool,
     /// A JSON object of further variables (`enable_thinking`, `documents`, ...).
     pub kwargs_json: Option<&'a str>,
     /// Most characters that may come out; none: as many as the fuel makes.

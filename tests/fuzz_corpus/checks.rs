@@ -49,8 +49,8 @@ pub fn template(bytes: &[u8]) {
         tools_json: Some(TOOLS),
         add_generation_prompt: true,
         kwargs_json: Some(r#"{"enable_thinking":false}"#),
-        max_characters: None,
         now: 1.7e9,
+        ..RenderOptions::default()
     };
     if let Ok(rendered) = template.render(messages, &options) {
         assert!(rendered.len() <= MAX_RENDERED_BYTES + 64 * messages.len(), "made {} bytes", rendered.len());

@@ -87,6 +87,8 @@ async def test_a_conversation_with_tools_reaches_the_template(served: Served) ->
             ],
         },
     ]
+    _, body = await served.post(ROUTE + "/count_tokens", {"messages": [*turns, {"role": "assistant", "content": "It"}]})
+    assert body == {"input_tokens": len("<user>Hi<assistant>Let me see.<tool>Rain<user>And?<assistant>It")}
     _, body = await served.post(ROUTE + "/count_tokens", {"messages": turns})
     assert body == {"input_tokens": len("<user>Hi<assistant>Let me see.<tool>Rain<user>And?")}
 
@@ -99,7 +101,6 @@ BAD = [
     ("role", asked(messages=[{"role": "system", "content": "x"}]), "role"),
     ("empty", asked(messages=[]), "messages"),
     ("image", asked(messages=[{"role": "user", "content": [{"type": "image"}]}]), "image"),
-    ("prefill", asked(messages=[USER, {"role": "assistant", "content": "x"}]), "last"),
     ("no id", asked(messages=[{"role": "user", "content": [{"type": "tool_result"}]}]), "tool_use_id"),
     ("server tool", asked(tools=[{"type": "web_search_20250305", "name": "w"}]), "tools[0]"),
     ("bad tool", asked(tools=[{"name": "a b"}]), "tools[0]"),

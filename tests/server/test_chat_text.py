@@ -63,3 +63,24 @@ async def test_a_request_that_rules_out_every_token_is_at_fault(served: Served) 
     assert (status, *(answer["error"][key] for key in ("type", "code", "param"))) == (400, *wanted)
     *_, error, done = await served.events(CHAT, body)
     assert (*(error["error"][key] for key in ("type", "code", "param")), done) == (*wanted, "[DONE]")
+
+
+async def test_the_last_message_is_continued(served: Served) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "It is"}]
+    body = {"messages": messages, "continue_final_message": True}
+    status, answer = await served.post(CHAT, body)
+    assert status == 200 and answer["usage"]["prompt_tokens"] == len("<user>Hi<assistant>It is")
+    status, answer = await served.post(CHAT, {**body, "add_generation_prompt": True})
+    assert (status, answer["error"]["param"]) == (400, "continue_final_message")
+
+
+async def test_the_last_tokens_of_a_prompt(served: Served) -> None:
+    text, kept = "a" * 600, {"truncate_prompt_tokens": 100}
+    for path, body in (
+        (CHAT, {"messages": [{"role": "user", "content": text}]}),
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/completions", {"prompt": [97] * 600}),
+    ):
+        assert (await served.post(path, body))[0] == 400
+        status, answer = await served.post(path, {**body, **kept})
+        assert status == 200 and answer["usage"]["prompt_tokens"] == 100

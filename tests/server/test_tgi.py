@@ -51,6 +51,12 @@ async def test_details(served: Served) -> None:
     assert (await generated(served, details=True, max_new_tokens=1))["details"]["finish_reason"] == "length"
 
 
+async def test_the_prompts_tokens(served: Served) -> None:
+    prefill = (await generated(served, details=True, decoder_input_details=True))["details"]["prefill"]
+    assert [(token["id"], token["text"]) for token in prefill] == [(72, "H"), (105, "i")]
+    assert prefill[0]["logprob"] is None and prefill[1]["logprob"] < 0
+
+
 async def test_stop_sequences_are_part_of_the_text(served: Served) -> None:
     body = await generated(served, details=True, stop=["lo"])
     assert body["generated_text"] == "Hello" and body["details"]["finish_reason"] == "stop_sequence"
@@ -137,7 +143,6 @@ BAD = [
     ("K1 number", {"inputs": 5}, 422, "inputs"),
     ("K2 null parameters", {"inputs": "Hi", "parameters": None}, 200, ""),
     *((f"K3 {number}", parameters(max_new_tokens=number), 422, "max_new_tokens") for number in (0, -1, 10**9)),
-    ("K6 prefill", parameters(decoder_input_details=True), 422, "decoder_input_details"),
     *((f"K7 {number}", parameters(truncate=number), 422, "truncate") for number in (0, 512)),
     ("K8 stops", parameters(stop=["a"] * 33), 422, "stop"),
     ("K9 grammar", parameters(grammar={"type": "json", "value": {}}), 422, "grammar"),
@@ -166,9 +171,10 @@ async def test_bad_requests(served: Served, body: Any, status: int, named: str) 
     assert await served.post("/generate", GREEDY) == (200, {"generated_text": "Hello world"})
 
 
-async def test_what_cannot_be_streamed(served: Served) -> None:
-    status, body = await served.post("/generate_stream", parameters(best_of=2, do_sample=True))
-    assert (status, body["error_type"]) == (422, "validation")
+@pytest.mark.parametrize("fields", [{"best_of": 2, "do_sample": True}, {"decoder_input_details": True}], ids=str)
+async def test_what_cannot_be_streamed(served: Served, fields: dict[str, Any]) -> None:
+    status, body = await served.post("/generate_stream", parameters(**fields))
+    assert (status, body["error_type"]) == (422, "validation") and "streaming" in body["error"]
 
 
 async def test_failures_have_the_form_of_tgi(served: Served) -> None:

@@ -132,3 +132,27 @@ def test_parts_of_an_answer_of_llm_chat() -> None:
     plain = CompletionOutput(0, text="So")
     tell_apart(None, plain)
     assert (plain.reasoning, plain.content, plain.tool_calls) == (None, "So", [])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-3-instruct", "mistral_v3_tekken", "gemma3", "zephyr"])
+def test_the_last_message_is_continued(shared_data: Path, name: str) -> None:
+    """transformers is the oracle: it renders with the same wish, with a tag of its own behind the message."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    source = (shared_data / "chat_templates" / f"{name}.jinja").read_text()
+    messages = [
+        {"role": "user", "content": "Say <|im_end|> it"},
+        {"role": "assistant", "content": "It"},
+        {"role": "user", "content": "Go on"},
+        {"role": "assistant", "content": "It is"},
+    ]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    (expected,), _ = render_jinja_template([messages], chat_template=source, continue_final_message=True, **tokens)
+    tokenizer = _core.Tokenizer.bytes_only(256)
+    prompt = tokenizer.encode_chat(
+        _core.ChatTemplate(source, tokens),
+        json.dumps(messages),
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
+    assert tokenizer.decode(prompt.token_ids) == expected and expected.endswith("It is")

@@ -165,6 +165,7 @@ class AsyncEngine:
         add_generation_prompt: bool = True,
         kwargs_json: str | None = None,
         max_characters: int | None = None,
+        continue_final_message: bool = False,
     ) -> _core.Prompt:
         """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the
         template refuses, `PromptTooLongError` where it makes more than max_characters.
@@ -177,6 +178,7 @@ class AsyncEngine:
             add_generation_prompt=add_generation_prompt,
             kwargs_json=kwargs_json,
             max_characters=max_characters,
+            continue_final_message=continue_final_message,
         )
         return await self._detached(encode, len(messages_json) + len(tools_json or "") + len(kwargs_json or ""))
 

@@ -121,6 +121,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
@@ -128,10 +129,13 @@ class LLM:
 
         Messages are those of OpenAI's chats, and checked like a request's; keys that these do not
         have go to the template as they are. Of each choice `text` is all that the model wrote;
-        `reasoning`, `content` and `tool_calls` are its parts. Raises `ValueError` that names the
-        message.
+        `reasoning`, `content` and `tool_calls` are its parts. With `continue_final_message`, and
+        without `add_generation_prompt`, the model goes on with the last message. Raises `ValueError`
+        that names the message.
         """
         self._engine.check_usable()
+        if continue_final_message and add_generation_prompt:
+            raise ValueError("continue_final_message: not together with add_generation_prompt")
         tokenizer, template = self._engine.parts.tokenizer, self._engine.parts.chat_template
         if tokenizer is None or template is None:
             raise ValueError("messages: this model has no tokenizer or no chat template; use generate()")
@@ -148,6 +152,7 @@ class LLM:
                     messages_json,
                     tools_json=tools_json,
                     add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
                     kwargs_json=None if chat_template_kwargs is None else json.dumps(chat_template_kwargs),
                 )
             except ValueError as error:

@@ -103,8 +103,22 @@ class Intake:
             raise bad_request(f"{field}: must have at least one token.", field)
         return prompt
 
-    async def encode_chat(self, text: ChatText, *, add_generation_prompt: bool = True) -> _core.Prompt:
-        """A conversation as tokens. Raises `ApiError` 400 where the template makes too much of it."""
+    @staticmethod
+    def shortened(prompt: _core.Prompt, most: int | None) -> _core.Prompt:
+        """The last `most` tokens of a prompt; all of them where it is None."""
+        return prompt if most is None or len(prompt) <= most else _core.Prompt(prompt.token_ids[-most:])
+
+    async def encode_chat(
+        self,
+        text: ChatText,
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        most: int | None = None,
+    ) -> _core.Prompt:
+        """A conversation as tokens, its last `most` ones. Raises `ApiError` 400 where the template
+        makes too much of it.
+        """
         try:
             prompt = await self.engine.encode_chat(
                 text.messages,
@@ -112,9 +126,11 @@ class Intake:
                 add_generation_prompt=add_generation_prompt,
                 kwargs_json=text.kwargs,
                 max_characters=self.max_characters,
+                continue_final_message=continue_final_message,
             )
         except _core.PromptTooLongError as error:
             raise prompt_too_long(self.engine.max_model_len, str(error), "messages") from None
+        prompt = self.shortened(prompt, most)
         self.check_length(prompt, "messages")
         return prompt
 

@@ -77,12 +77,6 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
         messages = [] if self.system is None else [Message("system", self.system_parts())]
         for place, turn in enumerate(self.messages):
             messages += _messages(turn, f"messages[{place}]")
-        if self.messages and self.messages[-1].role == "assistant":
-            raise bad_request(
-                "messages: the last one is the assistant's, which cannot be continued yet.",
-                "messages",
-                "unsupported_parameter",
-            )
         choice = self.tool_choice
         return ChatCompletionRequest(
             messages=[msgspec.Raw(msgspec.json.encode(message)) for message in messages],
@@ -90,6 +84,7 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
             tool_choice=None if choice is None else _choice(choice),
             parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
             chat_template_kwargs=self.template_kwargs(),
+            continue_final_message=bool(self.messages) and self.messages[-1].role == "assistant",
             **fields,
         )
 

@@ -6,7 +6,7 @@ answers it.
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Generic, TypeVar
@@ -64,6 +64,8 @@ CHAT = Kind(
 )
 
 
+_ANY_LENGTH = 2**24
+"""Token ids of a prompt that is shortened; a body holds no more."""
 _ANTHROPIC = "anthropic-version"
 """A header of Anthropic's clients."""
 MAX_CALL_CONTEXTS = 256
@@ -138,8 +140,9 @@ class OpenAIRoutes:
         parsed = read.request
         try:
             params = parsed.to_sampling_params(self._engine.generation_defaults)
-            prompts = await self._encode(given, parsed.add_special_tokens is not False)
-            echo = await self._echo(parsed, given) if parsed.echo else None
+            most = parsed.prompt_limit(self._engine.max_model_len)
+            prompts = await self._encode(given, parsed.add_special_tokens is not False, most)
+            echo = await self._echo(parsed, given if most is None else prompts) if parsed.echo else None
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(COMPLETION, parsed)) from None
         return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival, echo=echo))
@@ -156,7 +159,9 @@ class OpenAIRoutes:
                     value.start,
                     value.stop,
                     max_prompts=MAX_PROMPTS,
-                    max_tokens=self._engine.max_model_len,
+                    max_tokens=self._engine.max_model_len
+                    if parsed.request.truncate_prompt_tokens is None
+                    else _ANY_LENGTH,
                     max_characters=self._intake.max_characters,
                 )
             except _core.RefusedError as error:
@@ -164,8 +169,12 @@ class OpenAIRoutes:
         check_choices(len(prompts), parsed.request.n or 1)
         return parsed, prompts
 
-    async def _encode(self, given: list[str | _core.Prompt], add_special_tokens: bool) -> list[_core.Prompt]:
-        """The prompts as tokens. A call that cannot be taken is refused before any of them."""
+    async def _encode(
+        self, given: list[str | _core.Prompt], add_special_tokens: bool, kept: int | None
+    ) -> list[_core.Prompt]:
+        """The prompts as tokens, the last `kept` of each. A call that cannot be taken is refused before
+        any of them.
+        """
         most = self._engine.config.max_waiting
         if len(given) > most:
             raise bad_request(f"prompt: {len(given)} prompts, at most max_waiting = {most} can wait.", "prompt")
@@ -173,11 +182,11 @@ class OpenAIRoutes:
         prompts, num_tokens, most_tokens = [], 0, MAX_CALL_CONTEXTS * self._engine.max_model_len
         for prompt in given:
             if isinstance(prompt, str):
-                encoded = await self._engine.encode_text(prompt, add_special_tokens)
+                encoded = self._intake.shortened(await self._engine.encode_text(prompt, add_special_tokens), kept)
                 if len(encoded) > self._engine.max_model_len:
                     raise prompt_too_long(self._engine.max_model_len, f"the prompt has {len(encoded)}.", "prompt")
             else:
-                encoded = prompt
+                encoded = self._intake.shortened(prompt, kept)
             self._intake.check_length(encoded, "prompt")
             if len(encoded) == 0:
                 raise bad_request("prompt: must have at least one token.", "prompt")
@@ -187,7 +196,7 @@ class OpenAIRoutes:
                 raise bad_request(f"prompt: at most {most_tokens} tokens over all prompts of a call.", "prompt")
         return prompts
 
-    async def _echo(self, parsed: CompletionRequest, given: list[str | _core.Prompt]) -> _core.Echo:
+    async def _echo(self, parsed: CompletionRequest, given: Sequence[str | _core.Prompt]) -> _core.Echo:
         """What completions begin with: prompts as they were given, or the text of their tokens."""
         tokenizer = self._engine.tokenizer
 
@@ -242,7 +251,17 @@ class OpenAIRoutes:
             raise self._calls.refusal(error, _names(CHAT, read.request)) from None
 
     async def _encode_chat(self, chat: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
-        return await self._intake.encode_chat(text, add_generation_prompt=chat.add_generation_prompt is not False)
+        continues = bool(chat.continue_final_message)
+        if continues and chat.add_generation_prompt:
+            raise bad_request(
+                "continue_final_message: not together with add_generation_prompt.", "continue_final_message"
+            )
+        return await self._intake.encode_chat(
+            text,
+            add_generation_prompt=not continues and chat.add_generation_prompt is not False,
+            continue_final_message=continues,
+            most=chat.prompt_limit(self._engine.max_model_len),
+        )
 
     def _read_chat(self, body: bytes) -> tuple[Parsed[ChatCompletionRequest], ChatText]:
         parsed = self._decode(CHAT, body)

@@ -41,7 +41,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "spaces_between_special_tokens": (True,),
     "structured_outputs": (),
     "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
 }
 
@@ -52,7 +51,6 @@ UNSUPPORTED_CHAT = {
     "audio": (),
     "best_of": (1,),
     "chat_template": (),
-    "continue_final_message": (False,),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -94,6 +92,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: Count | None = None
     priority: Count | None = None
     cache_salt: str | None = None
+    truncate_prompt_tokens: Count | None = None
 
     def sampling_params(self, defaults: Mapping[str, Any], logprobs: int | None, **ours: Any) -> SamplingParams:
         """The parameters as the engine has them; what the client leaves out comes from `defaults`,
@@ -120,6 +119,18 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
             raise bad_request("stream_options: only allowed when stream is true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs: not available when stream is true.", "prompt_logprobs")
+
+    def prompt_limit(self, max_model_len: int) -> int | None:
+        """How many tokens are kept of a prompt, its last ones; None: it must fit as it is."""
+        most = self.truncate_prompt_tokens
+        if most is None or most == -1:
+            return None if most is None else max_model_len
+        if not 1 <= most <= max_model_len:
+            raise bad_request(
+                f"truncate_prompt_tokens = {most}: must be from 1 to {max_model_len}, or -1 for the model's length.",
+                "truncate_prompt_tokens",
+            )
+        return most
 
     @property
     def output_limit(self) -> int | None:
@@ -198,6 +209,7 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Output goes up to the model's length unless the client or the model's defaults say

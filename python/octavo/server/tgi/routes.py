@@ -99,7 +99,7 @@ class TgiRoutes:
         if truncate is None:
             return await self._intake.encode_text(inputs, "inputs")
         prompt = await self._engine.encode_text(inputs)
-        return prompt if len(prompt) <= truncate else _core.Prompt(prompt.token_ids[-truncate:])
+        return self._intake.shortened(prompt, truncate)
 
     def _times(self, arrival: float, characters: int) -> Callable[[_core.ReplyDelta], Mapping[str, str]]:
         """Headers of an answer in one piece: whole milliseconds, but for `x-compute-time`."""

@@ -21,7 +21,6 @@ DEFAULT_NEW_TOKENS = 1024
 
 _UNSUPPORTED = {
     "adapter_id": "adapters are not supported",
-    "decoder_input_details": "log probabilities of the prompt are not supported yet",
     "grammar": "constraints are not supported yet",
     "typical_p": "typical sampling is not supported",
     "watermark": "watermarks are not supported",
@@ -81,6 +80,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
                 raise bad_request(f"`{name}` must be strictly positive", name)
         if self.top_p is not None and not 0 < self.top_p < 1:
             raise bad_request("`top_p` must be > 0.0 and < 1.0", "top_p")
+        if self.decoder_input_details and stream:
+            raise bad_request("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
         if best_of > 1 and stream:
             raise bad_request("`best_of` != 1 is not supported when streaming tokens", "best_of")
         if best_of > 1 and not self.samples:
@@ -111,6 +112,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
             "stop": self.stop or [],
             "include_stop_str_in_output": True,  # as TGI has it
             "logprobs": (self.top_n_tokens or 0) if told else None,
+            "prompt_logprobs": 0 if self.details and self.decoder_input_details else None,
         }
         return SamplingParams(**given)
 
