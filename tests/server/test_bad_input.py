@@ -309,6 +309,14 @@ PROMPT_ROWS: list[Row] = [
         "invalid_value",
         "prompt_logprobs",
     ),
+    (
+        "E prompt_logprobs of too many tokens",
+        COMPLETIONS,
+        completion(prompt=[[1] * 400] * 5, n=128, prompt_logprobs=20),
+        400,
+        "invalid_value",
+        "prompt_logprobs",
+    ),
     ("E max_tokens 0 without echo", COMPLETIONS, completion(max_tokens=0), 400, "invalid_value", "max_tokens"),
 ]
 

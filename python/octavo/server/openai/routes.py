@@ -29,6 +29,7 @@ from octavo.server.openai.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     check_choices,
+    check_prompt_entries,
 )
 
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
@@ -291,6 +292,7 @@ class OpenAIRoutes:
         **particular: Any,
     ) -> Call:
         """What `calls.py` answers. particular: what the reply format of the route takes besides."""
+        check_prompt_entries(sum(len(prompt) for prompt in prompts), params)
         call_id = kind.id_prefix + uuid.uuid4().hex
         reply_format = kind.reply_format(
             id=call_id,

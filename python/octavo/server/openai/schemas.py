@@ -21,6 +21,8 @@ MAX_CHOICES = 1024
 """Of one call: prompts times `n`."""
 MAX_PROMPTS = 1024
 MAX_TOP_LOGPROBS = 20
+MAX_PROMPT_ENTRIES = 2**22
+"""Log probabilities of prompts in one answer: 48 MB as they are kept, some 250 MB as JSON."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
@@ -232,6 +234,23 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     def output_limit_field(self) -> str:
         """The one that counts."""
         return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+
+def check_prompt_entries(num_tokens: int, params: SamplingParams) -> None:
+    """Bounds the log probabilities of prompts, which are kept until the answer is whole.
+
+    num_tokens: over all prompts of the call.
+    """
+    if params.prompt_logprobs is None:
+        return
+    entries = num_tokens * params.n * (1 + params.prompt_logprobs)
+    if entries > MAX_PROMPT_ENTRIES:
+        raise bad_request(
+            f"prompt_logprobs: {num_tokens} prompt tokens times n = {params.n}, each with {params.prompt_logprobs} top "
+            f"tokens, are {entries} log probabilities; at most {MAX_PROMPT_ENTRIES} are answered. Send fewer prompts "
+            "in one call, or ask for fewer top tokens.",
+            "prompt_logprobs",
+        )
 
 
 def check_choices(num_prompts: int, n: int) -> None:
