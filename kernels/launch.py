@@ -36,6 +36,12 @@ def has_gluon(device: torch.device) -> bool:
     return is_hopper and (3, 6) <= version <= (3, 9)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of the device; for tensors without one, those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 @triton.jit
 def let_successor_start(PDL: tl.constexpr):
     """From when all programs have called it, those of the next kernel may start where there is

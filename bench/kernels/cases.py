@@ -210,10 +210,14 @@ def prefill_ops() -> Iterator[Case]:
     yield prefill_case((32, 8), "512 after 7680", [512], cached=7680)
     yield prefill_case((32, 8), "8192, window 1024", [8192], window=1024)
     for kv in kv_block.EXTREMES:
-        yield prefill_case((32, 8), "2048", [2048], kv=kv)
+        yield prefill_case((32, 8), "2048", [2048], kv=kv, goal=90)
+        yield prefill_case((32, 8), "512 after 7680", [512], cached=7680, kv=kv)
+        yield prefill_case((32, 32), "16x512", [512] * 16, kv=kv)
 
 
-def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, peer=None, kv=torch.bfloat16) -> Case:
+def prefill_case(
+    heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, peer=None, goal=None, kv=torch.bfloat16
+) -> Case:
     num_q, num_kv, dim = *heads, 128
     if window:
         pairs = sum(sum(min(position + 1, window) for position in range(length)) for length in lens)
@@ -235,7 +239,8 @@ def prefill_case(heads, name, lens, cached=0, window=0, block_size=BLOCK_SIZE, p
         contiguous_q = random(*shape, num_q, dim).transpose(1, 2)
         k, v = random(*shape, num_kv, dim).transpose(1, 2), random(*shape, num_kv, dim).transpose(1, 2)
         plain = [lambda: F.scaled_dot_product_attention(contiguous_q, k, v, is_causal=True, enable_gqa=num_q != num_kv)]
-    goal = flops / PREFILL_GOALS[name] * 1e6 if peer and heads == (32, 8) and name in PREFILL_GOALS else None
+    if peer and heads == (32, 8) and name in PREFILL_GOALS:
+        goal = flops / PREFILL_GOALS[name] * 1e6
     calls = [lambda: prefill.prefill_attention(*arguments)]
     name = f"{num_q}/{num_kv} {name}{KV_NAMES[kv]}"
     return Case("prefill_attention", name, calls, size, flops, plain, peer, goal)

@@ -1,11 +1,12 @@
 """Causal attention of rows of many new tokens over paged keys and values, which already hold this
 step's: bound by arithmetic.
 
-On Hopper GPUs 16-bit keys and values of the usual shapes go to `prefill_gluon.py`. The rest is this
-kernel's. One program takes a block of a row's new tokens and one query head, and walks the keys
-those tokens see, cached prefix and new ones alike, through the block table. Only tiles on the
-diagonal, or on a window's edge, pay for masks. The grid is bounded by the number of tokens and
-rows, so rows of very different lengths cost no idle programs; each finds its row on the device.
+On Hopper GPUs keys and values of the usual shapes go to `prefill_gluon.py`, codes widened to 16 bits
+by `widen.py` as far as its work space goes. The rest is this kernel's. One program takes a block of
+a row's new tokens and one query head, and walks the keys those tokens see, cached prefix and new
+ones alike, through the block table. Only tiles on the diagonal, or on a window's edge, pay for
+masks. The grid is bounded by the number of tokens and rows, so rows of very different lengths cost
+no idle programs; each finds its row on the device.
 
 Source: Dao, "FlashAttention-2" (2023), sections 3.1-3.2.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from octavo.kernels.attention.kv_quant import component, part, value_headroom, words
+from octavo.kernels.attention.widen import widen, widens, work_space
 from octavo.kernels.launch import has_gluon
 
 
@@ -212,7 +214,7 @@ def _row_blocks(query_start_loc_ptr, rows, num_rows, BLOCK_M: tl.constexpr):
 # compile a variant for each pattern of their divisibility, while streams wait.
 @triton.jit(
     do_not_specialize=["num_rows"],
-    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr", "first_row_ptr"],
 )
 def _prefill_attention_kernel(
     cache,  # if WHOLE_TILES: descriptor of [num_blocks, 2 * Hkv * BLOCK_SIZE, D], [1, TILE, D] a load
@@ -224,6 +226,7 @@ def _prefill_attention_kernel(
     row_slots_ptr,  # [R] int32
     query_start_loc_ptr,  # [R + 1] int32
     seq_lens_ptr,  # [R] int32
+    first_row_ptr,  # [1] int32 if LATER: earlier rows are not its affair
     out_ptr,  # [T, Hq, D]
     scale,  # log2(e) / sqrt(D), or with SOFT_CAP the plain scale / cap
     soft_cap,  # cap * log2(e)
@@ -249,6 +252,7 @@ def _prefill_attention_kernel(
     PARTS: tl.constexpr,  # numbers a word of the cache: 1, 2 or 4
     HEADROOM: tl.constexpr,  # factor of V's scales
     ON_GPU: tl.constexpr,  # may use assembly
+    LATER: tl.constexpr,
     WHOLE_TILES: tl.constexpr,  # tiles inside the row come through the descriptor
     ROWS: tl.constexpr,  # rows looked through at a time
     BLOCK_M: tl.constexpr,  # tokens a program
@@ -262,7 +266,9 @@ def _prefill_attention_kernel(
     block = tl.num_programs(1) - 1 - tl.program_id(1)
     lanes = tl.arange(0, ROWS)
     first_row = 0
-    row_blocks = _row_blocks(query_start_loc_ptr, lanes, num_rows, BLOCK_M)
+    if LATER:
+        first_row = tl.load(first_row_ptr)
+    row_blocks = _row_blocks(query_start_loc_ptr, first_row + lanes, num_rows, BLOCK_M)
     total = tl.sum(row_blocks, axis=0)
     while (block >= total) & (first_row + ROWS < num_rows):
         block -= total
@@ -416,16 +422,25 @@ def prefill_attention(
     """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
-    if num_rows and tokens and soft_cap == 0.0 and kv_scales is None and has_gluon(q.device):
+    if num_rows == 0 or tokens == 0:
+        return torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)
+    out, first_row = None, None
+    if soft_cap == 0.0 and has_gluon(q.device):
         from octavo.kernels.attention import prefill_gluon
 
-        if prefill_gluon.fits(q, kv_cache):
-            return prefill_gluon.prefill_attention(
-                q, kv_cache, block_table, row_slots, query_start_loc, seq_lens, max_query_len, scale, window
-            )
-    out = torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)
-    if num_rows == 0 or tokens == 0:
-        return out
+        rows = (row_slots, query_start_loc, seq_lens)
+        settings = (max_query_len, scale, window)
+        if kv_scales is None and prefill_gluon.fits(q, kv_cache):
+            return prefill_gluon.prefill_attention(q, kv_cache, block_table, *rows, *settings)
+        if kv_scales is not None and prefill_gluon.fits_queries(q, block_size) and widens(kv_cache, kv_scales):
+            room, is_enough = work_space(tokens, num_rows, block_table.shape[1], num_kv, block_size, dim)
+            pages, table, fitting = widen(kv_cache, kv_scales, block_table, *rows, window, q.dtype, room)
+            out = prefill_gluon.prefill_attention(q, pages, table, *rows, *settings, fitting)
+            if is_enough:
+                return out
+            first_row = fitting
+    if out is None:
+        out = torch.empty((tokens, num_q, dim), dtype=q.dtype, device=q.device)
     headroom = value_headroom(q.dtype, kv_cache.dtype)
     kv_cache, kv_format, parts = words(kv_cache)
     scales = q if kv_scales is None else kv_scales
@@ -454,6 +469,7 @@ def prefill_attention(
         row_slots,
         query_start_loc,
         seq_lens,
+        seq_lens if first_row is None else first_row,  # any pointer
         out,
         scale / soft_cap if soft_cap else scale * log2_e,
         soft_cap * log2_e,
@@ -477,6 +493,7 @@ def prefill_attention(
         parts,
         headroom,
         not q.is_cpu,
+        first_row is not None,
         whole_tiles,
         32,
         **config,

@@ -20,8 +20,6 @@ that need a mask come first.
 Source: Shah et al., "FlashAttention-3" (2024), sections 3.1 and 3.2.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -38,6 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.gluon_names import barrier, load_async, view_as
+from octavo.kernels.launch import multiprocessors
 
 CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # tokens a consumer: what one warp group multiplies at a time
@@ -399,7 +398,7 @@ def _ring(STAGES: gl.constexpr, READERS: gl.constexpr):
 # compile a variant for each pattern of their divisibility, while streams wait.
 @gluon.jit(
     do_not_specialize=["num_rows", "num_blocks", "num_heads", "table_stride"],
-    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr"],
+    do_not_specialize_on_alignment=["row_slots_ptr", "query_start_loc_ptr", "seq_lens_ptr", "first_rows_ptr"],
 )
 def _prefill_kernel(
     q,  # descriptor of [T, Hq * D], [ROWS, COLUMNS] a load
@@ -410,6 +409,7 @@ def _prefill_kernel(
     query_start_loc_ptr,  # [R + 1] int32
     seq_lens_ptr,  # [R] int32
     drawn_ptr,  # [1] int32, zero before and after
+    first_rows_ptr,  # [1] int32 if FIRST_ROWS: how many of the rows it takes, the first ones
     out_ptr,  # [T, Hq, D]
     scale,  # log2(e) / sqrt(D)
     # dimensions and strides, in elements
@@ -425,6 +425,7 @@ def _prefill_kernel(
     WINDOW: gl.constexpr,
     TILE: gl.constexpr,  # keys a tile
     STAGES: gl.constexpr,  # tiles of keys, and of values, in shared memory
+    FIRST_ROWS: gl.constexpr,
     PDL: gl.constexpr,
 ):
     FIRST: gl.constexpr = 0
@@ -443,6 +444,8 @@ def _prefill_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if FIRST_ROWS:
+        num_rows = gl.load(first_rows_ptr)
     gl.warp_specialize(
         [
             (_attend, (
@@ -467,19 +470,11 @@ def _prefill_kernel(
     )  # fmt: skip
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def fits(q: Tensor, kv_cache: Tensor) -> bool:
-    """Whether the kernel can take these shapes, dtypes and strides (arguments as of
-    `prefill_attention`).
-    """
-    dim, block_size = q.shape[2], kv_cache.shape[3]
+def fits_queries(q: Tensor, block_size: int) -> bool:
+    """Whether the kernel can take queries of this shape, dtype and strides over such pages."""
+    dim = q.shape[2]
     return (
         q.dtype in (torch.bfloat16, torch.float16)
-        and kv_cache.dtype == q.dtype
         and dim in (64, 128)
         and (block_size in (16, 32, 64) or block_size % TILE == 0)
         # The copy engine wants addresses and strides of whole 16 bytes.
@@ -487,6 +482,14 @@ def fits(q: Tensor, kv_cache: Tensor) -> bool:
         and q.stride(2) == 1
         and q.stride(0) % 8 == 0
         and q.data_ptr() % 16 == 0
+    )
+
+
+def fits(q: Tensor, kv_cache: Tensor) -> bool:
+    """Whether it can take these (arguments as of `prefill_attention`)."""
+    return (
+        fits_queries(q, kv_cache.shape[3])
+        and kv_cache.dtype == q.dtype
         and kv_cache[0].is_contiguous()
         and kv_cache.stride(0) % 8 == 0
         and kv_cache.data_ptr() % 16 == 0
@@ -503,9 +506,11 @@ def prefill_attention(
     max_query_len: int,
     scale: float,
     window: int = 0,
+    first_rows: Tensor | None = None,
 ) -> Tensor:
     """`prefill_attention.prefill_attention` of what `fits`, on a Hopper GPU. There must be rows and
-    tokens.
+    tokens. first_rows [1] int32: only so many of the rows, the first ones; what belongs to the
+    others is left undefined.
     """
     num_rows, (tokens, num_q, dim) = row_slots.shape[0], q.shape
     num_kv, block_size = kv_cache.shape[2], kv_cache.shape[3]
@@ -526,7 +531,7 @@ def prefill_attention(
         gl.NVMMASharedLayout(128, 16, rank=3),
     )
     log2_e = 1.4426950408889634
-    _prefill_kernel[(min(_multiprocessors(q.device), num_q * blocks),)](
+    _prefill_kernel[(min(multiprocessors(q.device), num_q * blocks),)](
         q_blocks,
         pages,
         block_table,
@@ -534,6 +539,7 @@ def prefill_attention(
         query_start_loc,
         seq_lens,
         arrivals(q.device),
+        row_slots if first_rows is None else first_rows,
         out,
         scale * log2_e,
         num_rows,
@@ -547,6 +553,7 @@ def prefill_attention(
         window,
         TILE,
         STAGES,
+        first_rows is not None,
         True,
         num_warps=4,
         launch_pdl=True,

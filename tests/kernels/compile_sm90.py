@@ -57,6 +57,16 @@ def ints(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
+class Anywhere(Tensor):
+    """A view whose beginning changes from step to step."""
+
+
+def rows_of_a_step(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """row_slots, query_start_loc and seq_lens of so many rows."""
+    slots, starts, lens = (ints(size).as_subclass(Anywhere) for size in (count, count + 1, count))
+    return slots, starts, lens
+
+
 def pages(heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     _, num_kv, dim = heads
     blocks = meta(32, kv_block.block_bytes(num_kv, block_size, dim, dtype), dtype=torch.uint8)
@@ -82,6 +92,8 @@ def compile_launch(fn: JITFunction, args: tuple[Any, ...], options: dict[str, An
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
         aligned = isinstance(value, Tensor) and not parameter.do_not_specialize_on_alignment
+        if aligned and isinstance(value, Anywhere):
+            raise RuntimeError(f"{fn.fn.__name__}: a variant for each alignment of {name} is compiled inside steps")
         if aligned or (specialised and value % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     launch_options = {name: value for name, value in options.items() if name not in fn.arg_names}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tests.kernels.compile_sm90 import TYPES, ints, meta, pages, report
+from tests.kernels.compile_sm90 import TYPES, ints, meta, pages, report, rows_of_a_step
 
 from octavo.kernels.attention import kv_block, prefill
 
@@ -19,9 +19,7 @@ def prefill_case(
 ) -> None:
     cache, scales = pages(heads, block_size, kv)
     q = meta(512, heads[0], heads[2], dtype=dtype)
-    prefill.prefill_attention(
-        q, cache, ints(64, 64), ints(32), ints(33), ints(32), 512, 0.1, kv_scales=scales, **options
-    )
+    prefill.prefill_attention(q, cache, ints(64, 64), *rows_of_a_step(32), 512, 0.1, kv_scales=scales, **options)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -9,6 +9,7 @@ from tests.kernels.kv_codes import KV_DTYPES, quantise_rows
 
 from octavo.kernels.arrivals import arrivals
 from octavo.kernels.attention import prefill as kernels
+from octavo.kernels.attention import widen
 from octavo.kernels.reference import layers as reference
 
 # Rounding of the output and, before the second product, of the probabilities; fp32 has the order of
@@ -148,3 +149,25 @@ def test_quantised_pages(
     rows, scales = quantise_rows(make_rows(seq_lens, num_kv, dim, block_size, torch.float32), kv_dtype)
     q = torch.randn(sum(query_lens), num_q, dim, device=device).to(kernel_dtype)
     check(rows, q, query_lens, window, soft_cap, TOLERANCE[kernel_dtype], scales)
+
+
+@gpu
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("prefix_bytes", [0, 3_000_000])
+@pytest.mark.parametrize(("dtype", "window"), [(torch.bfloat16, 0), (torch.float16, 0), (torch.bfloat16, 200)])
+@pytest.mark.parametrize(("num_q", "num_kv", "dim", "block_size"), [(8, 2, 128, 64), (3, 3, 64, 16), (4, 4, 128, 384)])
+def test_widened_codes(
+    monkeypatch, make_rows, kv_dtype, prefix_bytes, dtype, window, num_q, num_kv, dim, block_size
+) -> None:
+    """Rows of which some fit the work space and some do not: each is some kernel's, and once."""
+    if not kernels.has_gluon(torch.device("cuda")):
+        pytest.skip("written for Hopper")
+    monkeypatch.setattr(widen, "PREFIX_BYTES", prefix_bytes)
+    query_lens, cached = [1, 127, 128, 0, 129, 5, 300, 64], [3, 1, 128, 9, 2000, 1000, 70, 3000]
+    seq_lens = [query + prefix for query, prefix in zip(query_lens, cached, strict=True)]
+    rows, scales = quantise_rows(make_rows(seq_lens, num_kv, dim, block_size, torch.float32), kv_dtype)
+    for slot, length in zip(rows.row_slots.tolist(), seq_lens, strict=True):
+        rows.block_table[slot, -(-length // block_size) :] = 2**30
+    q = torch.randn(sum(query_lens), num_q, dim, device="cuda").to(dtype)
+    check(rows, q, query_lens, window, 0.0, TOLERANCE[dtype], scales)
+    assert not arrivals(q.device).any()
