@@ -11,9 +11,10 @@ Weights are scaled as they are unpacked, so they are rounded once to the activat
 are where cuBLAS multiplies them: scaling sums instead would take a second accumulator and more
 instructions from 64 tokens on.
 
-Work is cut by rounds, not by tiles: each program takes an equal share of all rounds of all tiles in
-turn, so that no multiprocessor waits for another at the end. Where shares meet in a tile, the
-program that arrives last adds the parts up in their order, so results do not depend on timing.
+Programs take tiles in turn, so those that run side by side read the same weights and activations.
+The tiles that are left at the end, where they are too few for all programs, may be cut along k: each
+goes to several programs, of which the last to arrive adds the parts up in their order, so results do
+not depend on timing.
 """
 
 import torch
@@ -31,8 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from octavo.kernels.arrivals import MAX_ARRIVALS, arrivals
+from octavo.kernels.arrivals import arrivals
 from octavo.kernels.gluon_names import barrier, load_async, store_async, view_as
+from octavo.kernels.launch import multiprocessors
 from octavo.kernels.linear.int4_layout import Int4Weight
 from octavo.kernels.linear.int4_table import Int4Plan
 
@@ -123,44 +125,79 @@ def _unpack(words, scales, zeros, ZEROS: gl.constexpr, dtype: gl.constexpr, layo
 
 
 @gluon.jit
-def _share(program, rounds):
-    """Where a program's share of all rounds begins."""
-    return (program.to(gl.int64) * rounds // gl.num_programs(0)).to(gl.int32)
+def _pieces(cut, ROUNDS: gl.constexpr):
+    """(whole tiles of this program, its pieces: those and perhaps a part of one, their rounds)."""
+    whole, left, sharers = cut
+    program = gl.program_id(0)
+    mine = (whole - program + gl.num_programs(0) - 1) // gl.num_programs(0)
+    part = program % sharers
+    rounds = mine * ROUNDS
+    pieces = mine
+    if program < left * sharers:
+        pieces += 1
+        rounds += (part + 1) * ROUNDS // sharers - part * ROUNDS // sharers
+    return mine, pieces, rounds
+
+
+@gluon.jit
+def _piece(number, mine, cut, ROUNDS: gl.constexpr):
+    """(tile, its first round, the round after its last) of a piece of this program's."""
+    whole, _, sharers = cut
+    program = gl.program_id(0)
+    tile = number * gl.num_programs(0) + program
+    first = number * 0
+    end = first + ROUNDS
+    if number >= mine:
+        tile = whole + program // sharers
+        first = program % sharers * ROUNDS // sharers
+        end = (program % sharers + 1) * ROUNDS // sharers
+    return tile, first, end
+
+
+@gluon.jit
+def _by_thread(acc):
+    """[ROWS, TOKENS] as [warp, half, r, octet, c]: of warp, r and c a thread has one (two of c)."""
+    return gl.reshape(acc, [ROWS // 16, 2, 8, acc.shape[1] // 8, 8])
 
 
 @gluon.jit
 def _part_offset(layout: gl.constexpr, TOKENS: gl.constexpr):
-    """Of [64, TOKENS / 8, 8] in a part, in int64: so the compiler sees that a thread's differ by
-    constants.
+    """Of what `_by_thread` gives, in int64, so that the compiler sees that a thread's differ by
+    constants: what a warp stores at a time lies in one piece.
     """
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-    octet = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-    token = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-    start = gl.expand_dims(gl.expand_dims(row * TOKENS, 1), 2) + gl.expand_dims(gl.expand_dims(token, 0), 1)
-    return start.to(gl.int64) + gl.expand_dims(gl.expand_dims(octet.to(gl.int64) * 8, 0), 2)
+    across: gl.constexpr = gl.SliceLayout(3, gl.SliceLayout(4, layout))
+    warp = gl.arange(0, ROWS // 16, layout=gl.SliceLayout(1, gl.SliceLayout(2, across)))
+    half = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(2, across)))
+    r = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, across)))
+    down: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+    octet = gl.arange(0, TOKENS // 8, layout=gl.SliceLayout(1, down))
+    c = gl.arange(0, 8, layout=gl.SliceLayout(0, down))
+    rows = gl.expand_dims(gl.expand_dims(warp * 64, 1), 2) + gl.expand_dims(gl.expand_dims(r * 8, 0), 1)
+    rows = rows.to(gl.int64) + gl.expand_dims(gl.expand_dims(half.to(gl.int64) * 256, 0), 2)
+    tokens = gl.expand_dims(octet.to(gl.int64) * 512, 1) + gl.expand_dims(c.to(gl.int64), 0)
+    tokens = gl.expand_dims(gl.expand_dims(gl.expand_dims(tokens, 0), 1), 2)
+    return gl.expand_dims(gl.expand_dims(rows, 3), 4) + tokens
 
 
 @gluon.jit
 def _store_part(part_ptr, acc):
-    TOKENS: gl.constexpr = acc.shape[1]
-    acc = gl.reshape(acc, [ROWS, TOKENS // 8, 8])
-    layout: gl.constexpr = acc.type.layout
-    gl.store(part_ptr + _part_offset(layout, TOKENS), acc)
+    parts = _by_thread(acc)
+    layout: gl.constexpr = parts.type.layout
+    gl.store(part_ptr + _part_offset(layout, acc.shape[1]), parts)
 
 
 @gluon.jit
 def _add_part(part_ptr, acc):
-    TOKENS: gl.constexpr = acc.shape[1]
     acc_layout: gl.constexpr = acc.type.layout
-    sums = gl.reshape(acc, [ROWS, TOKENS // 8, 8])
+    sums = _by_thread(acc)
     layout: gl.constexpr = sums.type.layout
-    sums += gl.load(part_ptr + _part_offset(layout, TOKENS), cache_modifier=".cg")
-    return gl.convert_layout(gl.reshape(sums, [ROWS, TOKENS]), acc_layout, assert_trivial=True)
+    sums += gl.load(part_ptr + _part_offset(layout, acc.shape[1]), cache_modifier=".cg")
+    return gl.convert_layout(gl.reshape(sums, acc.shape), acc_layout, assert_trivial=True)
 
 
 @gluon.jit
 def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, LAUNCH: gl.constexpr):
-    x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, total = arguments
+    x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, cut = arguments
     STAGES: gl.constexpr = full.shape[0]
     ROUNDS: gl.constexpr = K // UNIT
     TOKENS: gl.constexpr = x_smem.shape[1]
@@ -173,19 +210,17 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
         # The other roles touch nothing before the activations have come, so they need not wait
         # themselves.
         tl.extra.cuda.gdc_wait()
-    begin = _share(gl.program_id(0), total)
-    end = _share(gl.program_id(0) + 1, total)
-    at = begin
-    while at < end:
-        tile = at // ROUNDS
-        stop = gl.minimum((tile + 1) * ROUNDS, end)
+    mine, pieces, total = _pieces(cut, ROUNDS)
+    done = total * 0
+    for piece in range(pieces):
+        tile, first, end = _piece(piece, mine, cut, ROUNDS)
         row_tile = tile // tiles_m * TILES
         token = tile % tiles_m * TOKENS
-        for i in range(at, stop):
-            round_ = i - tile * ROUNDS
-            stage = (i - begin) % STAGES
+        for round_ in range(first, end):
+            number = done + round_ - first
+            stage = number % STAGES
             arrived = full.index(stage)
-            mbarrier.wait(empty.index(stage), (i - begin) // STAGES & 1 ^ 1)
+            mbarrier.wait(empty.index(stage), number // STAGES & 1 ^ 1)
             mbarrier.expect(arrived, BYTES)
             load_async(words, [row_tile, round_ * 128], arrived, words_smem.index(stage))
             group = round_ * UNIT // GROUP * 8
@@ -193,7 +228,7 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
             if ZEROS:
                 load_async(zeros, [row_tile, group], arrived, zeros_smem.index(stage))
             load_async(x, [token, round_ * UNIT], arrived, x_smem.index(stage))
-        at = stop
+        done += end - first
     if LAUNCH == "late":
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -201,7 +236,8 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
 @gluon.jit
 def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.constexpr, BIAS: gl.constexpr):
     x_smem, words_smem, scales_smem, zeros_smem, full, empty = arguments[:6]
-    out, out_smem, bias_ptr, partial_ptr, arrivals_ptr, N, tiles_m, total = arguments[6:]
+    out, out_smem, bias_ptr, partial_ptr, arrivals_ptr, N, tiles_m, cut = arguments[6:]
+    whole, _, sharers = cut
     ROUNDS: gl.constexpr = K // UNIT
     TOKENS: gl.constexpr = x_smem.shape[1]
     STAGES: gl.constexpr = full.shape[0]
@@ -209,22 +245,19 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
     dtype: gl.constexpr = x_smem.dtype
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    program = gl.program_id(0)
-    begin = _share(program, total)
-    end = _share(program + 1, total)
     row = CONSUMER * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, acc_layout))
     out_tile = out_smem.index(CONSUMER)
     PART: gl.constexpr = CONSUMERS * ROWS * TOKENS
-    at = begin
-    words, scales, zeros = _read(0, words_smem, scales_smem, zeros_smem, full, begin < end, CONSUMER, ZEROS)
+    mine, pieces, total = _pieces(cut, ROUNDS)
+    done = total * 0
+    words, scales, zeros = _read(0, words_smem, scales_smem, zeros_smem, full, total > 0, CONSUMER, ZEROS)
     a = _unpack(words, scales, zeros, ZEROS, dtype, a_layout)
-    words, scales, zeros = _read(1, words_smem, scales_smem, zeros_smem, full, begin + 1 < end, CONSUMER, ZEROS)
-    while at < end:
-        tile = at // ROUNDS
-        stop = gl.minimum((tile + 1) * ROUNDS, end)
+    words, scales, zeros = _read(1, words_smem, scales_smem, zeros_smem, full, total > 1, CONSUMER, ZEROS)
+    for piece in range(pieces):
+        tile, first, end = _piece(piece, mine, cut, ROUNDS)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, layout=acc_layout)
-        for i in range(at, stop):
-            number = i - begin
+        for round_ in range(first, end):
+            number = done + round_ - first
             stage = number % STAGES
             acc = warpgroup_mma(a, x_smem.index(stage).permute((1, 0)), acc, is_async=True)
             next_a = _unpack(words, scales, zeros, ZEROS, dtype, a_layout)
@@ -232,34 +265,28 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
             # without one it puts the unpacking behind the wait for the product, and nothing
             # overlaps.
             words, scales, zeros = _read(
-                number + 2, words_smem, scales_smem, zeros_smem, full, i + 2 < end, CONSUMER, ZEROS
+                number + 2, words_smem, scales_smem, zeros_smem, full, number + 2 < total, CONSUMER, ZEROS
             )
             acc, a = warpgroup_mma_wait(0, deps=[acc, a])
             mbarrier.arrive(empty.index(stage), count=1)
             a = next_a
+        done += end - first
         last = True
-        if (at > tile * ROUNDS) | (stop < (tile + 1) * ROUNDS):
-            # A program has at most two tiles that it shares, its first and its last.
-            part = partial_ptr + CONSUMER * ROWS * TOKENS
-            _store_part(part + (2 * program + (at > begin).to(gl.int32)).to(gl.int64) * PART, acc)
-            # The programs whose shares lie in this tile.
-            first = (tile.to(gl.int64) * ROUNDS * gl.num_programs(0) // total).to(gl.int32)
-            while _share(first + 1, total) <= tile * ROUNDS:
-                first += 1
-            final = first
-            while _share(final + 1, total) < (tile + 1) * ROUNDS:
-                final += 1
+        if end - first < ROUNDS:
+            # Where the parts of this program's tile begin.
+            part = gl.program_id(0) % sharers
+            parts = partial_ptr + (gl.program_id(0) - part).to(gl.int64) * PART + CONSUMER * ROWS * TOKENS
+            _store_part(parts + part.to(gl.int64) * PART, acc)
             barrier()
-            counter = arrivals_ptr + CONSUMERS * tile + CONSUMER
+            counter = arrivals_ptr + CONSUMERS * (tile - whole) + CONSUMER
             arrived = gl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
             barrier()
-            last = arrived == final - first
+            last = arrived == sharers - 1
             if last:
                 gl.store(counter, 0)
                 acc = gl.zeros([ROWS, TOKENS], gl.float32, layout=acc_layout)
-                for other in range(first, final + 1):
-                    slot = 2 * other + (_share(other, total) < tile * ROUNDS).to(gl.int32)
-                    acc = _add_part(part + slot.to(gl.int64) * PART, acc)
+                for other in range(sharers):
+                    acc = _add_part(parts + other.to(gl.int64) * PART, acc)
         if last:
             first_row = tile // tiles_m * (CONSUMERS * ROWS)
             if BIAS:
@@ -271,11 +298,10 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
             fence_async_shared()
             barrier()
             store_async(out, [tile % tiles_m * TOKENS, first_row + CONSUMER * ROWS], out_tile)
-        at = stop
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles_m", "total"])
+@gluon.jit(do_not_specialize=["tiles_m", "whole", "left", "sharers"])
 def _gluon_kernel(
     x,  # descriptor of [M, K], [TOKENS, 64] a load
     words,  # descriptor of [N / 16, K * 2] int32, [4 * CONSUMERS, 128] a load
@@ -283,11 +309,13 @@ def _gluon_kernel(
     zeros,  # descriptor of [N / 16, groups * 8] int16, likewise, if ZEROS
     out,  # descriptor of [M, N], [TOKENS, 64] a store
     bias_ptr,  # [N], read if BIAS
-    partial_ptr,  # [programs, 2, 64 * CONSUMERS, TOKENS] fp32
-    arrivals_ptr,  # [tiles, CONSUMERS] int32, all zero before and after
+    partial_ptr,  # [left, sharers, 64 * CONSUMERS, TOKENS] fp32
+    arrivals_ptr,  # [left, CONSUMERS] int32, all zero before and after
     N,
     tiles_m,
-    total,  # rounds of all tiles
+    whole,  # tiles that are one program's each, the first ones
+    left,  # the others
+    sharers,  # programs that share each of those; at least 2 if there are any
     # meta-parameters
     K: gl.constexpr,
     GROUP: gl.constexpr,
@@ -315,12 +343,11 @@ def _gluon_kernel(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
-    load = (
-        x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, total,
-    )  # fmt: skip
+    cut = (whole, left, sharers)
+    load = (x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, cut)
     work = (
         x_smem, words_smem, scales_smem, zeros_smem, full, empty, out, out_smem, bias_ptr,
-        partial_ptr, arrivals_ptr, N, tiles_m, total,
+        partial_ptr, arrivals_ptr, N, tiles_m, cut,
     )  # fmt: skip
     # Last, the registers a thread of all roles but the first, which has what is left.
     if CONSUMERS == 2:
@@ -364,9 +391,13 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
     consumers = plan.tiles // 4
     tiles_m = triton.cdiv(tokens, plan.tokens)
     tiles = triton.cdiv(rows, 64 * consumers) * tiles_m
-    rounds = tiles * (weight.depth // 64)
-    # Where each tile is one program's, nothing is added up, and there may be any number.
-    programs = min(plan.programs, rounds) if consumers * tiles <= MAX_ARRIVALS and plan.programs else tiles
+    programs = min(plan.programs, multiprocessors(x.device))
+    left = tiles % programs
+    sharers = min(plan.splits, programs // left, weight.depth // 64) if left else 1
+    if sharers == 1:
+        left = 0
+    if tiles < programs:
+        programs = tiles * sharers
     groups = max(1, 64 // weight.group)
 
     def table(tensor: Tensor, block: int) -> TensorDescriptor:
@@ -376,7 +407,7 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
 
     swizzled = gl.NVMMASharedLayout(128, 16, 2)
     scales = table(weight.scales, groups * 8)
-    partial = torch.empty((programs * 2, 64 * consumers, plan.tokens), dtype=torch.float32, device=x.device)
+    partial = torch.empty((left * sharers, 64 * consumers, plan.tokens), dtype=torch.float32, device=x.device)
     _gluon_kernel[(programs,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [plan.tokens, 64], swizzled),
         table(weight.words, 128),
@@ -388,7 +419,9 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
         arrivals(x.device),
         rows,
         tiles_m,
-        rounds,
+        tiles - left,
+        left,
+        sharers,
         weight.depth,
         weight.group,
         weight.zeros is not None,

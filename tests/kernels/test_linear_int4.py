@@ -1,5 +1,7 @@
 """The int4 linear layer against its twin in float64, and its layout against plain numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from octavo.kernels.launch import has_gluon
 from octavo.kernels.linear import int4
 from octavo.kernels.linear.int4_layout import Int4Weight, join, pack, unpack
-from octavo.kernels.linear.int4_table import Int4Plan, int4_plan
+from octavo.kernels.linear.int4_table import INT4_GLUON_PLANS, Int4Plan, int4_plan, int4_rehearsal
 from octavo.kernels.reference import int4 as twin
 
 ON_GPU = torch.cuda.is_available()
@@ -138,10 +140,11 @@ def test_every_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None
 
 GLUON_PLANS = [
     Int4Plan("gluon", tiles=8, tokens=64, splits=1, warps=12, ahead=8),  # a program a tile
-    Int4Plan("gluon", tiles=8, tokens=64, splits=1, warps=12, ahead=3, programs=7, launch="late"),
-    Int4Plan("gluon", tiles=16, tokens=64, splits=1, warps=20, ahead=8, programs=5),
-    Int4Plan("gluon", tiles=8, tokens=128, splits=1, warps=12, ahead=8, programs=1000),  # a round each
-    Int4Plan("gluon", tiles=8, tokens=256, splits=1, warps=12, ahead=4, programs=132),
+    Int4Plan("gluon", tiles=8, tokens=64, splits=1, warps=12, ahead=3, programs=2),  # several tiles a program
+    Int4Plan("gluon", tiles=8, tokens=64, splits=3, warps=12, ahead=3, programs=7, launch="late"),
+    Int4Plan("gluon", tiles=16, tokens=64, splits=4, warps=20, ahead=8, programs=11),
+    Int4Plan("gluon", tiles=8, tokens=128, splits=1000, warps=12, ahead=8),  # a round each
+    Int4Plan("gluon", tiles=8, tokens=256, splits=4, warps=12, ahead=4, programs=3),
 ]
 
 
@@ -163,6 +166,35 @@ def test_gluon_kernel_on_every_kind_of_weight(device, plan, kind, dtype) -> None
         int4.launch(x, weight, None, outs[0], plan)
         check(outs[0], x, weight, None, rounded=True)
     assert not int4.arrivals(x.device).any()
+
+
+@pytest.mark.parametrize(("rows", "depth"), [(6144, 4096), (576, 576), (57344, 8192)])
+@pytest.mark.parametrize("gluon", [False, True])
+def test_rehearsal_meets_every_kernel(rows, depth, gluon) -> None:
+    def kernel(tokens: int) -> Int4Plan | None:
+        plan = int4_plan(tokens, rows, depth, gluon)
+        return replace(plan, splits=1) if plan and plan.kernel == "gluon" else plan
+
+    rehearsed = [kernel(tokens) for tokens in int4_rehearsal(rows, depth, gluon)]
+    assert len(set(rehearsed)) == len(rehearsed)
+    assert {kernel(tokens) for tokens in range(1, 2200)} == set(rehearsed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "depth", "expected"),
+    [
+        (1024, 4096, 4096, ("gluon", 256, 1)),  # 128 tiles for 132 multiprocessors
+        (512, 4096, 4096, ("gluon", 128, 1)),
+        (768, 28672, 4096, ("gluon", 256, 4)),  # 672 tiles: 12 left over, which all share
+        (128, 4096, 4096, ("tiles", 64, 2)),  # too few rows for large tiles
+        (2048, 57344, 8192, ("gluon", 256, 4)),  # 3,584: 20 left over
+        (1024, 8192, 28672, ("gluon", 256, 1)),
+    ],
+)
+def test_tiles_are_chosen_by_how_many_each_multiprocessor_has(tokens, rows, depth, expected) -> None:
+    plan = int4_plan(tokens, rows, depth, gluon=True)
+    assert plan and (plan.kernel, plan.tokens, plan.splits) == expected
+    assert plan.kernel == "tiles" or plan in INT4_GLUON_PLANS
 
 
 @pytest.mark.parametrize("tokens", [0, 3, 17] + [1, 8, 9, 16, 33, 65, 128, 200, 300, 1100, 2100] * ON_GPU)

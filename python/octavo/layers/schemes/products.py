@@ -17,7 +17,7 @@ from torch import Tensor
 from octavo.kernels import ops
 from octavo.kernels.linear.eight_bit_table import GROUPED_TOKEN_LIMITS, TOKEN_LIMITS
 from octavo.kernels.linear.int4_layout import Int4Weight, join, pack
-from octavo.kernels.linear.int4_table import int4_token_limits
+from octavo.kernels.linear.int4_table import int4_rehearsal
 from octavo.layers.schemes.dense import PlainScheme
 from octavo.layers.schemes.formats.stored import Format, Numbers, Stored
 
@@ -64,9 +64,13 @@ class Int4Product(Product):
     def rehearse(self, done: set[Hashable]) -> None:
         weight = self.weight
         kind = (Int4Product, weight.rows, weight.depth, weight.group, weight.zeros is None, self.bias is None)
-        if kind not in done:
-            done.add(kind)
-            _rehearse(self, int4_token_limits(), weight.words.new_empty((1, weight.depth), dtype=weight.dtype))
+        if kind in done:
+            return
+        done.add(kind)
+        from octavo.kernels.launch import has_gluon  # loads Triton
+
+        for tokens in int4_rehearsal(weight.rows, weight.depth, has_gluon(weight.words.device)):
+            self(weight.words.new_zeros((tokens, weight.depth), dtype=weight.dtype))
 
 
 class EightBitProduct(Product):
