@@ -59,6 +59,7 @@ def write_logprobs(
 
 @triton.jit(
     do_not_specialize=[
+        "tiles_ptr",  # where it begins depends on the number of rows: aligned or not, it is one variant
         "rows_at", "num_decodes", "decode_tokens", "num_logits", "result_width", "logprob_at", "rank_at", "ids_at",
         "tops_at", "top",
     ]

@@ -47,7 +47,8 @@ def prompt_logprobs(logits: Tensor, targets: Tensor, vocab: int, top: int, recor
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_logits", "record_stride", "top"])
+# Where these three begin depends on the step's shape: aligned or not, it is one variant.
+@triton.jit(do_not_specialize=["tiles_ptr", "sick_ptr", "record_ptr", "num_logits", "record_stride", "top"])
 def _targets_kernel(
     logits_ptr, peaks_ptr, tiles_ptr, sick_ptr, targets_ptr, record_ptr,
     num_logits, vocab, logits_stride, tiles, subs, record_stride, top,
