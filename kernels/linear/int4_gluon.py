@@ -19,7 +19,6 @@ not depend on timing.
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -38,6 +37,7 @@ from octavo.kernels.launch import multiprocessors
 from octavo.kernels.linear.int4_layout import Int4Weight
 from octavo.kernels.linear.int4_table import Int4Plan
 
+CONSUMERS = gl.constexpr(2)
 ROWS = gl.constexpr(64)  # a consumer
 UNIT = gl.constexpr(64)  # k a round
 
@@ -196,7 +196,7 @@ def _add_part(part_ptr, acc):
 
 
 @gluon.jit
-def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, LAUNCH: gl.constexpr):
+def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr):
     x, words, scales, zeros, x_smem, words_smem, scales_smem, zeros_smem, full, empty, tiles_m, cut = arguments
     STAGES: gl.constexpr = full.shape[0]
     ROUNDS: gl.constexpr = K // UNIT
@@ -204,12 +204,6 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
     TILES: gl.constexpr = words.block_shape[0]
     GROUPS: gl.constexpr = scales.block_shape[1] // 8
     BYTES: gl.constexpr = TOKENS * 128 + TILES * (512 + 32 * GROUPS + 16 * GROUPS * ZEROS)
-    if LAUNCH == "early":
-        tl.extra.cuda.gdc_launch_dependents()
-    if LAUNCH != "plain":
-        # The other roles touch nothing before the activations have come, so they need not wait
-        # themselves.
-        tl.extra.cuda.gdc_wait()
     mine, pieces, total = _pieces(cut, ROUNDS)
     done = total * 0
     for piece in range(pieces):
@@ -229,8 +223,6 @@ def _load(arguments, K: gl.constexpr, GROUP: gl.constexpr, ZEROS: gl.constexpr, 
                 load_async(zeros, [row_tile, group], arrived, zeros_smem.index(stage))
             load_async(x, [token, round_ * UNIT], arrived, x_smem.index(stage))
         done += end - first
-    if LAUNCH == "late":
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @gluon.jit
@@ -241,7 +233,6 @@ def _multiply(CONSUMER: gl.constexpr, arguments, K: gl.constexpr, ZEROS: gl.cons
     ROUNDS: gl.constexpr = K // UNIT
     TOKENS: gl.constexpr = x_smem.shape[1]
     STAGES: gl.constexpr = full.shape[0]
-    CONSUMERS: gl.constexpr = out_smem.shape[0]
     dtype: gl.constexpr = x_smem.dtype
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -321,14 +312,10 @@ def _gluon_kernel(
     GROUP: gl.constexpr,
     ZEROS: gl.constexpr,
     BIAS: gl.constexpr,
-    CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
-    LAUNCH: gl.constexpr,
 ):
-    C0: gl.constexpr = 0
-    C1: gl.constexpr = 1
-    C2: gl.constexpr = 2
-    C3: gl.constexpr = 3
+    FIRST: gl.constexpr = 0
+    SECOND: gl.constexpr = 1
     x_smem = gl.allocate_shared_memory(x.dtype, [STAGES, x.block_shape[0], x.block_shape[1]], x.layout)
     words_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * CONSUMERS, 128], words.layout)
     scales_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 4 * CONSUMERS, scales.block_shape[1]], scales.layout)
@@ -349,46 +336,21 @@ def _gluon_kernel(
         x_smem, words_smem, scales_smem, zeros_smem, full, empty, out, out_smem, bias_ptr,
         partial_ptr, arrivals_ptr, N, tiles_m, cut,
     )  # fmt: skip
-    # Last, the registers a thread of all roles but the first, which has what is left.
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (_multiply, (C0, work, K, ZEROS, BIAS)),
-                (_multiply, (C1, work, K, ZEROS, BIAS)),
-                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
-            ],
-            [4, 1],
-            [232, 40],
-        )
-    elif CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_multiply, (C0, work, K, ZEROS, BIAS)),
-                (_multiply, (C1, work, K, ZEROS, BIAS)),
-                (_multiply, (C2, work, K, ZEROS, BIAS)),
-                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_multiply, (C0, work, K, ZEROS, BIAS)),
-                (_multiply, (C1, work, K, ZEROS, BIAS)),
-                (_multiply, (C2, work, K, ZEROS, BIAS)),
-                (_multiply, (C3, work, K, ZEROS, BIAS)),
-                (_load, (load, K, GROUP, ZEROS, LAUNCH)),
-            ],
-            [4, 4, 4, 1],
-            [120, 120, 120, 24],
-        )
+    gl.warp_specialize(
+        [
+            (_multiply, (FIRST, work, K, ZEROS, BIAS)),
+            (_multiply, (SECOND, work, K, ZEROS, BIAS)),
+            (_load, (load, K, GROUP, ZEROS)),
+        ],
+        [4, 1],  # warps of all roles but the first, which has the launch's four
+        [232, 40],  # their registers a thread; the first has what is left
+    )
 
 
 def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan: Int4Plan) -> None:
     """`linear_int4.launch` of a plan of this kernel, for what `takes_gluon`; M, N and K are not 0."""
     tokens, rows = out.shape
-    consumers = plan.tiles // 4
+    consumers = CONSUMERS.value
     tiles_m = triton.cdiv(tokens, plan.tokens)
     tiles = triton.cdiv(rows, 64 * consumers) * tiles_m
     programs = min(plan.programs, multiprocessors(x.device))
@@ -426,9 +388,6 @@ def launch(x: Tensor, weight: Int4Weight, bias: Tensor | None, out: Tensor, plan
         weight.group,
         weight.zeros is not None,
         bias is not None,
-        consumers,
         plan.ahead,
-        plan.launch,
         num_warps=4,
-        launch_pdl=plan.launch != "plain",
     )
