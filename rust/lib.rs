@@ -24,6 +24,7 @@
 pub mod block_pool;
 pub mod block_table;
 pub mod config;
+pub mod cpu;
 pub mod error;
 pub mod gguf;
 pub mod inspect;

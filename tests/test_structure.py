@@ -15,7 +15,8 @@ PACKAGE = REPOSITORY / "python" / "octavo"
 LEAVES = {"_core", "answers", "chat", "config", "errors", "options", "outputs", "sampling_params"}
 ALLOWED = {
     "kernels": {"kernels"},
-    "layers": {"layers", "kernels", "model_config"},
+    # The CPU's own ops are the extension's: layers choose between them and `kernels`, which know nothing of Octavo.
+    "layers": {"layers", "kernels", "model_config", "_core"},
     "models": {"models", "layers", "kernels", "model_config"},
     "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
     "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "vllm_flags"} | LEAVES,

@@ -9,6 +9,8 @@ import numpy.typing as npt
 __all__ = [
     "PLAN_FORMAT",
     "AnswerFormat",
+    "BlockMatrix",
+    "BlockProduct",
     "ChatTemplate",
     "ChoiceDelta",
     "EngineCore",
@@ -17,6 +19,7 @@ __all__ = [
     "GgufFile",
     "KvCapacityError",
     "OverloadedError",
+    "PagedAttention",
     "Prompt",
     "PromptTooLongError",
     "RefusedError",
@@ -28,10 +31,13 @@ __all__ = [
     "Tokenizer",
     "__version__",
     "anthropic_error",
+    "cpu_levels",
+    "cpu_threads",
     "measure_body",
     "ollama_error",
     "openai_error",
     "read_prompts",
+    "set_cpu_threads",
     "tgi_error",
 ]
 
@@ -73,6 +79,108 @@ class TemplateError(RefusedError):
 class GgufError(RefusedError):
     """A GGUF file is truncated or inconsistent. The message names file, field, value and limit."""
 
+def cpu_levels() -> list[str]:
+    """The sets of instructions that this processor has and the CPU's ops have code for, from the
+    least to the best: portable, avx2, avx512.
+    """
+
+def cpu_threads() -> int:
+    """Threads that the CPU's ops run on, the caller's included: the processors of the process's
+    affinity and of its cgroup's quota, unless `set_cpu_threads` says otherwise.
+    """
+
+def set_cpu_threads(threads: int) -> None: ...
+
+@final
+class BlockMatrix:
+    """A matrix [rows, columns] in the blocks of a GGUF file, where they lie (rust/cpu/product.rs).
+
+    Tensors (torch's, here and below) must be contiguous, on the CPU, and of the dtype that is
+    named; another is refused with `TypeError` or `ValueError`. Ops run without the GIL.
+    """
+
+    @staticmethod
+    def from_bytes(format: str, rows: int, columns: int, data: bytes) -> BlockMatrix:
+        """Of a copy of `data`, in the format of ggml's name."""
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def with_heads_apart(self, heads: int) -> BlockMatrix:
+        """The same blocks with their rows in another order: those of each head's halves alternate
+        in the file and then stand one half after the other.
+        """
+    def take(self, indices: Any, out: Any) -> None:
+        """out [n, columns] float32 = the rows `indices` [n] int64 as numbers."""
+    def read(self, start: int, out: Any) -> None:
+        """out [n, columns] float32 = the rows from `start` on."""
+    def is_finite(self) -> bool: ...
+
+@final
+class BlockProduct:
+    """y = x W^T + bias by matrices of one input, whose outputs stand side by side.
+
+    Each op computes its input [n, columns] first. By weights that are not quantised it is
+    multiplied in float32, else 32 numbers share a scale and are rounded to 8 bits. All tensors are
+    float32; out [n, all rows].
+    """
+
+    def __new__(
+        cls, matrices: Sequence[BlockMatrix], bias: Any | None = None, level: str | None = None
+    ) -> BlockProduct:
+        """bias [all rows]. level: of `cpu_levels()`, for tests; None: the best."""
+    def plain(self, x: Any, out: Any) -> None: ...
+    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any) -> None: ...
+    def add_rms_norm(self, x: Any, residual: Any, weight: Any, eps: float, out: Any) -> None:
+        """residual [n, columns] += x, in place; the input is its norm."""
+    def silu_and_mul(self, x: Any, out: Any) -> None:
+        """x [n, 2 * columns] = (gate | up)."""
+    def gelu_tanh_and_mul(self, x: Any, out: Any) -> None: ...
+
+@final
+class PagedAttention:
+    """One layer's attention over pages, for rows that bring one token each (rust/cpu/attention.rs;
+    its twins are `rope_and_cache` and `decode_attention` of kernels/reference/layers.py).
+    """
+
+    def __new__(
+        cls,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        block_size: int,
+        scale: float,
+        window: int,
+        cos_sin: Any,
+        eps: float,
+        q_norm: Any | None = None,
+        k_norm: Any | None = None,
+        level: str | None = None,
+    ) -> PagedAttention:
+        """cos_sin [positions, rotary_dim] float32; q_norm, k_norm [head_dim] float32: both or none."""
+    def run(
+        self,
+        qkv: Any,
+        positions: Any,
+        slot_mapping: Any,
+        kv_cache: Any,
+        block_table: Any,
+        row_slots: Any,
+        seq_lens: Any,
+        out: Any,
+    ) -> None:
+        """Rotates q and k of all tokens, q in place; writes k and v into their pages; and answers
+        the first tokens, as many as there are `row_slots`.
+
+        qkv [tokens, (heads + 2 * kv_heads) * head_dim] float32; positions and slot_mapping [tokens]
+        int64; kv_cache [blocks, 2, kv_heads, block_size, head_dim] float32, float16 or bfloat16;
+        block_table [slots, most blocks], row_slots and seq_lens [rows] int32; out [rows, heads *
+        head_dim] float32. `ValueError` names what points to memory that is not there.
+        """
+
 @final
 class GgufFile:
     """A GGUF file, memory-mapped and checked whole before anything is read (rust/gguf/mod.rs)."""
@@ -89,6 +197,10 @@ class GgufFile:
     def tensors(self) -> list[tuple[str, str, list[int], int, int]]:
         """(name, type such as "Q4_1", shape in torch order (row-major, outermost first), byte
         offset in the file, byte length).
+        """
+    def matrix(self, name: str) -> BlockMatrix:
+        """A tensor where it lies in the file: its first dimension by all others. Raises
+        `GgufError`.
         """
     def check_types(self) -> None:
         """Raises `GgufError` if a tensor has a type that cannot be loaded; names it and the types

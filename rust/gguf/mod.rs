@@ -10,6 +10,7 @@ mod types;
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use memmap2::{Mmap, MmapMut};
 
@@ -23,7 +24,7 @@ use parse::Header;
 #[derive(Debug)]
 pub struct GgufFile {
     path: PathBuf,
-    bytes: Mmap,
+    bytes: Arc<Mmap>,
     header: Header,
 }
 
@@ -55,7 +56,7 @@ impl GgufFile {
 
     fn checked(path: &Path, bytes: Mmap) -> Result<Self> {
         let header = Header::parse(&bytes).map_err(|message| in_file(path, message))?;
-        Ok(Self { path: path.to_owned(), bytes, header })
+        Ok(Self { path: path.to_owned(), bytes: Arc::new(bytes), header })
     }
 
     /// The path it was opened by.
@@ -91,6 +92,11 @@ impl GgufFile {
     /// The bytes of one tensor.
     pub fn tensor_bytes(&self, tensor: &Tensor) -> &[u8] {
         &self.bytes[tensor.offset as usize..(tensor.offset + tensor.num_bytes) as usize]
+    }
+
+    /// The file's bytes, for whoever keeps them longer than this.
+    pub fn shared_bytes(&self) -> Arc<Mmap> {
+        Arc::clone(&self.bytes)
     }
 
     /// Text of a metadata value.

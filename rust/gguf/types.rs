@@ -16,7 +16,8 @@ pub struct TensorType {
 }
 
 /// Types whose tensors can be loaded.
-pub const SUPPORTED: [&str; 6] = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0"];
+pub const SUPPORTED: [&str; 14] =
+    ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"];
 
 impl TensorType {
     /// The type with this number.

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::cpu::blocks::Format;
+use crate::cpu::product::Matrix;
 use crate::gguf::{self, Kind, Value};
+use crate::py::cpu::BlockMatrix;
 
 /// Longest array that `metadata` gives out: vocabularies stay in Rust.
 const MAX_ARRAY_LEN: usize = 1_024;
@@ -58,6 +61,20 @@ impl GgufFile {
     fn tensors(&self) -> Vec<(&str, &str, &[u64], u64, u64)> {
         let tensors = self.file.tensors().iter();
         tensors.map(|t| (t.name.as_str(), t.kind.name, t.shape.as_slice(), t.offset, t.num_bytes)).collect()
+    }
+
+    /// The matrix of a tensor: its first dimension by all others.
+    fn matrix(&self, name: &str) -> PyResult<BlockMatrix> {
+        let tensor = self.file.tensors().iter().find(|tensor| tensor.name == name);
+        let tensor = tensor.ok_or_else(|| self.file.error(format!("tensor {name:?} is missing")))?;
+        let format = Format::named(tensor.kind.name)
+            .ok_or_else(|| self.file.error(format!("tensor {name:?}: type {} is not supported", tensor.kind.name)))?;
+        let rows = tensor.shape.first().copied().unwrap_or(1) as usize;
+        let columns = tensor.shape.iter().skip(1).product::<u64>() as usize;
+        let bytes = self.file.shared_bytes();
+        let matrix = Matrix::new(format, rows, columns, bytes, tensor.offset as usize)
+            .map_err(|problem| self.file.error(format!("tensor {name:?}: {problem}")))?;
+        Ok(BlockMatrix { matrix })
     }
 
     fn check_types(&self) -> PyResult<()> {

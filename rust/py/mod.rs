@@ -4,6 +4,7 @@
 mod answer;
 mod body;
 mod core;
+mod cpu;
 mod delta;
 mod errors;
 mod event_fd;
@@ -12,6 +13,7 @@ mod guard;
 mod params;
 mod plan;
 mod protocol;
+mod tensor;
 mod text;
 
 /// The extension module.
@@ -23,6 +25,8 @@ mod _core {
     use super::body::{measure_body, read_prompts};
     #[pymodule_export]
     use super::core::EngineCore;
+    #[pymodule_export]
+    use super::cpu::{cpu_levels, cpu_threads, set_cpu_threads, BlockMatrix, BlockProduct, PagedAttention};
     #[pymodule_export]
     use super::delta::{ChoiceDelta, Failure, ReplyDelta, RequestProgress};
     #[pymodule_export]

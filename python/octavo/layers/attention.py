@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo import _core
 from octavo.kernels import ops
-from octavo.layers.context import get_context
+from octavo.layers.context import StepContext, get_context
 from octavo.layers.norm import RMSNorm
 from octavo.layers.rotary import cos_sin_table
 from octavo.layers.schemes.choice import Schemes
@@ -57,6 +58,8 @@ class Attention(Layer):
             self.q_norm = RMSNorm(f"{name}.q_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
             self.k_norm = RMSNorm(f"{name}.k_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
         rope = config.local_rope if self.window and config.local_rope else config.rope
+        self.on_cpu = schemes.device.type == "cpu"
+        self.paged: _core.PagedAttention | None = None  # made when the pages are there
         self.cos_sin = cos_sin_table(rope, self.head_dim, config.max_position_embeddings, schemes.device)
 
     def finish(self) -> None:
@@ -69,6 +72,9 @@ class Attention(Layer):
         """
         step = get_context()
         num_tokens = positions.shape[0]
+        if self.on_cpu and self.kv_scales is None and step.decode_query_len == 1:
+            attended = self._attend_on_cpu(self.qkv(x), positions, step)
+            return self.out(self.out.input_form.from_plain(attended))
         # Views into the fused output: a row of q is followed by its k and v.
         q, k, v = (part.view(num_tokens, -1, self.head_dim) for part in torch.split(self.qkv(x), self.sizes, dim=-1))
         ops.rope_and_cache(
@@ -102,19 +108,52 @@ class Attention(Layer):
                 )
             )
         if step.num_prefills:
-            outputs.append(
-                ops.prefill_attention(
-                    q[step.num_decode_tokens :],
-                    self.kv_cache,
-                    table,
-                    step.row_slots[step.num_decodes :],
-                    step.prefill_start_loc,
-                    step.seq_lens[step.num_decodes :],
-                    step.max_query_len,
-                    self.scale,
-                    self.window,
-                    kv_scales=self.kv_scales,
-                )
-            )
+            outputs.append(self._prefill(q, step))
         attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return self.out(self.out.input_form.from_plain(attended.reshape(num_tokens, -1)))
+
+    def _prefill(self, q: Tensor, step: StepContext) -> Tensor:
+        """Answers [tokens, heads, head_dim] of the step's prefill rows; q of all its tokens."""
+        return ops.prefill_attention(
+            q[step.num_decode_tokens :],
+            self.kv_cache,
+            step.block_tables[self.kv_group],
+            step.row_slots[step.num_decodes :],
+            step.prefill_start_loc,
+            step.seq_lens[step.num_decodes :],
+            step.max_query_len,
+            self.scale,
+            self.window,
+            kv_scales=self.kv_scales,
+        )
+
+    def _attend_on_cpu(self, qkv: Tensor, positions: Tensor, step: StepContext) -> Tensor:
+        """Answers [num_tokens, heads * head_dim]: all of a decode step in one call of the extension."""
+        if self.paged is None:
+            self.paged = _core.PagedAttention(
+                self.sizes[0] // self.head_dim,
+                self.sizes[1] // self.head_dim,
+                self.head_dim,
+                block_size=self.kv_cache.shape[3],
+                scale=self.scale,
+                window=self.window,
+                cos_sin=self.cos_sin,
+                eps=self.eps,
+                q_norm=self.q_norm_weight,
+                k_norm=self.k_norm_weight,
+            )
+        attended = torch.empty(qkv.shape[0], self.sizes[0])
+        self.paged.run(
+            qkv,
+            positions,
+            step.slot_mapping[self.kv_group],
+            self.kv_cache,
+            step.block_tables[self.kv_group],
+            step.row_slots[: step.num_decodes],
+            step.seq_lens[: step.num_decodes],
+            attended[: step.num_decodes],
+        )
+        if step.num_prefills:
+            q = qkv[:, : self.sizes[0]].view(qkv.shape[0], -1, self.head_dim)
+            attended[step.num_decodes :] = self._prefill(q, step).view(-1, self.sizes[0])
+        return attended

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from octavo.layers.schemes.blocks import BlockScheme
 from octavo.layers.schemes.choice import Schemes
 from octavo.layers.schemes.dense import PlainScheme
 from octavo.layers.schemes.scheme import Scheme
@@ -22,16 +23,20 @@ class Embedding(Layer):
         # Rounded to the weights' dtype first, as the models were trained.
         self.scale = torch.tensor(scale).to(schemes.dtype).item()
         self.activation_dtype = schemes.activation_dtype
-        self.weight = torch.empty(vocab_size, size, dtype=schemes.dtype, device="meta")
+        self.table = schemes.table(name, vocab_size, size)
+        if self.table is None:
+            self.weight = torch.empty(vocab_size, size, dtype=schemes.dtype, device="meta")
 
     def own_parts(self) -> Iterable[WeightPart]:
-        yield WeightPart(f"{self.name}.weight", self, "weight", tuple(self.weight.shape))
+        if self.table is None:
+            yield WeightPart(f"{self.name}.weight", self, "weight", tuple(self.weight.shape))
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids [num_tokens] -> [num_tokens, size] of `activation_dtype`, which all hidden
         states have.
         """
-        hidden = F.embedding(input_ids, self.weight).to(self.activation_dtype)
+        looked_up = F.embedding(input_ids, self.weight) if self.table is None else self.table(input_ids)
+        hidden = looked_up.to(self.activation_dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 
@@ -56,9 +61,9 @@ class LogitsHead(Layer):
 class TiedHead(LogitsHead):
     """Multiplies by the embedding's table."""
 
-    scheme: PlainScheme
+    scheme: PlainScheme | BlockScheme
 
-    def __init__(self, embedding: Embedding, scheme: PlainScheme, *, soft_cap: float = 0.0) -> None:
+    def __init__(self, embedding: Embedding, scheme: PlainScheme | BlockScheme, *, soft_cap: float = 0.0) -> None:
         super().__init__(scheme, soft_cap=soft_cap)
         self.embedding = embedding
 
@@ -66,13 +71,19 @@ class TiedHead(LogitsHead):
         return iter(())  # the embedding belongs to the model, and the scheme is filled with the embedding's table
 
     def finish(self) -> None:
-        # In packed form it is a second copy of the table, which a CPU's largest product repays:
-        # SmolLM2's takes 3.1 ms instead of 6.2 for one row and 4.0 instead of 23 for four (bf16,
-        # one core).
-        self.scheme.weight = self.embedding.weight
+        if isinstance(self.scheme, BlockScheme):
+            assert self.embedding.table is not None
+            self.scheme.hold("lm_head", self.embedding.table.blocks)
+        else:
+            # In packed form it is a second copy of the table, which a CPU's largest product repays:
+            # SmolLM2's takes 3.1 ms instead of 6.2 for one row and 4.0 instead of 23 for four (bf16,
+            # one core).
+            self.scheme.weight = self.embedding.weight
         self.scheme.finish()
 
     def own_bytes(self) -> int:
+        if isinstance(self.scheme, BlockScheme):
+            return 0
         shared = getattr(self.scheme, "weight", None) is self.embedding.weight
         return 0 if shared else self.scheme.own_bytes()
 

@@ -10,9 +10,13 @@ tensor: that is how q, k and v become one matrix without a second copy.
 
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from octavo._core import BlockMatrix
 
 PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -48,6 +52,7 @@ class WeightPart:
     kinds: tuple[torch.dtype, ...] = PLAIN_DTYPES  # that the file may have it in
     refuse: Callable[[Tensor], str | None] | None = None  # of a small tensor: what is wrong with its values
     add_one: bool = False  # the checkpoint may keep it minus one (`Source.norms_include_one`)
+    hold: "Callable[[BlockMatrix], None] | None" = None  # takes the file's own blocks; nothing is filled then
 
     def destination(self) -> Tensor:
         """The view to fill, of shape `shape`, with the dtype of the layer's tensor."""
@@ -70,7 +75,7 @@ class Layer:
 
     def own_bytes(self) -> int:
         """Memory of this layer's own weights, as they are after `finish`."""
-        return sum(getattr(self, attribute).nbytes for attribute in {part.attribute for part in self.own_parts()})
+        return sum(getattr(self, attribute).nbytes for attribute in _filled(self.own_parts()))
 
     def finish(self) -> None:
         """Called once, when this layer's parts are filled and before the next layer's are
@@ -106,12 +111,17 @@ class Layer:
         return [part for layer in self.layers() for part in layer.own_parts()]
 
 
+def _filled(parts: Iterable[WeightPart]) -> set[str]:
+    """The tensors that these parts fill."""
+    return {part.attribute for part in parts if part.hold is None}
+
+
 def allocate(layer: Layer, device: torch.device) -> list[WeightPart]:
     """Replaces the layer's own meta tensors by uninitialised ones on `device`; returns the parts to
     fill.
     """
     parts = list(layer.own_parts())
-    for attribute in {part.attribute for part in parts}:
+    for attribute in _filled(parts):
         tensor: Tensor = getattr(layer, attribute)
         # Not `empty_like`: on a meta tensor it imports sympy, which takes seconds.
         setattr(layer, attribute, torch.empty(tensor.shape, dtype=tensor.dtype, device=device))

@@ -96,7 +96,7 @@ class Model(Layer):
         ]
         head = Matrix({"lm_head": vocab_size}, size, makes_logits=True)
         self.head = (
-            TiedHead(self.embedding, schemes.plain(head), soft_cap=soft_cap)
+            TiedHead(self.embedding, schemes.tied(head), soft_cap=soft_cap)
             if config.tie_word_embeddings
             else LogitsHead(schemes.linear(head), soft_cap=soft_cap)
         )

@@ -7,9 +7,13 @@ A CPU looks at a tensor on a second thread while the next one is read: one after
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from octavo._core import BlockMatrix
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -19,6 +23,7 @@ class FiniteCheck:
 
     def __init__(self) -> None:
         self._found: dict[str, Callable[[], Tensor]] = {}
+        self._broken: list[str] = []
         self._thread = ThreadPoolExecutor(1)
         self._last: Future[Tensor] | None = None
         # Torch's own team of threads would be a third. The setting is also that of threads to come,
@@ -48,12 +53,19 @@ class FiniteCheck:
             extremes = _extremes(tensor)
             self._found[name] = lambda: extremes
 
+    def look_at_blocks(self, name: str, blocks: "BlockMatrix") -> None:
+        """Looks at the scales of a tensor that stays in its file: all numbers are codes times them."""
+        if not blocks.is_finite():
+            self._broken.append(name)
+
     def broken(self) -> list[str]:
         """Names of the tensors that are not finite."""
         if not self._found:
-            return []
+            return self._broken
         finite = torch.stack([extremes() for extremes in self._found.values()]).isfinite().all(dim=1)
-        return [name for name, is_finite in zip(self._found, finite.tolist(), strict=True) if not is_finite]
+        return self._broken + [
+            name for name, is_finite in zip(self._found, finite.tolist(), strict=True) if not is_finite
+        ]
 
 
 def _extremes(tensor: Tensor) -> Tensor:

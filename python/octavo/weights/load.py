@@ -17,7 +17,7 @@ import torch
 
 from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.layers.attention import most_rows
-from octavo.layers.schemes.choice import QuantisedSchemes, Schemes
+from octavo.layers.schemes.choice import BlockSchemes, QuantisedSchemes, Schemes
 from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
@@ -51,6 +51,7 @@ class LoadedModel:
     config: ModelConfig
     dtype: torch.dtype
     dtype_reason: str  # in words, for the report
+    in_blocks: bool  # weights are the file's own blocks; `dtype` is that of keys and values
     tokenizer: _core.Tokenizer | None
     chat_template: _core.ChatTemplate | None
     eos_token_ids: tuple[int, ...]
@@ -131,13 +132,18 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device, check: Ch
     parts = (header, *other_parts)
     packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
     if source is not None and packed:
-        logger.info(
-            "%s: its %s blocks are expanded: %.2f GiB in the file, %.2f GiB in memory",
-            path,
-            ", ".join(packed),
-            sum(Path(part.path).stat().st_size for part in parts) / 2**30,
-            loaded.model.weight_bytes() / 2**30,
-        )
+        kinds, file_gib = ", ".join(packed), sum(Path(part.path).stat().st_size for part in parts) / 2**30
+        if loaded.in_blocks:
+            logger.info("%s: its %s blocks are used where they are: %.2f GiB in the file", path, kinds, file_gib)
+        else:
+            held_gib = loaded.model.weight_bytes() / 2**30
+            logger.info(
+                "%s: its %s blocks are expanded: %.2f GiB in the file, %.2f GiB in memory",
+                path,
+                kinds,
+                file_gib,
+                held_gib,
+            )
     defaults = loaded.generation_defaults | sampling_defaults(path, config.generation_config) | sampling
     return dataclasses.replace(loaded, generation_defaults=defaults)
 
@@ -190,19 +196,39 @@ def _load(
     dtype, dtype_reason = pick_dtype(wanted.dtype, config.checkpoint_dtype, device)
     if check is not None:
         check(config, dtype)
+    in_blocks = stays_in_blocks(wanted, source, config, device)
+    if in_blocks:
+        dtype_reason = "keys and values; its quantised weights stay in their blocks, activations are float32"
     shorter = wanted.max_model_len
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
     _tell_rope_factors(config, place)
-    model = MODELS[config.architecture](config, _schemes(wanted, source, generation_folder, dtype, device))
+    schemes = BlockSchemes() if in_blocks else _schemes(wanted, source, generation_folder, dtype, device)
+    model = MODELS[config.architecture](config, schemes)
     if source is None:
         check_layers(model, wanted.model)
         fill_with_random(model, device, wanted.seed)
     else:
         fill_model(model, source, device)
     return LoadedModel(
-        model, config, dtype, dtype_reason, text.tokenizer, text.chat_template, ends, generation_defaults=defaults
+        model,
+        config,
+        dtype,
+        dtype_reason,
+        in_blocks,
+        text.tokenizer,
+        text.chat_template,
+        ends,
+        generation_defaults=defaults,
     )
+
+
+def stays_in_blocks(wanted: EngineConfig, source: Source | None, config: ModelConfig, device: torch.device) -> bool:
+    """Whether weights stay in the blocks of their file: those of a quantised GGUF file on a CPU,
+    unless the user asks for a type.
+    """
+    quantised = isinstance(source, GgufSource) and config.checkpoint_dtype is None
+    return quantised and device.type == "cpu" and wanted.dtype == "auto" and wanted.quantization is None
 
 
 def _schemes(

@@ -8,13 +8,16 @@ are those of the `safetensors` package (Rust).
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from octavo.model_config import ModelError, read_json
+
+if TYPE_CHECKING:
+    from octavo._core import BlockMatrix
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,9 @@ class SafetensorsSource:
         )
         tensor: Tensor = file.get_tensor(stored)
         return tensor
+
+    def blocks(self, name: str) -> "BlockMatrix":
+        raise NotImplementedError(f"{self.name}: {name}: no blocks in safetensors")
 
     def dtype(self) -> str | None:
         """The type of the first matrix that is not quantised, for files whose config does not say."""

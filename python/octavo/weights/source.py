@@ -7,7 +7,7 @@ Knows no file format; `safetensors.py`, `gguf.py` and `dummy.py` do.
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from octavo.layers.weight import WeightPart, allocate
 from octavo.model_config import ModelError
 from octavo.models.registry import Model
 from octavo.weights.finite import FiniteCheck
+
+if TYPE_CHECKING:
+    from octavo._core import BlockMatrix
 
 KV_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 ZERO_IN_VAIN = (".bias", ".weight_zero_point", ".input_zero_point")
@@ -38,6 +41,9 @@ class Source(Protocol):
     def fill(self, name: str, destination: Tensor) -> None:
         """Writes one tensor into `destination`, converting to its dtype and device."""
 
+    def blocks(self, name: str) -> "BlockMatrix":
+        """One tensor in the file's own blocks. Only asked of files that have blocks."""
+
 
 def fill_model(model: Model, source: Source, device: torch.device) -> None:
     """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after
@@ -54,6 +60,11 @@ def fill_model(model: Model, source: Source, device: torch.device) -> None:
             parts = allocate(layer, device)
             with _one_thread():
                 for part in parts:
+                    if part.hold is not None:
+                        blocks = source.blocks(part.name)
+                        finite.look_at_blocks(part.name, blocks)
+                        part.hold(blocks)
+                        continue
                     _fill(part, source)
                     finite.look(part.name, part.destination())
             layer.finish()

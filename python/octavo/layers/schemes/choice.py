@@ -9,6 +9,7 @@ from torch import Tensor
 
 from octavo.kernels import ops
 from octavo.kernels.linear.int4_layout import DEPTH, ROWS
+from octavo.layers.schemes.blocks import BlockScheme, BlockTable
 from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_fbgemm, has_onednn, widens_half
 from octavo.layers.schemes.dense import DenseScheme, PlainScheme
 from octavo.layers.schemes.formats.stored import Format, ShapeOf, Stored
@@ -37,6 +38,14 @@ class Schemes:
         """The scheme of one matrix, its tensors still on the `meta` device."""
         return self.plain(matrix)
 
+    def table(self, name: str, rows: int, size: int) -> BlockTable | None:
+        """The table of embeddings; None: a plain one."""
+        return None
+
+    def tied(self, matrix: Matrix) -> PlainScheme | BlockScheme:
+        """The scheme of a head that multiplies by the table of embeddings."""
+        return self.plain(matrix)
+
     def plain(self, matrix: Matrix) -> PlainScheme:
         """The fastest scheme of weights that are not quantised."""
         if self.device.type == "cpu":
@@ -46,6 +55,22 @@ class Schemes:
             if widens_half(self.dtype) or (matrix.makes_logits and has_fbgemm() and self.dtype != torch.float32):
                 return HalfScheme(matrix, self.dtype)
         return DenseScheme(matrix, self.dtype)
+
+
+class BlockSchemes(Schemes):
+    """Of a GGUF file on a CPU: every matrix stays in the file's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32, torch.device("cpu"))
+
+    def linear(self, matrix: Matrix) -> Scheme:
+        return BlockScheme(matrix)
+
+    def table(self, name: str, rows: int, size: int) -> BlockTable | None:
+        return BlockTable(name, rows, size)
+
+    def tied(self, matrix: Matrix) -> PlainScheme | BlockScheme:
+        return BlockScheme(matrix)
 
 
 class QuantisedSchemes(Schemes):

@@ -1,0 +1,107 @@
+"""Weights in the blocks of a GGUF file, multiplied where they are: the file's own mapped bytes.
+
+The product is the extension's (`rust/cpu`). It takes what its input is made of, computes a norm or
+a gate itself, and rounds the result to 8 bits, 32 numbers a scale, as llama.cpp does. So a decoder
+layer crosses into it once for each product and once for attention.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo import _core
+from octavo.layers.schemes.scheme import InputForm, Matrix, Scheme
+from octavo.layers.weight import Layer, WeightPart, zeros
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An input that the product computes: the name of its op, the op's arguments, and how many rows
+    it makes. Whoever has one multiplies by it once, before its tensors change.
+    """
+
+    op: str
+    arguments: tuple[Any, ...]
+    rows: int
+
+
+def _pending(op: str, x: Tensor, *rest: Any) -> Pending:
+    return Pending(op, (x, *rest), x.shape[0])
+
+
+BLOCK_INPUT = InputForm(
+    rms_norm=partial(_pending, "rms_norm"),
+    add_rms_norm=partial(_pending, "add_rms_norm"),
+    silu_and_mul=partial(_pending, "silu_and_mul"),
+    gelu_tanh_and_mul=partial(_pending, "gelu_tanh_and_mul"),
+    from_plain=partial(_pending, "plain"),
+)
+
+
+class BlockScheme(Scheme):
+    """A matrix whose projections are in blocks, each of its own format."""
+
+    input_form = BLOCK_INPUT
+    bias: Tensor | None  # [out_features] float32
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.matrix = matrix
+        self.blocks: dict[str, _core.BlockMatrix] = {}
+        self.bias = torch.empty(matrix.out_features, device="meta") if matrix.bias else None
+
+    def hold(self, name: str, blocks: _core.BlockMatrix) -> None:
+        """Takes the blocks of one projection."""
+        self.blocks[name] = blocks
+
+    def own_parts(self) -> Iterable[WeightPart]:
+        for name, start, rows in self.matrix.spans():
+            shape = (rows, self.matrix.in_features)
+            yield WeightPart(f"{name}.weight", self, "blocks", shape, hold=partial(self.hold, name))
+            if self.bias is not None:
+                yield WeightPart(f"{name}.bias", self, "bias", (rows,), start=start, init=zeros)
+
+    def finish(self) -> None:
+        self.product = _core.BlockProduct([self.blocks[name] for name in self.matrix.projections], self.bias)
+        self.multiply: dict[str, Callable[..., None]] = {
+            op: getattr(self.product, op)
+            for op in ("plain", "rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
+        }
+
+    def own_bytes(self) -> int:
+        held = sum(blocks.nbytes for blocks in self.blocks.values())
+        return held + (0 if self.bias is None else self.bias.nbytes)
+
+    def __call__(self, x: Pending) -> Tensor:
+        out = torch.empty(x.rows, self.matrix.out_features)
+        self.multiply[x.op](*x.arguments, out)
+        return out
+
+
+class BlockTable(Layer):
+    """A table of embeddings in blocks."""
+
+    blocks: _core.BlockMatrix
+
+    def __init__(self, name: str, rows: int, size: int) -> None:
+        self.name = name
+        self.shape = (rows, size)
+
+    def hold(self, blocks: _core.BlockMatrix) -> None:
+        """Takes the table's blocks."""
+        self.blocks = blocks
+
+    def own_parts(self) -> Iterable[WeightPart]:
+        yield WeightPart(f"{self.name}.weight", self, "blocks", self.shape, hold=self.hold)
+
+    def own_bytes(self) -> int:
+        return self.blocks.nbytes
+
+    def __call__(self, indices: Tensor) -> Tensor:
+        """indices [n] -> [n, size] float32."""
+        out = torch.empty(indices.shape[0], self.shape[1])
+        self.blocks.take(indices.long(), out)
+        return out

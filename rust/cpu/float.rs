@@ -1,0 +1,181 @@
+//! Numbers of 16 bits, and an exponential that compilers vectorise.
+
+/// float16 to float32, exactly.
+#[inline(always)]
+pub fn from_half(half: u16) -> f32 {
+    let bits = u32::from(half) << 16;
+    let doubled = bits.wrapping_add(bits);
+    let normal = f32::from_bits((doubled >> 4).wrapping_add(0xE0 << 23)) * f32::from_bits(0x0780_0000);
+    let tiny = f32::from_bits((doubled >> 17) | (126 << 23)) - 0.5;
+    let size = if doubled < (1 << 27) { tiny } else { normal };
+    f32::from_bits(size.to_bits() | (bits & 0x8000_0000))
+}
+
+/// float32 to float16, rounded to the nearest, ties to even; what is too large becomes infinite.
+#[inline(always)]
+pub fn to_half(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let sign = (bits >> 16) as u16 & 0x8000;
+    let size = bits & 0x7FFF_FFFF;
+    if size > 0x7F80_0000 {
+        return sign | 0x7E00;
+    }
+    if size >= 0x477F_F000 {
+        return sign | 0x7C00; // from 65520 on
+    }
+    if size < 0x3880_0000 {
+        // Below the least normal number: the addition shifts and rounds.
+        let tiny = f32::from_bits(size) + 0.5;
+        return sign | (tiny.to_bits() - 0x3F00_0000) as u16;
+    }
+    let odd = (size >> 13) & 1;
+    sign | ((size - 0x3800_0000 + 0xFFF + odd) >> 13) as u16
+}
+
+/// bfloat16 to float32, exactly.
+#[inline(always)]
+pub fn from_brain(brain: u16) -> f32 {
+    f32::from_bits(u32::from(brain) << 16)
+}
+
+/// float32 to bfloat16, rounded to the nearest, ties to even.
+#[inline(always)]
+pub fn to_brain(value: f32) -> u16 {
+    let bits = value.to_bits();
+    if value.is_nan() {
+        return (bits >> 16) as u16 | 0x40;
+    }
+    (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16
+}
+
+/// e^x to two units in the last place; 0 below -87.3, and at most 2^127.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
+    let wanted = x;
+    let x = x.clamp(-87.3, 88.0);
+    let turns = x * std::f32::consts::LOG2_E + ROUND;
+    let whole = turns - ROUND;
+    // ln 2 in two parts, so that the rest is exact.
+    let rest = x - whole * 0.693_359_4 - whole * -2.121_944_4e-4;
+    let mut sum = 1.987_569_1e-4;
+    for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
+        sum = sum * rest + coefficient;
+    }
+    let power = f32::from_bits(((whole as i32 + 127) as u32) << 23);
+    let value = (sum * rest * rest + rest + 1.0) * power;
+    if wanted < -87.3 {
+        0.0
+    } else if wanted.is_nan() {
+        wanted
+    } else {
+        value
+    }
+}
+
+/// tanh x, to some 1e-7.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// A float16.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Half(pub u16);
+
+/// A bfloat16.
+#[derive(Debug, Clone, Copy)]
+#[repr(transparent)]
+pub struct Brain(pub u16);
+
+/// Numbers that are kept in another type than float32.
+pub trait Number: Copy + Send + Sync {
+    /// As float32.
+    fn widen(self) -> f32;
+    /// The nearest one.
+    fn narrow(value: f32) -> Self;
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        value
+    }
+}
+
+impl Number for Half {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        from_half(self.0)
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        Self(to_half(value))
+    }
+}
+
+impl Number for Brain {
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        from_brain(self.0)
+    }
+
+    #[inline(always)]
+    fn narrow(value: f32) -> Self {
+        Self(to_brain(value))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::float_cmp)] // they are exact
+mod tests {
+    use super::*;
+
+    #[test]
+    fn halves_are_what_the_standard_says() {
+        for (half, value) in [(0, 0.0), (1, 5.960_464_5e-8), (0x3C00, 1.0), (0xC000, -2.0), (0x7BFF, 65_504.0)] {
+            assert_eq!(from_half(half), value);
+        }
+        assert!(from_half(0x7C00).is_infinite() && from_half(0x7E00).is_nan());
+    }
+
+    #[test]
+    fn every_half_comes_back() {
+        for half in 0..=u16::MAX {
+            let value = from_half(half);
+            assert!(value.is_nan() || to_half(value) == half, "{half:#x}");
+        }
+    }
+
+    #[test]
+    fn halves_and_brains_round_to_even() {
+        assert_eq!(to_half(1.0 + 1.0 / 2048.0), 0x3C00);
+        assert_eq!(to_half(1.0 + 3.0 / 2048.0), 0x3C02);
+        assert_eq!(to_half(65_519.9), 0x7BFF);
+        assert_eq!(to_half(65_520.0), 0x7C00);
+        assert_eq!(to_brain(1.0 + 1.0 / 256.0), 0x3F80);
+        assert_eq!(to_brain(1.0 + 3.0 / 256.0), 0x3F82);
+        assert!(from_brain(to_brain(f32::NAN)).is_nan());
+    }
+
+    #[test]
+    fn exponentials_are_close() {
+        for step in -8_700..8_800 {
+            let x = step as f32 / 100.0;
+            let right = f64::from(x).exp();
+            assert!((f64::from(exp(x)) / right - 1.0).abs() < 3e-7, "{x}");
+            assert!((f64::from(tanh(x)) - f64::from(x).tanh()).abs() < 2e-7, "{x}");
+        }
+        assert_eq!(exp(-1e9), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+}

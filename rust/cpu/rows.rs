@@ -1,0 +1,300 @@
+//! The input of a product: what is computed first (a norm, a gate), then rounded to 16 bits where the
+//! weights are quantised. As in llama.cpp, 32 numbers share a scale; but there they have 8 bits, with
+//! which the default model names France's capital in French. 16 bits are two instructions where 8 are one, and
+//! the weights' bytes are read once for both.
+
+use super::float;
+use super::level::{by_level, multiply_add, Level};
+use super::pool::Pool;
+use super::raw::Writer;
+
+/// Numbers of one group of activations.
+pub const GROUP: usize = 32;
+/// Rows are padded with zeros to a multiple of this, so that kernels may take four groups at once.
+pub const PADDING: usize = 128;
+/// The largest code: both of its bytes are signed numbers.
+const LARGEST: f32 = 127.0 * 256.0;
+/// Up to so many rows the caller makes himself: waking threads takes longer.
+const ALONE: usize = 4;
+
+/// What the rows of a product are made of. All matrices have the product's rows.
+#[derive(Debug, Clone, Copy)]
+pub enum Input<'a> {
+    /// As they are: [rows, columns].
+    Plain(&'a [f32]),
+    /// `RMSNorm` of `x` [rows, columns] with `weight` [columns].
+    Norm {
+        /// [rows, columns]
+        x: &'a [f32],
+        /// [columns]
+        weight: &'a [f32],
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// `residual += x` in place, then the norm of it.
+    AddNorm {
+        /// [rows, columns]
+        x: &'a [f32],
+        /// [rows, columns]
+        residual: Writer<'a, f32>,
+        /// [columns]
+        weight: &'a [f32],
+        /// Added to the mean square.
+        eps: f32,
+    },
+    /// silu(gate) * up of rows (gate | up): [rows, 2 * columns].
+    Silu(&'a [f32]),
+    /// gelu(gate), by tanh, * up of such rows.
+    Gelu(&'a [f32]),
+}
+
+/// Rows as kernels take them. The memory is kept from one product to the next.
+#[derive(Debug, Default)]
+pub struct Rows {
+    /// Numbers of a row, and the same with its padding.
+    columns: usize,
+    padded: usize,
+    /// [rows, padded]: `round(x / scale)`, from -32512 to 32512; zeros behind the row.
+    codes: Vec<i16>,
+    /// [rows, 2, padded]: the same as 256 * (first half) + (second half).
+    bytes: Vec<i8>,
+    /// [rows, padded / 32, 2]: scale, and scale * (sum of the codes).
+    scales: Vec<f32>,
+    /// [rows, padded / 16]: scale * (sum of 16 codes).
+    sums: Vec<f32>,
+    /// [rows, columns]: before rounding, for weights that are not quantised.
+    numbers: Vec<f32>,
+}
+
+/// One row of [`Rows`], to be written.
+struct Rounded<'a> {
+    codes: &'a mut [i16],
+    bytes: &'a mut [i8],
+    scales: &'a mut [f32],
+    sums: &'a mut [f32],
+}
+
+/// One row of [`Rows`].
+#[derive(Debug, Clone, Copy)]
+pub struct Row<'a> {
+    /// [padded]
+    pub codes: &'a [i16],
+    /// [padded]: their high bytes, such that the low ones have a sign
+    pub high: &'a [i8],
+    /// [padded]
+    pub low: &'a [i8],
+    /// [padded / 32, 2]
+    pub scales: &'a [f32],
+    /// [padded / 16]
+    pub sums: &'a [f32],
+}
+
+impl Rows {
+    /// Computes the input's rows. codes, numbers: which of the two forms are wanted.
+    #[allow(clippy::too_many_arguments)]
+    pub fn make(
+        &mut self,
+        level: Level,
+        pool: &Pool,
+        input: Input<'_>,
+        rows: usize,
+        columns: usize,
+        codes: bool,
+        numbers: bool,
+    ) {
+        self.columns = columns;
+        self.padded = columns.div_ceil(PADDING) * PADDING;
+        let padded = if codes { self.padded } else { 0 };
+        let (groups, numbers_of_row) = (padded / GROUP, if numbers { columns } else { 0 });
+        self.codes.resize(rows * padded, 0);
+        self.bytes.resize(rows * 2 * padded, 0);
+        self.scales.resize(rows * groups * 2, 0.0);
+        self.sums.resize(rows * groups * 2, 0.0);
+        self.numbers.resize(rows * numbers_of_row, 0.0);
+        let all_codes = Writer::new(&mut self.codes);
+        let all_bytes = Writer::new(&mut self.bytes);
+        let all_scales = Writer::new(&mut self.scales);
+        let all_sums = Writer::new(&mut self.sums);
+        let all_numbers = Writer::new(&mut self.numbers);
+        let one = |row: usize| {
+            // SAFETY: each row is made once, by one thread, and rows do not overlap.
+            let (rounded, row_numbers) = unsafe {
+                let rounded = Rounded {
+                    codes: all_codes.part(row * padded, padded),
+                    bytes: all_bytes.part(row * 2 * padded, 2 * padded),
+                    scales: all_scales.part(row * groups * 2, groups * 2),
+                    sums: all_sums.part(row * groups * 2, groups * 2),
+                };
+                (rounded, all_numbers.part(row * numbers_of_row, numbers_of_row))
+            };
+            SCRATCH.with_borrow_mut(|scratch| {
+                scratch.resize(columns, 0.0);
+                let made = if numbers { row_numbers } else { &mut scratch[..] };
+                fill(level, input, row, made);
+                if codes {
+                    quantise(level, made, rounded);
+                }
+            });
+        };
+        if rows <= ALONE {
+            (0..rows).for_each(one);
+        } else {
+            pool.run(rows, &one);
+        }
+    }
+
+    /// Codes of row `row`.
+    pub fn row(&self, row: usize) -> Row<'_> {
+        let padded = self.padded;
+        Row {
+            codes: &self.codes[row * padded..][..padded],
+            high: &self.bytes[row * 2 * padded..][..padded],
+            low: &self.bytes[(row * 2 + 1) * padded..][..padded],
+            scales: &self.scales[row * padded / GROUP * 2..][..padded / GROUP * 2],
+            sums: &self.sums[row * padded / 16..][..padded / 16],
+        }
+    }
+
+    /// Numbers of row `row`.
+    pub fn numbers(&self, row: usize) -> &[f32] {
+        &self.numbers[row * self.columns..][..self.columns]
+    }
+}
+
+thread_local! {
+    static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+}
+
+by_level! {
+    /// Row `row` of the input into `made` [columns].
+    fn fill(input: Input<'_>, row: usize, made: &mut [f32]) = fill_body
+}
+
+by_level! {
+    /// Rounds `numbers` to codes, scales and sums of a row of [`Rows`].
+    fn quantise(numbers: &[f32], row: Rounded<'_>) = quantise_body
+}
+
+#[inline(always)]
+fn fill_body<const FUSED: bool>(input: Input<'_>, row: usize, made: &mut [f32]) {
+    let columns = made.len();
+    match input {
+        Input::Plain(x) => made.copy_from_slice(&x[row * columns..][..columns]),
+        Input::Norm { x, weight, eps } => norm::<FUSED>(&x[row * columns..][..columns], weight, eps, made),
+        Input::AddNorm { x, residual, weight, eps } => {
+            // SAFETY: each row is made once, by one thread, and rows do not overlap.
+            let residual = unsafe { residual.part(row * columns, columns) };
+            for (sum, x) in residual.iter_mut().zip(&x[row * columns..][..columns]) {
+                *sum += x;
+            }
+            norm::<FUSED>(residual, weight, eps, made);
+        }
+        Input::Silu(x) => {
+            let (gate, up) = x[row * 2 * columns..][..2 * columns].split_at(columns);
+            for ((out, gate), up) in made.iter_mut().zip(gate).zip(up) {
+                *out = gate / (1.0 + float::exp(-gate)) * up;
+            }
+        }
+        Input::Gelu(x) => {
+            let (gate, up) = x[row * 2 * columns..][..2 * columns].split_at(columns);
+            for ((out, &gate), up) in made.iter_mut().zip(gate).zip(up) {
+                let inner = 0.797_884_6 * multiply_add::<FUSED>(0.044_715 * gate * gate, gate, gate);
+                *out = 0.5 * gate * (1.0 + float::tanh(inner)) * up;
+            }
+        }
+    }
+}
+
+/// x / sqrt(mean(x^2) + eps) * weight.
+#[inline(always)]
+pub(super) fn norm<const FUSED: bool>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    let mean = dot::<FUSED>(x, x) / x.len() as f32;
+    let inverse = 1.0 / (mean + eps).sqrt();
+    for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+        *out = x * inverse * weight;
+    }
+}
+
+/// The sum of products, in sixteen partial sums.
+#[inline(always)]
+pub(super) fn dot<const FUSED: bool>(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; 16];
+    let (whole_a, rest_a) = a.as_chunks::<16>();
+    let (whole_b, rest_b) = b.as_chunks::<16>();
+    for (a, b) in whole_a.iter().zip(whole_b) {
+        for lane in 0..16 {
+            sums[lane] = multiply_add::<FUSED>(a[lane], b[lane], sums[lane]);
+        }
+    }
+    let rest: f32 = rest_a.iter().zip(rest_b).map(|(a, b)| a * b).sum();
+    add_lanes(sums) + rest
+}
+
+/// The sum of sixteen numbers, by halves.
+#[inline(always)]
+pub(super) fn add_lanes(mut sums: [f32; 16]) -> f32 {
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+    }
+    sums[0]
+}
+
+#[inline(always)]
+#[allow(clippy::needless_pass_by_value)] // a bundle of slices
+fn quantise_body<const FUSED: bool>(numbers: &[f32], row: Rounded<'_>) {
+    let (high, low) = row.bytes.split_at_mut(row.codes.len());
+    let codes = row.codes.as_chunks_mut::<GROUP>().0.iter_mut();
+    let bytes = high.as_chunks_mut::<GROUP>().0.iter_mut().zip(low.as_chunks_mut::<GROUP>().0);
+    let scales = row.scales.as_chunks_mut::<2>().0.iter_mut().zip(row.sums.as_chunks_mut::<2>().0);
+    let mut padded = [0.0; GROUP];
+    for (at, ((codes, (high, low)), (scale, sums))) in codes.zip(bytes).zip(scales).enumerate() {
+        let start = (at * GROUP).min(numbers.len());
+        let whole: &[f32; GROUP] = if let Some(whole) = numbers[start..].first_chunk() {
+            whole
+        } else {
+            padded.fill(0.0);
+            padded[..numbers.len() - start].copy_from_slice(&numbers[start..]);
+            &padded
+        };
+        let mut peaks = [0.0f32; 16];
+        let mut odd = [0.0f32; 16];
+        for lane in 0..16 {
+            peaks[lane] = larger(whole[lane].abs(), whole[lane + 16].abs());
+            // NaN and infinite numbers spoil their row, as they would in numbers.
+            odd[lane] = (whole[lane] + whole[lane + 16]) * 0.0;
+        }
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                peaks[lane] = larger(peaks[lane], peaks[lane + width]);
+            }
+        }
+        let step = peaks[0] / LARGEST + add_lanes(odd);
+        let inverse = if step > 0.0 { 1.0 / step } else { 0.0 };
+        let mut totals = [0i32; 2];
+        for half in 0..2 {
+            for lane in 0..16 {
+                // Adding 1.5 * 2^23 rounds, ties to even, and leaves the whole number in the low bits.
+                let rounded = (whole[half * 16 + lane] * inverse + 12_582_912.0).to_bits() as i32;
+                let code = (rounded - 0x4B40_0000) as i16;
+                codes[half * 16 + lane] = code;
+                high[half * 16 + lane] = ((i32::from(code) + 128) >> 8) as i8;
+                low[half * 16 + lane] = code as i8;
+                totals[half] += i32::from(code);
+            }
+        }
+        *sums = [step * totals[0] as f32, step * totals[1] as f32];
+        *scale = [step, step * (totals[0] + totals[1]) as f32];
+    }
+}
+
+/// As the processor's own instruction has it, which `f32::max` is not.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if a > b {
+        a
+    } else {
+        b
+    }
+}

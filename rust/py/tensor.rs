@@ -1,0 +1,99 @@
+//! Memory of torch's tensors, as slices.
+//!
+//! A tensor of the wrong type, of another device, or with gaps is refused, so a slice always is what
+//! the tensor says. The binding holds the tensor while its slice is in use; that nobody resizes or
+//! writes it meanwhile is the caller's part, as with torch's own ops.
+#![allow(unsafe_code)]
+
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+
+use crate::cpu::float::{Brain, Half};
+use crate::cpu::raw::Writer;
+
+/// A type of numbers that torch has.
+pub(super) trait Element: Copy + Send + Sync + 'static {
+    /// Its name in torch.
+    const NAME: &str;
+    fn dtype(py: Python<'_>) -> PyResult<&Py<PyAny>>;
+}
+
+macro_rules! element {
+    ($type:ty, $name:literal) => {
+        impl Element for $type {
+            const NAME: &str = $name;
+            fn dtype(py: Python<'_>) -> PyResult<&Py<PyAny>> {
+                static DTYPE: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+                DTYPE.get_or_try_init(py, || Ok(py.import("torch")?.getattr($name)?.unbind()))
+            }
+        }
+    };
+}
+
+element!(f32, "float32");
+element!(i32, "int32");
+element!(i64, "int64");
+element!(Half, "float16");
+element!(Brain, "bfloat16");
+
+/// A contiguous tensor on the CPU.
+pub(super) struct Tensor<'a, T> {
+    start: *mut T,
+    len: usize,
+    life: std::marker::PhantomData<&'a T>,
+}
+
+// SAFETY: it is a reference into the memory of a tensor that its owner holds.
+unsafe impl<T: Send + Sync> Send for Tensor<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for Tensor<'_, T> {}
+
+impl<'a, T: Element> Tensor<'a, T> {
+    /// The memory of `tensor`. name: what errors call it.
+    pub(super) fn of(tensor: &'a Bound<'_, PyAny>, name: &str) -> PyResult<Self> {
+        let py = tensor.py();
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        if !dtype.is(T::dtype(py)?) {
+            return Err(PyTypeError::new_err(format!("{name}: dtype {dtype}, must be torch.{}", T::NAME)));
+        }
+        if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+            return Err(PyValueError::new_err(format!("{name}: must be on the CPU")));
+        }
+        if !tensor.call_method0(intern!(py, "is_contiguous"))?.is_truthy()? {
+            return Err(PyValueError::new_err(format!("{name}: must be contiguous")));
+        }
+        let len: usize = tensor.call_method0(intern!(py, "numel"))?.extract()?;
+        let start: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let start = if len == 0 { std::ptr::dangling_mut() } else { start as *mut T };
+        Ok(Self { start, len, life: std::marker::PhantomData })
+    }
+
+    /// Whether `tensor` has numbers of this type.
+    pub(super) fn has_dtype(tensor: &Bound<'_, PyAny>) -> PyResult<bool> {
+        Ok(tensor.getattr(intern!(tensor.py(), "dtype"))?.is(T::dtype(tensor.py())?))
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Its numbers.
+    pub(super) fn read(&self) -> &'a [T] {
+        // SAFETY: `len` numbers of this type lie at `start`, as torch says of a contiguous tensor.
+        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+    }
+
+    /// Its numbers, to be written.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) fn write(&mut self) -> &'a mut [T] {
+        // SAFETY: as above; the tensor is an output, which the caller of the op gives to it alone.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+    }
+
+    /// Its numbers, of which several threads may write parts.
+    pub(super) fn share(&mut self) -> Writer<'a, T> {
+        Writer::new(self.write())
+    }
+}
