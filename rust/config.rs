@@ -205,6 +205,11 @@ impl Default for CoreConfig {
 const MAX_COUNT: u32 = 1 << 28;
 
 impl CoreConfig {
+    /// Whether the model has end tokens.
+    pub fn has_ends(&self) -> bool {
+        !self.eos_token_ids.is_empty()
+    }
+
     /// Checks every field and brings lists into their canonical order.
     ///
     /// # Errors

@@ -100,6 +100,16 @@ pub enum Error {
     /// A panic in text work, by which a library's own check failed, or ours.
     #[error("a text library panicked: {0}")]
     Panicked(String),
+    /// A schema, regular expression, list of choices or grammar for the answer cannot be used.
+    #[error("{field} {message}")]
+    Constraint {
+        /// As in [`Error::code`].
+        code: &'static str,
+        /// Its field.
+        field: &'static str,
+        /// What is wrong, and where in it.
+        message: String,
+    },
     /// The body of an HTTP request holds something else than it should, or too much of it.
     #[error("{message}")]
     Body {
@@ -127,14 +137,16 @@ impl Error {
             Self::Template(_) => "template_error",
             Self::Gguf(_) => "invalid_gguf",
             Self::StepOrder { .. } | Self::BufferTooSmall { .. } | Self::Panicked(_) => "internal_error",
-            Self::Body { code, .. } => code,
+            Self::Constraint { code, .. } | Self::Body { code, .. } => code,
         }
     }
 
     /// What the error is about, as users write it: a field of a request or of the configuration.
     pub fn param(&self) -> Option<&str> {
         match self {
-            Self::InvalidValue { field, .. } | Self::TokenOutOfRange { field, .. } => Some(field),
+            Self::InvalidValue { field, .. } | Self::TokenOutOfRange { field, .. } | Self::Constraint { field, .. } => {
+                Some(field)
+            }
             Self::EmptyPrompt | Self::PromptTooLong { .. } | Self::KvCapacity { .. } => Some("prompt"),
             Self::Template(_) | Self::RenderedTooLong { .. } => Some("messages"),
             Self::Body { param, .. } => param.as_deref(),

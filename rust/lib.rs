@@ -27,6 +27,7 @@ pub mod config;
 pub mod cpu;
 pub mod error;
 pub mod gguf;
+pub mod grammar;
 pub mod inspect;
 pub mod kv_cache;
 pub mod outbox;

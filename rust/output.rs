@@ -13,6 +13,8 @@ pub enum FinishReason {
     StopToken(u32),
     /// The sink matched this entry of `stop`.
     StopString(u32),
+    /// Its grammar allows nothing more, and end tokens are not drawn.
+    Complete,
     /// `max_tokens`, or the model's length.
     Length,
     /// The caller took it back.
@@ -26,8 +28,10 @@ pub enum FinishReason {
 pub enum SequenceError {
     /// NaN among the logits.
     Numerical,
-    /// Bias and bans left no token to draw.
+    /// Bias, bans and grammar left no token to draw.
     AllMasked,
+    /// The grammar that bounds it cannot be followed any further.
+    Grammar,
     /// The result of the step makes no sense for this row: no token, too many, or an id outside the
     /// vocabulary.
     BadResult,
@@ -39,7 +43,7 @@ impl FinishReason {
     /// The word of the wire: `stop`, `length`, `abort` or `error`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Eos | Self::StopToken(_) | Self::StopString(_) => "stop",
+            Self::Eos | Self::StopToken(_) | Self::StopString(_) | Self::Complete => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error(_) => "error",
@@ -53,6 +57,7 @@ impl SequenceError {
         match self {
             Self::Numerical => "numerical_error",
             Self::AllMasked => "all_tokens_masked",
+            Self::Grammar => "grammar_error",
             Self::BadResult => "bad_result",
             Self::StepFailed => "step_failed",
         }
@@ -111,7 +116,11 @@ impl Failure {
 
     /// The field of the request that caused it, which would do so again.
     pub fn param(&self) -> Option<&'static str> {
-        (self.code == SequenceError::AllMasked.code()).then_some("logit_bias")
+        match self.code.as_str() {
+            "all_tokens_masked" => Some("logit_bias"),
+            "grammar_error" => Some("structured_outputs"),
+            _ => None,
+        }
     }
 }
 
@@ -119,7 +128,12 @@ impl From<SequenceError> for Failure {
     fn from(error: SequenceError) -> Self {
         let message = match error {
             SequenceError::AllMasked => {
-                "no token is left to draw: logit_bias, and min_tokens with stop_token_ids, rule out all of them"
+                "no token is left to draw: logit_bias, min_tokens with stop_token_ids, and structured_outputs rule out all \
+                 of them"
+            }
+            SequenceError::Grammar => {
+                "the answer's grammar cannot be followed any further: at this place it grows over its limits, or no token \
+                 of the vocabulary fits it; make the schema, expression or grammar simpler"
             }
             _ => "the model's output for this request could not be used",
         };

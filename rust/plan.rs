@@ -37,6 +37,8 @@ pub struct Row {
     pub flags: u32,
     /// Draft tokens of the row, at most `query_len - 1`.
     pub num_drafts: u32,
+    /// Its first row of the grammar masks; None where no grammar bounds it.
+    pub mask_row: Option<u32>,
     /// Its records in `bias`: the first, and how many.
     pub bias: (u32, u32),
 }
@@ -148,7 +150,7 @@ impl PlanWriter {
         words[row::QUERY_LEN] = row.query_len;
         words[row::FLAGS] = row.flags;
         words[row::NUM_DRAFTS] = row.num_drafts;
-        words[row::MASK_ROW] = NONE;
+        words[row::MASK_ROW] = row.mask_row.unwrap_or(NONE);
         (words[row::BIAS_START], words[row::BIAS_LEN]) = row.bias;
         self.rows.push(words);
     }
@@ -328,6 +330,7 @@ impl<'a> PlanView<'a> {
             query_len: w[row::QUERY_LEN],
             flags: w[row::FLAGS],
             num_drafts: w[row::NUM_DRAFTS],
+            mask_row: (w[row::MASK_ROW] != NONE).then_some(w[row::MASK_ROW]),
             bias: (w[row::BIAS_START], w[row::BIAS_LEN]),
         })
     }
@@ -433,8 +436,15 @@ mod tests {
     #[test]
     fn words_lie_where_the_table_says() {
         let mut writer = PlanWriter::default();
-        let row =
-            Row { slot: 3, query_start: 0, query_len: 5, flags: ROW_PREFILL | ROW_SAMPLE, num_drafts: 0, bias: (0, 1) };
+        let row = Row {
+            slot: 3,
+            query_start: 0,
+            query_len: 5,
+            flags: ROW_PREFILL | ROW_SAMPLE,
+            num_drafts: 0,
+            mask_row: Some(2),
+            bias: (0, 1),
+        };
         writer.push_row(&row);
         writer.push_prefill_tokens(&[10, 11, 12, 13, 14]);
         writer.push_block(&BlockEntry { group: 1, slot: 3, index: 7, block: BlockId(9) });
@@ -455,7 +465,7 @@ mod tests {
         assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
         assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (144, at(0, 17), at(0, 22)));
         assert_eq!(words(32 * 4, 3), [u32::MAX, 1, info.prompt_targets_offset]);
-        assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, u32::MAX, 0, 1]);
+        assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, 2, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
         assert_eq!(words(info.blocks_offset, 4), [1, 3, 7, 9]);
         assert_eq!(words(info.enters_offset, 3), [3, 16, 2]);

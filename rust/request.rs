@@ -2,8 +2,10 @@
 //! sampling parameters.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use crate::error::Error;
+use crate::grammar::Grammar;
 use crate::text::StopPatterns;
 
 /// Names one request for as long as the process lives; numbers are never used twice.
@@ -88,6 +90,16 @@ pub const MAX_LOGPROBS: u32 = 20;
 /// Temperatures below this are greedy: dividing logits by less overflows half precision.
 const GREEDY_BELOW: f64 = 1e-5;
 
+/// A compiled grammar among the sampling parameters; equal to itself alone.
+#[derive(Debug, Clone)]
+pub struct SharedGrammar(pub Arc<dyn Grammar>);
+
+impl PartialEq for SharedGrammar {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// Sampling parameters as a user gave them: any numbers. [`SamplingParams::new`] checks them.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(clippy::struct_excessive_bools)] // They are separate switches of the API.
@@ -114,6 +126,7 @@ pub struct SamplingOptions {
     pub logprobs: Option<i64>,
     pub prompt_logprobs: Option<i64>,
     pub logit_bias: Vec<(i64, f64)>,
+    pub grammar: Option<SharedGrammar>,
 }
 
 impl Default for SamplingOptions {
@@ -140,6 +153,7 @@ impl Default for SamplingOptions {
             logprobs: None,
             prompt_logprobs: None,
             logit_bias: Vec::new(),
+            grammar: None,
         }
     }
 }
@@ -193,6 +207,8 @@ pub struct SamplingParams {
     pub prompt_logprobs: Option<u32>,
     /// Added to the logits of these tokens.
     pub logit_bias: Vec<(u32, f32)>,
+    /// What the output must follow.
+    pub grammar: Option<SharedGrammar>,
 }
 
 impl Default for SamplingParams {
@@ -274,6 +290,7 @@ impl SamplingParams {
             logprobs: num_logprobs("logprobs", options.logprobs)?,
             prompt_logprobs: num_logprobs("prompt_logprobs", options.prompt_logprobs)?,
             logit_bias,
+            grammar: options.grammar,
         })
     }
 

@@ -33,12 +33,15 @@ mod draft;
 mod growth;
 mod integrity;
 mod lengths;
+mod masks;
 mod padding;
 mod schedule;
 mod sequence;
 
 use growth::Forecast;
 use lengths::Lengths;
+pub use masks::MaskWork;
+use masks::MaskedRow;
 use sequence::{Sequence, State, Traits};
 
 /// Most steps in flight.
@@ -131,6 +134,8 @@ struct Step {
     /// Tokens of its rows if all of them are decode rows; 0: there are prompts.
     decode_tokens: u32,
     rows: Vec<StepRow>,
+    /// Those that a grammar bounds.
+    masked: Vec<MaskedRow>,
     layout: Option<ResultLayout>,
     targets: TargetLayout,
     num_targets: usize,

@@ -12,7 +12,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "python" / "octavo"
 
 # Folder or file of the package -> parts of the package that it may import.
-LEAVES = {"_core", "answers", "chat", "config", "errors", "options", "outputs", "sampling_params"}
+LEAVES = {
+    "_core", "answers", "chat", "config", "errors", "options", "outputs", "sampling_params", "structured_outputs",
+}  # fmt: skip
 ALLOWED = {
     "kernels": {"kernels"},
     # The CPU's own ops are the extension's: layers choose between them and `kernels`, which know nothing of Octavo.

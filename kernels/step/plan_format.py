@@ -34,8 +34,8 @@ class Plan(NamedTuple):
     max_query_len: int  # over all rows
     max_seq_len: int  # upper bound of computed length + query length over all rows
     max_logprobs: int  # most top tokens that a row asks for; -1 where no row asks for logprobs
-    has_masks: int  # 0 or 1, as the next two
-    has_penalties: int
+    num_mask_rows: int  # rows of grammar masks: one for each token that a bounded row may draw
+    has_penalties: int  # 0 or 1, as the next
     all_greedy: int  # every sampling row has temperature 0 and asks for nothing else: argmax suffices
     result_width: int  # words of one row's result record
     num_bytes: int  # of the plan

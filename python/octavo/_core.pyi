@@ -307,6 +307,44 @@ class ChatTemplate:
     ) -> str: ...
 
 @final
+class Grammar:
+    """A compiled constraint on an answer, for `SamplingParams`."""
+
+@final
+class GrammarCompiler:
+    """Compiles constraints for one model, each once while it is in use: a few hundred are kept. The
+    first one makes a trie of the vocabulary, which takes a second for the largest.
+    """
+
+    def __new__(cls, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> GrammarCompiler:
+        """vocab_size: of the model, whose end tokens eos_token_ids are."""
+    def compile(
+        self,
+        kind: str,
+        text: str = "",
+        *,
+        whitespace_pattern: str | None = None,
+        disable_any_whitespace: bool = False,
+    ) -> Grammar:
+        """The grammar of a constraint. Runs detached, a tenth of a second at most or two. Raises
+        `RefusedError`, which says where in the text the fault is.
+
+        kind: "json" (text is a schema), "json_object" (any object), "regex", "choice" (text is a
+        JSON list of texts) or "grammar" (Lark). The last two: white space between the parts of JSON.
+        """
+    def find(
+        self,
+        kind: str,
+        text: str = "",
+        *,
+        whitespace_pattern: str | None = None,
+        disable_any_whitespace: bool = False,
+    ) -> Grammar | None:
+        """The same if it is kept; takes no time."""
+    def stats(self) -> dict[str, int]:
+        """Grammars `kept` and their `kept_bytes`; of all time: `compiled`, `found`, `refused`."""
+
+@final
 class SamplingParams:
     """Checked sampling parameters in the form the scheduler uses. Users meet
     `octavo.SamplingParams`.
@@ -336,6 +374,7 @@ class SamplingParams:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         logit_bias: Sequence[tuple[int, float]] = ...,
+        grammar: Grammar | None = None,
     ) -> SamplingParams:
         """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
         means: up to the model's length. One that is a default gives way to what fits.
@@ -672,6 +711,12 @@ class EngineCore:
         """
     def commit(self, slot: int, now: float) -> None:
         """Takes the result of the step planned in `slot`: the oldest that is not committed."""
+    def fill_masks(self, slot: int, masks: npt.NDArray[np.uint32]) -> list[str]:
+        """Writes the grammar masks of the step planned in `slot`, all before it being committed.
+        Runs detached. Ends requests whose grammars fail here, and says why.
+
+        masks: uint32 [at least the plan's `num_mask_rows`, at least vocab_size / 32], contiguous.
+        """
     def fileno(self) -> int:
         """An eventfd that is readable while there is news."""
     def take_news(self) -> list[int]:

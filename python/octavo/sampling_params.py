@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from octavo.structured_outputs import StructuredOutputsParams
+
 if TYPE_CHECKING:
     from octavo import _core
 
@@ -88,10 +90,14 @@ class SamplingParams:
     """Keep the stop string in the text."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -100 to 100."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the output must look like. It ends where that is complete, at an end token; with
+    `ignore_eos` only where nothing can follow.
+    """
 
     def __post_init__(self) -> None:
         self._check_types()
-        self.to_core()
+        self._checked(None, max_tokens_is_default=False)
 
     def _check_types(self) -> None:
         """What Rust could not name: a wrong type, or an integer that 64 bits do not hold."""
@@ -122,6 +128,8 @@ class SamplingParams:
                 raise _wrong("stop_token_ids", self.stop_token_ids, "a list of token ids")
             for position, token in enumerate(self.stop_token_ids):
                 _check_integer(f"stop_token_ids[{position}]", token)
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise _wrong("structured_outputs", self.structured_outputs, "a StructuredOutputsParams")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise _wrong("logit_bias", self.logit_bias, "a dict from token ids to numbers")
@@ -155,10 +163,19 @@ class SamplingParams:
             return self
         return replace(self, max_tokens=room)
 
-    def to_core(self, *, max_tokens_is_default: bool = False) -> "_core.SamplingParams":
+    def to_core(
+        self, grammar: "_core.Grammar | None" = None, *, max_tokens_is_default: bool = False
+    ) -> "_core.SamplingParams":
         """The checked form that the scheduler uses. A `max_tokens` that is a default gives way to what
         fits behind each prompt, as in `fitting`.
+
+        grammar: what `structured_outputs` was compiled to, by `octavo.structured_outputs`.
         """
+        if (self.structured_outputs is None) != (grammar is None):
+            raise ValueError("structured_outputs: must be compiled for the model before it is used")
+        return self._checked(grammar, max_tokens_is_default=max_tokens_is_default)
+
+    def _checked(self, grammar: "_core.Grammar | None", *, max_tokens_is_default: bool) -> "_core.SamplingParams":
         from octavo import _core  # `import octavo` must not load the extension
 
         stop = () if self.stop is None else self.stop
@@ -184,4 +201,5 @@ class SamplingParams:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             logit_bias=tuple((self.logit_bias or {}).items()),
+            grammar=grammar,
         )

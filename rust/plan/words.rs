@@ -102,8 +102,8 @@ header! {
     max_seq_len: u32,
     /// Most top log probabilities that a row asks for; None where no row asks for any.
     max_logprobs: Option<u32>,
-    /// Some row has a grammar mask.
-    has_masks: bool,
+    /// Rows of grammar masks: one for each token that a bounded row may draw.
+    num_mask_rows: u32,
     /// Some sampling row has penalties.
     has_penalties: bool,
     /// Every sampling row has temperature 0 and asks for nothing else.

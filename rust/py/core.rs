@@ -9,7 +9,7 @@ use std::os::fd::RawFd;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use numpy::{PyArray1, PyArrayMethods, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyUntypedArrayMethods};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -252,6 +252,32 @@ impl EngineCore {
         state.scheduler.commit(step_id, result, now, &mut state.outbox)?;
         self.publish(state);
         Ok(())
+    }
+
+    fn fill_masks(&self, py: Python<'_>, slot: usize, masks: &Bound<'_, PyArray2<u32>>) -> PyResult<Vec<String>> {
+        let (rows, width) = (masks.dims()[0], masks.dims()[1]);
+        let mut masks = masks.try_readwrite()?;
+        let masks = masks.as_slice_mut()?;
+        let mut work = {
+            let mut state = self.lock();
+            let words = state.scheduler.config().vocab_size.div_ceil(32) as usize;
+            let step_id = state.slot(slot)?.step_id;
+            let step_id = step_id.ok_or_else(|| PyValueError::new_err(format!("slot {slot} holds no step")))?;
+            let work = state.scheduler.take_masks(step_id)?;
+            if width < words || rows < work.num_rows() {
+                return Err(PyValueError::new_err(format!(
+                    "masks are [{rows}, {width}], but must be at least [{}, {words}]",
+                    work.num_rows()
+                )));
+            }
+            work
+        };
+        py.detach(|| work.fill(masks, width));
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        let faults = state.scheduler.return_masks(work, &mut state.outbox);
+        self.publish(state);
+        Ok(faults.into_iter().map(|fault| fault.to_string()).collect())
     }
 
     fn fileno(&self) -> RawFd {

@@ -51,6 +51,7 @@ impl From<Error> for PyErr {
             | Error::EmptyPrompt
             | Error::TokenOutOfRange { .. }
             | Error::Tokenizer(_)
+            | Error::Constraint { .. }
             | Error::Body { .. } => Exception::<RefusedError>::of(error),
         }
     }

@@ -9,6 +9,7 @@ mod delta;
 mod errors;
 mod event_fd;
 mod gguf;
+mod grammar;
 mod guard;
 mod params;
 mod plan;
@@ -33,6 +34,8 @@ mod _core {
     use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, RefusedError, TemplateError};
     #[pymodule_export]
     use super::gguf::GgufFile;
+    #[pymodule_export]
+    use super::grammar::{Grammar, GrammarCompiler};
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+use super::grammar::{self, Grammar};
 use crate::request::{self, SamplingOptions};
 
 /// Checked sampling parameters in the form the scheduler uses.
@@ -14,7 +15,7 @@ impl SamplingParams {
     #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, max_tokens_is_default=false,
         min_tokens=0, ignore_eos=false, stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
-        detokenize=true, logprobs=None, prompt_logprobs=None, logit_bias=vec![]))]
+        detokenize=true, logprobs=None, prompt_logprobs=None, logit_bias=vec![], grammar=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         n: i64,
@@ -38,6 +39,7 @@ impl SamplingParams {
         logprobs: Option<i64>,
         prompt_logprobs: Option<i64>,
         logit_bias: Vec<(i64, f64)>,
+        grammar: Option<&Bound<'_, Grammar>>,
     ) -> PyResult<Self> {
         let options = SamplingOptions {
             n,
@@ -61,6 +63,7 @@ impl SamplingParams {
             logprobs,
             prompt_logprobs,
             logit_bias,
+            grammar: grammar::shared(grammar),
         };
         Ok(Self(request::SamplingParams::new(options)?))
     }

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use super::masks::Following;
 use super::{Request, Scheduler, Sequence, State, Traits};
 use crate::config::{Batching, CoreConfig, SchedulingPolicy};
 use crate::error::Error;
@@ -107,7 +108,7 @@ impl Scheduler {
                 order: Order::default(),
                 priority: if self.config.scheduling_policy == SchedulingPolicy::Priority { priority } else { 0 },
                 params: Arc::clone(params),
-                traits: Traits::new(params),
+                traits: Traits::new(params, self.config.has_ends()),
                 seed: seed.wrapping_add(u64::from(index)),
                 prompt: Arc::clone(prompt),
                 outputs: Vec::new(),
@@ -136,6 +137,7 @@ impl Scheduler {
                 bypassed: 0,
                 drafts: Vec::new(),
                 drafter: None,
+                following: params.grammar.clone().map(|grammar| Following::new(grammar.0)),
             });
             self.requests[request].sequences.push(sequence);
         }

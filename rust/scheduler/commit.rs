@@ -48,6 +48,7 @@ impl Scheduler {
         };
         step.failed = true;
         let rows = std::mem::take(&mut step.rows);
+        step.masked.clear();
         for row in &rows {
             let request = self.sequences[row.sequence].request;
             if self.sequences[row.sequence].state != State::Finished {
@@ -289,7 +290,7 @@ impl Scheduler {
     }
 
     /// The first choice has computed the prompt: the others may come.
-    fn release_choices(&mut self, number: u32) {
+    pub(super) fn release_choices(&mut self, number: u32) {
         let Sequence { request, traits, .. } = self.sequences[number];
         if !traits.has_choices || !std::mem::take(&mut self.requests[request].forming) {
             return;
@@ -298,6 +299,12 @@ impl Scheduler {
             let choice = self.requests[request].sequences[index];
             self.make_ready(choice);
         }
+    }
+
+    /// Notes a length at which a sequence stopped by itself.
+    pub(super) fn lengths_stopped(&mut self, number: u32) {
+        let sequence = &self.sequences[number];
+        self.lengths.stopped(sequence.traits.ending, sequence.length_bin);
     }
 
     fn end_request(&mut self, request: u32, reason: FinishReason, sink: &mut impl OutputSink) {
@@ -312,7 +319,7 @@ impl Scheduler {
 
     /// Ends one sequence, and its request with the last one. It stays in `running` until
     /// [`drop_left_running`](Self::drop_left_running).
-    fn finish(&mut self, number: u32, reason: FinishReason, sink: &mut impl OutputSink) {
+    pub(super) fn finish(&mut self, number: u32, reason: FinishReason, sink: &mut impl OutputSink) {
         let sequence = &mut self.sequences[number];
         let (state, order, request, name) = (sequence.state, sequence.order, sequence.request, sequence.name);
         match state {
@@ -339,7 +346,7 @@ impl Scheduler {
             speculator.remember(sequence.root, &sequence.outputs);
         }
         match reason {
-            FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) => {
+            FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => {
                 self.stats.finished_stop += 1;
             }
             FinishReason::Length => self.stats.finished_length += 1,
@@ -363,7 +370,7 @@ impl Scheduler {
     }
 
     /// Takes those that have finished out of `running`.
-    fn drop_left_running(&mut self) {
+    pub(super) fn drop_left_running(&mut self) {
         if !std::mem::take(&mut self.left_running) {
             return;
         }

@@ -25,7 +25,8 @@ impl Scheduler {
                 continue;
             }
             let left = sequence.max_tokens - sequence.outputs.len() as u32 - sequence.pending - 1;
-            let room = if sequence.below_min_tokens() { 0 } else { left.min(max_model_len - sequence.most_len - 1) };
+            let takes_none = sequence.below_min_tokens() || sequence.traits.ends_unasked;
+            let room = if takes_none { 0 } else { left.min(max_model_len - sequence.most_len - 1) };
             let chances = sequence.drafter.iter().flat_map(|drafter| drafter.chances(room as usize));
             controller.offer(chances);
         }

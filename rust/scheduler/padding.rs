@@ -114,6 +114,7 @@ impl Scheduler {
             query_len,
             flags: ROW_PADDING,
             num_drafts: 0,
+            mask_row: None,
             bias: (0, 0),
         });
         info.num_tokens += query_len;

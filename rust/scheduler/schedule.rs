@@ -4,6 +4,7 @@
 use std::ops::Range;
 
 use super::budget::PromptBudget;
+use super::masks::MaskedRow;
 use super::{Scheduler, State, Step, StepRow, Targets, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
 use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
@@ -264,6 +265,7 @@ impl Scheduler {
         step.decode_tokens = if planned.prefills.is_empty() { planned.num_decode_tokens } else { 0 };
         step.failed = false;
         step.rows.clear();
+        step.masked.clear();
         for (source, destination) in &planned.copies {
             self.writer.push_copy(*source, *destination);
         }
@@ -312,6 +314,7 @@ impl Scheduler {
         let mut flags = 0;
         let mut num_drafts = 0;
         let mut targets = Targets::default();
+        let mut mask_row = None;
         if prefill {
             flags |= ROW_PREFILL;
             if !wanted.is_empty() {
@@ -351,7 +354,18 @@ impl Scheduler {
                     self.writer.push_bias(*token, f32::NEG_INFINITY);
                 }
             }
-            let asks_more = flags & (ROW_LOGPROBS | ROW_PENALTIES) > 0 || self.writer.num_bias() > bias_start;
+            if traits.has_grammar {
+                mask_row = Some(info.num_mask_rows);
+                info.num_mask_rows += 1 + num_drafts;
+                let drafts = sequence.drafts[..num_drafts as usize].to_vec();
+                step.masked.push(MaskedRow {
+                    row: step.rows.len(),
+                    mask_row: info.num_mask_rows - 1 - num_drafts,
+                    drafts,
+                });
+            }
+            let has_bias = self.writer.num_bias() > bias_start;
+            let asks_more = flags & (ROW_LOGPROBS | ROW_PENALTIES) > 0 || has_bias || traits.has_grammar;
             info.all_greedy &= traits.greedy && !asks_more;
         }
         if std::mem::take(&mut sequence.has_unsent) {
@@ -367,6 +381,7 @@ impl Scheduler {
             query_len: row.len,
             flags,
             num_drafts,
+            mask_row,
             bias: (bias_start, self.writer.num_bias() - bias_start),
         });
         info.num_tokens += row.len;

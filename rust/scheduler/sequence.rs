@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::lengths::Ending;
+use super::masks::Following;
 use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::{Lane, Order};
@@ -40,14 +41,22 @@ pub(super) struct Traits {
     pub ignore_eos: bool,
     pub has_stop_tokens: bool,
     pub wants_prompt: bool,
+    /// A grammar bounds it.
+    pub has_grammar: bool,
+    /// That may be over where no end token can be drawn.
+    pub ends_unasked: bool,
     pub ending: Ending,
 }
 
 impl Traits {
-    pub fn new(params: &SamplingParams) -> Self {
+    /// `has_ends`: the model has end tokens.
+    pub fn new(params: &SamplingParams, has_ends: bool) -> Self {
         let logprobs = if params.logprobs.is_some() { ROW_LOGPROBS } else { 0 };
         let penalties = if params.has_penalties() { ROW_PENALTIES } else { 0 };
-        let may_stop = !params.ignore_eos || !params.stop_token_ids.is_empty() || !params.stop.is_empty();
+        let may_stop = params.grammar.is_some()
+            || !params.ignore_eos
+            || !params.stop_token_ids.is_empty()
+            || !params.stop.is_empty();
         Self {
             row_flags: ROW_SAMPLE | logprobs | penalties,
             // Without end tokens there is nothing that may not be drawn yet.
@@ -58,6 +67,8 @@ impl Traits {
             ignore_eos: params.ignore_eos,
             has_stop_tokens: !params.stop_token_ids.is_empty(),
             wants_prompt: params.prompt_logprobs.is_some(),
+            has_grammar: params.grammar.is_some(),
+            ends_unasked: params.grammar.is_some() && (params.ignore_eos || !has_ends),
             ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },
         }
     }
@@ -123,6 +134,8 @@ pub(super) struct Sequence {
     pub drafts: Vec<u32>,
     /// Foretells its tokens while it decodes, where that is wanted.
     pub drafter: Option<Box<Drafter>>,
+    /// Its place in the grammar that bounds it.
+    pub following: Option<Following>,
 }
 
 impl Sequence {
@@ -139,8 +152,10 @@ impl Sequence {
 
     /// Tokens of its next decode row: its last one, and the drafts that there is room for.
     pub fn decode_len(&self, max_model_len: u32) -> u32 {
-        // Which tokens are banned depends on their index, which accepted drafts would blur.
-        let room = if self.below_min_tokens() { 0 } else { max_model_len - self.most_len - 1 };
+        // Which tokens are banned depends on their index, which accepted drafts would blur. Nor may a
+        // grammar be over behind a draft where no end token can be drawn.
+        let room =
+            if self.below_min_tokens() || self.traits.ends_unasked { 0 } else { max_model_len - self.most_len - 1 };
         1 + room.min(self.drafts.len() as u32)
     }
 

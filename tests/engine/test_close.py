@@ -78,7 +78,7 @@ def run_async_engine() -> tuple[object, dict[str, weakref.ref[Any]]]:
     references = holders(engine._engine)
 
     async def use() -> None:
-        await engine._detached(lambda: None, 1)
+        await engine._detached(lambda: None, engine._text_pool)
         async for _ in engine.generate(PROMPT, SHORT):
             pass
 

@@ -45,9 +45,9 @@ class Enter:
 HEADER = (
     "step_id_low", "step_id_high", "num_rows", "padded_rows", "num_decodes", "padded_decodes", "decode_query_len",
     "num_decode_tokens", "num_prefill_tokens", "num_tokens", "max_query_len", "max_seq_len", "max_logprobs",
-    "has_masks", "has_penalties", "all_greedy", "result_width", "num_bytes", "num_blocks", "num_enters", "num_copies",
-    "num_bias", "num_drafts", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset", "blocks_offset",
-    "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
+    "num_mask_rows", "has_penalties", "all_greedy", "result_width", "num_bytes", "num_blocks", "num_enters",
+    "num_copies", "num_bias", "num_drafts", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset",
+    "blocks_offset", "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def write_plan(
         num_tokens=start,
         max_query_len=max(row_words[2::8]),
         max_logprobs=max_logprobs,
-        has_masks=any(row.mask_row >= 0 for row in rows),
+        num_mask_rows=max((row.mask_row + 1 for row in rows), default=0),
         has_penalties=any(row.flags & PENALTIES for row in rows),
         all_greedy=all_greedy,
         result_width=2 + positions + (positions * (2 + 2 * top) if top >= 0 else 0),

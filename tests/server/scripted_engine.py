@@ -1,7 +1,8 @@
 """An `AsyncEngine` without a model: the real core, outbox and streams, over a thread that writes
 scripted results.
 
-Every request gets `answer`, then the end token. Knobs let a test hold the engine, slow it down,
+Every request gets `answer`, then the end token; one with a grammar, tokens drawn evenly from those
+that its mask allows where that rules the answer's out. Knobs let a test hold the engine, slow it down,
 fail a row, or kill it; a test that wants to choose what comes when calls `Script.step` itself.
 """
 
@@ -20,6 +21,7 @@ VOCAB_SIZE = 300
 END = 256  # the first id that is no byte
 SAMPLE = 1  # flag of a row that draws a token
 NAN = 1  # status of a row with NaN in its logits
+MASK_WIDTH = 16  # words of a mask
 MASKED = 2  # of one where every token is ruled out
 
 TEMPLATE = (
@@ -46,6 +48,7 @@ class Script:
         self.model_name = config.model_name
         self.max_model_len = max_model_len
         self.tokenizer = _core.Tokenizer.bytes_only(VOCAB_SIZE)
+        self.grammars = _core.GrammarCompiler(self.tokenizer, VOCAB_SIZE, [END])
         self.chat_template = _core.ChatTemplate(TEMPLATE)
         self.generation_defaults: dict[str, Any] = {}
         self.report: Any = None
@@ -76,6 +79,7 @@ class Script:
         self._plan = np.zeros(self.core.plan_bytes, np.uint8)
         self._result = np.zeros(self.core.result_bytes, np.uint8)
         self.core.bind(0, self._plan, self._result)
+        self._rng = np.random.default_rng(0)
         self._output_index = [0] * ((self.config.max_num_seqs or 1) + 1)
 
     def run(self) -> None:
@@ -128,6 +132,9 @@ class Script:
         for slot, _, output_index in enters[:, :3].tolist():
             self._output_index[slot] = output_index
         rows = words[plan.rows_offset // 4 :][: plan.padded_rows * 8].reshape(-1, 8)
+        masks = np.zeros((plan.num_mask_rows, MASK_WIDTH), np.uint32)
+        if plan.num_mask_rows:
+            self.core.fill_masks(0, masks)
         results = self._result.view(np.int32)[: plan.padded_rows * plan.result_width].reshape(-1, plan.result_width)
         for row, result in zip(rows.tolist(), results, strict=True):
             slot, flags = row[0], row[3]
@@ -136,6 +143,10 @@ class Script:
             index = self._output_index[slot]
             self._output_index[slot] += 1
             token = self.answer[index] if index < len(self.answer) else END
+            if row[5] >= 0:
+                allowed = np.flatnonzero(np.unpackbits(masks[row[5]].view(np.uint8), bitorder="little"))
+                if token not in allowed and len(allowed):
+                    token = int(self._rng.choice(allowed))
             fails = index == self.fail_after and (self.fail_slots is None or slot in self.fail_slots)
             result[:3] = (self.fail_status if fails else 0, 1, token)
             if plan.max_logprobs >= 0:

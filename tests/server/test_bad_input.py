@@ -228,16 +228,94 @@ SAMPLING_ROWS: list[Row] = [
         "invalid_value",
         "max_completion_tokens",
     ),
-    (
-        "D response_format",
-        CHAT,
-        chat(response_format={"type": "json_object"}),
-        400,
-        "unsupported_parameter",
-        "response_format",
-    ),
     ("D response_format text", CHAT, chat(response_format={"type": "text"}), 200, None, None),
 ]
+
+
+def in_format(schema: Any, **fields: Any) -> dict[str, Any]:
+    return chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema, **fields}})
+
+
+def structured(**fields: Any) -> dict[str, Any]:
+    return completion(structured_outputs=fields)
+
+
+SCHEMA_FIELD = "response_format.json_schema.schema"
+
+STRUCTURE_ROWS: list[Row] = [
+    ("G1 empty", CHAT, chat(response_format={}), 400, "invalid_value", "response_format.type"),
+    ("G1 unknown", CHAT, chat(response_format={"type": "xml"}), 400, "invalid_value", "response_format.type"),
+    ("G1 no object", CHAT, chat(response_format="json"), 400, "invalid_type", "response_format"),
+    (
+        "G2 one level too high",
+        CHAT,
+        chat(response_format={"type": "json_schema", "json_schema": {"type": "object", "properties": {}}}),
+        400,
+        "invalid_value",
+        "response_format.json_schema",
+    ),
+    ("G2 no schema", CHAT, in_format(None), 400, "invalid_value", SCHEMA_FIELD),
+    ("G2 no name", CHAT, in_format({}, name=None), 400, "invalid_value", "response_format.json_schema.name"),
+    ("G2 bad name", CHAT, in_format({}, name="a b"), 400, "invalid_value", "response_format.json_schema.name"),
+    ("G2 bad strict", CHAT, in_format({}, strict="yes"), 400, "invalid_value", "response_format.json_schema.strict"),
+    *((f"G4 {schema!r}", CHAT, in_format(schema), 400, "invalid_schema", SCHEMA_FIELD) for schema in (False, [], "x")),
+    (
+        "G4 unsatisfiable",
+        CHAT,
+        in_format({"type": "integer", "minimum": 5, "maximum": 1}),
+        400,
+        "invalid_schema",
+        SCHEMA_FIELD,
+    ),
+    *(
+        (f"G5 {target}", CHAT, in_format({"$ref": target}), 400, "invalid_schema", SCHEMA_FIELD)
+        for target in ("#/$defs/none", "#", "http://127.0.0.1:1/x", "file:///etc/passwd")
+    ),
+    ("G6 deep", CHAT, in_format(json.loads('{"properties":{"a":' * 28 + "{}" + "}}" * 28)), 200, None, None),
+    ("G7 long", COMPLETIONS, structured(json='{"const":"' + "x" * 262_000 + '"}'), 200, None, None),
+    ("G7 many", CHAT, in_format({"enum": list(range(20_000))}), 400, "grammar_too_complex", SCHEMA_FIELD),
+    *(
+        (f"G8 {schema}", CHAT, {**in_format(schema), "max_tokens": 8}, 200, None, None)
+        for schema in (
+            {"type": "string", "minLength": 10**6},
+            {"type": "string", "maxLength": 10**9},
+            {"type": "array", "items": {"type": "null"}, "minItems": 10**9},
+        )
+    ),
+    ("G10 regex", COMPLETIONS, structured(regex="(.{0,500}){0,20}"), 200, None, None),
+    ("G10 deep regex", COMPLETIONS, structured(regex="((((a{0,100}){0,100}){0,100}){0,100})"), 200, None, None),
+    *(
+        (f"G11 {kind}", COMPLETIONS, structured(**{kind: text}), 400, "grammar_too_complex",
+         f"structured_outputs.{kind}")
+        for kind, text in (("regex", "(" * 20_000), ("grammar", "start: " + "(" * 20_000))
+    ),
+    ("G12 empty", COMPLETIONS, structured(grammar=""), 400, "invalid_grammar", "structured_outputs.grammar"),
+    ("G12 no rule", COMPLETIONS, structured(grammar="start: x"), 400, "invalid_grammar", "structured_outputs.grammar"),
+    ("G16 a byte that ends nothing", COMPLETIONS, {**structured(regex="a{100,}"), "max_tokens": 4}, 200, None, None),
+    ("G17 two at once", COMPLETIONS, structured(regex="a", choice=["a"]), 400, "invalid_value", ANY),
+    (
+        "G17 two fields",
+        COMPLETIONS,
+        {**structured(regex="a"), "response_format": {"type": "json_object"}},
+        400,
+        "invalid_value",
+        "structured_outputs",
+    ),
+    ("G17 old and new", COMPLETIONS, {**structured(regex="a"), "guided_regex": "a"}, 400, "invalid_value", ANY),
+    ("G nothing", COMPLETIONS, structured(), 200, None, None),
+    ("G nulls", COMPLETIONS, structured(json=None, regex="a|b"), 200, None, None),
+    ("G type", COMPLETIONS, structured(regex=5), 400, "invalid_value", "structured_outputs.regex"),
+    ("G choice type", COMPLETIONS, structured(choice="ab"), 400, "invalid_value", "structured_outputs.choice"),
+    ("G unknown", COMPLETIONS, structured(regx="a"), 400, "unknown_parameter", "structured_outputs.regx"),
+    ("G pattern", COMPLETIONS, structured(json={}, whitespace_pattern="("), 400, "invalid_schema", ANY),
+    ("G guided", COMPLETIONS, completion(guided_regex="("), 400, "invalid_grammar", "guided_regex"),
+    ("G guided alone", COMPLETIONS, completion(guided_whitespace_pattern=" "), 400, "invalid_value", ANY),
+    ("G hub", CHAT, chat(response_format={"type": "json_object", "value": {"type": "x"}}), 400, "invalid_schema",
+     "response_format.value"),
+    ("G regex", CHAT, chat(response_format={"type": "regex", "value": "("}), 400, "invalid_grammar",
+     "response_format.value"),
+    ("G text", CHAT, chat(response_format={"type": "text", "value": 1}), 400, "unknown_parameter", ANY),
+]  # fmt: skip
 
 PROMPT_ROWS: list[Row] = [
     *(
@@ -508,7 +586,7 @@ STREAM_ROWS: list[Row] = [
     ("H bad in a stream", COMPLETIONS, completion(stream=True, temperature=9), 400, "invalid_value", "temperature"),
 ]
 
-ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *PROMPT_ROWS, *MESSAGE_ROWS, *STREAM_ROWS]
+ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *STRUCTURE_ROWS, *PROMPT_ROWS, *MESSAGE_ROWS, *STREAM_ROWS]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0].replace(" ", "-") for row in ROWS])
@@ -565,6 +643,7 @@ SWITCHES: dict[str, Any] = {
     "logit_bias": {"5": -1.0},
     "include_stop_str_in_output": True,
     "skip_special_tokens": False,
+    "structured_outputs": {"regex": "[a-z]*"},
     "stream": True,
 }
 

@@ -46,7 +46,7 @@ def in_python() -> set[str]:
 
 
 def in_rust() -> set[str]:
-    """The arms of the two functions `code`, what is refused of a body, and the core's last words."""
+    """The arms of the two functions `code`, what is refused of a body or a constraint, and the core's last words."""
     found: set[str] = set()
     for name in ("error.rs", "output.rs"):
         text = (ROOT / "rust" / name).read_text()
@@ -56,6 +56,9 @@ def in_rust() -> set[str]:
     for path in ("protocol/body.rs", "protocol/prompts.rs", "py/core.rs"):
         code = (ROOT / "rust" / path).read_text().partition("#[cfg(test)]")[0]
         found |= set(re.findall(r'(?:Error::body|refused|fail_all)\(\s*"([a-z_]+)"', code))
+    constraints = (ROOT / "rust/grammar/constraint.rs").read_text()
+    found |= set(re.findall(r'code(?: = |: ).*?"([a-z_]+)"', constraints))
+    found |= set(re.findall(r'else \{ "([a-z_]+)" \}', constraints))
     return found - RAISED_BY_START_UP
 
 

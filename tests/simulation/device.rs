@@ -36,6 +36,20 @@ pub struct Faults {
     pub nan_rows: Vec<u32>,
 }
 
+/// The grammar masks of a step.
+#[derive(Default)]
+pub struct Masks {
+    pub words: Vec<u32>,
+    pub width: usize,
+}
+
+impl Masks {
+    fn row(&self, row: u32) -> Result<&[u32], Violation> {
+        let words = self.words.get(row as usize * self.width..(row as usize + 1) * self.width);
+        words.filter(|words| !words.is_empty()).ok_or(format!("S12: mask row {row}, which nobody made"))
+    }
+}
+
 /// A use of a block: in which step, by which occupant of a slot.
 #[derive(Clone, Copy, Default)]
 struct Touch {
@@ -56,7 +70,7 @@ struct Slot {
     penalty_counts: BTreeMap<u32, (u32, bool)>,
     /// Counts `enters`; tells the requests that held this slot apart. 0: none yet.
     occupant: u64,
-    /// A step of its present request was lost, or NaN: the request will end with an error. Until
+    /// A step of its present request was lost, NaN or masked out: the request ends there. Until
     /// the core knows, rows in flight run one position too early, and touch what may be given back
     /// already. That is no broken rule by itself: steps run in order, so a later owner writes after
     /// them; if they harm anybody's data, the hashes show it.
@@ -159,8 +173,8 @@ impl Device {
     }
 
     /// Runs one step and returns its packed result: `padded_rows` records of `result_width` words,
-    /// then one a prompt target.
-    pub fn execute(&mut self, bytes: &[u8], faults: &Faults) -> Result<Vec<u32>, Violation> {
+    /// then one a prompt target. `masks`: the step's grammar masks.
+    pub fn execute(&mut self, bytes: &[u8], faults: &Faults, masks: &Masks) -> Result<Vec<u32>, Violation> {
         self.step += 1;
         let view = View::new(bytes)?;
         let plan = &view.header;
@@ -177,7 +191,7 @@ impl Device {
         let mut result = vec![0xdead_beef; plan.padded_rows as usize * width];
         self.states.clear();
         for (index, row) in rows.iter().enumerate() {
-            let drawn = self.run_row(&view, index, row, faults)?;
+            let drawn = self.run_row(&view, index, row, faults, masks)?;
             self.states.resize((row.query_start + row.query_len) as usize, 0);
             pack(plan, row, &drawn, self.shape.vocab_size, &mut result[index * width..(index + 1) * width]);
         }
@@ -285,7 +299,14 @@ impl Device {
     }
 
     /// Runs the tokens of one row in order, and draws.
-    fn run_row(&mut self, view: &View, index: usize, row: &Row, faults: &Faults) -> Result<Drawn, Violation> {
+    fn run_row(
+        &mut self,
+        view: &View,
+        index: usize,
+        row: &Row,
+        faults: &Faults,
+        masks: &Masks,
+    ) -> Result<Drawn, Violation> {
         if row.flags & PADDING != 0 {
             self.poison(0);
             return Ok(Drawn { status: STATUS_NOT_SAMPLED, tokens: Vec::new() });
@@ -296,7 +317,7 @@ impl Device {
             row.flags & LOGPROBS == 0 || self.slots[slot].num_logprobs >= 0,
             "slot {slot}: LOGPROBS, though it entered without"
         );
-        let asks_more = row.flags & (LOGPROBS | PENALTIES) != 0 || row.bias_len > 0;
+        let asks_more = row.flags & (LOGPROBS | PENALTIES) != 0 || row.bias_len > 0 || row.first_mask.is_some();
         let is_greedy = self.slots[slot].sampling.temperature == 0.0 && !asks_more;
         ensure!(
             !view.header.all_greedy || row.flags & SAMPLE == 0 || is_greedy,
@@ -327,10 +348,10 @@ impl Device {
         } else if is_nan || faults.lost {
             Drawn { status: STATUS_NAN, tokens: Vec::new() }
         } else {
-            self.draw(view, row, &tokens, &states)?
+            self.draw(view, row, &tokens, &states, masks)?
         };
         let state = &mut self.slots[slot];
-        state.is_doomed |= is_nan || faults.lost;
+        state.is_doomed |= is_nan || faults.lost || drawn.status == STATUS_ALL_MASKED;
         state.computed_len += if row.flags & PREFILL != 0 { row.query_len } else { drawn.tokens.len() as u32 };
         state.output_index += drawn.tokens.len() as u32;
         if let Some(&(token, _)) = drawn.tokens.last() {
@@ -434,7 +455,14 @@ impl Device {
 
     /// Draws a row's tokens: one, and one more for each draft that equals the token drawn before
     /// it.
-    fn draw(&mut self, view: &View, row: &Row, tokens: &[u32], states: &[u64]) -> Result<Drawn, Violation> {
+    fn draw(
+        &mut self,
+        view: &View,
+        row: &Row,
+        tokens: &[u32],
+        states: &[u64],
+        masks: &Masks,
+    ) -> Result<Drawn, Violation> {
         let (start, len) = (row.bias_start as usize, row.bias_len as usize);
         let biases: Vec<(u32, f32)> = view.bias[start * 2..(start + len) * 2]
             .chunks_exact(2)
@@ -447,11 +475,11 @@ impl Device {
             .filter(|(_, bias)| *bias != f32::NEG_INFINITY)
             .fold(0u64, |sum, &(token, bias)| sum.wrapping_add(bias_term(token, bias)));
 
-        let first = if row.flags & PREFILL != 0 { row.query_len as usize - 1 } else { 0 };
-        let last = first + row.num_drafts as usize;
+        let first_place = if row.flags & PREFILL != 0 { row.query_len as usize - 1 } else { 0 };
+        let last = first_place + row.num_drafts as usize;
         let state = &mut self.slots[row.slot as usize];
         let mut drawn = Drawn { status: STATUS_OK, tokens: Vec::new() };
-        for place in first..=last {
+        for place in first_place..=last {
             let mut extras = bias_sum;
             if row.flags & PENALTIES != 0 {
                 for (&token, &(times, in_prompt)) in &state.penalty_counts {
@@ -462,10 +490,12 @@ impl Device {
                 state: states[place],
                 extras,
                 sampling: &state.sampling,
-                output_index: state.output_index + (place - first) as u32,
+                output_index: state.output_index + (place - first_place) as u32,
                 vocab_size: self.shape.vocab_size,
             };
-            let Some(token) = logits.draw(is_banned) else {
+            let mask = row.first_mask.map(|first| masks.row(first + (place - first_place) as u32)).transpose()?;
+            let is_masked = |token: u32| mask.is_some_and(|words| words[token as usize / 32] >> (token % 32) & 1 == 0);
+            let Some(token) = logits.draw(|token| is_banned(token) || is_masked(token)) else {
                 drawn.status = STATUS_ALL_MASKED;
                 break;
             };

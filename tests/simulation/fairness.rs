@@ -1,7 +1,7 @@
 //! L5: equal clients are served equally. Each client sends its next request when the last one has
 //! ended.
 
-use crate::device::{Device, Faults};
+use crate::device::{Device, Faults, Masks};
 use crate::packed::Shape;
 use _core::config::{Batching, CoreConfig};
 use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
@@ -72,7 +72,7 @@ fn largest_lead(config: CoreConfig, num_clients: usize, num_steps: u32) -> u32 {
             now = core.next_wake().expect("only a forming batch plans no step");
             continue;
         };
-        let result = device.execute(&plan_bytes, &Faults::default()).expect("no rule is broken");
+        let result = device.execute(&plan_bytes, &Faults::default(), &Masks::default()).expect("no rule is broken");
         let bytes: Vec<u8> = result.iter().flat_map(|word| word.to_le_bytes()).collect();
         core.commit(plan.step_id, &bytes, now, &mut clients).expect("the step is in flight");
         device.fence(plan.step_id);

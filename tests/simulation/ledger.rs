@@ -56,6 +56,8 @@ pub enum Call {
     },
     FailAll,
     Abort(RequestId),
+    /// The grammar masks of a step are made.
+    Masks,
 }
 
 /// All requests of a world. It is the core's `OutputSink`.
@@ -112,6 +114,8 @@ impl Ledger {
                 max_tokens: params.max_tokens.unwrap_or(room),
                 min_tokens: params.min_tokens,
                 stop_tokens: &stop_tokens,
+                grammar: asked.toy.map(|toy| (toy, &self.config.eos_token_ids[..])),
+                ignores_end_tokens: params.ignore_eos,
             };
             oracle::expect(&request, &self.windows, self.config.vocab_size)
         };
@@ -245,13 +249,15 @@ impl Ledger {
         let place = choice.received.len();
         let whole = &choice.expected;
         let has_all = place == whole.tokens.len();
+        // A grammar's own end comes behind the last token.
+        let ends_with_token = matches!(whole.end, End::Stop | End::Length);
         let stop_string_hit = choice.stop_string_at.is_some_and(|at| at as usize == place);
         let (kind, is_right) = match reason {
             FinishReason::StopString(index) => (0, index == 0 && stop_string_hit),
             FinishReason::Eos | FinishReason::StopToken(_) => {
                 (0, has_all && whole.end == End::Stop && !stop_string_hit)
             }
-            FinishReason::Length if request.asked.params.max_tokens.is_none() && !has_all => {
+            FinishReason::Length if request.asked.params.max_tokens.is_none() && !(has_all && ends_with_token) => {
                 (1, self.config.pool_is_full_with(prompt_len + place))
             }
             FinishReason::Length => (1, has_all && whole.end == End::Length && !stop_string_hit),
@@ -261,9 +267,18 @@ impl Ledger {
                 match call {
                     Call::Fail { seqs } => seqs.iter().any(|failed| failed.request == seq.request),
                     Call::FailAll => true,
-                    Call::Commit { .. } | Call::Abort(_) => false,
+                    Call::Commit { .. } | Call::Abort(_) | Call::Masks => false,
                 },
             ),
+            FinishReason::Complete => (0, has_all && whole.end == End::Complete && matches!(call, Call::Masks)),
+            FinishReason::Error(SequenceError::Grammar) => {
+                (3, has_all && whole.end == End::Fault && matches!(call, Call::Masks))
+            }
+            // Behind a draft a fault shows in the draw.
+            FinishReason::Error(SequenceError::AllMasked) => {
+                let in_reach = place + self.config.num_draft_tokens as usize >= whole.tokens.len();
+                (3, whole.end == End::Fault && !has_all && in_reach)
+            }
             FinishReason::Error(SequenceError::Numerical) => (3, choice.nan_in_step.is_some()),
             FinishReason::Error(_) => (3, false),
         };

@@ -7,6 +7,7 @@
 //! | `packed.rs` | reads the packed plan from docs/plan.md's tables alone |
 //! | `device.rs` | executes plans on paged memory, and distrusts them |
 //! | `oracle.rs` | the stream a request must output, computed alone |
+//! | `toy_grammar.rs` | what bounds some requests' tokens |
 //! | `scenario.rs` | what a seed picks |
 //! | `ledger.rs` | what was asked and what came out |
 //! | `checks.rs` | the rules, recounted after every turn |
@@ -27,6 +28,7 @@ mod model;
 mod oracle;
 mod packed;
 mod scenario;
+mod toy_grammar;
 mod trace;
 mod world;
 

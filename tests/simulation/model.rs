@@ -109,11 +109,12 @@ impl Logits<'_> {
             state = mix2(state, u64::from(self.sampling.top_k));
             state = mix2(mix2(state, self.sampling.seed), u64::from(self.output_index));
         }
-        // 4,096 candidates: with at most half of the vocabulary banned, running out is out of the
-        // question.
-        (0..4096u64)
+        // Some candidates; where they are all banned, as under a grammar that allows one token, the
+        // first that is not.
+        (0..256u64)
             .map(|attempt| (mix2(state, attempt) % u64::from(self.vocab_size)) as u32)
             .find(|&token| !is_banned(token))
+            .or_else(|| (0..self.vocab_size).find(|&token| !is_banned(token)))
     }
 
     /// The log-probability that the model reports for a token.

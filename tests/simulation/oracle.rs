@@ -5,6 +5,7 @@
 //! equals this one.
 
 use crate::model::{attend, bias_term, first_visible, hidden, kv_value, logprob, penalty_term, Logits, Sampling};
+use crate::toy_grammar::{Next, Toy};
 
 /// One choice of a request, as the model and the stop rules see it.
 pub struct Request<'a> {
@@ -16,6 +17,9 @@ pub struct Request<'a> {
     /// Tokens that end the request and are themselves output: end-of-sequence ids (unless ignored)
     /// and stop ids.
     pub stop_tokens: &'a [u32],
+    /// What bounds its output, and the model's end tokens: that may be drawn, or not at all.
+    pub grammar: Option<(Toy, &'a [u32])>,
+    pub ignores_end_tokens: bool,
 }
 
 /// Why a stream ends.
@@ -23,6 +27,10 @@ pub struct Request<'a> {
 pub enum End {
     Stop,
     Length,
+    /// The grammar allows nothing more, and no end token is to be drawn.
+    Complete,
+    /// The grammar fails.
+    Fault,
 }
 
 /// The expected stream.
@@ -60,7 +68,28 @@ pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
             output_index,
             vocab_size,
         };
-        let banned = |token: u32| output_index < request.min_tokens && request.stop_tokens.contains(&token);
+        let may_stop = output_index >= request.min_tokens;
+        let allowed = match request.grammar.map(|(toy, ends)| (toy.behind(&expected.tokens, ends), ends)) {
+            None => None,
+            Some((Next::Fault, _)) => {
+                expected.end = End::Fault;
+                break;
+            }
+            Some((Next::Allowed { mut tokens, may_end }, ends)) => {
+                if may_end && may_stop && !request.ignores_end_tokens {
+                    tokens.extend(ends);
+                }
+                if tokens.is_empty() {
+                    expected.end = if may_end { End::Complete } else { End::Fault };
+                    break;
+                }
+                Some(tokens)
+            }
+        };
+        let banned = |token: u32| {
+            !may_stop && request.stop_tokens.contains(&token)
+                || allowed.as_ref().is_some_and(|allowed| !allowed.contains(&token))
+        };
         let token = logits.draw(banned).expect("a vocabulary has more tokens than a request has stop tokens");
         expected.logprobs.push(logits.logprob(token));
         expected.tokens.push(token);

@@ -41,8 +41,24 @@ pub struct Row {
     pub query_len: u32,
     pub flags: u32,
     pub num_drafts: u32,
+    pub first_mask: Option<u32>,
     pub bias_start: u32,
     pub bias_len: u32,
+}
+
+impl Row {
+    fn read(words: &[u32]) -> Self {
+        Row {
+            slot: words[0],
+            query_start: words[1],
+            query_len: words[2],
+            flags: words[3],
+            num_drafts: words[4],
+            first_mask: u32::try_from(words[5] as i32).ok(),
+            bias_start: words[6],
+            bias_len: words[7],
+        }
+    }
 }
 
 macro_rules! ensure {
@@ -70,6 +86,7 @@ pub struct Header {
     pub max_seq_len: u32,
     /// None: no row asks for log probabilities.
     pub max_logprobs: Option<u32>,
+    pub num_mask_rows: u32,
     pub has_penalties: bool,
     pub all_greedy: bool,
     pub result_width: u32,
@@ -97,7 +114,6 @@ impl Header {
             0 | 1 => Ok(word(index) == 1),
             other => Err(format!("header word {index} is {other}, but must be 0 or 1")),
         };
-        ensure!(!flag(13)?, "has_masks, though no request has a grammar");
         Ok(Header {
             step_id: u64::from(word(0)) + (u64::from(word(1)) << 32),
             num_rows: word(2),
@@ -111,6 +127,7 @@ impl Header {
             max_query_len: word(10),
             max_seq_len: word(11),
             max_logprobs: u32::try_from(word(12) as i32).ok(),
+            num_mask_rows: word(13),
             has_penalties: flag(14)?,
             all_greedy: flag(15)?,
             result_width: word(16),
@@ -199,21 +216,18 @@ impl View {
         );
         let mut rows = Vec::with_capacity(plan.padded_rows as usize);
         let mut any_penalties = false;
+        let mut mask_rows = 0;
         let (mut decode_tokens, mut num_drafts, mut longest_decode) = (0, 0, 1);
         let mut slot_seen = vec![false; shape.max_num_seqs as usize];
         let (mut num_tokens, mut real_tokens, mut prefill_tokens, mut longest) = (0, 0u64, 0, 0);
         for (index, words) in self.rows.chunks_exact(8).enumerate() {
             let index = index as u32;
-            let row = Row {
-                slot: words[0],
-                query_start: words[1],
-                query_len: words[2],
-                flags: words[3],
-                num_drafts: words[4],
-                bias_start: words[6],
-                bias_len: words[7],
-            };
-            ensure!(words[5] as i32 == -1, "row {index}: mask row {} though no request has a grammar", words[5]);
+            let row = Row::read(words);
+            if let Some(first) = row.first_mask {
+                ensure!(row.flags & SAMPLE != 0, "row {index}: a mask, though it draws nothing");
+                ensure!(first == mask_rows, "row {index}: mask row {first}, expected {mask_rows}");
+                mask_rows += 1 + row.num_drafts;
+            }
             ensure!(
                 row.query_start == num_tokens,
                 "row {index}: query_start {} after {num_tokens} tokens",
@@ -264,6 +278,7 @@ impl View {
             ensure!(row.bias_len == 0 || bias_end <= Some(plan.num_bias), "S12: row {index}: bias range");
             rows.push(row);
         }
+        ensure!(mask_rows == plan.num_mask_rows, "num_mask_rows {} but {mask_rows}", plan.num_mask_rows);
         ensure!(any_penalties == plan.has_penalties, "has_penalties {} but {any_penalties}", plan.has_penalties);
         ensure!(
             longest_decode == plan.decode_query_len,

@@ -5,13 +5,15 @@
 //! everything on at once, the loud troubles (failures, aborts) would end most requests before the
 //! quiet ones could show.
 
+use crate::toy_grammar::{Shared, Toy};
 use _core::config::{
     Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
 };
-use _core::request::{SamplingOptions, SamplingParams};
+use _core::request::{SamplingOptions, SamplingParams, SharedGrammar};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
+use std::sync::Arc;
 
 /// A request before it is submitted.
 #[derive(Clone, Debug)]
@@ -19,6 +21,8 @@ pub struct NewRequest {
     pub prompt: Vec<u32>,
     pub params: SamplingParams,
     pub priority: i32,
+    /// The grammar among the parameters.
+    pub toy: Option<Toy>,
     pub salt: Option<String>,
 }
 
@@ -61,6 +65,7 @@ pub struct Scenario {
     open_ended: f64,
     ignore_eos: f64,
     prompt_logprobs: f64,
+    pub grammars: f64,
     longest_prompt: usize,
     longest_output: u32,
     bases: Vec<Vec<u32>>,
@@ -114,6 +119,8 @@ impl Scenario {
             stop_tokens: one_in_four(rng, 0.5),
             stop_strings: one_in_four(rng, 0.5),
             open_ended: one_in_four(rng, 0.2),
+            // The last draw: worlds without grammars stay the scenarios that they were.
+            grammars: one_in_four(rng, 0.6),
             longest_prompt,
             longest_output,
             ignore_eos: if is_storm { 1.0 } else { 0.2 },
@@ -156,12 +163,19 @@ impl Scenario {
         if !rng.random_bool(0.02) {
             prompt.truncate(self.longest_prompt);
         }
-        NewRequest {
-            params: self.params(rng, prompt.len() as u32),
-            priority: if rng.random_bool(self.prioritised) { rng.random_range(-2..=2) } else { 0 },
-            salt: rng.random_bool(self.salted).then(|| ["a", "b"].choose(rng).expect("not empty").to_string()),
-            prompt,
-        }
+        let mut params = self.params(rng, prompt.len() as u32);
+        let priority = if rng.random_bool(self.prioritised) { rng.random_range(-2..=2) } else { 0 };
+        let salt = rng.random_bool(self.salted).then(|| ["a", "b"].choose(rng).expect("not empty").to_string());
+        let toy = (self.grammars > 0.0 && rng.random_bool(self.grammars)).then(|| self.toy(rng));
+        params.grammar =
+            toy.map(|toy| SharedGrammar(Arc::new(Shared { toy, ends: self.config.eos_token_ids.clone() })));
+        NewRequest { prompt, params, priority, toy, salt }
+    }
+
+    fn toy(&self, rng: &mut StdRng) -> Toy {
+        let longest = rng.random_range(1..=self.longest_output);
+        let fails_at = rng.random_bool(0.1).then(|| rng.random_range(0..=longest));
+        Toy { seed: rng.random(), vocab_size: self.config.vocab_size, longest, fails_at }
     }
 
     /// A length up to `limit`, half of the time within one token of a multiple of the block size.

@@ -47,6 +47,8 @@ pub struct Totals {
     pub preemptions: u64,
     pub cached_tokens: u64,
     pub copies: u64,
+    /// Rows of grammar masks.
+    pub masks: u64,
 }
 
 impl Totals {
@@ -60,6 +62,7 @@ impl Totals {
         self.preemptions += other.preemptions;
         self.cached_tokens += other.cached_tokens;
         self.copies += other.copies;
+        self.masks += other.masks;
     }
 }
 
@@ -69,8 +72,8 @@ impl fmt::Display for Totals {
         write!(
             f,
             "{} seeds, {} steps, {} output tokens, {} requests ({} refused), sequences ended: {stop} stop, {length} length, \
-             {abort} abort, {error} error; {} preemptions, {} cached tokens, {} block copies",
-            self.worlds, self.steps, self.tokens, self.requests, self.refused, self.preemptions, self.cached_tokens, self.copies
+             {abort} abort, {error} error; {} preemptions, {} cached tokens, {} block copies, {} masks",
+            self.worlds, self.steps, self.tokens, self.requests, self.refused, self.preemptions, self.cached_tokens, self.copies, self.masks
         )
     }
 }

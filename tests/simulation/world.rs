@@ -3,10 +3,11 @@
 //!
 //! A step is executed when it is planned, in the order of planning; its result is delivered when it
 //! is committed. So the core sees what it would see of a real device: up to two steps in flight,
-//! and no word of them until they are done.
+//! and no word of them until they are done. Where there are grammars it is executed when it is
+//! settled, since its masks depend on the tokens of the step before.
 
 use crate::checks::{calls_stand_in_turn, recount, step_blocks, Fairness};
-use crate::device::{Device, Faults};
+use crate::device::{Device, Faults, Masks};
 use crate::ledger::{Call, Ledger, PoolNeed};
 use crate::model::mix;
 use crate::packed::{ensure, Header, Shape, View, PADDING, PREFILL, SAMPLE};
@@ -15,6 +16,7 @@ use crate::trace::{Event, Totals};
 use _core::config::{Batching, CoreConfig, DecodeShape, SchedulingPolicy};
 use _core::error::Error;
 use _core::inspect::Inspection;
+use _core::output::{FinishReason, SequenceError};
 use _core::request::{RequestId, SeqRef};
 use _core::scheduler::Scheduler;
 use rand::rngs::StdRng;
@@ -27,8 +29,12 @@ use std::sync::Arc;
 /// A step that was planned and executed, and not yet delivered.
 struct InFlight {
     step_id: u64,
-    result: Vec<u8>,
-    is_lost: bool,
+    plan: Vec<u8>,
+    faults: Faults,
+    /// What the core said after it was planned.
+    after: Inspection,
+    /// None until it was executed.
+    result: Option<Vec<u8>>,
     seqs: Vec<SeqRef>,
     /// Of each row that draws a token: whose it is, and how many drafts it has.
     draws: Vec<(SeqRef, u64)>,
@@ -198,6 +204,9 @@ impl World {
         }
         if self.rng.random_bool(self.scenario.fail_all) {
             self.trace.push(Event::FailAll);
+            for step in self.in_flight.iter().filter(|step| step.result.is_none()) {
+                self.device.execute(&step.plan, &Faults { lost: true, ..Faults::default() }, &Masks::default())?;
+            }
             self.ledger.call = Call::FailAll;
             self.core.fail_all(&mut self.ledger);
             for step in self.in_flight.drain(..) {
@@ -252,7 +261,10 @@ impl World {
         self.work += u64::from(asked.params.n) * u64::from(tokens + 2) * (before + 2);
         let stop_string_at = self.scenario.stop_string_at(&mut self.rng, &asked.params);
         let params = &asked.params;
-        let ends_at_max_tokens = params.ignore_eos && params.stop_token_ids.is_empty() && stop_string_at.is_none();
+        let ends_at_max_tokens = params.grammar.is_none()
+            && params.ignore_eos
+            && params.stop_token_ids.is_empty()
+            && stop_string_at.is_none();
         self.fairness.all_lengths_known &= ends_at_max_tokens && params.max_tokens.is_some() && params.n == 1;
         self.ledger.accept(id, call, asked, stop_string_at);
     }
@@ -324,19 +336,49 @@ impl World {
         self.begun.extend(seqs.iter().map(|seq| seq.request));
         self.totals.steps += 1;
         self.totals.copies += u64::from(plan.num_copies);
-        let result = self.device.execute(&self.plan_bytes, &faults)?;
+        self.totals.masks += u64::from(plan.num_mask_rows);
         self.in_flight.push_back(InFlight {
             step_id,
-            result: result.iter().flat_map(|word| word.to_le_bytes()).collect(),
-            is_lost: faults.lost,
-            seqs: seqs.clone(),
+            plan: self.plan_bytes[..plan.num_bytes as usize].to_vec(),
+            faults,
+            after: after.clone(),
+            result: None,
+            seqs,
             draws,
         });
-        let (written, read) = self.device.touched_blocks();
-        step_blocks(&after, written, read)?;
+        if self.scenario.grammars == 0.0 {
+            self.execute_up_to(self.in_flight.len() - 1)?;
+        }
         self.fairness.preempted(&before, &after, &self.core.stats())?;
         self.fairness.step_planned(self.core.config(), &before, &after, &rows, plan)?;
         Ok(true)
+    }
+
+    /// Executes what has not been of the steps in flight up to the one at `last`.
+    fn execute_up_to(&mut self, last: usize) -> Result<(), String> {
+        for place in 0..=last {
+            let step = &self.in_flight[place];
+            if step.result.is_some() {
+                continue;
+            }
+            let num_mask_rows = View::new(&step.plan)?.header.num_mask_rows as usize;
+            let mut masks = Masks { words: Vec::new(), width: self.shape.vocab_size.div_ceil(32) as usize + 1 };
+            if num_mask_rows > 0 && !step.faults.lost {
+                // What nobody writes would allow everything.
+                masks.words = vec![u32::MAX; num_mask_rows * masks.width];
+                self.ledger.call = Call::Masks;
+                let mut work = self.core.take_masks(step.step_id).map_err(|error| error.to_string())?;
+                work.fill(&mut masks.words, masks.width);
+                self.core.return_masks(work, &mut self.ledger);
+                self.told()?;
+            }
+            let step = &mut self.in_flight[place];
+            let result = self.device.execute(&step.plan, &step.faults, &masks)?;
+            step.result = Some(result.iter().flat_map(|word| word.to_le_bytes()).collect());
+            let (written, read) = self.device.touched_blocks();
+            step_blocks(&step.after, written, read)?;
+        }
+        Ok(())
     }
 
     /// L1: with nothing in flight, no plan means no work, or a static batch that is still forming.
@@ -391,8 +433,10 @@ impl World {
         for row in rows {
             let Some(drafts) = &row.drafts else { continue };
             let offered = offered.get(&row.seq).map_or(&[][..], Vec::as_slice);
-            let may_stop = self.ledger.requests[&row.seq.request].asked.params.min_tokens == 0;
-            let is_whole = drafts.len() == offered.len() || !may_stop || is_full(row.seq);
+            let params = &self.ledger.requests[&row.seq.request].asked.params;
+            let may_stop = params.min_tokens == 0;
+            let may_be_complete = params.grammar.is_some() && (params.ignore_eos || !self.core.config().has_ends());
+            let is_whole = drafts.len() == offered.len() || !may_stop || may_be_complete || is_full(row.seq);
             if !offered.starts_with(drafts) || !is_whole {
                 return Err(format!("{:?} was offered {offered:?}, its row has {drafts:?}", row.seq));
             }
@@ -463,14 +507,12 @@ impl World {
     /// Delivers the result of the oldest step, or its failure; a failure may also come before older
     /// results.
     fn settle_oldest(&mut self) -> Result<(), String> {
-        let newest_is_lost = self.in_flight.back().is_some_and(|step| step.is_lost);
-        let step = if newest_is_lost && self.rng.random_bool(0.5) {
-            self.in_flight.pop_back()
-        } else {
-            self.in_flight.pop_front()
-        };
-        let Some(step) = step else { return Ok(()) };
-        if step.is_lost {
+        let newest_is_lost = self.in_flight.back().is_some_and(|step| step.faults.lost);
+        let Some(last) = self.in_flight.len().checked_sub(1) else { return Ok(()) };
+        let place = if newest_is_lost && self.rng.random_bool(0.5) { last } else { 0 };
+        self.execute_up_to(place)?;
+        let step = self.in_flight.remove(place).expect("it is in flight");
+        if step.faults.lost {
             self.trace.push(Event::Fail(step.step_id));
             // A sequence that had ended before has a wasted row here, which takes nobody along.
             let mut hit = step.seqs.clone();
@@ -483,17 +525,18 @@ impl World {
             }
         } else {
             self.trace.push(Event::Commit(step.step_id));
-            for (seq, drafts) in step.draws {
-                if self.ledger.choice(seq).is_some_and(|choice| choice.ended.is_none()) {
-                    self.num_draws += 1;
-                    self.num_drafts += drafts;
-                }
-            }
+            let mut draws = step.draws;
+            draws.retain(|(seq, _)| self.ledger.choice(*seq).is_some_and(|choice| choice.ended.is_none()));
             self.ledger.call = Call::Commit { step_id: step.step_id, seqs: step.seqs };
             self.core
-                .commit(step.step_id, &step.result, self.now, &mut self.ledger)
+                .commit(step.step_id, &step.result.expect("it was executed"), self.now, &mut self.ledger)
                 .map_err(|error| error.to_string())?;
             self.told()?;
+            // What a row drew before its grammar failed behind a draft counts for nothing.
+            let masked_out = Some(FinishReason::Error(SequenceError::AllMasked));
+            draws.retain(|(seq, _)| self.ledger.choice(*seq).is_some_and(|choice| choice.ended != masked_out));
+            self.num_draws += draws.len() as u64;
+            self.num_drafts += draws.iter().map(|(_, drafts)| drafts).sum::<u64>();
         }
         self.device.fence(step.step_id);
         Ok(())

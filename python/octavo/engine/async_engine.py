@@ -27,6 +27,7 @@ from octavo.engine.prompts import PromptInput, encode_prompt
 from octavo.errors import EngineDeadError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.structured_outputs import StructuredOutputsParams, compile_grammar, find_grammar
 
 T = TypeVar("T")
 
@@ -101,6 +102,7 @@ class AsyncEngine:
         self.max_model_len = parts.max_model_len
         self.model_name = parts.model_name
         self.tokenizer: _core.Tokenizer | None = parts.tokenizer
+        self.grammars: _core.GrammarCompiler | None = parts.grammars
         self.chat_template: _core.ChatTemplate | None = parts.chat_template
         self.answers = ModelAnswers(parts.config, parts.chat_template, parts.tokenizer)
         self.generation_defaults = parts.generation_defaults
@@ -112,6 +114,7 @@ class AsyncEngine:
         self._text_lock = threading.Lock()
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
         self._long_text_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-long-text")
+        self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-grammar")
         self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -156,7 +159,7 @@ class AsyncEngine:
         completions.
         """
         encode = functools.partial(self._need_tokenizer().encode_text, text, add_special_tokens)
-        return await self._detached(encode, len(text))
+        return await self._detached(encode, self._pool_of(len(text)))
 
     async def encode_chat(
         self,
@@ -180,7 +183,19 @@ class AsyncEngine:
             max_characters=max_characters,
             continue_final_message=continue_final_message,
         )
-        return await self._detached(encode, len(messages_json) + len(tools_json or "") + len(kwargs_json or ""))
+        size = len(messages_json) + len(tools_json or "") + len(kwargs_json or "")
+        return await self._detached(encode, self._pool_of(size))
+
+    async def compile_grammar(self, wanted: StructuredOutputsParams | None) -> _core.Grammar | None:
+        """The grammar of a request's `structured_outputs`; compiled beside the loop, one at a time,
+        unless it has been lately. Raises `ValueError` that says where in it the fault is.
+        """
+        if wanted is None:
+            return None
+        known = find_grammar(self.grammars, wanted)
+        if known is not None:
+            return known
+        return await self._detached(functools.partial(compile_grammar, self.grammars, wanted), self._grammar_pool)
 
     def submit(
         self,
@@ -220,10 +235,11 @@ class AsyncEngine:
         self._check_alive()
         self.attach_loop(asyncio.get_running_loop())
         size = len(prompt) if isinstance(prompt, str) else 0
-        encoded = await self._detached(functools.partial(encode_prompt, prompt, self.tokenizer), size)
+        encoded = await self._detached(functools.partial(encode_prompt, prompt, self.tokenizer), self._pool_of(size))
         room = self.max_model_len - len(encoded)
         params = sampling_params or SamplingParams.with_defaults(self.generation_defaults, {}).fitting(room)
-        stream = self.submit([encoded], params.to_core(), priority=priority)
+        grammar = await self.compile_grammar(params.structured_outputs)
+        stream = self.submit([encoded], params.to_core(grammar), priority=priority)
         builder = OutputBuilder(stream.reply_id, prompt, encoded, params, self.tokenizer)
         try:
             finished = False
@@ -239,7 +255,10 @@ class AsyncEngine:
         finally:
             stream.close()
 
-    async def _detached(self, work: Callable[[], T], characters: int) -> T:
+    def _pool_of(self, characters: int) -> ThreadPoolExecutor:
+        return self._text_pool if characters <= LONG_TEXT else self._long_text_pool
+
+    async def _detached(self, work: Callable[[], T], pool: ThreadPoolExecutor) -> T:
         """Runs text work of one request beside the loop. Such a request waits already: it counts
         towards the queue's bound.
 
@@ -249,7 +268,7 @@ class AsyncEngine:
         self.core.check_queue(self._in_text)
         with self._text_lock:
             self._in_text += 1
-        job = (self._text_pool if characters <= LONG_TEXT else self._long_text_pool).submit(work)
+        job = pool.submit(work)
         job.add_done_callback(self._text_done)
         return await asyncio.wrap_future(job)
 
@@ -334,5 +353,6 @@ class AsyncEngine:
         self._loop = None
         self._text_pool.shutdown(wait=False)
         self._long_text_pool.shutdown(wait=False)
+        self._grammar_pool.shutdown(wait=False)
         if not self._thread.is_alive():  # else a step still uses the memory
             self._engine.close()

@@ -101,9 +101,8 @@ class Engine:
             if step is not None:
                 self.runner.launch_forward(step)
             self._finish_current()
-            # Here grammar masks of `step` will be filled: they need the tokens just committed, and
-            # the device is busy.
             if step is not None:
+                self._fill_masks(step)
                 self.runner.launch_sample(step)
             self._current = step
         except torch.OutOfMemoryError as error:
@@ -129,6 +128,15 @@ class Engine:
         if step is not None:
             step.buffers.wait()
             self.core.commit(step.slot, time.monotonic())
+
+    def _fill_masks(self, step: Step) -> None:
+        """Has the core write the grammar masks of a step. They need the tokens just committed, and
+        the device is busy with the forward pass meanwhile.
+        """
+        count = step.plan.num_mask_rows
+        if count:
+            for fault in self.core.fill_masks(step.slot, self.runner.masks.rows(count)):
+                logger.warning("step %d ended a request whose grammar failed: %s", step.plan.step_id, fault)
 
     def _drop(self, step: Step, error: str) -> None:
         """Fails a step that does not fit into memory: its requests end with an error, and the

@@ -22,6 +22,7 @@ from octavo.engine.prompts import PromptInput, TokensPrompt, encode_prompt
 from octavo.engine.step_thread import StepThread
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
+from octavo.structured_outputs import compile_grammar
 from octavo.vllm_flags import without_vllm_options
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,14 @@ class LLM:
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         params = self._each_params(encoded, sampling_params)
-        return self._thread.run(lambda: self._complete(prompts, encoded, params, use_tqdm))
+        checked = [self._to_core(number, given) for number, given in enumerate(params)]
+        return self._thread.run(lambda: self._complete(prompts, encoded, params, checked, use_tqdm))
+
+    def _to_core(self, number: int, params: SamplingParams) -> _core.SamplingParams:
+        try:
+            return params.to_core(compile_grammar(self._engine.parts.grammars, params.structured_outputs))
+        except ValueError as error:
+            raise type(error)(f"prompts[{number}]: {error}") from error
 
     def _each_params(
         self, encoded: list[_core.Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -220,13 +228,14 @@ class LLM:
         prompts: list[PromptInput],
         encoded: list[_core.Prompt],
         params: list[SamplingParams],
+        checked: list[_core.SamplingParams],
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         """Runs all of a call's requests to their end."""
         builders: dict[int, OutputBuilder] = {}
         outputs: dict[int, RequestOutput] = {}
         try:
-            self._submit(prompts, encoded, params, builders)
+            self._submit(prompts, encoded, params, checked, builders)
             with tqdm(total=len(prompts), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
                 while len(outputs) < len(builders):
                     self._engine.step()
@@ -254,11 +263,13 @@ class LLM:
         prompts: list[PromptInput],
         encoded: list[_core.Prompt],
         params: list[SamplingParams],
+        checked: list[_core.SamplingParams],
         builders: dict[int, OutputBuilder],
     ) -> None:
-        for number, (prompt, tokens, wanted) in enumerate(zip(prompts, encoded, params, strict=True)):
+        calls = zip(prompts, encoded, params, checked, strict=True)
+        for number, (prompt, tokens, wanted, of_core) in enumerate(calls):
             try:
-                request_id = self._engine.core.add_call([tokens], wanted.to_core(), now=time.monotonic())
+                request_id = self._engine.core.add_call([tokens], of_core, now=time.monotonic())
             except ValueError as error:
                 raise type(error)(f"prompts[{number}]: {error}") from error
             builders[request_id] = OutputBuilder(request_id, prompt, tokens, wanted, self._engine.parts.tokenizer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
 from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_context
 from octavo.engine.kv_layout import KvLayout
-from octavo.engine.step_buffers import DeviceState, Step, StepInputs
+from octavo.engine.step_buffers import DeviceState, MaskBuffer, Step, StepInputs
 from octavo.kernels import ops
 from octavo.kernels.step.plan_format import PAIR_WORDS, TARGET_PLACE, Plan
 from octavo.weights.load import LoadedModel
@@ -71,6 +71,7 @@ class ModelRunner:
         """Is shown the logits of prompt targets, [n, vocab] float32, piece by piece: whole distributions
         are too large to leave the device.
         """
+        self.masks = MaskBuffer(self.vocab_size, device)
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
         self.graphs = StepGraphs(
             self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
@@ -143,12 +144,13 @@ class ModelRunner:
     @torch.inference_mode()
     def launch_sample(self, step: Step) -> None:
         """Enqueues what follows the logits: the draw, and the copy of the results to the host, for
-        which `step.buffers.wait` waits.
+        which `step.buffers.wait` waits. Where the plan has mask rows, `masks` holds them.
         """
         plan, buffers, logits = step.plan, step.buffers, step.logits
         assert logits is not None, "launch_forward comes before launch_sample"
         step.logits = None  # the stream keeps what the kernels still read
-        ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device)
+        masks = self.masks.upload(plan.num_mask_rows) if plan.num_mask_rows else None
+        ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device, masks)
         buffers.download(plan.result_words * 4)
 
     def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:

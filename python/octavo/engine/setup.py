@@ -80,6 +80,7 @@ class EngineParts:
     runner: ModelRunner
     buffers: tuple[StepBuffers, StepBuffers]
     tokenizer: _core.Tokenizer | None
+    grammars: _core.GrammarCompiler | None
     chat_template: _core.ChatTemplate | None
     model_name: str
     max_model_len: int
@@ -209,6 +210,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
         runner=runner,
         buffers=buffers,
         tokenizer=loaded.tokenizer,
+        grammars=loaded.tokenizer
+        and _core.GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_token_ids),
         chat_template=loaded.chat_template,
         model_name=config.model_name,
         max_model_len=max_model_len,

@@ -154,6 +154,40 @@ class StepBuffers:
             self._done.synchronize()
 
 
+class MaskBuffer:
+    """Grammar masks of a step: rows that the core writes, and their device twin (on a CPU:
+    themselves).
+
+    One serves all steps: the masks of step N+1 are written once step N is done, and the device reads
+    them in order. They take memory when they are first asked for.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        # A multiple of 16 words, whatever the vocabulary: kernels are compiled for that.
+        self._width = -(-vocab_size // 512) * 16
+        self._host = torch.zeros((0, self._width), dtype=torch.int32)
+        self._on_device = self._host
+
+    def rows(self, count: int) -> npt.NDArray[np.uint32]:
+        """The first `count` rows, uint32 [count, width], for the core to write: bit t % 32 of word
+        t // 32 allows token t.
+        """
+        if count > len(self._host):
+            room = max(count, 2 * len(self._host), 16)
+            on_gpu = self._device.type == "cuda"
+            self._host = torch.zeros((room, self._width), dtype=torch.int32, pin_memory=on_gpu)
+            self._on_device = torch.zeros_like(self._host, device=self._device) if on_gpu else self._host
+        array: npt.NDArray[np.uint32] = self._host[:count].numpy().view(np.uint32)
+        return array
+
+    def upload(self, count: int) -> Tensor:
+        """Enqueues the copy of the first `count` rows; returns them, int32 [count, width]."""
+        if self._on_device is not self._host:
+            self._on_device[:count].copy_(self._host[:count], non_blocking=True)
+        return self._on_device[:count]
+
+
 @dataclass(slots=True)
 class Step:
     """One planned step on its way through the device: the plan's numbers, and the host slot that

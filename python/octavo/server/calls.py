@@ -104,6 +104,8 @@ class Call:
     names: Mapping[str, str]
     """What its request calls the core's fields, for refusals."""
     params: SamplingParams
+    grammar: _core.Grammar | None = None
+    """What the parameters' `structured_outputs` was compiled to."""
     max_tokens: int | None
     """What the client asked for; else that of `params` is a default, which gives way to what fits."""
     reply_format: _core.ReplyFormat
@@ -168,7 +170,7 @@ class CallServer:
         try:
             return self._engine.submit(
                 call.prompts,
-                call.params.to_core(max_tokens_is_default=call.max_tokens is None),
+                call.params.to_core(call.grammar, max_tokens_is_default=call.max_tokens is None),
                 priority=call.priority,
                 cache_salt=call.cache_salt,
                 reply_format=call.reply_format,

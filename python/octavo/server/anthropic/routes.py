@@ -48,6 +48,7 @@ class AnthropicRoutes:
             prompts=[prepared.prompt],
             names=_NAMES,
             params=prepared.params,
+            grammar=prepared.grammar,
             max_tokens=read.max_tokens,
             reply_format=_core.ReplyFormat.anthropic(
                 id=call_id,

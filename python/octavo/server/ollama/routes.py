@@ -87,7 +87,7 @@ class OllamaRoutes:
                 prompt = await self._intake.encode_text(read.prompt, "prompt")
             except (ValueError, _core.OverloadedError, EngineDeadError) as error:
                 raise self._intake.calls.refusal(error, _GENERATE_NAMES) from None
-            prepared = PreparedChat(prompt, params, None)
+            prepared = PreparedChat(prompt, params, None, None)
         return await self._serve(request, read, chat, prepared, arrival)
 
     def _read_generate(self, body: bytes) -> tuple[Parsed[GenerateRequest], ChatCompletionRequest, ChatText | None]:
@@ -111,6 +111,7 @@ class OllamaRoutes:
             prompts=[prepared.prompt],
             names=_CHAT_NAMES if is_chat else _GENERATE_NAMES,
             params=prepared.params,
+            grammar=prepared.grammar,
             max_tokens=chat.max_tokens,
             reply_format=_core.ReplyFormat.ollama(
                 id=call_id,

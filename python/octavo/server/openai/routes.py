@@ -7,7 +7,7 @@ answers it.
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Generic, TypeVar
 
@@ -31,6 +31,7 @@ from octavo.server.openai.schemas import (
     check_choices,
     check_prompt_entries,
 )
+from octavo.server.structured import Wanted
 
 R = TypeVar("R", CompletionRequest, ChatCompletionRequest)
 
@@ -79,6 +80,7 @@ class PreparedChat:
 
     prompt: _core.Prompt
     params: SamplingParams
+    grammar: _core.Grammar | None
     answer: _core.AnswerFormat | None
 
 
@@ -139,14 +141,19 @@ class OpenAIRoutes:
         read, given = await self._intake.read(request, self._read_completion)
         self._metrics.ignored(read.ignored)
         parsed = read.request
+        wanted = parsed.wanted_structure()
         try:
-            params = parsed.to_sampling_params(self._engine.generation_defaults)
+            params = replace(
+                parsed.to_sampling_params(self._engine.generation_defaults), structured_outputs=wanted.params
+            )
             most = parsed.prompt_limit(self._engine.max_model_len)
             prompts = await self._encode(given, parsed.add_special_tokens is not False, most)
             echo = await self._echo(parsed, given if most is None else prompts) if parsed.echo else None
+            grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, _names(COMPLETION, parsed)) from None
-        return await self._calls.serve(request, self._call(COMPLETION, parsed, prompts, params, arrival, echo=echo))
+            raise self._calls.refusal(error, _names(COMPLETION, parsed, wanted)) from None
+        call = self._call(COMPLETION, parsed, prompts, params, grammar, arrival, echo=echo)
+        return await self._calls.serve(request, call)
 
     def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
         parsed = self._decode(COMPLETION, body)
@@ -222,7 +229,7 @@ class OpenAIRoutes:
         self._metrics.ignored(read.ignored)
         parsed = read.request
         chat = await self.prepare(parsed, text, _names(CHAT, parsed))
-        call = self._call(CHAT, parsed, [chat.prompt], chat.params, arrival, answer=chat.answer)
+        call = self._call(CHAT, parsed, [chat.prompt], chat.params, chat.grammar, arrival, answer=chat.answer)
         return await self._calls.serve(request, call)
 
     async def prepare(self, chat: ChatCompletionRequest, text: ChatText, names: Mapping[str, str]) -> PreparedChat:
@@ -231,17 +238,21 @@ class OpenAIRoutes:
 
         names: what the request calls the core's fields.
         """
+        wanted = chat.wanted_structure()
         try:
-            params = chat.to_sampling_params(self._engine.generation_defaults)
+            params = replace(
+                chat.to_sampling_params(self._engine.generation_defaults), structured_outputs=wanted.params
+            )
             prompt = await self._encode_chat(chat, text)
+            grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, names) from None
+            raise self._calls.refusal(error, {**names, **(wanted.names or {})}) from None
         answer = self._engine.answers.format(
             prompt, text.tool_use, include_reasoning=chat.include_reasoning is not False
         )
         if chat.skip_special_tokens is None:
             params = self._engine.answers.params(answer, params)
-        return PreparedChat(prompt, params, answer)
+        return PreparedChat(prompt, params, grammar, answer)
 
     async def encode_chat_of(self, request: web.Request) -> _core.Prompt:
         """The prompt that a chat's body makes, for routes that show it."""
@@ -288,6 +299,7 @@ class OpenAIRoutes:
         parsed: R,
         prompts: list[_core.Prompt],
         params: SamplingParams,
+        grammar: _core.Grammar | None,
         arrival: float,
         **particular: Any,
     ) -> Call:
@@ -308,6 +320,7 @@ class OpenAIRoutes:
             prompts=prompts,
             names=_names(kind, parsed),
             params=params,
+            grammar=grammar,
             max_tokens=parsed.output_limit,
             reply_format=reply_format,
             stream=bool(parsed.stream),
@@ -317,6 +330,7 @@ class OpenAIRoutes:
         )
 
 
-def _names(kind: Kind[R], parsed: R) -> dict[str, str]:
+def _names(kind: Kind[R], parsed: R, wanted: Wanted | None = None) -> dict[str, str]:
     """What the request calls the core's fields."""
-    return {"prompt": kind.prompt_field, "max_tokens": parsed.output_limit_field}
+    of_structure = wanted.names if wanted is not None and wanted.names is not None else {}
+    return {"prompt": kind.prompt_field, "max_tokens": parsed.output_limit_field, **of_structure}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 
 from octavo.sampling_params import SamplingParams
+from octavo.server import structured
 from octavo.server.errors import bad_request
 
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
@@ -28,20 +29,14 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (),
     "bad_words": ([],),
     "documents": ([],),
-    "guided_choice": (),
     "guided_decoding_backend": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "prompt_embeds": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "spaces_between_special_tokens": (True,),
-    "structured_outputs": (),
     "thinking_token_budget": (),
     "use_beam_search": (False,),
 }
@@ -59,6 +54,13 @@ UNSUPPORTED_CHAT = {
     "modalities": (["text"],),
 }
 """Fields that would change the answer, with the values under which ignoring them is right."""
+
+
+_ABSENT = (b"", b"null")
+
+
+def _given(raw: msgspec.Raw) -> msgspec.Raw | None:
+    return None if bytes(raw) in _ABSENT else raw
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -95,6 +97,18 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: Count | None = None
     cache_salt: str | None = None
     truncate_prompt_tokens: Count | None = None
+    response_format: msgspec.Raw = msgspec.Raw()
+    structured_outputs: msgspec.Raw = msgspec.Raw()
+    guided_json: msgspec.Raw = msgspec.Raw()
+    guided_regex: msgspec.Raw = msgspec.Raw()
+    guided_choice: msgspec.Raw = msgspec.Raw()
+    guided_grammar: msgspec.Raw = msgspec.Raw()
+    guided_whitespace_pattern: msgspec.Raw = msgspec.Raw()
+
+    def wanted_structure(self) -> structured.Wanted:
+        """What the answer must look like. Raises `ApiError` 400 that names the field."""
+        guided = {name: value for name in structured.GUIDED if bytes(value := getattr(self, name)) not in _ABSENT}
+        return structured.read(_given(self.response_format), _given(self.structured_outputs), guided)
 
     def sampling_params(self, defaults: Mapping[str, Any], logprobs: int | None, **ours: Any) -> SamplingParams:
         """The parameters as the engine has them; what the client leaves out comes from `defaults`,

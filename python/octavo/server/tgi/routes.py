@@ -67,16 +67,19 @@ class TgiRoutes:
         if not read.inputs:
             raise empty_inputs()
         seed = parameters.drawn_seed()
+        wanted = parameters.wanted_structure()
         try:
-            params = parameters.to_sampling_params(streams, seed)
+            params = parameters.to_sampling_params(streams, seed, wanted.params)
             prompt = await self._prompt(read.inputs, parameters.truncate)
+            grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._intake.calls.refusal(error, _NAMES) from None
+            raise self._intake.calls.refusal(error, {**_NAMES, **(wanted.names or {})}) from None
         call = Call(
             id=uuid.uuid4().hex,
             prompts=[prompt],
             names=_NAMES,
             params=params,
+            grammar=grammar,
             max_tokens=parameters.max_new_tokens,
             reply_format=_core.ReplyFormat.tgi(
                 stream=streams,

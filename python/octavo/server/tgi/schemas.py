@@ -10,8 +10,10 @@ from typing import Annotated, Any
 import msgspec
 
 from octavo.sampling_params import SamplingParams
+from octavo.server import structured
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_request
+from octavo.structured_outputs import StructuredOutputsParams
 
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -21,7 +23,6 @@ DEFAULT_NEW_TOKENS = 1024
 
 _UNSUPPORTED = {
     "adapter_id": "adapters are not supported",
-    "grammar": "constraints are not supported yet",
     "typical_p": "typical sampling is not supported",
     "watermark": "watermarks are not supported",
 }
@@ -47,7 +48,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     decoder_input_details: bool | None = None
     seed: Seed | None = None
     top_n_tokens: Count | None = None
-    grammar: Any = None
+    grammar: msgspec.Raw = msgspec.Raw()
     adapter_id: str | None = None
 
     @property
@@ -89,6 +90,12 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
         if best_of > 1 and self.seed is not None:
             raise bad_request("`seed` must not be set when `best_of` is > 1", "seed")
 
+    def wanted_structure(self) -> structured.Wanted:
+        """What the answer must look like. Raises `ApiError`."""
+        if bytes(self.grammar) in (b"", b"null"):
+            return structured.Wanted()
+        return structured.read_grammar(self.grammar, "grammar")
+
     def drawn_seed(self) -> int | None:
         """The seed, made up where none is given: answers tell it, so that the draw can be done
         again.
@@ -97,7 +104,9 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
             return None
         return random.getrandbits(48) if self.seed is None else self.seed
 
-    def to_sampling_params(self, stream: bool, seed: int | None) -> SamplingParams:
+    def to_sampling_params(
+        self, stream: bool, seed: int | None, wanted: StructuredOutputsParams | None
+    ) -> SamplingParams:
         """As the engine has them. Raises `ValueError` that names a field."""
         told = stream or self.details or (self.best_of or 1) > 1
         given: dict[str, Any] = {
@@ -113,6 +122,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
             "include_stop_str_in_output": True,  # as TGI has it
             "logprobs": (self.top_n_tokens or 0) if told else None,
             "prompt_logprobs": 0 if self.details and self.decoder_input_details else None,
+            "structured_outputs": wanted,
         }
         return SamplingParams(**given)
 

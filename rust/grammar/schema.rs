@@ -1,0 +1,149 @@
+//! JSON schemas: their bounds before they are compiled, and where the fault is in one that cannot
+//! be.
+
+use llguidance::api::TopLevelGrammar;
+use llguidance::{JsonCompileOptions, ParserFactory};
+use serde_json::{Map, Value};
+
+use super::constraint::{ConstraintKind, Whitespace};
+use crate::error::Result;
+
+/// Deepest a schema may be.
+const MAX_DEPTH: usize = 100;
+/// Most objects, lists, texts, numbers of a schema: compiling ten thousand takes a tenth of a
+/// second.
+const MAX_VALUES: usize = 16_384;
+/// Most parts of a schema that are compiled on their own to find the fault.
+const MAX_LOOKS: usize = 100;
+
+/// Keywords whose value is one schema, a list of them, or schemas by name.
+const ONE: [&str; 3] = ["items", "additionalProperties", "additionalItems"];
+const LIST: [&str; 4] = ["anyOf", "oneOf", "allOf", "prefixItems"];
+const BY_NAME: [&str; 4] = ["properties", "patternProperties", "$defs", "definitions"];
+
+/// Reads a schema's text and checks its bounds.
+pub(super) fn read(text: &str) -> Result<Value> {
+    let kind = ConstraintKind::Json;
+    let schema: Value = serde_json::from_str(text).map_err(|error| {
+        if error.to_string().contains("recursion limit") {
+            kind.too_complex(format!("is more than {MAX_DEPTH} levels deep"))
+        } else {
+            kind.invalid(format!("is not JSON: {error}"))
+        }
+    })?;
+    let schema = match schema {
+        Value::Object(_) => schema,
+        Value::Bool(true) => Value::Object(Map::new()),
+        Value::Bool(false) => return Err(kind.invalid("is false: no answer would do")),
+        _ => return Err(kind.invalid("must be a JSON schema, which is an object")),
+    };
+    let (values, depth) = measure(&schema);
+    if depth > MAX_DEPTH {
+        return Err(kind.too_complex(format!("is {depth} levels deep, but must be at most {MAX_DEPTH}")));
+    }
+    if values > MAX_VALUES {
+        return Err(kind.too_complex(format!("has {values} values, but must have at most {MAX_VALUES}")));
+    }
+    Ok(schema)
+}
+
+/// Number of values, and levels. The reader has bounded the levels, so this may go down by
+/// recursion.
+fn measure(value: &Value) -> (usize, usize) {
+    let parts: Vec<(usize, usize)> = match value {
+        Value::Array(items) => items.iter().map(measure).collect(),
+        Value::Object(fields) => fields.values().map(measure).collect(),
+        _ => return (1, 1),
+    };
+    let values = parts.iter().map(|part| part.0).sum::<usize>();
+    (1 + values, 1 + parts.iter().map(|part| part.1).max().unwrap_or(0))
+}
+
+/// The schema with what the library is to do about white space and `oneOf` (which it can only treat
+/// as `anyOf`). A schema that brings such options itself keeps them.
+pub(super) fn with_options(mut schema: Value, whitespace: &Whitespace) -> Value {
+    let options = JsonCompileOptions {
+        whitespace_flexible: whitespace.pattern().is_some(),
+        whitespace_pattern: whitespace.pattern().map(str::to_owned),
+        coerce_one_of: true,
+        ..JsonCompileOptions::default()
+    };
+    if schema.get("x-guidance").is_none() {
+        options.apply_to(&mut schema);
+    }
+    schema
+}
+
+/// The place of the fault in a schema that does not compile, as a JSON pointer: the smallest part
+/// that fails for the same reason when it stands alone. None where no part does.
+pub(super) fn locate(text: &str, factory: &ParserFactory) -> Option<String> {
+    let root = read(text).ok()?;
+    let reason = fault(&root, factory)?;
+    let definitions: Map<String, Value> =
+        ["$defs", "definitions"].iter().filter_map(|key| Some(((*key).to_owned(), root.get(*key)?.clone()))).collect();
+    let mut search = Search { definitions, reason, factory, looks: MAX_LOOKS };
+    let mut place = String::new();
+    let mut part = &root;
+    while let Some((name, inner)) = search.failing_part(part) {
+        place.push('/');
+        place.push_str(&name);
+        part = inner;
+    }
+    (!place.is_empty()).then_some(place)
+}
+
+struct Search<'a> {
+    /// Of the root, so that references in a part lead somewhere.
+    definitions: Map<String, Value>,
+    reason: String,
+    factory: &'a ParserFactory,
+    /// Parts that may still be compiled.
+    looks: usize,
+}
+
+impl Search<'_> {
+    fn failing_part<'v>(&mut self, schema: &'v Value) -> Option<(String, &'v Value)> {
+        parts(schema).into_iter().find(|(_, part)| self.fails(part))
+    }
+
+    fn fails(&mut self, part: &Value) -> bool {
+        let Value::Object(fields) = part else { return false };
+        if self.looks == 0 {
+            return false;
+        }
+        self.looks -= 1;
+        let mut alone = fields.clone();
+        for (key, value) in &self.definitions {
+            alone.entry(key.clone()).or_insert_with(|| value.clone());
+        }
+        fault(&Value::Object(alone), self.factory).is_some_and(|reason| reason == self.reason)
+    }
+}
+
+/// The schemas right inside of a schema, with their places.
+fn parts(schema: &Value) -> Vec<(String, &Value)> {
+    let mut parts = Vec::new();
+    for key in BY_NAME {
+        if let Some(Value::Object(named)) = schema.get(key) {
+            parts.extend(named.iter().map(|(name, part)| (format!("{key}/{}", escaped(name)), part)));
+        }
+    }
+    for key in LIST {
+        if let Some(Value::Array(list)) = schema.get(key) {
+            parts.extend(list.iter().enumerate().map(|(index, part)| (format!("{key}/{index}"), part)));
+        }
+    }
+    parts.extend(ONE.iter().filter_map(|key| Some(((*key).to_owned(), schema.get(*key)?))));
+    parts
+}
+
+/// A name in a JSON pointer, cut where it is long.
+fn escaped(name: &str) -> String {
+    name.chars().take(50).collect::<String>().replace('~', "~0").replace('/', "~1")
+}
+
+/// Why a schema does not compile.
+fn fault(schema: &Value, factory: &ParserFactory) -> Option<String> {
+    let schema = with_options(schema.clone(), &Whitespace::Bounded);
+    factory.create_parser(TopLevelGrammar::from_json_schema(schema)).err().map(|error| error.to_string())
+}
