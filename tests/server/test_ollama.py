@@ -85,11 +85,24 @@ async def test_models(served: Served) -> None:
         assert "version" in (await served.get("/api/version"))[1]
 
 
+async def test_format_is_a_schema_or_json(served: Served) -> None:
+    body = {"model": "dummy", "stream": False, "options": {"num_predict": 200}}
+    _, chat = await served.post("/api/chat", {**body, "messages": [USER], "format": {"enum": ["yes", "no"]}})
+    assert chat["message"]["content"] in ('"yes"', '"no"')
+    for fields in ({}, {"raw": True}):
+        schema = {"type": "integer", "minimum": 5, "maximum": 7}
+        _, whole = await served.post("/api/generate", {**body, **fields, "prompt": "Hi", "format": schema})
+        assert int(whole["response"]) in (5, 6, 7)
+    _, chat = await served.post("/api/chat", {**body, "messages": [USER], "format": "json"})
+    assert chat["message"]["content"].lstrip().startswith("{")
+
+
 # (name, route, body, status, what the message names)
 BAD = [
     ("no model", "chat", {"messages": [USER]}, 400, "model"),
     ("model", "chat", {"model": "other", "messages": [USER]}, 404, "other"),
-    ("format", "chat", {"model": "dummy", "messages": [USER], "format": "json"}, 400, "format"),
+    ("format", "chat", {"model": "dummy", "messages": [USER], "format": "xml"}, 400, "format"),
+    ("schema", "chat", {"model": "dummy", "messages": [USER], "format": {"type": "list"}}, 400, "format Invalid type"),
     ("images", "chat", {"model": "dummy", "messages": [{**USER, "images": ["a"]}]}, 400, "images"),
     ("role", "chat", {"model": "dummy", "messages": [{"role": "x", "content": ""}]}, 400, "role"),
     ("option", "chat", {"model": "dummy", "messages": [USER], "options": {"top_p": 2.0}}, 400, "top_p"),

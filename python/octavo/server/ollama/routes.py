@@ -29,7 +29,12 @@ _PROMPT_TEXT = frozenset({"prompt", "system"})
 CHAT = Form(ChatRequest, _CHAT_TEXT, _CHAT_TEXT, UNSUPPORTED_CHAT)
 GENERATE = Form(GenerateRequest, _PROMPT_TEXT, _PROMPT_TEXT, UNSUPPORTED_GENERATE, "prompt")
 SHOW = Form(ShowRequest, frozenset(), frozenset(), {})
-_CHAT_NAMES = {"prompt": "messages", "max_tokens": "num_predict", "repetition_penalty": "repeat_penalty"}
+_CHAT_NAMES = {
+    "prompt": "messages",
+    "max_tokens": "num_predict",
+    "repetition_penalty": "repeat_penalty",
+    "structured_outputs.json": "format",
+}
 _GENERATE_NAMES = _CHAT_NAMES | {"prompt": "prompt"}
 
 
@@ -83,11 +88,12 @@ class OllamaRoutes:
             prepared = await self._chats.prepare(chat, text, _GENERATE_NAMES)
         else:
             try:
-                params = chat.to_sampling_params(self._engine.generation_defaults)
+                params = self._chats.sampling_params(chat)
                 prompt = await self._intake.encode_text(read.prompt, "prompt")
+                grammar = await self._engine.compile_grammar(params.structured_outputs)
             except (ValueError, _core.OverloadedError, EngineDeadError) as error:
                 raise self._intake.calls.refusal(error, _GENERATE_NAMES) from None
-            prepared = PreparedChat(prompt, params, None, None)
+            prepared = PreparedChat(prompt, params, grammar, None)
         return await self._serve(request, read, chat, prepared, arrival)
 
     def _read_generate(self, body: bytes) -> tuple[Parsed[GenerateRequest], ChatCompletionRequest, ChatText | None]:

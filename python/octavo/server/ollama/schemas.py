@@ -8,7 +8,7 @@ from octavo.chat import FunctionCall, Message, ToolCall
 from octavo.server.errors import bad_request
 from octavo.server.openai.schemas import ChatCompletionRequest, Count, Long
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"format": ("",), "logprobs": (False,), "top_logprobs": (0,)}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
 UNSUPPORTED_CHAT = _UNSUPPORTED
 UNSUPPORTED_GENERATE = {**_UNSUPPORTED, "context": ([],), "images": ([],), "suffix": ("",), "template": ("",)}
 
@@ -74,6 +74,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     options: Options | None = None
     think: bool | str | None = None
+    format: msgspec.Raw = msgspec.Raw()
     keep_alive: Any = None
 
     @property
@@ -87,8 +88,19 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
             messages=[msgspec.Raw(msgspec.json.encode(message)) for message in messages],
             tools=tools,
             chat_template_kwargs=None if self.think is None else {"enable_thinking": bool(self.think)},
+            structured_outputs=self.wanted_structure(),
             **(self.options or Options()).fields(),
         )
+
+    def wanted_structure(self) -> msgspec.Raw:
+        """`format` as `structured_outputs`: "json" or a schema. Raises `ApiError` 400."""
+        if bytes(self.format) in (b"", b"null", b'""'):
+            return msgspec.Raw()
+        if bytes(self.format) == b'"json"':
+            return msgspec.Raw(b'{"json_object": true}')
+        if not bytes(self.format).startswith(b"{"):
+            raise bad_request('format: must be "json" or a JSON schema, which is an object.', "format")
+        return msgspec.Raw(b'{"json": ' + bytes(self.format) + b"}")
 
 
 class ChatRequest(_Request, frozen=True, kw_only=True):

@@ -143,9 +143,7 @@ class OpenAIRoutes:
         parsed = read.request
         wanted = parsed.wanted_structure()
         try:
-            params = replace(
-                parsed.to_sampling_params(self._engine.generation_defaults), structured_outputs=wanted.params
-            )
+            params = self.sampling_params(parsed)
             most = parsed.prompt_limit(self._engine.max_model_len)
             prompts = await self._encode(given, parsed.add_special_tokens is not False, most)
             echo = await self._echo(parsed, given if most is None else prompts) if parsed.echo else None
@@ -240,19 +238,22 @@ class OpenAIRoutes:
         """
         wanted = chat.wanted_structure()
         try:
-            params = replace(
-                chat.to_sampling_params(self._engine.generation_defaults), structured_outputs=wanted.params
-            )
+            params = self.sampling_params(chat)
             prompt = await self._encode_chat(chat, text)
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
-            raise self._calls.refusal(error, {**names, **(wanted.names or {})}) from None
+            raise self._calls.refusal(error, {**(wanted.names or {}), **names}) from None
         answer = self._engine.answers.format(
             prompt, text.tool_use, include_reasoning=chat.include_reasoning is not False
         )
         if chat.skip_special_tokens is None:
             params = self._engine.answers.params(answer, params)
         return PreparedChat(prompt, params, grammar, answer)
+
+    def sampling_params(self, request: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
+        """With the model's defaults, and what the answer must look like. Raises `ValueError`."""
+        params = request.to_sampling_params(self._engine.generation_defaults)
+        return replace(params, structured_outputs=request.wanted_structure().params)
 
     async def encode_chat_of(self, request: web.Request) -> _core.Prompt:
         """The prompt that a chat's body makes, for routes that show it."""
