@@ -15,6 +15,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from octavo.bench import commands
 from octavo.bench.precision import verdict
 from octavo.bench.workloads import NAMES, workload
 from tests.conftest import find_shared
+from tests.quantize.checkpoints import small_model
 
 SHORT_SEED = "48"  # its first chats are short
 ENGINE = ["--model", "tiny", "--load-format", "dummy", "--device", "cpu", "--dtype", "float32"]
@@ -106,6 +108,28 @@ def test_precision(capsys: pytest.CaptureFixture[str]) -> None:
             assert row[f"tok_s_{streams}"] > 0
             assert row[f"ratio_{streams}"] == pytest.approx(row[f"tok_s_{streams}"] / plain[f"tok_s_{streams}"])
             assert (row[f"says_{streams}"] is None) == (row["precision"] in ("16 bits", "FP8"))
+
+
+def test_precision_of_real_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Checkpoints are made, kept and used again, and quality is that of `octavo evaluate`."""
+    small_model("llama-gqa-tied", tmp_path / "plain", max_position_embeddings=1024)
+    words = ["--model", str(tmp_path / "plain"), "--device", "cpu", "--kv-cache-memory", "8MiB", "--output-len", "2"]
+    sizes = ["--num-samples", "2", "--quality-tokens", "200", "--checkpoints", str(tmp_path / "made")]
+    rows = bench(capsys, "precision", *words, *sizes)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "made").glob("*/config.json")}
+    assert {path.parent.name for path in made} == {"gptq", "awq"}
+    for row in rows[1:]:
+        assert row["quality"] > 0.0 and 0.0 < row["agreement"] <= 1.0
+        assert (row["says_quality"] is None) == (row["precision"] == "FP8")
+    assert rows[0]["quality"] is None and rows[1]["divergence"] < rows[2]["divergence"]
+    assert bench(capsys, "precision", *words, *sizes)[2]["perplexity"] == rows[2]["perplexity"]
+    assert all(path.stat().st_mtime_ns == at for path, at in made.items())
+    path = str(tmp_path / "made" / "awq")
+    asked = ["evaluate", path, "--against", str(tmp_path / "plain"), "--num-tokens", "200", "--device", "cpu", "--json"]
+    assert cli.main(asked) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert evaluated["perplexity"] == pytest.approx(rows[3]["perplexity"], rel=1e-6)
+    assert evaluated["perplexity_against"] / evaluated["perplexity"] == pytest.approx(rows[3]["quality"], rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -105,13 +105,20 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
 
     precision = command(
         "precision",
-        "The same model in 16, 8 and 4 bits: memory, decode speed at 1 and 32 streams, and whether each is what the "
-        "guide expects. On a CPU tokens a CPU second",
+        "The same model in 16, 8 and 4 bits: memory, decode speed at 1 and 32 streams, quality, and whether each is "
+        "what the guide expects. On a CPU tokens a CPU second",
     )
     precision.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
     precision.add_argument("--repeat", type=count, default=1, help="runs; the best is reported [default: 1]")
     precision.add_argument(
         "--num-samples", type=count, default=32, help="pieces of text for GPTQ and AWQ [default: 32]"
+    )
+    precision.add_argument(
+        "--quality-tokens",
+        type=parse_with(at_least(2)),
+        default=8192,
+        metavar="N",
+        help="of prose, on which quality is measured [default: 8192]",
     )
     precision.add_argument(
         "--checkpoints", type=Path, metavar="DIR", help="where those are made and kept [default: nowhere]"

@@ -1,8 +1,9 @@
-"""What fewer bits a weight bring: memory and decode speed of the same model in 16, 8 and 4 bits,
-beside what the guide expects.
+"""What fewer bits a weight bring: memory, decode speed and quality of the same model in 16, 8 and 4
+bits, beside what the guide expects.
 
 A decode step must read every weight once, and the keys and values of each stream: bytes bound how
 much faster fewer bits can be, and each cell that falls short says how far they would have let it go.
+Quality is the perplexity in 16 bits as a share of the perplexity in few.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -22,6 +24,8 @@ from octavo.bench.progress import progress
 from octavo.bench.replay import replay
 from octavo.bench.workloads import Item, workload
 from octavo.config import EngineConfig
+from octavo.evaluate.commands import WINDOW
+from octavo.evaluate.measure import Reader, measure, tokens_of, windows
 from octavo.model_config import read_json
 from octavo.models.presets import PRESETS
 from octavo.models.registry import config_from_dict
@@ -30,6 +34,7 @@ from octavo.quantize.layer import WatchedSchemes
 from octavo.quantize.options import Options
 from octavo.quantize.run import quantize
 from octavo.quantize.shapes import pick_group, projections
+from octavo.texts import EVALUATION, read_text
 from octavo.weights.load import resolve
 
 STREAMS = (1, 32)
@@ -43,27 +48,57 @@ class Precision:
     quantization: str | None = None  # while loading
     method: str | None = None  # of a checkpoint, in the method's own format
     expected: tuple[float, float] | None = None
+    quality: float | None = None
 
 
 PRECISIONS = (
     Precision("16 bits"),
-    Precision("INT8", quantization="int8", expected=(1.5, 2.0)),
-    Precision("INT4 GPTQ", method="gptq", expected=(2.0, 3.0)),
-    Precision("INT4 AWQ", method="awq", expected=(2.0, 3.0)),
+    Precision("INT8", quantization="int8", expected=(1.5, 2.0), quality=0.99),
+    Precision("INT4 GPTQ", method="gptq", expected=(2.0, 3.0), quality=0.97),
+    Precision("INT4 AWQ", method="awq", expected=(2.0, 3.0), quality=0.98),
     Precision("FP8", quantization="fp8"),
 )
 
 
 def precision_rows(options: Any, config: EngineConfig) -> list[dict[str, Any]]:
     """One row a precision. options: `output_len`, `repeat`, `num_samples`, `checkpoints`,
-    `workload_seed`.
+    `quality_tokens`, `workload_seed`. Of dummy weights quality says nothing, and is not measured.
     """
     rows: list[dict[str, Any]] = []
     with _folder(options.checkpoints) as folder:
         configs = [_config_of(precision, config, folder, options) for precision in PRECISIONS]
         for precision, one in zip(PRECISIONS, configs, strict=True):
             rows.append(_measure(precision, one, rows[0] if rows else None, options))
-    return rows
+            if len(rows) > 1 and config.load_format != "dummy":
+                rows[-1] |= _quality(precision, one, configs[0], options.quality_tokens)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def _quality(precision: Precision, config: EngineConfig, plain: EngineConfig, num_tokens: int) -> dict[str, Any]:
+    """Beside the same model in 16 bits, on the prose that ships."""
+    text = read_text(EVALUATION, "text")
+    readers = [Reader(plain, WINDOW)]
+    try:
+        readers.append(Reader(config, WINDOW))
+        prefix, tokens = tokens_of(readers[0], text)
+        pieces = list(windows(prefix, tokens[:num_tokens], WINDOW))
+        steps = progress(f"{precision.name}, quality", len(pieces), measure(readers[1], readers[0], iter(pieces)))
+        ((quality, others),) = deque(steps, maxlen=1)
+    finally:
+        for reader in readers:
+            reader.close()
+    share = others.perplexity / quality.perplexity
+    holds = None
+    if precision.quality is not None:
+        holds = "holds" if share >= precision.quality else f"no: {share:.1%} of {precision.quality:.0%}"
+    return {
+        "perplexity": quality.perplexity,
+        "quality": share,
+        "agreement": quality.agreement,
+        "divergence": quality.mean_divergence,
+        "says_quality": holds,
+    }
 
 
 def _measure(precision: Precision, config: EngineConfig, plain: dict[str, Any] | None, options: Any) -> dict[str, Any]:
@@ -72,7 +107,7 @@ def _measure(precision: Precision, config: EngineConfig, plain: dict[str, Any] |
     row: dict[str, Any] = {"precision": precision.name}
     with step_thread(config) as thread:
         report, model = thread.engine.parts.report, thread.engine.runner.model
-        kv_bytes = report.kv_bytes // report.num_blocks // report.block_size
+        kv_bytes = len(model.kv_groups) * report.kv_bytes // report.num_blocks // report.block_size
         row |= {"weights_gib": report.weight_bytes / 2**30, "dtype": report.dtype, "device": report.device}
         row["bytes_a_weight"] = report.weight_bytes / model.config.num_parameters()
         for streams in STREAMS:

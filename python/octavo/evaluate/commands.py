@@ -12,7 +12,7 @@ from typing import Any
 
 from octavo.bench.progress import progress
 from octavo.config import EngineConfig
-from octavo.options import add_flags, parse_with
+from octavo.options import add_flags, at_least, parse_with
 from octavo.texts import EVALUATION, read_text
 
 WINDOW = 512
@@ -21,16 +21,6 @@ NUM_TOKENS = 8192
 _OF_THE_ENGINE = ("tokenizer", "dtype", "load_format", "device", "seed", "quantization", "block_size",
                   "kv_cache_memory", "kv_cache_dtype")  # fmt: skip
 """Flags that change what is computed; the others are about serving."""
-
-
-def _at_least(least: int) -> Any:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise ValueError(f"{value}: must be at least {least}")
-        return value
-
-    return parse_with(parse)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,14 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num-tokens",
-        type=_at_least(2),
+        type=parse_with(at_least(2)),
         default=NUM_TOKENS,
         metavar="N",
         help=f"read the first N tokens of the text [default: {NUM_TOKENS}]",
     )
     group.add_argument(
         "--window",
-        type=_at_least(16),
+        type=parse_with(at_least(16)),
         default=WINDOW,
         metavar="N",
         help=f"tokens that are read at a time, each but the first after those before it [default: {WINDOW}]",
