@@ -4,6 +4,7 @@ how much they lose.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from octavo.quantize.options import METHODS
+from octavo.quantize import methods
+from octavo.quantize.options import METHODS, Options
+from octavo.quantize.run import Quantisation
 from octavo.weights.gguf_text import write_gguf_text
 from tests.models.test_gguf import write
-from tests.quantize.checkpoints import SEEN, SHAPE, meant, ours, run, small_model, tensors_of, theirs
+from tests.quantize.checkpoints import CALIBRATION, SEEN, SHAPE, TEXT, meant, ours, run, small_model, tensors_of, theirs
 
 pytest.importorskip("compressed_tensors", reason="needs Python 3.11", exc_type=ImportError)
 
@@ -89,6 +92,7 @@ def test_zeros_in_compressed_tensors(group_size: int, tmp_path: Path) -> None:
 def test_files_mean_what_we_compute(case: str, options: dict[str, Any], tmp_path: Path) -> None:
     """transformers' model with the weights that a reader of the tests' own finds in the files."""
     reference = small_model(case, tmp_path / "plain")
+    plain = theirs(reference)
     folder = run(tmp_path / "plain", tmp_path / "made", **options)
     tensors, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
     state = {name: tensor for name, tensor in tensors.items() if name in reference.state_dict()}
@@ -97,6 +101,7 @@ def test_files_mean_what_we_compute(case: str, options: dict[str, Any], tmp_path
             assert f"{name}.weight" not in tensors
             state[f"{name}.weight"] = meant(tensors, name, config["quantization_config"])
     reference.load_state_dict(state, strict=not reference.config.tie_word_embeddings)
+    assert difference(theirs(reference), plain) < 0.7  # zeros that are one off would lose all
     torch.testing.assert_close(ours(folder), theirs(reference), atol=1e-3, rtol=1e-3)
 
 
@@ -112,6 +117,40 @@ def test_calibrated_methods_lose_less_than_the_nearest_numbers(case: str, tmp_pa
         for method in ("rtn", "gptq", "awq")
     }
     assert lost["gptq"] < 0.9 * lost["rtn"] and lost["awq"] < 0.9 * lost["rtn"], lost
+
+
+@dataclasses.dataclass
+class Exact:
+    """A weight that is not rounded."""
+
+    weight: torch.Tensor
+
+    def rows(self, start: int, stop: int) -> Exact:
+        return Exact(self.weight[start:stop])
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_awqs_scales_are_taken_back(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any scales, and nothing rounded: a layer computes what it did."""
+    small_model(case, tmp_path / "plain")
+    (tmp_path / "text").write_text(TEXT)
+    monkeypatch.setattr(methods, "awq", lambda weight, *args, **kwargs: Exact(weight.clone()))
+    monkeypatch.setattr(methods, "find_scales", lambda weight, moments, magnitude, grid: 0.5 + magnitude * 999 % 2)
+    made = Options(
+        str(tmp_path / "plain"), "awq", tmp_path / "made", calibration=tmp_path / "text", device="cpu", **CALIBRATION
+    )
+    run_ = Quantisation(made)
+    tensors = {name: run_.original.read(stored) for name, stored in run_.layers[0].items()}
+    activations = run_._first_activations()
+    result = run_._calibrated(0, tensors, activations)
+    scaled = tensors | {f"{name}.weight": exact.weight for name, exact in result.rounded.items()} | result.plain
+    assert not any(torch.equal(scaled[f"{name}.weight"], tensors[f"{name}.weight"]) for name in result.rounded)
+    after = []
+    for one in (tensors, scaled):
+        activations = run_._first_activations()
+        activations.advance(run_._layer(0, one))
+        after.append(activations.hidden)
+    torch.testing.assert_close(after[1], after[0], atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_no_matrix_of_a_layer_is_carried_along(tmp_path: Path) -> None:

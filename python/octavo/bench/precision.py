@@ -178,7 +178,11 @@ def _folder(given: Path | None) -> Iterator[Path]:
 
 def _config_of(precision: Precision, config: EngineConfig, folder: Path, options: Any) -> EngineConfig:
     if precision.method is None:
-        return dataclasses.replace(config, quantization=precision.quantization)
+        in_file = resolve(config.model, config.load_format)
+        # A quantised GGUF file would stay in its blocks on a CPU: a type that is asked for expands it.
+        as_blocks = config.dtype == "auto" and in_file is not None and in_file.suffix == ".gguf"
+        dtype = "bfloat16" if as_blocks else config.dtype
+        return dataclasses.replace(config, quantization=precision.quantization, dtype=dtype)
     place = folder / precision.method
     if config.load_format == "dummy":
         _write_shape(place, precision.method, config)
