@@ -95,9 +95,11 @@ def test_percentiles_are_of_the_positions() -> None:
     quality = Quality(nll=[1.0, 3.0], divergence=[value / 100 for value in range(101)], same_best=99)
     assert quality.perplexity == pytest.approx(7.389, rel=1e-3) and quality.divergence_99 == pytest.approx(0.99)
     comparison = Comparison(empty := Quality())
+    theirs, mine = (torch.tensor(logits).double().softmax(0) for logits in ([0.0, 1.0, 2.0], [0.0, 3.0, 1.0]))
+    expected = float((theirs * (theirs / mine).log()).sum())
     comparison.keep(torch.tensor([[0.0, 1.0, 2.0], [5.0, 1.0, -torch.inf]]))
-    comparison.compare(torch.tensor([[0.0, 2.0, 1.0], [5.0, 1.0, -torch.inf]]))
-    assert empty.same_best == 1 and empty.divergence == [pytest.approx(0.4206, abs=1e-3), 0.0]
+    comparison.compare(torch.tensor([[0.0, 3.0, 1.0], [5.0, 1.0, -torch.inf]]))
+    assert empty.same_best == 1 and empty.divergence == [pytest.approx(expected), 0.0]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

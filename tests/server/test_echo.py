@@ -59,6 +59,9 @@ async def test_prompts_come_before_their_output(served: Served, prompt: Any, max
         assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
         expected = [prompt_logprob(token) for token in tokens[1:]]
         assert told["token_logprobs"][1 : len(tokens)] == pytest.approx(expected)
+        # Its own token, then the likeliest one.
+        own = [list(top) for top in told["top_logprobs"][1 : len(tokens)]]
+        assert own == [[token, "A"] for token in told["tokens"][1 : len(tokens)]]
         # A token's text begins where its offset says, but for the second half of a character.
         for token, offset in zip(told["tokens"], told["text_offset"], strict=True):
             assert token == "\ufffd" or choice["text"].startswith(token, offset)
