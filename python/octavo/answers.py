@@ -25,6 +25,10 @@ class ToolUse:
     """The model sees the tools, and what looks like a call is content (`tool_choice` none)."""
     parallel: bool = True
     """Else all calls but the first are left out."""
+    required: bool = False
+    """The answer is a list of calls, and nothing else (`tool_choice` required)."""
+    named: str | None = None
+    """The answer is the arguments of a call of this tool (`tool_choice` with a name)."""
 
 
 class ModelAnswers:
@@ -56,6 +60,11 @@ class ModelAnswers:
         self, prompt: _core.Prompt, tools: ToolUse, *, include_reasoning: bool = True
     ) -> _core.AnswerFormat | None:
         """How to read the answer to a prompt; None where it is text and nothing else."""
+        if tools.required or tools.named is not None:
+            # The constraint leaves no room for reasoning.
+            return _core.AnswerFormat(
+                calls="required", named=tools.named, tools=tools.names, single_call=not tools.parallel
+            )
         calls = self.calls if tools.names and not tools.forbidden else None
         if calls is None and self.reasoning is None:
             return None

@@ -557,7 +557,14 @@ MESSAGE_ROWS: list[Row] = [
     ("E truncate 513", CHAT, chat(truncate_prompt_tokens=513), 400, "invalid_value", "truncate_prompt_tokens"),
     ("F tool_choice without tools", CHAT, chat(tool_choice="required"), 400, "invalid_value", "tool_choice"),
     ("F tool_choice auto without tools", CHAT, chat(tool_choice="auto"), 200, None, None),
-    ("F tool_choice required", CHAT, chat(tools=[tool("f")], tool_choice="required"), 400, ANY, "tool_choice"),
+    (
+        "F tool_choice with a schema that cannot be held",
+        CHAT,
+        chat(tools=[tool("f", parameters={"$ref": "#/nowhere"})], tool_choice="required"),
+        400,
+        ANY,
+        ANY,
+    ),
     ("F tool_choice word", CHAT, chat(tools=[tool("f")], tool_choice="maybe"), 400, "invalid_value", "tool_choice"),
     ("F tool_choice type", CHAT, chat(tools=[tool("f")], tool_choice=5), 400, "invalid_type", "tool_choice"),
     (

@@ -140,3 +140,74 @@ async def test_log_probabilities_come_once_a_token(served: Served) -> None:
     assert "".join(entry["token"] for entry in entries if entry["token"]) == answer
     reasons = [event["choices"][0]["finish_reason"] for event in events[:-1]]
     assert reasons[-1] == "tool_calls" and not any(reasons[:-1])
+
+
+ROME = {"name": "weather", "parameters": {"city": "Rome"}}
+CITY: Any = {
+    "type": "object",
+    "properties": {"city": {"$ref": "#/$defs/City"}},
+    "required": ["city"],
+    "additionalProperties": False,
+    "$defs": {"City": {"enum": ["Paris", "Rome"]}},
+}
+STRICT: Any = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
+
+
+async def test_a_named_tool_is_called(served: Served) -> None:
+    """The answer is its arguments; nothing around them says so."""
+    choice: Any = {"type": "function", "function": {"name": "weather"}}
+    async with speaks(served, '{"city": "Rome"}') as client:
+        answer = await client.chat.completions.create(
+            model="dummy", messages=[USER], tools=[STRICT], tool_choice=choice
+        )
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert (call.type, answer.choices[0].finish_reason) == ("function", "tool_calls")
+    assert call.type == "function" and (call.function.name, call.function.arguments) == ("weather", '{"city": "Rome"}')
+    assert answer.choices[0].message.content is None
+
+
+async def test_some_tool_must_be_called(served: Served) -> None:
+    client = speaks(served, json.dumps([ROME, {"name": "g", "parameters": {}}]))
+    tools: Any = [STRICT, {"type": "function", "function": {"name": "g"}}]
+    request: Any = {"model": "dummy", "messages": [USER], "tools": tools, "tool_choice": "required"}
+    async with client, client.chat.completions.stream(**request) as stream:
+        final = await stream.get_final_completion()
+    calls = final.choices[0].message.tool_calls or ()
+    assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == [
+        ("weather", {"city": "Rome"}),
+        ("g", {}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "choice"),
+    [
+        ('{"city": "Oslo"}', {"type": "function", "function": {"name": "weather"}}),
+        ('[{"name": "weather", "parameters": {"city": "Oslo"}}]', "required"),
+        ("I would rather not.", "required"),
+    ],
+    ids=["named", "required", "text"],
+)
+async def test_a_model_that_wants_something_else_cannot(served: Served, answer: str, choice: Any) -> None:
+    """The scripted engine draws what the mask allows, where its script is not allowed."""
+    speaks(served, answer)
+    body = {"messages": [USER], "tools": [STRICT], "tool_choice": choice, "parallel_tool_calls": False}
+    status, got = await served.post(CHAT, body)
+    assert status == 200
+    (call,) = got["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+
+def test_definitions_of_two_tools_stay_apart() -> None:
+    from octavo.server.openai.forced_calls import schema_of_calls
+
+    other = {**CITY, "$defs": {"City": {"enum": ["Oslo"]}}}
+    functions = [{"name": "f", "parameters": CITY}, {"name": "g", "parameters": other}, {"name": "h"}]
+    schema = schema_of_calls(functions, parallel=True)
+    assert schema["$defs"]["0"]["properties"]["city"] == {"$ref": "#/$defs/0/$defs/City"}
+    assert schema["$defs"]["1"]["properties"]["city"] == {"$ref": "#/$defs/1/$defs/City"}
+    assert schema_of_calls(functions, parallel=False)["maxItems"] == 1
+    recursive = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    moved = schema_of_calls([{"name": "f", "parameters": recursive}], parallel=True)
+    assert moved["$defs"]["0"]["properties"]["next"] == {"$ref": "#/$defs/0"}

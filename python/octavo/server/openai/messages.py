@@ -74,11 +74,15 @@ def tool_use(request: ChatCompletionRequest) -> ToolUse:
             raise bad_request(f"tool_choice: no tool is called {choice.function.name[:64]!r}.", "tool_choice")
     elif choice not in (None, "none", "auto", "required"):
         raise bad_request("tool_choice: must be none, auto, required, or name a tool.", "tool_choice")
-    if isinstance(choice, NamedTool) or choice == "required":
-        if not names:
-            raise bad_request("tool_choice: needs tools.", "tool_choice")
-        raise bad_request("tool_choice: only none and auto are supported yet.", "tool_choice", "unsupported_parameter")
-    return ToolUse(names, forbidden=choice == "none", parallel=request.parallel_tool_calls is not False)
+    if choice == "required" and not names:
+        raise bad_request("tool_choice: needs tools.", "tool_choice")
+    return ToolUse(
+        names,
+        forbidden=choice == "none",
+        parallel=request.parallel_tool_calls is not False,
+        required=choice == "required",
+        named=choice.function.name if isinstance(choice, NamedTool) else None,
+    )
 
 
 def template_kwargs(kwargs: dict[str, Any] | None) -> str | None:

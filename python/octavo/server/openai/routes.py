@@ -21,6 +21,7 @@ from octavo.server.body import Form, Parsed
 from octavo.server.calls import Call
 from octavo.server.errors import bad_request, body_refused, prompt_too_long
 from octavo.server.intake import ChatText, Intake
+from octavo.server.openai.forced_calls import forced_calls
 from octavo.server.openai.messages import template_kwargs, template_messages, template_tools, tool_use
 from octavo.server.openai.schemas import (
     MAX_PROMPTS,
@@ -236,9 +237,9 @@ class OpenAIRoutes:
 
         names: what the request calls the core's fields.
         """
-        wanted = chat.wanted_structure()
+        wanted = forced_calls(chat.tools or (), text.tool_use) or chat.wanted_structure()
         try:
-            params = self.sampling_params(chat)
+            params = replace(self.sampling_params(chat), structured_outputs=wanted.params)
             prompt = await self._encode_chat(chat, text)
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
