@@ -38,15 +38,16 @@ $(VENV)/.dev: $(VENV)/.uv pyproject.toml
 
 test: test-rust test-python ## all tests
 
-# Tests and lints share the release build's dependencies: tests run what is served.
+# Tests and lints share the release build's dependencies: tests run what is served. The binding itself is left out, so
+# they need no Python library to link.
 test-rust: ## the core without Python
-	cargo test --release --quiet
+	cargo test --release --quiet --features binding-dependencies
 
 test-python: dev ## everything else, on the CPU
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 simulate: ## 60 s of the seeded simulation on fresh seeds (SECONDS_=... for longer)
-	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --test simulation -- --nocapture
+	OCTAVO_SIM_SECONDS=$(or $(SECONDS_),60) cargo test --release --features binding-dependencies --test simulation -- --nocapture
 
 planted-faults: ## plant faults in a copy of the core, one by one: the simulation must find each (minutes)
 	$(PYTHON) tests/simulation/planted_faults.py $(ARGS)

@@ -2,8 +2,9 @@
 //!
 //! `cargo bench --bench scheduler`. The sequences are staggered, so that each step some of them
 //! fill a block, as in a server. What is timed is the CPU time of this thread, so a busy machine
-//! does not count. The context length is varied to show that the cost does not follow it, and
-//! overlap to show that it does not add.
+//! does not count: the median of the samples, and the fastest and slowest of them. The context
+//! length is varied to show that the cost does not follow it, and overlap to show that it does not
+//! add.
 
 use std::hint::black_box;
 use std::sync::Arc;
@@ -14,7 +15,6 @@ use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
 use _core::plan::{PlanInfo, ResultWriter, STATUS_OK};
 use _core::request::{Progress, RequestId, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
-use criterion::{criterion_group, criterion_main, Criterion};
 
 /// Takes what it is told and keeps nothing.
 struct Nowhere;
@@ -44,8 +44,7 @@ fn thread_time() -> Duration {
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
-/// Steps after which the sequences are made anew, outside the timing: contexts stay near the length
-/// in the name.
+/// Steps that a line takes in all, and that its sequences have room for.
 const STEPS: u64 = 8192;
 
 /// A scheduler whose sequences all decode, with `overlap` steps in flight.
@@ -113,9 +112,28 @@ impl Decoding {
     }
 }
 
-fn steady_decode(criterion: &mut Criterion) {
-    let mut group = criterion.benchmark_group("steady decode step");
-    group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1)).sample_size(20);
+/// Steps a sample, and samples a line.
+const STEPS_A_SAMPLE: u32 = 256;
+const SAMPLES: u64 = STEPS / STEPS_A_SAMPLE as u64 - 4;
+
+/// Microseconds a step of each sample, fastest first. The first four samples warm up.
+fn samples(mut decoding: Decoding) -> Vec<f64> {
+    let mut sample = || {
+        let start = thread_time();
+        for _ in 0..STEPS_A_SAMPLE {
+            decoding.schedule();
+            decoding.commit();
+        }
+        (thread_time().saturating_sub(start) / STEPS_A_SAMPLE).as_secs_f64() * 1e6
+    };
+    (0..4).for_each(|_| _ = sample());
+    let mut times: Vec<f64> = (0..SAMPLES).map(|_| sample()).collect();
+    times.sort_unstable_by(f64::total_cmp);
+    times
+}
+
+fn main() {
+    println!("{:60} {:>8} {:>8} {:>8}", "a steady decode step, microseconds", "median", "fastest", "slowest");
     for (num_seqs, context, kv_windows, overlap) in [
         (256, 64, vec![0], false),
         (256, 64, vec![0], true),
@@ -126,38 +144,12 @@ fn steady_decode(criterion: &mut Criterion) {
         (1024, 1024, vec![0], true),
     ] {
         let name = format!("{num_seqs} sequences, context {context}, windows {kv_windows:?}, overlap {overlap}");
-        let fresh = || {
-            let mut decoding = Decoding::new(num_seqs, context, kv_windows.clone());
-            if overlap {
-                decoding.schedule();
-            }
-            (decoding, 0)
-        };
-        let (mut decoding, mut steps) = fresh();
-        group.bench_function(&name, |bencher| {
-            bencher.iter_custom(|iterations| {
-                let mut elapsed = Duration::ZERO;
-                let mut left = iterations;
-                while left > 0 {
-                    if steps == STEPS {
-                        (decoding, steps) = fresh();
-                    }
-                    let run = left.min(STEPS - steps);
-                    let start = thread_time();
-                    for _ in 0..run {
-                        decoding.schedule();
-                        decoding.commit();
-                    }
-                    elapsed += thread_time().saturating_sub(start);
-                    steps += run;
-                    left -= run;
-                }
-                elapsed
-            });
-        });
+        let mut decoding = Decoding::new(num_seqs, context, kv_windows);
+        if overlap {
+            decoding.schedule();
+        }
+        let times = samples(decoding);
+        let (fastest, slowest) = (times[0], times[times.len() - 1]);
+        println!("{name:60} {:8.1} {fastest:8.1} {slowest:8.1}", times[times.len() / 2]);
     }
-    group.finish();
 }
-
-criterion_group!(benches, steady_decode);
-criterion_main!(benches);
