@@ -1,6 +1,7 @@
 //! A copy of the core's state for whoever must check it from outside: the simulation. The core
 //! itself never uses it. [`Scheduler::inspect`](crate::scheduler::Scheduler::inspect) makes it.
 
+use crate::policy::Order;
 use crate::request::SeqRef;
 
 /// Where a block is.
@@ -47,6 +48,8 @@ pub struct SequenceView {
     pub seq: SeqRef,
     /// Whether it runs.
     pub phase: Phase,
+    /// Its place in the one order by which everybody is served.
+    pub order: Order,
     /// Its request slot, while it runs.
     pub slot: Option<u32>,
     /// Its block table in each KV group; 0 where a block was given back.
@@ -59,8 +62,6 @@ pub struct SequenceView {
     pub decodes: bool,
     /// Whether the steps in flight bring its last token, unless it stops before.
     pub is_fully_planned: bool,
-    /// How often it was preempted.
-    pub preemptions: u32,
 }
 
 /// The state of pool and queues.

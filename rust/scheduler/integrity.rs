@@ -50,13 +50,13 @@ impl Scheduler {
         SequenceView {
             seq: sequence.name,
             phase,
+            order: sequence.order,
             slot: (phase == Phase::Running).then_some(sequence.slot),
             tables: sequence.tables.iter().map(blocks).collect(),
             known_len: sequence.known_len(),
             num_planned: sequence.most_len,
             decodes: sequence.decoding,
             is_fully_planned: sequence.decoding && !sequence.wants_decode(self.config.max_model_len),
-            preemptions: sequence.preemptions,
         }
     }
 

@@ -127,8 +127,14 @@ pub fn calls_stand_in_turn(
     Ok(())
 }
 
-/// L9: the first long prompt that runs gets at least half of what decode rows and those before it
-/// leave, or all that it still has, unless blocks run out or a better rank takes it.
+/// Tokens that a sequence has to compute before it decodes.
+fn left(sequence: &SequenceView) -> u32 {
+    sequence.known_len.saturating_sub(sequence.num_planned)
+}
+
+/// L9: the first long prompt that runs gets at least half of what decode rows and those before it,
+/// whether they run or wait, leave; or all that it still has, unless blocks run out or a better rank
+/// takes it.
 fn long_prompts_get_half(
     config: &CoreConfig,
     before: &Inspection,
@@ -146,24 +152,19 @@ fn long_prompts_get_half(
     if !ran.all(|sequence| still_runs(sequence.seq)) {
         return Ok(());
     }
-    let left = |sequence: &SequenceView| sequence.known_len.saturating_sub(sequence.num_planned);
     let half_of_all = config.max_num_batched_tokens / 2;
     let decodes: u32 = rows.iter().filter(|row| !row.is_prompt()).map(|row| row.query_len).sum();
     let mut running = before.sequences.iter().filter(|sequence| sequence.phase == Phase::Running);
     let Some(long) = running.find(|sequence| !sequence.decodes && left(sequence) > half_of_all) else { return Ok(()) };
-    // What is set aside for those who wait before it goes to others where these cannot join after all.
-    let waits_before = |sequence: &SequenceView| {
-        sequence.phase == Phase::Waiting && (sequence.seq.request < long.seq.request || sequence.preemptions > 0)
+    let has_prompt = |sequence: &&SequenceView| match sequence.phase {
+        Phase::Running => !sequence.decodes,
+        Phase::Waiting => true,
+        Phase::Behind | Phase::Forming => false,
     };
-    if before.sequences.iter().any(waits_before) {
-        return Ok(());
-    }
-    let len_of =
-        |seq| rows.iter().filter(|row| row.seq == seq && row.is_prompt()).map(|row| row.query_len).sum::<u32>();
-    let before_it: u32 =
-        after.sequences.iter().map(|view| view.seq).take_while(|seq| *seq != long.seq).map(len_of).sum();
-    let due = left(long).min((config.max_num_batched_tokens - decodes - before_it) / 2);
-    let got = len_of(long.seq);
+    let before_it = before.sequences.iter().filter(|sequence| sequence.order < long.order).filter(has_prompt);
+    let tokens = (config.max_num_batched_tokens - decodes).saturating_sub(before_it.map(left).sum());
+    let due = left(long).min(tokens / 2);
+    let got: u32 = rows.iter().filter(|row| row.seq == long.seq && row.is_prompt()).map(|row| row.query_len).sum();
     ensure!(got >= due, "L9: {:?} got {got} tokens of {due} at least", long.seq);
     Ok(())
 }
@@ -226,8 +227,8 @@ impl Fairness {
     }
 
     /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k
-    /// before it, at most k + 1 times as often. A long prompt is also passed by short ones while
-    /// another long one is computed: that is L9.
+    /// before it, at most k + 1 times as often. A long prompt is also passed by short ones in steps
+    /// that compute a part of another long one, which came before it: that is L9.
     fn the_head_gets_its_turn(
         &mut self,
         config: &CoreConfig,
@@ -240,8 +241,10 @@ impl Fairness {
         self.bypassed.retain(|seq, _| still.contains(seq));
         let mut queue = before.sequences.iter().filter(waits).map(|sequence| sequence.seq);
         let Some(head) = queue.by_ref().find(|seq| still.contains(seq)) else { return Ok(()) };
-        let head_len = after.sequences.iter().find(|sequence| sequence.seq == head).map_or(0, |view| view.known_len);
-        if head_len > config.max_num_batched_tokens / 2 && rows.iter().any(PlannedRow::is_prompt) {
+        let half = config.max_num_batched_tokens / 2;
+        let is_long = |seq| before.sequences.iter().any(|sequence| sequence.seq == seq && left(sequence) > half);
+        let computes_another = || rows.iter().any(|row| row.is_prompt() && is_long(row.seq));
+        if config.enable_chunked_prefill && is_long(head) && computes_another() {
             return Ok(());
         }
         let passed = queue.filter(|seq| !still.contains(seq)).count() as u32;
