@@ -104,6 +104,11 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// The code of all replies of an engine that was lost.
+    pub const ENGINE_DEAD: &str = "engine_dead";
+    /// The code of replies that a shutdown has ended.
+    pub const SERVER_SHUTTING_DOWN: &str = "server_shutting_down";
+
     /// A failure with a code and an explanation.
     pub fn new(code: impl Into<String>, message: impl Into<String>) -> Self {
         Self { code: code.into(), message: message.into() }
@@ -111,7 +116,7 @@ impl Failure {
 
     /// Nothing is served any more, or not for now: it is not about this reply.
     pub fn is_of_the_server(&self) -> bool {
-        matches!(self.code.as_str(), "engine_dead" | "server_shutting_down")
+        matches!(self.code.as_str(), Self::ENGINE_DEAD | Self::SERVER_SHUTTING_DOWN)
     }
 
     /// The field of the request that caused it, which would do so again.

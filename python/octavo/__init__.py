@@ -4,8 +4,6 @@ Names are loaded when they are first used: `import octavo` itself loads neither 
 extension.
 """
 
-import importlib
-
 TYPE_CHECKING = False  # for type checkers it is true whatever is written here; `typing` is half of this import's time
 if TYPE_CHECKING:
     from typing import Any
@@ -47,6 +45,8 @@ __all__ = [
 def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module 'octavo' has no attribute {name!r}")
+    import importlib  # until a command has begun, an interrupt ends with a traceback: that may not take long
+
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

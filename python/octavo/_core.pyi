@@ -7,12 +7,15 @@ import numpy as np
 import numpy.typing as npt
 
 __all__ = [
+    "ENGINE_DEAD",
     "PLAN_FORMAT",
+    "SERVER_SHUTTING_DOWN",
     "AnswerFormat",
     "BlockMatrix",
     "BlockProduct",
     "ChatTemplate",
     "ChoiceDelta",
+    "Echo",
     "EngineCore",
     "Failure",
     "GgufError",
@@ -20,6 +23,7 @@ __all__ = [
     "KvCapacityError",
     "OverloadedError",
     "PagedAttention",
+    "Pattern",
     "Prompt",
     "PromptTooLongError",
     "RefusedError",
@@ -48,6 +52,20 @@ PLAN_FORMAT: dict[str, dict[str, int]]
 ("header", "row", ...) the place of each of its words, and the values by name of "row_flag" and
 "status".
 """
+
+ENGINE_DEAD: str
+SERVER_SHUTTING_DOWN: str
+"""Codes of what ends all replies: the engine was lost, the server ends."""
+
+@final
+class Pattern:
+    """A regular expression out of a file that nobody has looked at. Raises `ValueError` that says
+    what is wrong with it.
+    """
+
+    def __new__(cls, pattern: str) -> Pattern: ...
+    def begins(self, text: str) -> bool:
+        """Whether the text begins with a match. Raises `ValueError` where that takes too much work."""
 
 class RefusedError(ValueError):
     """A value, file or request that cannot be used. The message names field, value and limit."""
@@ -464,7 +482,7 @@ class ReplyFormat:
         as_list: bool = False,
         top_n_tokens: int = 0,
         seed: int | None = None,
-        prompt: str = "",
+        prompt: str = ...,
     ) -> ReplyFormat:
         """TGI's `/generate` and `/generate_stream`: an event a token, the last with all of the text.
 

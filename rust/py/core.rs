@@ -384,7 +384,7 @@ impl EngineCore {
     }
 
     fn shutdown(&self) {
-        self.fail_all("server_shutting_down", "The engine is shutting down.");
+        self.fail_all(Failure::SERVER_SHUTTING_DOWN, "The engine is shutting down.");
         // On a GPU the buffers are pinned memory, which whoever keeps the core must not keep.
         let buffers = std::mem::take(&mut self.lock().slots);
         drop(buffers);

@@ -12,6 +12,7 @@ mod gguf;
 mod grammar;
 mod guard;
 mod params;
+mod pattern;
 mod plan;
 mod protocol;
 mod tensor;
@@ -39,6 +40,8 @@ mod _core {
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
+    use super::pattern::Pattern;
+    #[pymodule_export]
     use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, Echo, ReplyFormat};
     #[pymodule_export]
     use super::text::{ChatTemplate, Prompt, Tokenizer};
@@ -46,6 +49,10 @@ mod _core {
     #[pymodule_export]
     #[allow(non_upper_case_globals)]
     const __version__: &str = env!("CARGO_PKG_VERSION");
+    #[pymodule_export]
+    const ENGINE_DEAD: &str = crate::output::Failure::ENGINE_DEAD;
+    #[pymodule_export]
+    const SERVER_SHUTTING_DOWN: &str = crate::output::Failure::SERVER_SHUTTING_DOWN;
 
     #[pymodule_init]
     fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {

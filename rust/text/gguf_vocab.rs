@@ -14,6 +14,7 @@ use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrap
 
 use crate::error::Result;
 use crate::gguf::{GgufFile, Kind, Value};
+use crate::text::special_tokens::check_size;
 use crate::text::Tokenizer;
 
 /// `tokenizer.ggml.token_type`.
@@ -271,9 +272,12 @@ impl<'a> GgufVocabulary<'a> {
             let pairs = self.tokens.iter().zip(&self.types).filter(|(_, kind)| kinds.contains(kind));
             pairs.map(|(token, _)| AddedToken::from(*token, special).normalized(false)).collect::<Vec<_>>()
         };
+        let (special, ordinary) = (of_types(&[CONTROL, UNKNOWN], true), of_types(&[USER_DEFINED], false));
+        let texts = special.iter().chain(&ordinary).map(|token| token.content.as_str());
+        check_size(texts).map_err(|problem| self.file.error(format!("tokenizer.ggml.tokens: {problem}")))?;
         pipeline
-            .add_special_tokens(of_types(&[CONTROL, UNKNOWN], true))
-            .and_then(|_| pipeline.add_tokens(of_types(&[USER_DEFINED], false)))
+            .add_special_tokens(special)
+            .and_then(|_| pipeline.add_tokens(ordinary))
             .map_err(|error| self.file.error(format!("tokenizer.ggml.tokens: {error}")))?;
         Ok(())
     }

@@ -1,7 +1,9 @@
 //! JSON as Python reads it: integers of any size, floats to their last digit, keys in their order.
 //!
 //! What clients send reaches a chat template through this; `serde_json` would make floats of
-//! integers that 64 bits do not hold.
+//! integers that 64 bits do not hold. Its feature `arbitrary_precision` keeps them, but for all
+//! crates at once, `tokenizers` among them; and its `RawValue` reads a value once for each level
+//! that it lies deep.
 
 /// Deepest nesting, as in `serde_json`.
 const MAX_DEPTH: usize = 128;

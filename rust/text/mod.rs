@@ -12,6 +12,7 @@ mod clock;
 mod detokenize;
 mod gguf_vocab;
 mod json;
+mod pattern;
 mod pieces;
 mod python_methods;
 mod python_values;
@@ -24,6 +25,7 @@ mod template_source;
 mod tokenizer;
 
 pub use detokenize::Detokenizer;
+pub use pattern::Pattern;
 pub use stop::{StopHit, StopMatcher, StopPatterns};
 pub use template::{ChatTemplate, RenderOptions};
 pub use tokenizer::{Specials, Tokenizer};

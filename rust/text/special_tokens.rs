@@ -68,12 +68,51 @@ pub(crate) fn add_from_folder(pipeline: &mut tokenizers::Tokenizer, folder: &Pat
     let known: HashSet<&str> = in_pipeline.values().chain(by_id.values()).map(|token| token.content.as_str()).collect();
     let missing = named.iter().map(|(_, token)| token).chain(&given.extra);
     let missing = missing.filter(|token| !known.contains(token.content.as_str()));
-    let to_add = by_id.values().chain(missing).map(|token| AddedToken {
-        special: token.special || special.contains(token.content.as_str()),
-        ..token.clone()
-    });
+    let to_add: Vec<AddedToken> = by_id
+        .values()
+        .chain(missing)
+        .map(|token| AddedToken { special: token.special || special.contains(token.content.as_str()), ..token.clone() })
+        .collect();
+    check_size(to_add.iter().map(|token| token.content.as_str()))
+        .map_err(|problem| Error::Tokenizer(format!("{}: {problem}", folder.display())))?;
     pipeline.add_tokens(to_add).map_err(|error| Error::Tokenizer(format!("{}: {error}", folder.display())))?;
     Ok(named.iter().map(|(name, token)| (name.clone(), token.content.clone())).collect())
+}
+
+/// Bytes of all added tokens of a vocabulary: the library takes more than a second for each million,
+/// and published ones have a tenth of that.
+const MAX_ADDED: usize = 1 << 20;
+
+/// Refuses added tokens that are too long, all together.
+///
+/// # Errors
+/// What is wrong, in words.
+pub(crate) fn check_size<'a>(tokens: impl Iterator<Item = &'a str>) -> std::result::Result<(), String> {
+    let len: usize = tokens.map(str::len).sum();
+    if len > MAX_ADDED {
+        return Err(format!("the added tokens have {len} bytes, at most {MAX_ADDED} are allowed"));
+    }
+    Ok(())
+}
+
+/// The same of the `tokenizer.json` at `path`, before the library reads it. What is no such file is
+/// the library's to say.
+pub(crate) fn check_size_of_file(path: &Path) -> Result<()> {
+    #[derive(serde::Deserialize)]
+    struct Token {
+        content: String,
+    }
+    #[derive(serde::Deserialize)]
+    struct Head {
+        #[serde(default)]
+        added_tokens: Vec<Token>,
+    }
+    let Ok(head) = fs::read(path).map_err(drop).and_then(|text| serde_json::from_slice::<Head>(&text).map_err(drop))
+    else {
+        return Ok(());
+    };
+    check_size(head.added_tokens.iter().map(|token| token.content.as_str()))
+        .map_err(|problem| Error::Tokenizer(format!("{}: {problem}", path.display())))
 }
 
 /// What the files say of special tokens.

@@ -79,6 +79,7 @@ impl Tokenizer {
     /// [`Error::Tokenizer`]: a file that cannot be read, or a decoder that is not known (see
     /// `pieces`).
     pub fn from_file(path: &Path) -> Result<Self> {
+        special_tokens::check_size_of_file(path)?;
         let mut pipeline = tokenizers::Tokenizer::from_file(path)
             .map_err(|error| Error::Tokenizer(format!("{}: {error}", path.display())))?;
         let folder = path.parent().unwrap_or(Path::new(""));

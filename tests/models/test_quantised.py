@@ -421,6 +421,38 @@ def test_configs_that_say_what_is_not_supported(config: Any, said: str, tmp_path
     assert said in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        (r"model\.layers\.(0|1)\.", True),
+        (r"layers\.0", False),
+        (r"(?!.*k_proj).*_proj", True),
+        (r"(?P<x>.)odel\.(?:lay|z)ers", True),
+        # Python's own engine takes ages for these.
+        (r"(.+)+!", False),
+        (r"(?=m)(.*)*!", None),
+        (r"(.+)+\1!", None),
+    ],
+)
+def test_patterns_are_those_of_python_in_bounded_time(pattern: str, matches: bool | None, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj"
+    if not pattern.endswith("!"):
+        assert bool(re.match(pattern, name)) == matches
+    configs: list[dict[str, Any]] = [
+        group(W4A16) | {"ignore": [f"re:{pattern}"]},
+        GPTQ | {"dynamic": {f"-:{pattern}": {}}},
+    ]
+    for config in configs:
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+        recipe = read_recipe(tmp_path)
+        assert recipe is not None
+        if matches is None:
+            with pytest.raises(ModelError, match=r"quantization_config\..*takes too much work"):
+                recipe.format_of(name)
+        else:
+            assert (recipe.format_of(name) is None) == matches
+
+
 PUBLISHED: list[dict[str, Any]] = [
     GPTQ
     | {"desc_act": False, "sym": True, "damp_percent": 0.01, "true_sequential": True, "static_groups": False}

@@ -23,7 +23,6 @@ def in_python() -> set[str]:
         "ChatError": 2,
         "bad_request": 2,
         "fail_step": 1,
-        "fail_all": 0,
     }
     found: set[str] = set()
     files = [
@@ -46,20 +45,23 @@ def in_python() -> set[str]:
 
 
 def in_rust() -> set[str]:
-    """The arms of the two functions `code`, what is refused of a body or a constraint, and the core's last words."""
+    """The arms of the two functions `code`, what is refused of a body or a
+    constraint, and what ends all replies.
+    """
     found: set[str] = set()
     for name in ("error.rs", "output.rs"):
         text = (ROOT / "rust" / name).read_text()
         arms = re.search(r"fn code\(&?self\).*?\n    }", text, re.DOTALL)
         assert arms is not None
         found |= set(re.findall(r'=> "([a-z_]+)"', arms.group()))
-    for path in ("protocol/body.rs", "protocol/prompts.rs", "py/core.rs"):
+    for path in ("protocol/body.rs", "protocol/prompts.rs"):
         code = (ROOT / "rust" / path).read_text().partition("#[cfg(test)]")[0]
-        found |= set(re.findall(r'(?:Error::body|refused|fail_all)\(\s*"([a-z_]+)"', code))
+        found |= set(re.findall(r'(?:Error::body|refused)\(\s*"([a-z_]+)"', code))
     constraints = (ROOT / "rust/grammar/constraint.rs").read_text()
     found |= set(re.findall(r'code(?: = |: ).*?"([a-z_]+)"', constraints))
     found |= set(re.findall(r'else \{ "([a-z_]+)" \}', constraints))
-    return found - RAISED_BY_START_UP
+    ends = re.findall(r'pub const \w+: &str = "([a-z_]+)";', (ROOT / "rust/output.rs").read_text())
+    return found.union(ends) - RAISED_BY_START_UP
 
 
 def test_every_code_is_documented_and_every_documented_one_exists() -> None:

@@ -202,6 +202,7 @@ LLAMA = {**BASE, "model": "llama", "scores": [0.0, 0.0, -1.0, 0.0]}
         ({**BASE, "merges": ["ab"]}, "must hold pairs"),
         ({**BASE, "bos_token_id": 4}, "bos_token_id is 4, but the vocabulary has 4 tokens"),
         ({**BASE, "tokens": ["a", "b", "ab", "a"]}, 'tokens 0 and 3 are both "a"'),
+        ({**BASE, "tokens": ["a", "b", "ab", "x" * 2**21]}, "tokens: the added tokens have 2097152 bytes"),
         ({**LLAMA, "scores": [0.0]}, "scores has 1 values"),
         ({**LLAMA, "scores": [0.0, 0.0, float("nan"), 0.0]}, "score of token 2 is NaN"),
         ({**LLAMA, "tokens": ["a", "b", "a" * 129, "<s>"]}, "token 2 has 129 characters"),

@@ -202,6 +202,22 @@ def test_bad_files_are_named(tmp_path: Path, files: dict[str, Any], message: str
         read_text(write_folder(tmp_path / "model", files), None, None)
 
 
+def test_tokens_without_measure_are_refused(tmp_path: Path) -> None:
+    """Before the library builds its automata, which takes seconds and gigabytes."""
+    tokens = [f"{number}{'x' * 40_000}" for number in range(27)]
+    too_long = r"the added tokens have 10800\d\d bytes, at most 1048576 are allowed"
+    folder = write_folder(tmp_path / "beside", {CONFIG: {"additional_special_tokens": tokens}})
+    with pytest.raises(ModelError, match=rf"beside: {too_long}"):
+        read_text(folder, None, None)
+    folder = write_folder(tmp_path / "inside", {})
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["added_tokens"] = [listed(content) | {"id": 300 + id} for id, content in enumerate(tokens)]
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: {too_long}"):
+        read_text(folder, None, None)
+
+
 def test_an_odd_value_is_cut(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "model", {CONFIG: {"bos_token": ["x" * 100_000]}})
     with pytest.raises(ModelError, match=r"bos_token is \[\"x+\.\.\., but must be") as refused:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 
 import torch
 
+from octavo import _core
 from octavo._core import EngineCore
 from octavo.config import EngineConfig
 from octavo.engine import process
@@ -180,7 +181,7 @@ class Engine:
             logger.exception("the engine stopped")
             self.failure = f"{type(error).__name__}: {error}"
             # Clients see this: the reason stays in the log and in `failure`.
-            self.core.fail_all("engine_dead", "The engine has stopped.")
+            self.core.fail_all(_core.ENGINE_DEAD, "The engine has stopped.")
 
     @property
     def is_stopped(self) -> bool:

@@ -125,7 +125,7 @@ def overloaded(message: str, retry_after: int) -> ApiError:
 def shutting_down(*, close: bool = False) -> ApiError:
     """503 while the server drains; `close`: on a connection whose request has not come whole."""
     headers = {"Retry-After": "5"} | ({"Connection": "close"} if close else {})
-    return ApiError(503, "server_shutting_down", "The server is shutting down.", headers=headers)
+    return ApiError(503, _core.SERVER_SHUTTING_DOWN, "The server is shutting down.", headers=headers)
 
 
 def internal_error() -> ApiError:
@@ -136,13 +136,13 @@ def internal_error() -> ApiError:
 def engine_dead() -> ApiError:
     """503 after the engine was lost; the reason is in the server's log."""
     message = "The engine has stopped and the server is about to exit."
-    return ApiError(503, "engine_dead", message, headers={"Retry-After": "10"})
+    return ApiError(503, _core.ENGINE_DEAD, message, headers={"Retry-After": "10"})
 
 
 def from_failure(failure: _core.Failure) -> ApiError:
     """What ended an accepted call before anything of its answer was sent."""
-    if failure.code == "engine_dead":
+    if failure.code == _core.ENGINE_DEAD:
         return engine_dead()
-    if failure.code == "server_shutting_down":
+    if failure.code == _core.SERVER_SHUTTING_DOWN:
         return shutting_down()
     return ApiError(500 if failure.param is None else 400, failure.code, failure.message, param=failure.param)

@@ -1,11 +1,9 @@
 """The configs of AutoGPTQ and GPTQModel."""
 
-import re
-
 from octavo.layers.schemes.formats.gptq import GptqFormat
 from octavo.layers.schemes.formats.stored import Format
 from octavo.models.config_reader import Fields
-from octavo.weights.quantization.recipe import Recipe, compile_pattern, one_of, read_group_size, spellings
+from octavo.weights.quantization.recipe import Pattern, Recipe, one_of, read_group_size, spellings
 
 HEAD = "lm_head"
 
@@ -18,10 +16,10 @@ def read_gptq(fields: Fields) -> Recipe:
         raise fields.error("is_marlin_format", "true is not supported; supported: GPTQ's own layout")
     whole = _read_format(fields, version)
     head = fields.flag(HEAD, False)
-    rules: list[tuple[re.Pattern[str], Format | None]] = []
+    rules: list[tuple[Pattern, Format | None]] = []
     for pattern, changes in fields.table("dynamic").items():
         label = f"dynamic.{pattern}"
-        compiled = compile_pattern(fields, label, pattern[2:] if pattern[:2] in ("+:", "-:") else pattern)
+        compiled = Pattern(fields, label, pattern[2:] if pattern[:2] in ("+:", "-:") else pattern)
         if pattern.startswith("-:"):
             rules.append((compiled, None))
             continue
@@ -32,7 +30,7 @@ def read_gptq(fields: Fields) -> Recipe:
 
     def format_of(name: str) -> Format | None:
         for pattern, form in rules:
-            if any(pattern.match(spelling) for spelling in spellings(name)):
+            if any(pattern.begins(spelling) for spelling in spellings(name)):
                 return form
         return whole if name != HEAD or head else None
 

@@ -2,12 +2,12 @@
 format.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from octavo.layers.schemes.formats.stored import Format
+from octavo.model_config import ModelError
 from octavo.models.config_reader import Fields
 
 MAX_PATTERN = 512
@@ -50,13 +50,13 @@ class Names:
             raise fields.error(key, f"{values!r} is not a list of module names")
         self.given = fields.get(key) is not None
         self._names = {value for value in values if not value.startswith("re:")}
-        self._patterns = [compile_pattern(fields, key, value[3:]) for value in values if value.startswith("re:")]
+        self._patterns = [Pattern(fields, key, value[3:]) for value in values if value.startswith("re:")]
         self._parts = parts
 
     def have(self, name: str) -> bool:
         """Whether the list means a projection."""
         for spelling in spellings(name):
-            if spelling in self._names or any(pattern.match(spelling) for pattern in self._patterns):
+            if spelling in self._names or any(pattern.begins(spelling) for pattern in self._patterns):
                 return True
             if self._parts and any(f".{part}." in f".{spelling}." for part in self._names):
                 return True
@@ -67,14 +67,31 @@ class Names:
         return name in self._names
 
 
-def compile_pattern(fields: Fields, key: str, pattern: str) -> re.Pattern[str]:
-    """A regular expression of a config file. Raises `ModelError` for one that is none, or long."""
-    if len(pattern) > MAX_PATTERN:
-        raise fields.error(key, f"a pattern of {len(pattern)} characters: at most {MAX_PATTERN}")
-    try:
-        return re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise fields.error(key, f"{pattern!r} is not a regular expression: {error}") from None
+class Pattern:
+    """A regular expression of a config file, by the core's engine, since Python's may take years.
+    Raises `ModelError` for one that is none, or long, or takes too much work.
+    """
+
+    def __init__(self, fields: Fields, key: str, pattern: str) -> None:
+        if len(pattern) > MAX_PATTERN:
+            raise fields.error(key, f"a pattern of {len(pattern)} characters: at most {MAX_PATTERN}")
+        from octavo import _core
+
+        self._fields, self._key, self._text = fields, key, pattern
+        try:
+            self._pattern = _core.Pattern(pattern)
+        except ValueError as error:
+            raise self._error(f"is not a regular expression: {' '.join(str(error).split())}") from None
+
+    def begins(self, name: str) -> bool:
+        """Whether a name begins with a match."""
+        try:
+            return self._pattern.begins(name)
+        except ValueError as error:
+            raise self._error(f"takes too much work: {error}") from None
+
+    def _error(self, reason: str) -> ModelError:
+        return self._fields.error(self._key, f"{self._text!r} {reason}")
 
 
 def one_of(fields: Fields, key: str, allowed: Iterable[Any], default: Any = None) -> Any:
