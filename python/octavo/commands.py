@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from octavo import __version__
 from octavo.config import EngineConfig
@@ -34,11 +34,23 @@ def run(argv: Sequence[str]) -> int:
     return int(args.run(args))
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's own keeps silent where the help cannot be written."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        try:
+            (sys.stderr if file is None else file).write(message)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise ValueError(f"the standard output cannot be written: {error.strerror}") from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of `octavo`; each command's function is in the result's `run`, its own parser in
     `parser`.
     """
-    parser = argparse.ArgumentParser("octavo", description="An LLM inference engine and server.", allow_abbrev=False)
+    parser = Parser("octavo", description="An LLM inference engine and server.", allow_abbrev=False)
     parser.add_argument(
         "-v", "--version", action="version", version=f"octavo {__version__}", help="print the version and exit"
     )
@@ -144,7 +156,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def serve_parser(name: str) -> argparse.ArgumentParser:
     """The parser of vLLM's `api_server` module, which has the flags of `octavo serve`."""
-    parser = argparse.ArgumentParser(name, description="Serve a model over HTTP.", allow_abbrev=False)
+    parser = Parser(name, description="Serve a model over HTTP.", allow_abbrev=False)
     _add_serve_flags(parser)
     return parser
 
