@@ -112,6 +112,12 @@ class EngineConfig:
         "auto", "Where weights come from; dummy: random ones, for measurements.", choices=LOAD_FORMATS
     )
     device: str = option("auto", "Where the model runs; auto: the GPU when there is one.", choices=DEVICES)
+    cpu_threads: int | None = option(
+        None,
+        "Threads that compute on a CPU, of the whole process; default: the processors that it may use, by its affinity "
+        "and its cgroup's quota.",
+        parse=parse_count,
+    )
     seed: int = option(0, "Seed of dummy weights and of the requests that bring none.", parse=parse_count)
     quantization: str | None = option(
         None,
@@ -228,6 +234,7 @@ class EngineConfig:
                 raise ValueError(f"{field} = {getattr(self, field)!r}: must be one of {', '.join(allowed)}")
         for field, low, high in (
             ("seed", 0, 2**63 - 1),
+            ("cpu_threads", 1, 1024),
             ("max_num_seqs", 1, 4096),
             ("max_num_batched_tokens", 1, 2**20),
             ("max_waiting", 1, 2**20),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo import LLM, AsyncEngine, SamplingParams
+from octavo import LLM, AsyncEngine, SamplingParams, _core
 from octavo.engine import setup
 from octavo.engine.prompts import encode_prompt
 from tests.models.test_architectures import make
@@ -31,9 +31,21 @@ def test_options_that_ask_for_nothing(option: dict[str, Any], line: str, caplog:
     assert [text.startswith(line) for text in said] == ([True] if line else [])
 
 
+def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, torch_threads = _core.cpu_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", torch_threads.append)
+    try:
+        with LLM("tiny", dtype=torch.float32, cpu_threads=3, **TINY) as llm:
+            assert "cpu, 3 threads of " in llm._engine.parts.report.device
+        assert _core.cpu_threads() == 3 and 3 in torch_threads
+    finally:
+        _core.set_cpu_threads(before)
+
+
 @pytest.mark.parametrize(
     ("option", "error"),
     [
+        ({"cpu_threads": 0}, r"cpu_threads = 0: must be from 1 to 1024"),
         ({"cpu_offload_gb": 4}, r"cpu_offload_gb = 4: not supported yet, only 0"),
         ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype = 'fp8_e5m2': must be one of auto, bfloat16, .*int4"),
         ({"speculative_config": {}}, r"speculative_config = \{\}: not supported yet"),

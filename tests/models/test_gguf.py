@@ -148,6 +148,34 @@ def test_logits_from_gguf_equal_transformers(case: str, tmp_path: Path) -> None:
         assert_close(logits, reference(torch.tensor([PROMPT])).logits[0])
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("case", list(ARCHITECTURES))
+def test_logits_from_blocks_are_those_of_the_expanded_file(case: str, kind: str, tmp_path: Path) -> None:
+    """The expanded one's are transformers', and its numbers the gguf package's."""
+    _, path = write(case, tmp_path, kind=kind, hidden_size=64, intermediate_size=96, head_dim=32)
+    logits = {}
+    for dtype in ("auto", "float32"):
+        loaded = load_model(EngineConfig(model=str(path), dtype=dtype), device=torch.device("cpu"))
+        assert loaded.in_blocks == (dtype == "auto")
+        runner = Runner(loaded.model, torch.float32)
+        sequence = harness.Sequence(0)
+        (prompt,) = runner.step([], [(sequence, PROMPT)])
+        (decoded,) = runner.step([(sequence, 7)], [])
+        logits[dtype] = torch.cat((prompt, decoded))
+    error = (logits["auto"] - logits["float32"]).norm() / logits["float32"].norm()
+    assert error < 1e-3
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    _, path = write("llama-gqa-tied", tmp_path, kind="Q8_0", hidden_size=64, intermediate_size=96, head_dim=32)
+    offset = next(o for name, _, _, o, _ in _core.GgufFile(str(path)).tensors() if name == "blk.1.ffn_down.weight")
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 2] = np.array([np.inf], np.float16).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"NaN or infinite numbers in 1 tensors.*layers\.1\.mlp\.down_proj\.weight"):
+        load_model(EngineConfig(model=str(path)), device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize(("layers", "scaled_by"), [(34, 256), (62, 168)])
 def test_gemmas_scale_of_attention(layers: int, scaled_by: int) -> None:
     """llama.cpp, `llama_model_gemma3`: 1 / sqrt(head size), but for the 27B 1 / sqrt(embedding size

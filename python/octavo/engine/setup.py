@@ -97,6 +97,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
     kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
     config.for_device(kind)  # what contradicts itself is refused before anything is loaded
     refuse_kv_dtype_of_device(config.kv_cache_dtype, device)
+    if config.cpu_threads is not None:
+        _core.set_cpu_threads(config.cpu_threads)
+        torch.set_num_threads(config.cpu_threads)
 
     def refuse_early(model_config: ModelConfig, dtype: torch.dtype) -> None:
         pick_max_model_len(config, model_config)
@@ -186,7 +189,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     report = StartupReport(
         device=torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        else f"cpu, {_core.cpu_threads()} threads of {_core.cpu_levels()[-1]} and {torch.get_num_threads()} of torch",
         dtype=str(loaded.dtype).removeprefix("torch."),
         dtype_reason=loaded.dtype_reason,
         weight_bytes=weight_bytes,
