@@ -20,6 +20,8 @@ __all__ = [
     "Failure",
     "GgufError",
     "GgufFile",
+    "Grammar",
+    "GrammarCompiler",
     "KvCapacityError",
     "OverloadedError",
     "PagedAttention",

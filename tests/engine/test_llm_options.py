@@ -48,7 +48,7 @@ def test_threads_are_those_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"cpu_threads": 0}, r"cpu_threads = 0: must be from 1 to 1024"),
         ({"cpu_offload_gb": 4}, r"cpu_offload_gb = 4: not supported yet, only 0"),
         ({"kv_cache_dtype": "fp8_e5m2"}, r"kv_cache_dtype = 'fp8_e5m2': must be one of auto, bfloat16, .*int4"),
-        ({"speculative_config": {}}, r"speculative_config = \{\}: not supported yet"),
+        ({"speculative_config": {}}, r"speculative_config: method is missing: must be one of ngram, suffix"),
         ({"quantisation": None}, r"quantisation: no such option \(did you mean quantization\?\)"),
         ({"frobnicate": 1}, r"frobnicate: no such option$"),
         ({"model": 3}, r"model = 3: must be text"),
