@@ -57,15 +57,15 @@ def test_defaults(values: Any, defaults: Any, tmp_path: Path, caplog: pytest.Log
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"sequence": "k;p;t"}, {"sequence"}),
-        ({"xtc_probability": 0.5, "xtc_threshold": 0.1}, {"xtc_probability", "xtc_threshold"}),
-        ({"mirostat": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.1}, {"mirostat", "mirostat_tau", "mirostat_eta"}),
-        ({"penalty_repeat": 1.05, "penalty_last_n": 64}, {"penalty_last_n"}),
+        ({"sequence": "k;p;t"}, ["sequence"]),
+        ({"xtc_probability": 0.5, "xtc_threshold": 0.1}, ["xtc_probability", "xtc_threshold"]),
+        ({"mirostat": 2, "mirostat_tau": 5.0, "mirostat_eta": 0.1}, ["mirostat", "mirostat_tau", "mirostat_eta"]),
+        ({"penalty_repeat": 1.05, "penalty_last_n": 64}, ["penalty_last_n"]),
     ],
     ids=str,
 )
 def test_what_is_not_honoured_is_named(
-    values: Any, named: set[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    values: Any, named: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         read(tmp_path, values)
