@@ -2,7 +2,7 @@
 
 `python -m bench.structured` on the default model; on a GPU for instance
 `python -m bench.structured --model llama2-7b --load-format dummy --dtype bfloat16`. A model with dummy
-weights has no tokenizer: it borrows the default model's, whose tokens then stand for its own. The
+weights has no tokenizer: it borrows another model's, whose tokens then stand for its own. The
 schema has no end within the answer, so both sides write the same number of tokens.
 """
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokenizer", help="of a model with dummy weights [default: the default model's]")
     parser.add_argument("--streams", type=int, default=32)
     parser.add_argument("--input-len", type=int, default=128)
     parser.add_argument("--output-len", type=int, default=256)
@@ -44,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     model = {} if options.model is None else {"model": options.model, "load_format": options.load_format}
     if options.load_format == "dummy":
-        model["tokenizer"] = str(default_model_path())
+        model["tokenizer"] = options.tokenizer or str(default_model_path())
     llm = LLM(
         **model,
         dtype=options.dtype,
