@@ -225,8 +225,8 @@ pub struct Scheduler {
     speculator: Option<Speculator>,
     /// By place behind a row's first token: drafts that were right. Counters.
     accepted_by_place: Vec<u64>,
-    /// When the last step was committed.
-    committed_at: f64,
+    /// When the last step was committed, if it left somebody running.
+    busy_since: Option<f64>,
     /// Requests that have not been admitted yet.
     num_queued: usize,
     /// Of these, requests that wait behind others of their call.
@@ -276,7 +276,7 @@ impl Scheduler {
                 .speculation
                 .map(|speculation| Speculator::new(speculation, config.num_draft_tokens as usize)),
             accepted_by_place: vec![0; config.num_draft_tokens as usize],
-            committed_at: 0.0,
+            busy_since: None,
             num_queued: 0,
             num_behind: 0,
             longest_sequence: kv.longest_sequence(config.max_model_len),

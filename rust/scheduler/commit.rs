@@ -33,6 +33,7 @@ impl Scheduler {
         self.spare_steps.push(step);
         self.retire_failed();
         self.drop_left_running();
+        self.busy_since = (!self.running.is_empty()).then_some(self.now);
         Ok(())
     }
 

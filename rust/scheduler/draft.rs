@@ -84,11 +84,12 @@ impl Scheduler {
         progress.num_rejected_tokens += num_drafts - num_accepted;
     }
 
-    /// A step of decodes has taken from its plan, or from the commit before it, until now.
+    /// A step of decodes has been committed. It has taken from the commit before it until now, what
+    /// the host does between two steps included, or from its plan if nobody ran before.
     pub(super) fn measure_step(&mut self, step_id: u64, planned_at: f64, tokens: u32, has_drafts: bool) {
-        let before = std::mem::replace(&mut self.committed_at, self.now);
         if let (Some(speculator), true) = (&mut self.speculator, tokens > 0) {
-            speculator.controller.measured(tokens, has_drafts, self.now - before.max(planned_at), step_id);
+            let began = self.busy_since.unwrap_or(planned_at);
+            speculator.controller.measured(tokens, has_drafts, self.now - began, step_id);
         }
     }
 }

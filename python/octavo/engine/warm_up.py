@@ -47,9 +47,12 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
     """Runs every kind of request to its end. `core_options`: those of the real core, whose pool
     must be unused yet.
     """
-    speculation = core_options["speculation"] and core_options["speculation"] | {"adaptive": False}
+    speculation = core_options.get("speculation")
+    max_tokens = 2
+    if speculation is not None:  # long enough that drafts of every number are verified
+        speculation = speculation | {"adaptive": False}
+        max_tokens = 4 + core_options["num_draft_tokens"]
     core = EngineCore(**core_options | {"batching": "continuous", "speculation": speculation})
-    max_tokens = 2 if speculation is None else 4 + core_options["num_draft_tokens"]
     core.bind(0, buffers.plan_array, buffers.result_array)
     for options in REQUESTS:
         if options.get("n", 1) > runner.max_num_seqs:
