@@ -133,6 +133,8 @@ struct Step {
     planned_at: f64,
     /// Tokens of its rows if all of them are decode rows; 0: there are prompts.
     decode_tokens: u32,
+    /// Drafts that were expected to be right when it was planned, or held back for them.
+    hoped: f64,
     rows: Vec<StepRow>,
     /// Those that a grammar bounds.
     masked: Vec<MaskedRow>,
@@ -225,6 +227,10 @@ pub struct Scheduler {
     speculator: Option<Speculator>,
     /// By place behind a row's first token: drafts that were right. Counters.
     accepted_by_place: Vec<u64>,
+    /// Of the step being planned, or held back: drafts that should be right.
+    hoped: f64,
+    /// Of the step being committed: drafts that were.
+    accepted_in_step: u32,
     /// When the last step was committed, if it left somebody running.
     busy_since: Option<f64>,
     /// Requests that have not been admitted yet.
@@ -276,6 +282,8 @@ impl Scheduler {
                 .speculation
                 .map(|speculation| Speculator::new(speculation, config.num_draft_tokens as usize)),
             accepted_by_place: vec![0; config.num_draft_tokens as usize],
+            hoped: 0.0,
+            accepted_in_step: 0,
             busy_since: None,
             num_queued: 0,
             num_behind: 0,

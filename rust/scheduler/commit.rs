@@ -25,15 +25,14 @@ impl Scheduler {
         self.now = self.clock(now);
         let step = self.in_flight.pop_front().expect("it was looked at above");
         self.fence(step.id);
-        self.measure_step(step.id, step.planned_at, step.decode_tokens, step.decode_tokens > step.rows.len() as u32);
         for (index, row) in step.rows.iter().enumerate() {
             let told = self.tell_prompt(&step, row, result, sink);
             self.commit_row(row, &layout.row(result, step.record_of(index)), told, sink);
         }
-        self.spare_steps.push(step);
         self.retire_failed();
         self.drop_left_running();
-        self.busy_since = (!self.running.is_empty()).then_some(self.now);
+        self.measure_step(&step);
+        self.spare_steps.push(step);
         Ok(())
     }
 
@@ -162,6 +161,8 @@ impl Scheduler {
         let status = match result.status() {
             _ if told.is_err() => told.map(|()| 0),
             STATUS_NAN => Err(SequenceError::Numerical),
+            // Behind a draft that ends its grammar there is nothing to draw; what came before holds.
+            STATUS_MASKED if (1..=row.num_drafts).contains(&result.num_valid()) => Ok(result.num_valid()),
             STATUS_MASKED => Err(SequenceError::AllMasked),
             STATUS_OK if (1..=1 + row.num_drafts).contains(&result.num_valid()) => Ok(result.num_valid()),
             _ => Err(SequenceError::BadResult),

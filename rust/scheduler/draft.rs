@@ -4,7 +4,7 @@
 //! one step is in flight and not two: the next is planned when the one before has been committed.
 //! That costs the device a pause a step, which the controller sees in the steps' times.
 
-use super::Scheduler;
+use super::{Scheduler, Step};
 
 impl Scheduler {
     /// Gives the decode rows of the step being planned the drafts that pay. True where some would,
@@ -30,8 +30,9 @@ impl Scheduler {
             let chances = sequence.drafter.iter().flat_map(|drafter| drafter.chances(room as usize));
             controller.offer(chances);
         }
-        let lens = if speculator.config.adaptive { controller.choose(self.next_step) } else { controller.all() };
-        let Some(lens) = lens else { return false };
+        let chosen = if speculator.config.adaptive { controller.choose(self.next_step) } else { controller.all() };
+        let Some((lens, hoped)) = chosen else { return false };
+        self.hoped = self.hoped.max(hoped);
         if !self.in_flight.is_empty() {
             return true;
         }
@@ -76,6 +77,7 @@ impl Scheduler {
         self.stats.drafted_rows += 1;
         self.stats.draft_tokens += u64::from(num_drafts);
         self.stats.accepted_tokens += u64::from(num_accepted);
+        self.accepted_in_step += num_accepted;
         for count in &mut self.accepted_by_place[..num_accepted as usize] {
             *count += 1;
         }
@@ -85,11 +87,16 @@ impl Scheduler {
     }
 
     /// A step of decodes has been committed. It has taken from the commit before it until now, what
-    /// the host does between two steps included, or from its plan if nobody ran before.
-    pub(super) fn measure_step(&mut self, step_id: u64, planned_at: f64, tokens: u32, has_drafts: bool) {
-        if let (Some(speculator), true) = (&mut self.speculator, tokens > 0) {
-            let began = self.busy_since.unwrap_or(planned_at);
-            speculator.controller.measured(tokens, has_drafts, self.now - began, step_id);
+    /// the host does between two steps included, or from its plan if nobody ran before. One that was
+    /// held back for drafts counts as one with drafts, whether or not it got any.
+    pub(super) fn measure_step(&mut self, step: &Step) {
+        let accepted = std::mem::take(&mut self.accepted_in_step);
+        if let (Some(speculator), true) = (&mut self.speculator, step.decode_tokens > 0) {
+            let began = self.busy_since.unwrap_or(step.planned_at);
+            let is_plain = step.decode_tokens == step.rows.len() as u32 && step.hoped == 0.0;
+            speculator.controller.measured(step.decode_tokens, !is_plain, self.now - began, step.id);
+            speculator.controller.came_to(step.hoped, accepted);
         }
+        self.busy_since = (!self.running.is_empty()).then_some(self.now);
     }
 }

@@ -13,6 +13,11 @@ const STALE_AFTER: u64 = 400;
 const GUESSED_SLOPE: f64 = 0.01;
 /// Drafting must promise this many times the tokens a second.
 const LEAST_GAIN: f64 = 1.03;
+/// Hopes of so many accepted drafts, all fulfilled, stand beside those that there were; and what an
+/// old hope still counts after a step with drafts, and after one without.
+const PRIOR_HOPE: f64 = 8.0;
+const HOPE_KEPT: f64 = 0.99;
+const HOPE_KEPT_IDLE: f64 = 0.9995;
 /// A draft with less than this chance is not looked at.
 const LEAST_CHANCE: f32 = 0.05;
 
@@ -83,6 +88,9 @@ pub(crate) struct Controller {
     /// Of steps of decodes only, without and with drafts.
     plain: StepTimes,
     drafting: StepTimes,
+    /// Accepted drafts that were expected, and those that there were; old ones count less.
+    hoped: f64,
+    got: f64,
     /// Of the step being planned. Kept for its memory.
     drafts: Vec<Draft>,
     lens: Vec<u32>,
@@ -90,7 +98,14 @@ pub(crate) struct Controller {
 
 impl Controller {
     pub fn new() -> Self {
-        Self { plain: StepTimes::new(), drafting: StepTimes::new(), drafts: Vec::new(), lens: Vec::new() }
+        Self {
+            plain: StepTimes::new(),
+            drafting: StepTimes::new(),
+            hoped: 0.0,
+            got: 0.0,
+            drafts: Vec::new(),
+            lens: Vec::new(),
+        }
     }
 
     /// A step of decodes only has taken so long.
@@ -99,6 +114,14 @@ impl Controller {
             let times = if has_drafts { &mut self.drafting } else { &mut self.plain };
             times.add(tokens, seconds, step);
         }
+    }
+
+    /// Of a step for whose drafts `hoped` were expected to be right, `got` were. What was expected and
+    /// then not even drafted, since the tokens that came were others, counts as well.
+    pub fn came_to(&mut self, hoped: f64, got: u32) {
+        let kept = if hoped > 0.0 { HOPE_KEPT } else { HOPE_KEPT_IDLE };
+        self.hoped = self.hoped * kept + hoped;
+        self.got = self.got * kept + f64::from(got);
     }
 
     /// Forgets the offers of the step before.
@@ -115,9 +138,9 @@ impl Controller {
         self.drafts.extend(likely.map(|chance| Draft { chance, row }));
     }
 
-    /// How many drafts each row that was offered should carry in step `step`; None where none
-    /// should.
-    pub fn choose(&mut self, step: u64) -> Option<&[u32]> {
+    /// How many drafts each row that was offered should carry in step `step`, and how many of all will
+    /// be right; None where there should be none.
+    pub fn choose(&mut self, step: u64) -> Option<(&[u32], f64)> {
         let rows = self.lens.len() as u32;
         if self.drafts.is_empty() {
             return None;
@@ -129,26 +152,28 @@ impl Controller {
         let plain_rate = f64::from(rows) / class.seconds;
         // Stable: each row's drafts stay in their order.
         self.drafts.sort_by(|left, right| right.chance.total_cmp(&left.chance));
-        let (mut gained, mut best, mut best_rate) = (0.0, 0, plain_rate * LEAST_GAIN);
+        let fulfilled = (self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE);
+        let (mut hoped, mut best, mut best_hope, mut best_rate) = (0.0, 0, 0.0, plain_rate * LEAST_GAIN);
         for (index, draft) in self.drafts.iter().enumerate() {
-            gained += f64::from(draft.chance);
-            let rate = (f64::from(rows) + gained) / self.expected(rows, rows + index as u32 + 1, class, step);
+            hoped += f64::from(draft.chance);
+            let tokens = f64::from(rows) + hoped * fulfilled;
+            let rate = tokens / self.expected(rows, rows + index as u32 + 1, class, step);
             if rate > best_rate {
-                (best, best_rate) = (index + 1, rate);
+                (best, best_hope, best_rate) = (index + 1, hoped, rate);
             }
         }
         for draft in &self.drafts[..best] {
             self.lens[draft.row as usize] += 1;
         }
-        (best > 0).then_some(&self.lens)
+        (best > 0).then_some((self.lens.as_slice(), best_hope))
     }
 
-    /// All that were offered; None where there are none.
-    pub fn all(&mut self) -> Option<&[u32]> {
+    /// All that were offered, in the form of `choose`.
+    pub fn all(&mut self) -> Option<(&[u32], f64)> {
         for draft in &self.drafts {
             self.lens[draft.row as usize] += 1;
         }
-        (!self.drafts.is_empty()).then_some(&self.lens)
+        (!self.drafts.is_empty()).then_some((self.lens.as_slice(), 0.0))
     }
 
     /// Seconds of a step of `rows` rows and `tokens` tokens, beside which `plain` is one without
@@ -191,7 +216,7 @@ mod tests {
             for _ in 0..rows {
                 controller.offer((1..=most).map(|place| chance.powi(place as i32)));
             }
-            let lens = controller.choose(step).map_or(vec![0; rows as usize], <[u32]>::to_vec);
+            let lens = controller.choose(step).map_or(vec![0; rows as usize], |(lens, _)| lens.to_vec());
             let count = rows + lens.iter().sum::<u32>();
             controller.measured(count, count > rows, seconds(count), step);
             time += seconds(count);
@@ -205,7 +230,7 @@ mod tests {
     fn never_slower_and_faster_where_it_pays() {
         let gpu = |tokens: u32| 5e-3 + f64::from(tokens.saturating_sub(64)) * 2e-5;
         let cpu = |tokens: u32| 0.02 + f64::from(tokens) * 5e-3;
-        for rows in [1, 4, 16, 64, 256] {
+        for rows in [1, 8, 64] {
             for chance in [0.02, 0.2, 0.5, 0.8, 0.97] {
                 for (name, seconds) in [("gpu", &gpu as &dyn Fn(u32) -> f64), ("cpu", &cpu)] {
                     let gain = speed_up(rows, chance, 7, seconds);
@@ -219,13 +244,30 @@ mod tests {
     }
 
     #[test]
+    fn hopes_that_come_to_nothing_are_noticed_and_forgotten() {
+        let mut controller = Controller::new();
+        let mut drafted = Vec::new();
+        for step in 1..=4000 {
+            controller.open();
+            controller.offer([0.9, 0.8, 0.7].into_iter());
+            let chosen = controller.choose(step).map(|(lens, hoped)| (lens[0], hoped));
+            drafted.extend(chosen.map(|_| step));
+            let (count, hoped) = chosen.unwrap_or((0, 0.0));
+            controller.came_to(hoped, 0);
+            controller.measured(1 + count, count > 0, if count > 0 { 0.012 } else { 0.01 }, step);
+        }
+        assert!((10..=200).contains(&drafted.len()), "{}", drafted.len());
+        assert!(drafted.last() > Some(&2000), "never tried again");
+    }
+
+    #[test]
     fn a_device_that_becomes_slow_with_drafts_is_noticed() {
         let mut controller = Controller::new();
         let mut drafted = 0;
         for step in 1..=1000 {
             controller.open();
             controller.offer([0.9, 0.8, 0.7].into_iter());
-            let count = 1 + controller.choose(step).map_or(0, |lens| lens[0]);
+            let count = 1 + controller.choose(step).map_or(0, |(lens, _)| lens[0]);
             drafted += u32::from(count > 1);
             controller.measured(count, count > 1, if count > 1 { 1.0 } else { 0.01 }, step);
         }

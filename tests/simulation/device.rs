@@ -351,7 +351,7 @@ impl Device {
             self.draw(view, row, &tokens, &states, masks)?
         };
         let state = &mut self.slots[slot];
-        state.is_doomed |= is_nan || faults.lost || drawn.status == STATUS_ALL_MASKED;
+        state.is_doomed |= is_nan || faults.lost || drawn.status == STATUS_ALL_MASKED && drawn.tokens.is_empty();
         state.computed_len += if row.flags & PREFILL != 0 { row.query_len } else { drawn.tokens.len() as u32 };
         state.output_index += drawn.tokens.len() as u32;
         if let Some(&(token, _)) = drawn.tokens.last() {
