@@ -94,6 +94,8 @@ impl Scheduler {
             }
         }
         let mut prompts = self.share(self.planned.budget - decode_tokens, has_prompts);
+        // What an older one leaves to a better rank that waits is not for those behind it either.
+        let mut set_aside = 0;
 
         let mut place = 0;
         while let Some(number) = self.running.get(place).copied() {
@@ -106,7 +108,8 @@ impl Scheduler {
                     0
                 }
             } else {
-                self.chunk_len(number, prompts)
+                set_aside = self.wanted_before(number, prompts.short + prompts.long).max(set_aside);
+                self.chunk_len(number, prompts, set_aside)
             };
             if len == 0 {
                 place += 1;
@@ -172,12 +175,12 @@ impl Scheduler {
         sequence.known_len() - sequence.most_len > self.long_above()
     }
 
-    /// Tokens of a prompt that are computed in this step, as far as the budget goes.
-    fn chunk_len(&self, number: u32, prompts: PromptBudget) -> u32 {
+    /// Tokens of a prompt that are computed in this step, as far as the budget goes, but for those
+    /// that are set aside for others.
+    fn chunk_len(&self, number: u32, prompts: PromptBudget, set_aside: u32) -> u32 {
         let sequence = &self.sequences[number];
         let part = if self.is_long(number) { prompts.long } else { prompts.short };
-        let all = prompts.short + prompts.long;
-        let left = all - self.wanted_before(number, all);
+        let left = (prompts.short + prompts.long).saturating_sub(set_aside);
         (sequence.known_len() - sequence.most_len).min(part).min(left)
     }
 
