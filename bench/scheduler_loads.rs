@@ -14,7 +14,7 @@ use model::{Machine, H100_7B};
 fn main() {
     let heads = ["tok/s", "seconds", "steps", "preempted", "recomputed", "running", "few", "gap s"];
     println!("{:44}{}", "load", heads.map(|head| format!("{head:>11}")).concat());
-    for (name, config, requests) in workloads::all() {
+    for (name, config, requests) in workloads::all().into_iter().chain(workloads::held_out()) {
         let mut machine = Machine::new(config);
         for asked in &requests {
             machine.add(asked);

@@ -40,6 +40,24 @@ fn no_load_loses_by_what_admission_foresees() {
     }
 }
 
+/// What is foreseen costs a twentieth at most where it helps least: a pool for forty, and one answer
+/// in ten of 2,000 tokens. Elsewhere it gains as much, with a small part of the preemptions.
+#[test]
+fn loads_that_nothing_was_tuned_on_keep_their_throughput() {
+    let mut gained = 1.0;
+    let loads = workloads::held_out();
+    for (name, config, requests) in &loads {
+        let plain = outcome(&CoreConfig { admits_by_growth: false, ..config.clone() }, requests);
+        let ours = outcome(config, requests);
+        let kept = ours.tokens_per_second / plain.tokens_per_second;
+        gained *= kept;
+        assert!(kept > 0.95, "{name}: {ours:?}\nthe plain rule: {plain:?}");
+        assert!(ours.preemptions <= plain.preemptions / 2, "{name}: {ours:?}\nthe plain rule: {plain:?}");
+    }
+    let mean = f64::powf(gained, 1.0 / loads.len() as f64);
+    assert!(mean > 1.0, "{mean}");
+}
+
 /// The plain rule preempts a hundred and computes a fifth of the prompt tokens again.
 #[test]
 fn known_lengths_are_never_preempted() {

@@ -30,11 +30,16 @@ pub fn uniform() -> Vec<Asked> {
 
 /// Chats whose answers end by themselves: log-normal lengths, in 250 and out 350 on average.
 pub fn chats(count: u32, max_tokens: Option<i64>) -> Vec<Asked> {
-    let mut state = 12_345;
+    answered(count, max_tokens, 12_345, |state| log_normal(state, 5.6, 0.7).clamp(8, 1500))
+}
+
+/// Prompts as in chats, with answers of lengths of another kind.
+fn answered(count: u32, max_tokens: Option<i64>, seed: u64, answer: impl Fn(&mut u64) -> u32) -> Vec<Asked> {
+    let mut state = seed;
     (0..count)
         .map(|number| {
             let len = log_normal(&mut state, 5.5, 0.8).clamp(16, 1500);
-            let stops_after = Some(log_normal(&mut state, 5.6, 0.7).clamp(8, 1500));
+            let stops_after = Some(answer(&mut state));
             Asked { prompt: prompt(len, number), max_tokens, stops_after, priority: 0 }
         })
         .collect()
@@ -50,6 +55,26 @@ fn log_normal(state: &mut u64, mean: f64, deviation: f64) -> u32 {
 pub fn uniform_number(state: &mut u64) -> f64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     ((*state >> 33) as f64) / (1u64 << 31) as f64
+}
+
+/// Loads that no constant of the scheduler was chosen by, with answers that end by themselves.
+pub fn held_out() -> Vec<(String, CoreConfig, Vec<Asked>)> {
+    type Answer = fn(&mut u64) -> u32;
+    let answers: [(&str, Answer); 5] = [
+        ("other chats", |state| log_normal(state, 5.6, 0.7).clamp(8, 1500)),
+        ("short answers", |state| log_normal(state, 2.5, 0.6).clamp(2, 200)),
+        ("long answers", |state| log_normal(state, 6.9, 0.5).clamp(100, 2500)),
+        ("one in ten is long", |state| if uniform_number(state) < 0.1 { 2000 } else { 30 }),
+        ("all of one length", |_| 700),
+    ];
+    let mut loads = Vec::new();
+    for (num_blocks, pool) in [(1720, "110k"), (430, "27k")] {
+        for (name, answer) in answers {
+            let config = CoreConfig { num_blocks, enable_prefix_caching: true, ..card() };
+            loads.push((format!("{name}, pool {pool}"), config, answered(600, None, 99, answer)));
+        }
+    }
+    loads
 }
 
 /// The loads that a scheduler may lose throughput in: name, configuration, requests.
