@@ -72,7 +72,7 @@ class Message(msgspec.Struct, frozen=True):
     reasoning_content: str | None = None
 
 
-class _Function(msgspec.Struct, frozen=True):
+class Function(msgspec.Struct, frozen=True):
     """What of a tool's function is checked."""
 
     name: str
@@ -81,11 +81,11 @@ class _Function(msgspec.Struct, frozen=True):
     strict: bool | None = None
 
 
-class _Tool(msgspec.Struct, frozen=True):
+class Tool(msgspec.Struct, frozen=True):
     """What of a tool is checked."""
 
     type: str
-    function: _Function
+    function: Function
 
 
 class _Conversation(msgspec.Struct, frozen=True):
@@ -233,7 +233,7 @@ def _check_tool(raw: msgspec.Raw, where: str, names: set[str]) -> None:
     """Raises where it cannot be used. names: those of the tools before it, to which its own is
     added.
     """
-    tool = _decode(raw, _Tool, where)
+    tool = _decode(raw, Tool, where)
     if tool.type != "function":
         raise _bad_tools(f"{where}.type: must be function.")
     if bytes(memoryview(tool.function.parameters)[:1]) not in (b"{", b"n"):

@@ -720,7 +720,7 @@ async def test_announced_size_is_refused_at_once(served: Served) -> None:
     ("method", "path", "status", "code"),
     [
         ("GET", "/v1/nope", 404, "route_not_found"),
-        ("GET", "/docs", 404, "route_not_found"),
+        ("GET", "/swagger", 404, "route_not_found"),
         ("GET", "/v1/models/none", 404, "model_not_found"),
         ("GET", COMPLETIONS, 405, "method_not_allowed"),
         ("PUT", CHAT, 405, "method_not_allowed"),
@@ -745,7 +745,7 @@ async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:
         ("/chat/completions", "Is /v1/chat/completions meant?"),
         ("/v1/v1/completions", "Is /v1/completions meant?"),
         ("/models/", "Is /v1/models meant?"),
-        ("/docs", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /tokenize"),
+        ("/swagger", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /tokenize"),
     ],
 )
 async def test_a_wrong_route_is_told_the_right_one(served: Served, path: str, hint: str) -> None:

@@ -31,8 +31,8 @@ class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
 
 
-_TOKENIZE = Form(TokenizeRequest, frozenset({"prompt"}), frozenset({"prompt"}), {}, "prompt")
-_DETOKENIZE = Form(DetokenizeRequest, frozenset({"tokens"}), frozenset(), {}, "tokens")
+TOKENIZE = Form(TokenizeRequest, frozenset({"prompt"}), frozenset({"prompt"}), {}, "prompt")
+DETOKENIZE = Form(DetokenizeRequest, frozenset({"tokens"}), frozenset(), {}, "tokens")
 
 
 class TokenizeRoutes:
@@ -45,7 +45,7 @@ class TokenizeRoutes:
 
     async def tokenize_text(self, request: web.Request) -> web.Response:
         """`POST /tokenize` with `prompt`."""
-        parsed = await self._intake.read(request, lambda body: self._intake.decode(_TOKENIZE, body))
+        parsed = await self._intake.read(request, lambda body: self._intake.decode(TOKENIZE, body))
         read = parsed.request
         self._intake.check_model(read.model)
         try:
@@ -69,7 +69,7 @@ class TokenizeRoutes:
 
     async def detokenize(self, request: web.Request) -> web.Response:
         """`POST /detokenize`; special tokens are part of the text."""
-        parsed = await self._intake.read(request, lambda body: self._intake.decode(_DETOKENIZE, body))
+        parsed = await self._intake.read(request, lambda body: self._intake.decode(DETOKENIZE, body))
         read = parsed.request
         self._intake.check_model(read.model)
         tokenizer = self._tokenizer()
