@@ -5,6 +5,9 @@
 //! very high temperature would write, and harder than what one writes. Times are CPU time of this
 //! thread.
 
+#[path = "thread_time.rs"]
+mod thread_time;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,6 +17,7 @@ use _core::grammar::{Compiler, Constraint, ConstraintKind, GrammarState, Whitesp
 use _core::text::Tokenizer;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use thread_time::thread_time;
 
 const ANSWERS: usize = 50;
 const LONGEST: usize = 300;
@@ -140,16 +144,6 @@ fn mean(times: &[Duration]) -> Duration {
 fn tail(times: &mut [Duration]) -> (Duration, Duration) {
     times.sort_unstable();
     (times[times.len() * 99 / 100], times[times.len() - 1])
-}
-
-/// CPU time of this thread so far.
-#[allow(unsafe_code)] // The standard library has no such clock.
-fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a live timespec, and the clock exists on every Linux.
-    let status = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    assert_eq!(status, 0, "the thread's clock can be read");
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Bytes of memory in use.

@@ -6,15 +6,18 @@
 //! length is varied to show that the cost does not follow it, and overlap to show that it does not
 //! add.
 
+#[path = "thread_time.rs"]
+mod thread_time;
+
 use std::hint::black_box;
 use std::sync::Arc;
-use std::time::Duration;
 
 use _core::config::CoreConfig;
 use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken};
 use _core::plan::{PlanInfo, ResultWriter, STATUS_OK};
 use _core::request::{Progress, RequestId, SamplingParams, SeqRef};
 use _core::scheduler::Scheduler;
+use thread_time::thread_time;
 
 /// Takes what it is told and keeps nothing.
 struct Nowhere;
@@ -32,16 +35,6 @@ impl OutputSink for Nowhere {
     fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, _: &Progress) {
         panic!("{seq:?} ended: {reason:?}");
     }
-}
-
-/// CPU time of this thread so far.
-#[allow(unsafe_code)] // The standard library has no such clock.
-fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the pointer is to a live timespec, and the clock exists on every Linux.
-    let status = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
-    assert_eq!(status, 0, "the thread's clock can be read");
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
 }
 
 /// Steps that a line takes in all, and that its sequences have room for.

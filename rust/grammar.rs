@@ -13,13 +13,16 @@ mod compiled;
 mod compiler;
 mod constraint;
 mod gbnf;
+mod kind;
 mod schema;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
 
 pub use compiler::{Compiler, CompilerStats};
-pub use constraint::{Constraint, ConstraintKind, Whitespace};
+pub use constraint::Constraint;
+pub use kind::ConstraintKind;
+pub use schema::Whitespace;
 
 /// A compiled constraint, shared by all sequences that follow it.
 pub trait Grammar: Debug + Send + Sync {

@@ -2,7 +2,7 @@
 
 use llguidance::api::TopLevelGrammar;
 
-use super::constraint::ConstraintKind;
+use super::kind::ConstraintKind;
 use crate::error::Result;
 
 /// Most texts of a list.

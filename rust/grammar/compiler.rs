@@ -10,7 +10,8 @@ use llguidance::{Matcher, ParserFactory};
 use rustc_hash::FxHashMap;
 
 use super::compiled::Compiled;
-use super::constraint::{Constraint, ConstraintKind};
+use super::constraint::Constraint;
+use super::kind::ConstraintKind;
 use super::schema;
 use super::vocabulary::Vocabulary;
 use super::Grammar;

@@ -10,7 +10,7 @@ use std::fmt::Write;
 use rustc_hash::FxHashMap;
 
 use super::choice::quote;
-use super::constraint::ConstraintKind;
+use super::kind::ConstraintKind;
 use crate::error::Result;
 
 /// Most repetitions that a grammar may ask for.

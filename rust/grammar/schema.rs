@@ -1,11 +1,11 @@
-//! JSON schemas: their bounds before they are compiled, and where the fault is in one that cannot
-//! be.
+//! JSON schemas: their bounds before they are compiled, the white space between their parts, and
+//! where the fault is in one that cannot be compiled.
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::{JsonCompileOptions, ParserFactory};
 use serde_json::{Map, Value};
 
-use super::constraint::{ConstraintKind, Whitespace};
+use super::kind::ConstraintKind;
 use crate::error::Result;
 
 /// Deepest a schema may be.
@@ -20,6 +20,30 @@ const MAX_LOOKS: usize = 100;
 const ONE: [&str; 3] = ["items", "additionalProperties", "additionalItems"];
 const LIST: [&str; 4] = ["anyOf", "oneOf", "allOf", "prefixItems"];
 const BY_NAME: [&str; 4] = ["properties", "patternProperties", "$defs", "definitions"];
+
+/// Which white space JSON may have between its parts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub enum Whitespace {
+    /// A space, or line breaks with up to twenty blanks. Without a bound, a model that is unsure
+    /// writes blanks until its tokens run out.
+    #[default]
+    Bounded,
+    /// None at all.
+    Never,
+    /// What matches this regular expression, or nothing.
+    Pattern(String),
+}
+
+impl Whitespace {
+    /// The regular expression; None: no white space.
+    fn pattern(&self) -> Option<&str> {
+        match self {
+            Self::Bounded => Some(r" |\n\n?[ \t]{0,20}"),
+            Self::Never => None,
+            Self::Pattern(pattern) => Some(pattern),
+        }
+    }
+}
 
 /// Reads a schema's text and checks its bounds.
 pub(super) fn read(text: &str) -> Result<Value> {

@@ -4,17 +4,35 @@
 //! formats are byte-exact. Every item written is paid for in fuel, since a lazy list can be longer
 //! than memory.
 
-use std::fmt::Write;
+use std::fmt::{self, Write};
+use std::sync::Arc;
 
-use minijinja::value::{Kwargs, Rest, Tuple, ValueKind};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Tuple, ValueKind};
 use minijinja::{Error, ErrorKind, State, Value};
-
-use crate::text::template::LongInteger;
 
 /// Deepest nesting that is written. Deeper values can only be built by a hostile template.
 const MAX_DEPTH: usize = 128;
 
 type Written = Result<(), Error>;
+
+/// An integer that is only written out again: minijinja's have 128 bits.
+#[derive(Debug)]
+struct LongInteger(Box<str>);
+
+impl Object for LongInteger {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Plain
+    }
+
+    fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(&self.0)
+    }
+}
+
+/// An integer beyond 128 bits, by its digits.
+pub(crate) fn long_integer(digits: &str) -> Value {
+    Value::from_object(LongInteger(digits.into()))
+}
 
 /// Python's `str(value)`; an undefined value is the empty string, as in jinja2.
 pub(crate) fn to_str(state: &State, value: &Value) -> Result<String, Error> {

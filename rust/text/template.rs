@@ -7,8 +7,6 @@
 //! Where minijinja asks for no fuel, `template_source.rs` sees to it.
 
 use std::collections::BTreeMap;
-use std::fmt;
-use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::text::answer::{CallFormat, ReasoningTags};
@@ -18,7 +16,7 @@ use crate::text::rendered_text::RenderedText;
 use crate::text::template_source::{rewrite, BOUND_FILTER, ITER_FILTER, PERCENT_FILTER};
 use crate::text::{python_methods, python_values, template_limits};
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Object, ObjectRepr, ValueKind};
+use minijinja::value::{Kwargs, ValueKind};
 use minijinja::{Environment, ErrorKind, State, UndefinedBehavior, Value};
 
 /// Longest source, in bytes; the longest known templates have about 20,000.
@@ -311,21 +309,7 @@ fn to_number(number: &str) -> Value {
         return Value::from(number.parse::<f64>().unwrap_or(f64::NAN));
     }
     let integer = number.parse::<i64>().map(Value::from).or_else(|_| number.parse::<i128>().map(Value::from));
-    integer.unwrap_or_else(|_| Value::from_object(LongInteger(number.into())))
-}
-
-/// An integer that is only written out again: minijinja's have 128 bits.
-#[derive(Debug)]
-pub(crate) struct LongInteger(Box<str>);
-
-impl Object for LongInteger {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Plain
-    }
-
-    fn render(self: &Arc<Self>, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(&self.0)
-    }
+    integer.unwrap_or_else(|_| python_values::long_integer(number))
 }
 
 fn template_error(error: &minijinja::Error) -> Error {
