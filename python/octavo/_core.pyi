@@ -495,6 +495,13 @@ class ReplyFormat:
     def anthropic(*, id: str, model: str, stream: bool, answer: AnswerFormat | None = None) -> ReplyFormat:
         """Anthropic's messages; a stream has named events."""
     @staticmethod
+    def responses(
+        *, id: str, model: str, created: int, request: str, stream: bool, answer: AnswerFormat | None = None
+    ) -> ReplyFormat:
+        """OpenAI's responses; a stream has named and numbered events. request: an object of JSON, not
+        empty, with what a response says of its request.
+        """
+    @staticmethod
     def ollama(
         *, id: str, model: str, created_at: str, chat: bool, stream: bool, answer: AnswerFormat | None = None
     ) -> ReplyFormat:

@@ -50,6 +50,20 @@ pub(super) fn write_escaped(out: &mut Vec<u8>, text: &str) {
     out.extend_from_slice(&bytes[start..]);
 }
 
+/// Appends JSON that somebody else wrote, with nothing in it that ends a line: what does is white
+/// space, or can be escaped.
+pub(super) fn write_one_line(out: &mut Vec<u8>, json: &str) {
+    for c in json.chars() {
+        match c {
+            '\n' | '\r' => out.push(b' '),
+            '\u{85}' => out.extend_from_slice(b"\\u0085"),
+            '\u{2028}' => out.extend_from_slice(b"\\u2028"),
+            '\u{2029}' => out.extend_from_slice(b"\\u2029"),
+            _ => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
+        }
+    }
+}
+
 /// Appends a string, or `null`.
 pub(super) fn write_optional_string(out: &mut Vec<u8>, text: Option<&str>) {
     match text {

@@ -15,6 +15,7 @@ mod openai_completion;
 mod openai_prompt;
 mod openai_tools;
 pub mod prompts;
+mod responses;
 mod split;
 mod tgi;
 
@@ -125,6 +126,12 @@ impl ReplyFormat {
     /// Anthropic's messages.
     pub fn anthropic(head: &CallHead<'_>, streamed: bool, answer: AnswerFormat) -> Self {
         Self { protocol: Arc::new(anthropic::Anthropic::new(head.id, head.model, answer)), streamed }
+    }
+
+    /// OpenAI's responses. `request`: an object of JSON, not empty, with what a response says of its
+    /// request.
+    pub fn responses(head: &CallHead<'_>, request: &str, streamed: bool, answer: AnswerFormat) -> Self {
+        Self { protocol: Arc::new(responses::Responses::new(head, request, answer)), streamed }
     }
 
     /// Ollama's chats, or its completions.

@@ -187,13 +187,8 @@ impl<S: Shape> Protocol for OpenAi<S> {
     }
 
     fn error(&self, out: &mut Vec<u8>, failure: &Failure) {
-        let kind = match failure.param() {
-            Some(_) => "invalid_request_error",
-            None if failure.is_of_the_server() => "overloaded_error",
-            None => "server_error",
-        };
         out.extend_from_slice(b"data: ");
-        write_error(out, &failure.message, kind, failure.param(), &failure.code);
+        write_error(out, &failure.message, failure_type(failure), failure.param(), &failure.code);
         out.extend_from_slice(b"\n\ndata: [DONE]\n\n");
     }
 
@@ -211,15 +206,38 @@ fn reason_of(delta: &Delta<'_>) -> Option<&'static str> {
 
 /// Appends OpenAI's error object, which its clients raise on. `kind` is its field `type`.
 pub fn write_error(out: &mut Vec<u8>, message: &str, kind: &str, param: Option<&str>, code: &str) {
-    out.extend_from_slice(b"{\"error\":{\"message\":");
+    out.extend_from_slice(b"{\"error\":{");
+    write_error_fields(out, message, Some(kind), param, code);
+    out.extend_from_slice(b"}}");
+}
+
+/// Appends the fields of an error; `kind` is the one called `type`.
+pub(super) fn write_error_fields(
+    out: &mut Vec<u8>,
+    message: &str,
+    kind: Option<&str>,
+    param: Option<&str>,
+    code: &str,
+) {
+    out.extend_from_slice(b"\"message\":");
     write_string(out, message);
-    out.extend_from_slice(b",\"type\":");
-    write_string(out, kind);
+    if let Some(kind) = kind {
+        out.extend_from_slice(b",\"type\":");
+        write_string(out, kind);
+    }
     out.extend_from_slice(b",\"param\":");
     write_optional_string(out, param);
     out.extend_from_slice(b",\"code\":");
     write_string(out, code);
-    out.extend_from_slice(b"}}");
+}
+
+/// What OpenAI's error object calls the type of a failure.
+pub(super) fn failure_type(failure: &Failure) -> &'static str {
+    match failure.param() {
+        Some(_) => "invalid_request_error",
+        None if failure.is_of_the_server() => "overloaded_error",
+        None => "server_error",
+    }
 }
 
 /// A token by itself: U+FFFD where it is only a part of a character.

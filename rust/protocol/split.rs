@@ -31,6 +31,8 @@ pub(super) struct Split {
     pub pieces: Vec<Piece>,
     /// Calls of tools that began in earlier deltas of the choice.
     pub calls_before: u32,
+    /// Of its tokens those of the reasoning, its tags too.
+    pub reasoning_tokens: u64,
 }
 
 /// All of a choice.
@@ -57,13 +59,13 @@ impl SplitReply {
             choices.push(SplitChoice { splitter: AnswerSplitter::new(Arc::clone(&self.format)), calls: 0 });
         }
         let choice = &mut choices[number];
-        let mut pieces = choice.splitter.push(delta.text);
+        let (mut pieces, reasoning_tokens) = push_tokens(&mut choice.splitter, delta);
         if delta.finish.is_some() {
             pieces.extend(choice.splitter.finish());
         }
         let calls_before = choice.calls;
         choice.calls += pieces.iter().filter(|piece| matches!(piece, Piece::Call(_))).count() as u32;
-        Split { pieces, calls_before }
+        Split { pieces, calls_before, reasoning_tokens }
     }
 
     /// Splits all of a choice.
@@ -86,6 +88,27 @@ impl SplitReply {
         }
         id
     }
+}
+
+/// Pushes a delta's text, and counts the tokens of the reasoning.
+fn push_tokens(splitter: &mut AnswerSplitter, delta: &Delta<'_>) -> (Vec<Piece>, u64) {
+    if delta.tokens.len() <= 1 || !splitter.may_reason() {
+        let before = splitter.is_reasoning();
+        let pieces = splitter.push(delta.text);
+        let is_reasoning = !delta.tokens.is_empty() && (before || splitter.is_reasoning());
+        return (pieces, u64::from(is_reasoning));
+    }
+    // Several tokens are a choice's first ones since it was taken, so their ends are those in the text.
+    let (mut pieces, mut count, mut start) = (Vec::new(), 0, 0);
+    for (number, token) in delta.tokens.iter().enumerate() {
+        let is_last = number + 1 == delta.tokens.len();
+        let end = if is_last { delta.text.len() } else { token.text_end as usize };
+        let before = splitter.is_reasoning();
+        splitter.push(&delta.text[start..end]).into_iter().for_each(|piece| piece.add_to(&mut pieces));
+        count += u64::from(before || splitter.is_reasoning());
+        start = end;
+    }
+    (pieces, count)
 }
 
 impl WholeAnswer {

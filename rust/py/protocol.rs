@@ -66,6 +66,20 @@ impl ReplyFormat {
     }
 
     #[staticmethod]
+    #[pyo3(signature = (*, id, model, created, request, stream, answer = None))]
+    fn responses(
+        id: &str,
+        model: &str,
+        created: u64,
+        request: &str,
+        stream: bool,
+        answer: Option<&AnswerFormat>,
+    ) -> Self {
+        let answer = answer.map(AnswerFormat::format).unwrap_or_default();
+        Self(protocol::ReplyFormat::responses(&CallHead { id, model, created }, request, stream, answer))
+    }
+
+    #[staticmethod]
     #[pyo3(signature = (*, id, model, created_at, chat, stream, answer = None))]
     fn ollama(
         id: &str,

@@ -137,14 +137,21 @@ impl AnswerFormat {
     }
 }
 
+impl Piece {
+    /// Adds it to pieces of the same answer, to the last one where it is more of that.
+    pub fn add_to(self, pieces: &mut Vec<Self>) {
+        match (pieces.last_mut(), self) {
+            (Some(Self::Content(last)), Self::Content(text))
+            | (Some(Self::Reasoning(last)), Self::Reasoning(text))
+            | (Some(Self::Arguments(last)), Self::Arguments(text)) => last.push_str(&text),
+            (_, piece) => pieces.push(piece),
+        }
+    }
+}
+
 impl Pieces {
     fn add(&mut self, piece: Piece) {
-        match (self.list.last_mut(), piece) {
-            (Some(Piece::Content(last)), Piece::Content(text))
-            | (Some(Piece::Reasoning(last)), Piece::Reasoning(text))
-            | (Some(Piece::Arguments(last)), Piece::Arguments(text)) => last.push_str(&text),
-            (_, piece) => self.list.push(piece),
-        }
+        piece.add_to(&mut self.list);
     }
 
     fn content(&mut self, text: &str) {
@@ -188,6 +195,16 @@ impl AnswerSplitter {
         let pieces =
             Pieces { single_call: format.single_call, drops_reasoning: format.drops_reasoning, ..Pieces::default() };
         Self { format, at, blank: String::new(), held: String::new(), in_list: false, pieces }
+    }
+
+    /// What came last is reasoning, or opens it.
+    pub fn is_reasoning(&self) -> bool {
+        matches!(self.at, At::Reasoning { .. })
+    }
+
+    /// Reasoning may still come, or is here.
+    pub fn may_reason(&self) -> bool {
+        self.format.reasoning.is_some() && matches!(self.at, At::Begin | At::Reasoning { .. })
     }
 
     /// Takes more of the text; gives what became certain.

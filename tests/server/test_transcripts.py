@@ -27,6 +27,7 @@ def told(
     *,
     steps_a_take: int = 1,
     ending: str = "\n\n",
+    whole: bool = False,
     **params: int,
 ) -> list[str]:
     """Everything that is written for a call, as events without what ends each."""
@@ -41,6 +42,8 @@ def told(
         text, finished = text + delta.write(), delta.finished
     assert script.core.take(reply) is None
     assert not script.core.has_unfinished()
+    if whole:
+        return [text.decode()]
     events = text.decode().split(ending)
     assert events.pop() == ""
     return events
@@ -236,6 +239,149 @@ def test_messages_of_anthropic(script: Script) -> None:
         '{"type":"message_delta","delta":{"stop_reason":"tool_use","stop_sequence":null},' + usage + "71}}",
         '{"type":"message_stop"}',
     ]
+
+
+def responses(answer: _core.AnswerFormat | None = None, *, stream: bool = True) -> _core.ReplyFormat:
+    request = '{"store":false,"tools":[{"a":\n"\u2028"}]}'
+    return _core.ReplyFormat.responses(id="resp_1", model="m", created=5, request=request, stream=stream, answer=answer)
+
+
+def numbered(*events: tuple[str, str]) -> list[str]:
+    """Events with their names, numbers and further fields."""
+    return [
+        f'event: {name}\ndata: {{"type":"{name}","sequence_number":{number},{fields}}}'
+        for number, (name, fields) in enumerate(events)
+    ]
+
+
+def response(status: str, output: str, usage: str = "null", incomplete: str = "null", error: str = "null") -> str:
+    return (
+        f'"response":{{"id":"resp_1","object":"response","created_at":5,"status":"{status}","error":{error},'
+        f'"incomplete_details":{incomplete},"model":"m","output":[{output}],'
+        f'"store":false,"tools":[{{"a": "\\u2028"}}],"usage":{usage}}}'
+    )
+
+
+def used(output: int, reasoning: int = 0) -> str:
+    return (
+        f'{{"input_tokens":2,"input_tokens_details":{{"cached_tokens":0,"cache_write_tokens":0}},"output_tokens":{output},'
+        f'"output_tokens_details":{{"reasoning_tokens":{reasoning}}},"total_tokens":{2 + output}}}'
+    )
+
+
+def message(text: str | None, number: int, status: str) -> str:
+    part = "" if text is None else f'{{"type":"output_text","text":"{text}","annotations":[],"logprobs":[]}}'
+    return f'{{"id":"msg_1_{number}","type":"message","role":"assistant","content":[{part}],"status":"{status}"}}'
+
+
+def told_message(text: str, *, number: int = 0, status: str = "completed") -> list[tuple[str, str]]:
+    """The events of a message, a token a letter."""
+    place = f'"item_id":"msg_1_{number}","output_index":{number},"content_index":0'
+    part = '{{"type":"output_text","text":"{}","annotations":[],"logprobs":[]}}'
+    return [
+        ("response.output_item.added", f'"output_index":{number},"item":{message(None, number, "in_progress")}'),
+        ("response.content_part.added", f'{place},"part":{part.format("")}'),
+        *(("response.output_text.delta", f'{place},"delta":"{letter}","logprobs":[]') for letter in text),
+        ("response.output_text.done", f'{place},"text":"{text}","logprobs":[]'),
+        ("response.content_part.done", f'{place},"part":{part.format(text)}'),
+        ("response.output_item.done", f'"output_index":{number},"item":{message(text, number, status)}'),
+    ]
+
+
+BEGUN = [
+    ("response.created", response("in_progress", "")),
+    ("response.in_progress", response("in_progress", "")),
+]
+
+
+def test_a_response(script: Script) -> None:
+    """As OpenAI's documents have a stream: items are added, filled and done, events are numbered."""
+    script.answer = b"ab"
+    assert told(script, responses()) == numbered(
+        *BEGUN,
+        *told_message("ab"),
+        ("response.completed", response("completed", message("ab", 0, "completed"), used(3))),
+    )
+
+
+def test_a_response_of_nothing_has_an_empty_message(script: Script) -> None:
+    script.answer = b""
+    assert told(script, responses()) == numbered(
+        *BEGUN,
+        *told_message(""),
+        ("response.completed", response("completed", message("", 0, "completed"), used(1))),
+    )
+
+
+def test_a_response_that_is_cut(script: Script) -> None:
+    script.answer = b"abc"
+    cut = response("incomplete", message("ab", 0, "incomplete"), used(2), '{"reason":"max_output_tokens"}')
+    assert told(script, responses(), max_tokens=2) == numbered(
+        *BEGUN, *told_message("ab", status="incomplete"), ("response.incomplete", cut)
+    )
+
+
+def test_a_response_that_fails(script: Script) -> None:
+    script.answer, script.fail_after = b"abc", 1
+    why = "the model's output for this request could not be used"
+    error = f'"message":"{why}",{{}}"param":null,"code":"numerical_error"'
+    kind = '"type":"server_error",'
+    failed = f'{{"code":"numerical_error","message":"{why}"}}'
+    assert told(script, responses()) == numbered(
+        *BEGUN,
+        *told_message("a")[:3],
+        ("error", error.format("") + ',"error":{' + error.format(kind) + "}"),
+        ("response.failed", response("failed", message("a", 0, "incomplete"), error=failed)),
+    )
+
+
+def test_a_response_with_reasoning_and_calls(script: Script) -> None:
+    script.answer = b'<think>h</think>a<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    answer = _core.AnswerFormat(reasoning="think", calls="hermes", tools=["f"])
+
+    def reasoning(text: str | None, status: str) -> str:
+        part = "" if text is None else f'{{"type":"reasoning_text","text":"{text}"}}'
+        return (
+            f'{{"id":"rs_1_0","type":"reasoning","summary":[],"content":[{part}],"encrypted_content":null,'
+            f'"status":"{status}"}}'
+        )
+
+    def call(arguments: str, status: str) -> str:
+        return (
+            f'{{"id":"fc_1_2","type":"function_call","call_id":"{identity}","name":"f","arguments":"{arguments}",'
+            f'"status":"{status}"}}'
+        )
+
+    def expected() -> list[str]:
+        place = '"item_id":"rs_1_0","output_index":0,"content_index":0'
+        of_call = '"item_id":"fc_1_2","output_index":2'
+        done = [reasoning("h", "completed"), message("a", 1, "completed"), call("{}", "completed")]
+        return numbered(
+            *BEGUN,
+            ("response.output_item.added", f'"output_index":0,"item":{reasoning(None, "in_progress")}'),
+            ("response.content_part.added", f'{place},"part":{{"type":"reasoning_text","text":""}}'),
+            ("response.reasoning_text.delta", f'{place},"delta":"h"'),
+            ("response.reasoning_text.done", f'{place},"text":"h"'),
+            ("response.content_part.done", f'{place},"part":{{"type":"reasoning_text","text":"h"}}'),
+            ("response.output_item.done", f'"output_index":0,"item":{done[0]}'),
+            *told_message("a", number=1),
+            ("response.output_item.added", f'"output_index":2,"item":{call("", "in_progress")}'),
+            ("response.function_call_arguments.delta", f'{of_call},"delta":"{{"'),
+            ("response.function_call_arguments.delta", f'{of_call},"delta":"}}"'),
+            ("response.function_call_arguments.done", f'{of_call},"name":"f","arguments":"{{}}"'),
+            ("response.output_item.done", f'"output_index":2,"item":{done[2]}'),
+            ("response.completed", response("completed", ",".join(done), used(71, reasoning=10))),
+        )
+
+    events = told(script, responses(answer))
+    identity = json.loads(next(event for event in events if "call_id" in event).split("\ndata: ")[1])["item"]["call_id"]
+    assert identity.startswith("call_")
+    assert events == expected()
+    # The scripted tokens are bytes: those of the opening tag are reasoning once it is whole.
+    # A client that lags gets fewer deltas of the same answer; so does a whole answer.
+    assert told(script, responses(answer), steps_a_take=99)[-1].split(",", 2)[2] == events[-1].split(",", 2)[2]
+    (body,) = told(script, responses(answer, stream=False), whole=True)
+    assert f'"response":{body}}}' == events[-1].split(",", 2)[2]
 
 
 def test_tokens_of_tgi(script: Script) -> None:

@@ -19,6 +19,7 @@ from octavo.server.ollama import errors as ollama_errors
 from octavo.server.ollama.routes import OllamaRoutes
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.openapi.routes import OpenApiRoutes
+from octavo.server.responses.routes import ResponsesRoutes
 from octavo.server.shared import SharedRoutes
 from octavo.server.tgi import errors as tgi_errors
 from octavo.server.tgi.routes import TgiRoutes
@@ -68,7 +69,8 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     async def close(_: web.Application) -> None:
         bodies.close()
 
-    app.add_routes([*openai.routes(), *shared.routes(), *OpenApiRoutes().routes()])
+    responses = ResponsesRoutes(intake, openai)
+    app.add_routes([*openai.routes(), *shared.routes(), *responses.routes(), *OpenApiRoutes().routes()])
     for routes, form in (
         (tgi.routes(), tgi_errors.response),
         (anthropic.routes(), anthropic_errors.response),

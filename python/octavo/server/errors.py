@@ -45,6 +45,18 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
+    def renamed(self, names: Mapping[str, str]) -> "ApiError":
+        """The same, where the request calls fields by other names than whoever refused them. A field
+        below a field keeps its own name.
+        """
+        message, param = self.message, self.param
+        for ours, theirs in names.items():
+            if ours != "prompt":  # an ordinary word, too
+                message = re.sub(rf"\b{re.escape(ours)}\b", theirs, message)
+            if self.param is not None and re.match(rf"{re.escape(ours)}\b", self.param) and param == self.param:
+                param = theirs + self.param.removeprefix(ours)
+        return ApiError(self.status, self.code, message, param=param, headers=self.headers)
+
     def body(self) -> bytes:
         """The JSON object."""
         kind = _TYPES.get(self.status, "invalid_request_error")
@@ -109,12 +121,8 @@ def refused(error: ValueError, names: Mapping[str, str]) -> ApiError:
     names no field is about the prompt.
     """
     param = (error.param if isinstance(error, _core.RefusedError) else None) or "prompt"
-    message = str(error)
-    for ours, theirs in names.items():
-        if ours != "prompt":  # an ordinary word, too
-            message = re.sub(rf"\b{ours}\b", theirs, message)
     code = error.code if isinstance(error, _core.RefusedError) else "invalid_value"
-    return bad_request(message, names.get(param, param), code)
+    return bad_request(str(error), param, code).renamed(names)
 
 
 def overloaded(message: str, retry_after: int) -> ApiError:

@@ -13,6 +13,7 @@ from octavo.server.ollama.routes import GENERATE as OLLAMA_GENERATE
 from octavo.server.ollama.routes import SHOW
 from octavo.server.openai.routes import CHAT, COMPLETION
 from octavo.server.openai.tokenize import DETOKENIZE, TOKENIZE
+from octavo.server.responses.routes import INPUT, RESPONSES
 from octavo.server.tgi.routes import GENERATE
 from octavo.server.tgi.routes import TOKENIZE as TGI_TOKENIZE
 
@@ -40,6 +41,8 @@ class Operation:
 OPERATIONS = (
     Operation("POST", "/v1/chat/completions", "The next message of a chat.", (CHAT.form,), (JSON, EVENTS)),
     Operation("POST", "/v1/completions", "What continues prompts.", (COMPLETION.form,), (JSON, EVENTS)),
+    Operation("POST", "/v1/responses", "The next items of a conversation.", (RESPONSES,), (JSON, EVENTS)),
+    Operation("POST", "/v1/responses/input_tokens", "How many tokens such a conversation has.", (INPUT,)),
     Operation("GET", "/v1/models", "The models that are served."),
     Operation("GET", "/v1/models/{model}", "One of them; its id may have slashes."),
     Operation("POST", "/tokenize", "The tokens of a text, or of a chat.", (TOKENIZE, CHAT.form, TGI_TOKENIZE)),

@@ -10,6 +10,7 @@ from octavo.chat import Message, Tool
 from octavo.server.anthropic import schemas as anthropic
 from octavo.server.ollama import schemas as ollama
 from octavo.server.openai import schemas as openai
+from octavo.server.responses import schemas as responses
 from octavo.server.tgi import schemas as tgi
 
 OBJECT: dict[str, Any] = {"type": "object"}
@@ -81,6 +82,8 @@ _OWNERS = {
     anthropic.__name__: "anthropic",
     ollama.__name__: "ollama",
     tgi.__name__: "tgi",
+    responses.__name__: "responses",
+    "octavo.server.responses.items": "responses",
 }
 
 
