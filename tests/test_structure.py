@@ -21,7 +21,7 @@ ALLOWED = {
     "layers": {"layers", "kernels", "model_config", "_core"},
     "models": {"models", "layers", "kernels", "model_config"},
     "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
-    "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "vllm_flags"} | LEAVES,
+    "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "texts", "vllm_flags"} | LEAVES,
     "quantize": {"quantize", "engine", "models", "layers", "kernels", "weights", "model_config", "texts"} | LEAVES,
     "server": {"server"} | LEAVES,
 }

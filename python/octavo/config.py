@@ -49,6 +49,11 @@ QUANTIZATIONS = (*dict.fromkeys((*ONLINE, *CONFIRMING, "gguf")),)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8", "int4")
 """fp8 and fp8_e4m3 are the same, as in vLLM."""
 
+MAX_QUALITY_LOSS = 1.0
+"""Nats a token: past it a model says other things than in 16 bits. Of trained ones in 4 bits the
+smallest (135M) lose 0.4.
+"""
+
 SCHEDULING_POLICIES = ("fcfs", "priority")
 BATCHING = ("continuous", "static", "none")
 
@@ -124,6 +129,14 @@ class EngineConfig:
         f"Quantise 16-bit weights while loading: {', '.join(ONLINE)}. A quantised checkpoint says itself what it is, "
         "and gptq, awq, compressed-tensors, fp8 or gguf only confirm it.",
         short="-q",
+    )
+    max_quality_loss: float = option(
+        MAX_QUALITY_LOSS,
+        "With --quantization or a --kv-cache-dtype of 8 or 4 bits: how far the distributions of the next token may be "
+        "from those of the same model in 16 bits, as the mean KL divergence in nats over 256 tokens (128 on a CPU) of "
+        "prose that ships, measured while the model is loaded; past it the model is not served. Layers that lose too "
+        "much stay in 16 bits. inf: nothing is measured, and no layer kept.",
+        parse=float,
     )
     tensor_parallel_size: int = option(
         1, "Number of GPUs that share each layer; only 1 for now.", parse=parse_count, short="-tp"
@@ -255,6 +268,8 @@ class EngineConfig:
             raise ValueError(f"block_size = {self.block_size}: must be 8, 16, 32, 64, 128 or 256")
         if math.isnan(self.gpu_memory_utilization) or not 0 < self.gpu_memory_utilization <= 1:
             raise ValueError(f"gpu_memory_utilization = {self.gpu_memory_utilization}: must be over 0 and at most 1")
+        if not self.max_quality_loss >= 0:  # NaN compares false
+            raise ValueError(f"max_quality_loss = {self.max_quality_loss}: must be at least 0, or inf")
         if any(not 1 <= size <= 4096 for size in self.cudagraph_capture_sizes):
             raise ValueError(f"cudagraph_capture_sizes = {self.cudagraph_capture_sizes}: each must be from 1 to 4096")
         largest = max(self.cudagraph_capture_sizes, default=0)

@@ -18,6 +18,7 @@ each type of pages of fewer bits; `OCTAVO_TEST_SEED=n` begins with the world tha
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import time
@@ -78,7 +79,8 @@ class Family:
     def bytes_per_slot(self, kv_dtype: str) -> int:
         """Bytes of a KV block for each of its token slots."""
         dtype = DTYPES.get(kv_dtype, torch.float32)
-        return dataclasses.replace(self.kv_layout, block_size=1, dtype=dtype).block_bytes
+        dtypes = (dtype,) * len(self.kv_layout.dtypes)
+        return dataclasses.replace(self.kv_layout, block_size=1, dtypes=dtypes).block_bytes
 
     def disagreement(self, output: RequestOutput, choice: int, kv_dtype: str) -> str | None:
         """Where a choice leaves the oracle."""
@@ -146,6 +148,7 @@ class World:
                 max_model_len=MAX_MODEL_LEN,
                 block_size=self.block_size,
                 kv_cache_dtype=self.kv_dtype,
+                max_quality_loss=math.inf,  # the oracle rounds in all layers
                 max_num_seqs=rng.randint(3, 8),
                 max_num_batched_tokens=rng.choice([8, 13, 32, 64]),
                 enable_prefix_caching=rng.random() < 0.8,

@@ -4,6 +4,7 @@ over a cache that rounds in the same way; and that start-up has prepared every k
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_codes_follow_the_reference(
         dtype=dtype,
         device="cuda",
         kv_cache_dtype=kv_dtype,
+        max_quality_loss=math.inf,  # the oracle rounds in all layers
         max_num_seqs=32,
         max_num_batched_tokens=256,  # long prompts are cut
         max_model_len=1024,
@@ -89,6 +91,7 @@ def test_codes_follow_the_reference(
 def test_a_small_pool_preempts(tmp_path: Path) -> None:
     reference = make("Llama", tmp_path)
     options: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda", "max_model_len": 512, "max_num_seqs": 16}
+    options["max_quality_loss"] = math.inf
     block = 4 * 2 * 2 * 64 * (64 + 4)
     llm = LLM(str(tmp_path), kv_cache_dtype="fp8", kv_cache_memory=20 * block, enable_prefix_caching=False, **options)
     rng = random.Random(2)

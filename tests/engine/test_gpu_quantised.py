@@ -4,6 +4,7 @@ weights that they mean; and that start-up has prepared every kernel of theirs.
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,7 @@ def test_quantised_while_loading(kind: str, tmp_path: Path) -> None:
     """Follows the plain model as far as 4 or 8 bits let it, and takes less memory."""
     reference = make("Llama", tmp_path)
     options: dict[str, Any] = {"dtype": "bfloat16", "device": "cuda", "max_model_len": 1024, "max_num_seqs": 8}
+    options["max_quality_loss"] = math.inf  # no layer is kept
     llm = LLM(str(tmp_path), quantization=kind, kv_cache_memory=256 << 20, **options)
     prompts = [{"prompt_token_ids": [random.Random(n).randrange(2048) for _ in range(n)]} for n in (3, 70, 300)]
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True, logprobs=2)

@@ -37,10 +37,14 @@ class RoundingCache(transformers.DynamicCache):  # type: ignore[misc]
         return super().update(rounded(keys, self.kv_dtype), rounded(values, self.kv_dtype), *args, **kwargs)
 
 
+def as_argument(model: torch.nn.Module, cache: RoundingCache) -> dict[str, RoundingCache]:
+    """The cache under the name that this transformers has for it."""
+    return {"cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values": cache}
+
+
 @torch.inference_mode()
 def logits_over(model: torch.nn.Module, token_ids: list[int], kv_dtype: str) -> Tensor:
     """transformers' logits [tokens, vocab] float32 of one sequence, over such a cache."""
-    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     ids = torch.tensor([token_ids], device=model.device)
-    logits: Tensor = model(ids, **{argument: RoundingCache(kv_dtype)}).logits[0].float()
+    logits: Tensor = model(ids, **as_argument(model, RoundingCache(kv_dtype))).logits[0].float()
     return logits

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def layout(dtype: torch.dtype) -> KvLayout:
-    return KvLayout(num_groups=3, layers_per_group=5, num_kv_heads=2, block_size=16, head_dim=64, dtype=dtype)
+    return KvLayout(num_groups=3, num_kv_heads=2, block_size=16, head_dim=64, dtypes=(dtype,) * 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

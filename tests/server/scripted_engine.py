@@ -8,6 +8,7 @@ fail a row, or kill it; a test that wants to choose what comes when calls `Scrip
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class Script:
         self.grammars = _core.GrammarCompiler(self.tokenizer, VOCAB_SIZE, [END])
         self.chat_template = _core.ChatTemplate(TEMPLATE)
         self.generation_defaults: dict[str, Any] = {}
-        self.report: Any = None
+        self.report: Any = SimpleNamespace(verdict=None)
         self.failure: str | None = None
         self.step_started_at: float | None = None
         self.answer = b"Hello world"

@@ -2,14 +2,17 @@
 
 import asyncio
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
 
+from octavo.engine.gate import Part, Verdict
 from octavo.server.config import ServerConfig
 from octavo.server.metrics import Metrics
 from octavo.server.serve import open_socket, serve_engine
@@ -252,6 +255,20 @@ async def test_retry_after_does_not_count_idle_time(served_narrowly: Served, mon
     for _ in range(10):
         metrics.finished("abort", 0.0)  # who leaves says nothing of how long an answer takes
     assert metrics.retry_after() == 6
+
+
+async def test_what_fewer_bits_cost_is_told(served: Served) -> None:
+    metrics = Metrics(served.engine)
+    assert b"octavo:quality_loss" not in metrics.render()
+    kept = {3: 0.5, 7: 0.6}
+    parts = (Part("weights", "int4 weights", kept), Part("kv_cache", "int8 keys and values", {}))
+    served.engine.report = SimpleNamespace(verdict=Verdict(30, 256, 0.125, parts))
+    told = metrics.render().decode()
+    assert re.search(r"^octavo:quality_loss{[^}]*} 0.125$", told, re.M)
+    for part, count in (("weights", "2.0"), ("kv_cache", "0.0")):
+        assert re.search(rf'^octavo:layers_in_16_bits{{[^}}]*part="{part}"}} {count}$', told, re.M)
+    served.engine.report = SimpleNamespace(verdict=Verdict(30))  # random weights
+    assert b"octavo:quality_loss" not in metrics.render()
 
 
 async def test_parameters_are_counted_for_each_request(served: Served) -> None:

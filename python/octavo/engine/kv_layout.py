@@ -1,12 +1,14 @@
 """The paged KV cache in bytes: how large a block is, the pool's tensors, and what the layers see of
 them.
 
-All that depends on how keys and values are kept is `dtype` here and the views of `split_cache`:
+All that depends on how keys and values are kept is `dtypes` here and the views of `split_cache`:
 blocks are counted and copied as bytes, and attention takes numbers, or codes and their scales.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -80,46 +82,66 @@ class KvLayout:
     """
 
     num_groups: int
-    layers_per_group: int
     num_kv_heads: int
     block_size: int  # tokens
     head_dim: int
-    dtype: torch.dtype  # of the numbers or codes in the pages
+    dtypes: tuple[torch.dtype, ...]  # of the numbers or codes in the pages of each layer of a group
 
     @classmethod
-    def of(cls, model: Model, *, block_size: int, dtype: torch.dtype) -> KvLayout:
-        """Of a model's layers, in blocks of `block_size` tokens."""
+    def of(
+        cls,
+        model: Model,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        plain_dtype: torch.dtype | None = None,
+        plain_layers: Collection[int] = (),
+    ) -> KvLayout:
+        """Of a model's layers, in blocks of `block_size` tokens.
+
+        plain_layers: have pages of `plain_dtype`, and so do those that share a place of the pool with
+        one.
+        """
+        places: dict[int, torch.dtype] = {}
+        for group in model.kv_groups:
+            for place, layer in enumerate(group.layers):
+                if plain_dtype is not None and layer in plain_layers:
+                    places[place] = plain_dtype
+                places.setdefault(place, dtype)
         return cls(
             num_groups=len(model.kv_groups),
-            layers_per_group=max(len(group.layers) for group in model.kv_groups),
             num_kv_heads=model.config.num_kv_heads,
             block_size=block_size,
             head_dim=model.config.head_dim,
-            dtype=dtype,
+            dtypes=tuple(places[place] for place in range(len(places))),
         )
 
     @property
     def dtype_name(self) -> str:
-        """The dtype as `kv_cache_dtype` calls it."""
-        return FORMAT_NAMES.get(self.dtype, str(self.dtype).removeprefix("torch."))
+        """The dtypes as `kv_cache_dtype` calls them, that of most layers first."""
+        counts = Counter(FORMAT_NAMES.get(dtype, str(dtype).removeprefix("torch.")) for dtype in self.dtypes)
+        return " and ".join(name for name, _ in counts.most_common())
 
     @property
-    def layer_bytes(self) -> int:
-        """Bytes of one block in one layer: keys, values and, beside codes, their scales."""
-        return block_bytes(self.num_kv_heads, self.block_size, self.head_dim, self.dtype)
+    def layer_bytes(self) -> list[int]:
+        """Bytes of one block in each layer of a group: keys, values and, beside codes, their scales."""
+        return [block_bytes(self.num_kv_heads, self.block_size, self.head_dim, dtype) for dtype in self.dtypes]
 
     @property
     def block_bytes(self) -> int:
         """Bytes of one block over all layers of a group."""
-        return self.layers_per_group * self.layer_bytes
+        return sum(self.layer_bytes)
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[Tensor]:
         """The pool, zeroed: a tensor [num_blocks, layer_bytes] uint8 for each layer of a group."""
-        shape = (num_blocks, self.layer_bytes)
+        shapes = [(num_blocks, size) for size in self.layer_bytes]
         if device.type == "cpu":
-            return [host_memory.zeros(shape, torch.uint8) for _ in range(self.layers_per_group)]
-        return [torch.zeros(shape, dtype=torch.uint8, device=device) for _ in range(self.layers_per_group)]
+            return [host_memory.zeros(shape, torch.uint8) for shape in shapes]
+        return [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes]
 
     def pages(self, pool: list[Tensor]) -> list[tuple[Tensor, Tensor | None]]:
         """Views of each of the pool's tensors: (kv_cache, kv_scales) as `split_cache` makes them."""
-        return [split_cache(blocks, self.num_kv_heads, self.block_size, self.head_dim, self.dtype) for blocks in pool]
+        return [
+            split_cache(blocks, self.num_kv_heads, self.block_size, self.head_dim, dtype)
+            for blocks, dtype in zip(pool, self.dtypes, strict=True)
+        ]

@@ -33,8 +33,7 @@ class ModelRunner:
         loaded: LoadedModel,
         *,
         device: torch.device,
-        kv_dtype: torch.dtype,
-        block_size: int,
+        kv_layout: KvLayout,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
@@ -49,7 +48,7 @@ class ModelRunner:
         self.max_model_len = max_model_len
         self.max_decode_len = 1 + num_draft_tokens
         self.graph_sizes = graph_sizes
-        self.kv_layout = KvLayout.of(loaded.model, block_size=block_size, dtype=kv_dtype)
+        self.kv_layout, block_size = kv_layout, kv_layout.block_size
         # Room for rejected drafts, which may lie past the longest sequence.
         max_blocks = -(-(max_model_len + num_draft_tokens) // block_size)
         self.state = DeviceState(

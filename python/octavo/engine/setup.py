@@ -19,7 +19,8 @@ from octavo import _core
 from octavo.config import AUTO_LENGTH, EngineConfig
 from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
-from octavo.engine.kv_layout import pick_kv_dtype, refuse_kv_dtype_of_device
+from octavo.engine.gate import Gate, Verdict
+from octavo.engine.kv_layout import KvLayout, pick_kv_dtype, refuse_kv_dtype_of_device
 from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
 from octavo.engine.warm_up import rehearse_layers, warm_up
@@ -53,6 +54,7 @@ class StartupReport:
     kernels: str
     speculation: str
     sampling: str
+    verdict: Verdict | None  # on what is in few bits by the user's wish
     load_seconds: float
     total_seconds: float
 
@@ -63,6 +65,7 @@ class StartupReport:
             f"weights      {self.weight_bytes / 2**30:.2f} GiB in {self.load_seconds:.1f} s",
             f"KV cache     {self.kv_bytes / 2**30:.2f} GiB of {self.kv_dtype}, "
             f"{self.num_blocks - 1} blocks of {self.block_size} = {self.kv_tokens} tokens",
+            *([f"quality      {line}" for line in self.verdict.lines()] if self.verdict else []),
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
             f"sampling     {self.sampling}",
@@ -105,7 +108,9 @@ def build_engine(config: EngineConfig) -> EngineParts:
         pick_max_model_len(config, model_config)
         pick_kv_dtype(config.kv_cache_dtype, model_dtype=dtype, head_dim=model_config.head_dim, device=device)
 
-    loaded = load_model(config, device=device, check=refuse_early)
+    gate = Gate(config, device) if Gate.is_for(config) else None
+    loaded = load_model(config, device=device, check=refuse_early, judge=gate)
+    verdict = None if gate is None else gate.conclude(loaded.model)
     load_seconds = time.monotonic() - started
     max_model_len = pick_max_model_len(config, loaded.config)
     config = config.for_device(kind, max_model_len)
@@ -126,8 +131,13 @@ def build_engine(config: EngineConfig) -> EngineParts:
     runner = ModelRunner(
         loaded,
         device=device,
-        kv_dtype=kv_dtype,
-        block_size=block_size,
+        kv_layout=KvLayout.of(
+            loaded.model,
+            block_size=block_size,
+            dtype=kv_dtype,
+            plain_dtype=loaded.dtype,
+            plain_layers=() if gate is None else gate.layers_with_plain_kv,
+        ),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=max_model_len,
@@ -202,6 +212,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
         speculation=config.speculation.line() if config.speculation else "",
         sampling=describe_defaults(loaded.generation_defaults),
+        verdict=verdict,
         load_seconds=load_seconds,
         total_seconds=time.monotonic() - started,
     )

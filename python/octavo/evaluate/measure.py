@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,6 +71,7 @@ class Reader:
                 kv_cache_memory=config.kv_cache_memory or KV_BYTES,
                 enable_prefix_caching=False,
                 enforce_eager=True,
+                max_quality_loss=sys.float_info.max,  # it is to be measured, not refused
             )
         )
         longest = self.engine.parts.max_model_len - 1  # a token is drawn behind each window

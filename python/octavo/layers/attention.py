@@ -62,6 +62,16 @@ class Attention(Layer):
         self.paged: _core.PagedAttention | None = None  # made when the pages are there
         self.cos_sin = cos_sin_table(rope, self.head_dim, config.max_position_embeddings, schemes.device)
 
+    def bind(self, kv_cache: Tensor, kv_scales: Tensor | None) -> None:
+        """Takes the pages that it reads and writes from now on."""
+        self.kv_cache, self.kv_scales = kv_cache, kv_scales
+        self.paged = None  # is made for their size
+
+    def unbind(self) -> None:
+        """Lets its pages go."""
+        del self.kv_cache, self.kv_scales
+        self.paged = None
+
     def finish(self) -> None:
         self.q_norm_weight = self.q_norm.weight if self.q_norm else None
         self.k_norm_weight = self.k_norm.weight if self.k_norm else None

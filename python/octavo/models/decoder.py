@@ -108,8 +108,7 @@ class Model(Layer):
         """
         for group in self.kv_groups:
             for place, layer in enumerate(group.layers):
-                attention = self.decoder_layers[layer].attention
-                attention.kv_cache, attention.kv_scales = pages[place]
+                self.decoder_layers[layer].attention.bind(*pages[place])
 
     def weight_bytes(self) -> int:
         """Memory of all weights, packed forms as they are."""

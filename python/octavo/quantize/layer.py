@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from octavo.layers.context import StepContext, set_context
 from octavo.layers.embedding import Embedding
 from octavo.layers.schemes.choice import Schemes
 from octavo.layers.schemes.dense import PlainScheme
@@ -20,10 +19,10 @@ from octavo.layers.schemes.formats.stored import Format
 from octavo.layers.schemes.scheme import Matrix
 from octavo.layers.weight import Layer, allocate
 from octavo.model_config import ModelConfig
+from octavo.models.alone import run_alone
 from octavo.models.decoder import DecoderLayer
 from octavo.models.registry import MODELS
 
-BLOCK_SIZE = 64  # tokens of a block of the pages that attention reads
 BATCH_TOKENS = 4096  # that go through a layer at a time
 
 
@@ -117,17 +116,18 @@ class _Seen(Exception):
 class Activations:
     """The hidden states of the calibration's sequences before a layer."""
 
-    def __init__(self, ids: Tensor, embedding: Embedding, config: ModelConfig) -> None:
+    def __init__(self, ids: Tensor, embedding: Embedding) -> None:
         """ids [sequences, length]."""
         self.hidden = torch.stack([embedding(row) for row in ids])  # [sequences, length, hidden_size]
-        self.config = config
         sequences, length, _ = self.hidden.shape
         self.batch = min(sequences, max(1, BATCH_TOKENS // length))
 
+    @torch.inference_mode()
     def advance(self, layer: DecoderLayer) -> None:
         """Through a layer."""
         for start in range(0, len(self.hidden), self.batch):
-            self._run(layer, self.hidden[start : start + self.batch])
+            hidden = self.hidden[start : start + self.batch]
+            hidden.add_(run_alone(layer, hidden))
 
     def look(self, layer: DecoderLayer, watched: Sequence[WatchedScheme]) -> list[Moments]:
         """The inputs of some matrices of a layer, as it is; the last one is not computed."""
@@ -142,44 +142,9 @@ class Activations:
         watched[-1].watch = end
         for start in range(0, len(self.hidden), self.batch):
             try:
-                self._run(layer, self.hidden[start : start + self.batch].clone())
+                run_alone(layer, self.hidden[start : start + self.batch].clone())
             except _Seen:
                 continue
         for scheme in watched:
             scheme.watch = None
         return moments
-
-    @torch.inference_mode()
-    def _run(self, layer: DecoderLayer, hidden: Tensor) -> None:
-        """hidden [sequences, length, hidden_size], changed in place, as are all that a layer adds to."""
-        sequences, length, size = hidden.shape
-        device, config = hidden.device, self.config
-        each = -(-length // BLOCK_SIZE)
-        table = torch.arange(sequences * each, dtype=torch.int32, device=device).view(sequences, each) + 1
-        positions = torch.arange(length, device=device)
-        slots = table[:, positions // BLOCK_SIZE].long() * BLOCK_SIZE + positions % BLOCK_SIZE
-        shape = (1 + sequences * each, 2, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        layer.attention.kv_cache = hidden.new_zeros(shape)
-        layer.attention.kv_scales = None
-        set_context(
-            StepContext(
-                num_decode_tokens=0,
-                num_decodes=0,
-                decode_query_len=1,
-                num_prefills=sequences,
-                max_query_len=length,
-                max_seq_len=length,
-                row_slots=torch.arange(sequences, dtype=torch.int32, device=device),
-                query_start_loc=torch.arange(sequences + 1, dtype=torch.int32, device=device) * length,
-                seq_lens=torch.full((sequences,), length, dtype=torch.int32, device=device),
-                slot_mapping=[slots.flatten()],
-                block_tables=[table],
-            )
-        )
-        try:
-            residual = hidden.view(-1, size)
-            out = layer(layer.input_norm(residual), residual, positions.repeat(sequences))
-            residual.add_(out)
-        finally:
-            set_context(None)
-            del layer.attention.kv_cache

@@ -186,7 +186,7 @@ class Quantisation:
         )
         stored = next(stored for stored, ours in self.original.names().items() if ours == f"{name}.weight")
         fill(embedding, {f"{name}.weight": self.original.read(stored)}, self.recipe.format_of, self.device)
-        return Activations(self.samples.to(self.device), embedding, config)
+        return Activations(self.samples.to(self.device), embedding)
 
     @torch.inference_mode()
     def _advance(self, number: int, activations: Activations) -> None:

@@ -252,6 +252,7 @@ class Metrics(Collector):
         sizes = [str(int(stats.get(name, 0.0))) for name in ("block_size", "num_blocks")]
         info.add_metric([*labels, *sizes, self._engine.config.kv_cache_dtype], 1.0)
         yield info
+        yield from self._quality()
         success = CounterMetricFamily(
             "vllm:request_success", "Requests by how they ended.", labels=[*names, "finished_reason"]
         )
@@ -271,6 +272,22 @@ class Metrics(Collector):
         unknown = CounterMetricFamily("octavo:unknown_fields", "Request fields that were ignored.", labels=names)
         unknown.add_metric(labels, self.unknown_fields)
         yield unknown
+
+    def _quality(self) -> Iterator[Metric]:
+        """What fewer bits cost, where start-up has measured it."""
+        verdict = self._engine.report.verdict
+        if verdict is None or not verdict.num_tokens:
+            return
+        names, labels = ["model_name"], [self._engine.model_name]
+        text = "Mean KL divergence from the model in 16 bits, in nats a token, when it was loaded."
+        loss = GaugeMetricFamily("octavo:quality_loss", text, labels=names)
+        loss.add_metric(labels, verdict.divergence)
+        yield loss
+        text = "Layers that stay in 16 bits, as they would lose too much."
+        layers = GaugeMetricFamily("octavo:layers_in_16_bits", text, labels=[*names, "part"])
+        for part in verdict.parts:
+            layers.add_metric([*labels, part.key], len(part.kept))
+        yield layers
 
     def _drafts(self, stats: dict[str, float]) -> Iterator[Metric]:
         """Of speculative decoding, where there is any."""

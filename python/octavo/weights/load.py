@@ -11,13 +11,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from octavo.config import DEFAULT_MODEL, EngineConfig
 from octavo.layers.attention import most_rows
 from octavo.layers.schemes.choice import BlockSchemes, QuantisedSchemes, Schemes
+from octavo.layers.weight import Layer
 from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
@@ -30,6 +31,7 @@ from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.gguf_sampling import read_gguf_sampling
 from octavo.weights.gguf_split import open_other_parts
 from octavo.weights.quantization.config import pick_recipe
+from octavo.weights.quantization.recipe import Recipe
 from octavo.weights.safetensors import SafetensorsSource
 from octavo.weights.source import KV_SCALES, Source, check_layers, fill_model
 from octavo.weights.text import open_gguf, read_text
@@ -41,6 +43,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Check = Callable[[ModelConfig, torch.dtype], object]
+
+
+class Judge(Protocol):
+    """Looks on while a model's weights are read, and says which of them stay in 16 bits."""
+
+    def begin(self, config: ModelConfig, dtype: torch.dtype, tokenizer: _core.Tokenizer | None, online: bool) -> None:
+        """Before the first layer. dtype: of plain weights. online: weights are quantised while they
+        are read, and wait for its word (`OnlineScheme.settle`).
+        """
+
+    def finished(self, layer: Layer) -> None:
+        """A layer is in memory, after those that it is made of; the next one is not."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +72,14 @@ class LoadedModel:
     generation_defaults: dict[str, Any]  # fields of `SamplingParams` where a request does not give them
 
 
-def load_model(config: EngineConfig, *, device: torch.device, check: Check | None = None) -> LoadedModel:
+def load_model(
+    config: EngineConfig, *, device: torch.device, check: Check | None = None, judge: Judge | None = None
+) -> LoadedModel:
     """Loads what `config` names, weights straight to `device`. Raises `ModelError` with file and
     field.
 
     check: called with the model's config and dtype before its weights are read; raises for what
-    cannot be served with them.
+    cannot be served with them. judge: of weights from files; random ones are not shown to it.
     """
     place = resolve(config.model, config.load_format)
     if place is None:
@@ -71,10 +87,10 @@ def load_model(config: EngineConfig, *, device: torch.device, check: Check | Non
         if config.max_model_len is not None:  # no weights, so no positions that were never trained
             longest = max(config.max_model_len, preset.max_position_embeddings)
             preset = dataclasses.replace(preset, max_position_embeddings=longest)
-        return _load(preset, None, None, config, device, check)
+        return _load(preset, None, None, config, device, check, judge)
     try:
         load = _load_gguf if place.suffix == ".gguf" else _load_folder
-        return load(place, config, device, check)
+        return load(place, config, device, check, judge)
     except OSError as error:  # of whichever file: unreadable, gone in between, on a broken disk
         raise ModelError(f"{error.filename or place}: {error.strerror or error}") from None
 
@@ -103,7 +119,9 @@ def resolve(model: str, load_format: str) -> Path | None:
     raise ModelError(f"model {model!r}: no such folder or .gguf file")
 
 
-def _load_folder(folder: Path, config: EngineConfig, device: torch.device, check: Check | None) -> LoadedModel:
+def _load_folder(
+    folder: Path, config: EngineConfig, device: torch.device, check: Check | None, judge: Judge | None
+) -> LoadedModel:
     if config.load_format == "gguf":
         raise ModelError(f"{folder}: load_format gguf needs a .gguf file, not a folder")
     for path in sorted(folder.iterdir()):
@@ -115,10 +133,12 @@ def _load_folder(folder: Path, config: EngineConfig, device: torch.device, check
         model_config = settle_head(model_config, source)
         if model_config.checkpoint_dtype is None:
             model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
-    return _load(model_config, source, folder, config, device, check, generation_folder=folder)
+    return _load(model_config, source, folder, config, device, check, judge, generation_folder=folder)
 
 
-def _load_gguf(path: Path, config: EngineConfig, device: torch.device, check: Check | None) -> LoadedModel:
+def _load_gguf(
+    path: Path, config: EngineConfig, device: torch.device, check: Check | None, judge: Judge | None
+) -> LoadedModel:
     if config.load_format == "safetensors":
         raise ModelError(f"{path}: load_format safetensors needs a folder, not a .gguf file")
     header = open_gguf(path)
@@ -128,7 +148,7 @@ def _load_gguf(path: Path, config: EngineConfig, device: torch.device, check: Ch
     if config.quantization == "gguf":
         config = dataclasses.replace(config, quantization=None)  # which the file is
     sampling = read_gguf_sampling(header.metadata(), str(path), config.generation_config)
-    loaded = _load(model_config, source, path, config, device, check)
+    loaded = _load(model_config, source, path, config, device, check, judge)
     parts = (header, *other_parts)
     packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
     if source is not None and packed:
@@ -167,6 +187,7 @@ def _load(
     wanted: EngineConfig,
     device: torch.device,
     check: Check | None,
+    judge: Judge | None,
     generation_folder: Path | None = None,
 ) -> LoadedModel:
     """Text, then weights; `source` None means random weights, `place` None a preset,
@@ -203,13 +224,18 @@ def _load(
     if shorter is not None and 0 < shorter < config.max_position_embeddings:
         config = dataclasses.replace(config, max_position_embeddings=shorter)  # the rotary table need not be longer
     _tell_rope_factors(config, place)
-    schemes = BlockSchemes() if in_blocks else _schemes(wanted, source, generation_folder, dtype, device)
+    judge = None if source is None else judge
+    recipe = None if in_blocks else pick_recipe(generation_folder, wanted.quantization)
+    schemes = BlockSchemes() if in_blocks else _schemes(recipe, source, dtype, device, judged=judge is not None)
     model = MODELS[config.architecture](config, schemes)
     if source is None:
         check_layers(model, wanted.model)
         fill_with_random(model, device, wanted.seed)
-    else:
+    elif judge is None:
         fill_model(model, source, device)
+    else:
+        judge.begin(config, dtype, text.tokenizer, recipe is not None and recipe.online)
+        fill_model(model, source, device, judge.finished)
     return LoadedModel(
         model,
         config,
@@ -232,19 +258,18 @@ def stays_in_blocks(wanted: EngineConfig, source: Source | None, config: ModelCo
 
 
 def _schemes(
-    wanted: EngineConfig, source: Source | None, folder: Path | None, dtype: torch.dtype, device: torch.device
+    recipe: Recipe | None, source: Source | None, dtype: torch.dtype, device: torch.device, *, judged: bool
 ) -> Schemes:
-    """How matrices are held: as they are, or in 4 or 8 bits where the files in `folder` or
-    `--quantization` say so.
+    """How matrices are held: as they are, or in 4 or 8 bits where the files or `--quantization` say
+    so.
     """
-    recipe = pick_recipe(folder, wanted.quantization)
     if recipe is None:
         return Schemes(dtype, device)
     logger.info("quantised weights: %s", recipe)
     shapes = {} if source is None else source.shapes()
     if any(name.endswith(KV_SCALES) for name in shapes):
         logger.warning("scales of keys and values are in the files, but keys and values stay in %s", dtype)
-    return QuantisedSchemes(dtype, device, recipe.format_of, shapes.get)
+    return QuantisedSchemes(dtype, device, recipe.format_of, shapes.get, judged=judged)
 
 
 def pick_dtype(wanted: str, checkpoint: str | None, device: torch.device) -> tuple[torch.dtype, str]:

@@ -5,7 +5,7 @@ Knows no file format; `safetensors.py`, `gguf.py` and `dummy.py` do.
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from octavo.layers.weight import WeightPart, allocate
+from octavo.layers.weight import Layer, WeightPart, allocate
 from octavo.model_config import ModelError
 from octavo.models.registry import Model
 from octavo.weights.finite import FiniteCheck
@@ -45,9 +45,11 @@ class Source(Protocol):
         """One tensor in the file's own blocks. Only asked of files that have blocks."""
 
 
-def fill_model(model: Model, source: Source, device: torch.device) -> None:
+def fill_model(
+    model: Model, source: Source, device: torch.device, finished: Callable[[Layer], None] | None = None
+) -> None:
     """Compares names and shapes of all tensors, then allocates, reads and finishes one layer after
-    another.
+    another. finished: is called with each, before the next one is allocated.
 
     Raises `ModelError` listing all that differs, or all that hold numbers nobody can compute with.
     """
@@ -68,6 +70,8 @@ def fill_model(model: Model, source: Source, device: torch.device) -> None:
                     _fill(part, source)
                     finite.look(part.name, part.destination())
             layer.finish()
+            if finished is not None:
+                finished(layer)
             progress.update(len(parts))
         broken = finite.broken()
     if broken:

@@ -12,7 +12,9 @@ from octavo.kernels.linear.int4_layout import DEPTH, ROWS
 from octavo.layers.schemes.blocks import BlockScheme, BlockTable
 from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_fbgemm, has_onednn, widens_half
 from octavo.layers.schemes.dense import DenseScheme, PlainScheme
+from octavo.layers.schemes.formats.online import OnlineFormat
 from octavo.layers.schemes.formats.stored import Format, ShapeOf, Stored
+from octavo.layers.schemes.online import OnlineScheme
 from octavo.layers.schemes.products import Int4Product, Product, UnpackedProduct, eight_bit_product
 from octavo.layers.schemes.quantised import QuantisedScheme, SideBySide
 from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix, Scheme
@@ -82,9 +84,11 @@ class QuantisedSchemes(Schemes):
         device: torch.device,
         format_of: Callable[[str], Format | None],
         shape_of: ShapeOf = lambda name: None,
+        *,
+        judged: bool = False,
     ) -> None:
         """format_of: what the config says of a projection, None: it is plain. shape_of: of the
-        file's tensors; without a file it has none.
+        file's tensors; without a file it has none. judged: as `OnlineScheme` has it.
         """
         super().__init__(dtype, device)
         if self.on_gpu and dtype == torch.float32:
@@ -93,6 +97,7 @@ class QuantisedSchemes(Schemes):
             )
         self.format_of = format_of
         self.shape_of = shape_of
+        self.judged = judged
 
     @property
     def on_gpu(self) -> bool:
@@ -107,15 +112,21 @@ class QuantisedSchemes(Schemes):
         if form is None:
             return self.plain(matrix)
         self._check_device(form)
-        return QuantisedScheme(
-            matrix,
-            form,
-            self.dtype,
-            self.shape_of,
-            input_form=input_form(form) if self.on_gpu else PLAIN,
-            make=partial(self._product, form, matrix.makes_logits),
-            refuse=gpu_refusal if self.on_gpu else lambda matrix, form: None,
-        )
+        made_by = partial(self._product, form, matrix.makes_logits)
+        takes = input_form(form) if self.on_gpu else PLAIN
+        refusal = gpu_refusal(matrix, form) if self.on_gpu else None
+        if isinstance(form, OnlineFormat):
+            return OnlineScheme(
+                matrix,
+                form,
+                self.dtype,
+                input_form=takes,
+                make=made_by,
+                make_plain=self.plain,
+                refusal=refusal,
+                judged=self.judged,
+            )
+        return QuantisedScheme(matrix, form, self.dtype, self.shape_of, input_form=takes, make=made_by, refusal=refusal)
 
     def form(self, name: str) -> Format | None:
         """The format of a projection: where the file has it plain, whatever the config says of its

@@ -36,7 +36,7 @@ class QuantisedScheme(Scheme):
         *,
         input_form: InputForm,
         make: MakeProduct,
-        refuse: Callable[[Matrix, Format], str | None],
+        refusal: str | None,
     ) -> None:
         """dtype: of plain weights. make: of projections that lie one below the other, and their
         bias. refuse: why the device cannot multiply by the matrix.
@@ -47,7 +47,7 @@ class QuantisedScheme(Scheme):
         self.bias = torch.empty(matrix.out_features, dtype=dtype, device="meta") if matrix.bias else None
         self.products: list[Product] = []
         self._make = make
-        self._refusal = refuse(matrix, form)
+        self._refusal = refusal
         self._first = form.first
 
     def own_parts(self) -> Iterable[WeightPart]:

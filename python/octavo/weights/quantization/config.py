@@ -82,7 +82,7 @@ def online(kind: str) -> Recipe:
     def format_of(name: str) -> Format | None:
         return None if name == "lm_head" else form
 
-    return Recipe(kind, format_of, (form,))
+    return Recipe(kind, format_of, (form,), online=True)
 
 
 def read_recipe(folder: Path) -> Recipe | None:

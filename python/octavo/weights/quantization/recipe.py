@@ -21,6 +21,7 @@ class Recipe:
     method: str  # as `--quantization` and config files name it
     format_of: Callable[[str], Format | None]  # of a projection, by its name without ".weight"; None: plain
     formats: tuple[Format, ...]  # all that there are
+    online: bool = False  # quantised while the weights are read
 
     def __str__(self) -> str:
         return "; ".join(dict.fromkeys(map(str, self.formats)))

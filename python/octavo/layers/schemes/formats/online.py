@@ -1,5 +1,7 @@
 """16-bit weights that are quantised while they are loaded, rounded to the nearest number."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +11,6 @@ from torch import Tensor
 
 from octavo.kernels import ops
 from octavo.layers.schemes.formats.stored import Format, Numbers, ShapeOf, Stored
-from octavo.layers.weight import WeightPart
 
 GROUPS = (128, 64, 32)
 
@@ -36,22 +37,20 @@ class OnlineFormat(Format):
         return next((group for group in GROUPS if inputs % group == 0), inputs) if self.kind == "int4" else inputs
 
     def stored(self, name: str, rows: int, inputs: int, dtype: torch.dtype, shape_of: ShapeOf) -> Stored:
-        return _OnlineStored(name, rows, inputs, self, dtype)
+        return OnlineStored(name, rows, inputs, self)
 
     def __str__(self) -> str:
         return f"{self.kind}, quantised while loading"
 
 
-class _OnlineStored(Stored):
+class OnlineStored(Stored):
+    """Rows of a plain weight, which whoever has loaded it lends."""
+
     weight: Tensor  # [rows, inputs]
 
-    def __init__(self, name: str, rows: int, inputs: int, form: OnlineFormat, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, rows: int, inputs: int, form: OnlineFormat) -> None:
         super().__init__(name, rows, inputs)
         self.form = form
-        self.weight = torch.empty(rows, inputs, dtype=dtype, device="meta")
-
-    def own_parts(self) -> Iterable[WeightPart]:
-        yield WeightPart(f"{self.name}.weight", self, "weight", (self.rows, self.inputs))
 
     def problems(self) -> Iterable[str]:
         if self.form.kind == "int4" and self.inputs % GROUPS[-1]:
