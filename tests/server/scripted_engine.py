@@ -43,7 +43,7 @@ class Script:
     the script.
     """
 
-    def __init__(self, config: EngineConfig, max_model_len: int) -> None:
+    def __init__(self, config: EngineConfig, max_model_len: int, num_blocks: int = 31) -> None:
         self.parts = self
         self.config = config.for_device("cpu")
         self.model_name = config.model_name
@@ -66,7 +66,7 @@ class Script:
         self.go.set()
         self._stop = threading.Event()
         self.core = _core.EngineCore(
-            num_blocks=31,  # one is the null block: 480 tokens
+            num_blocks=num_blocks,  # one is the null block: by default 480 tokens
             block_size=16,
             kv_windows=[0],
             max_num_seqs=self.config.max_num_seqs or 1,
@@ -161,11 +161,17 @@ class Script:
 class ScriptedEngine(AsyncEngine):
     """The engine that tests serve."""
 
-    def __init__(self, *, max_num_seqs: int = 64, max_waiting: int = 1024, max_model_len: int = 512) -> None:
-        config = EngineConfig(
-            model="org/tiny", max_num_seqs=max_num_seqs, max_waiting=max_waiting, disable_log_stats=True
-        )
-        self.script = Script(config, max_model_len)
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int = 64,
+        max_waiting: int = 1024,
+        max_model_len: int = 512,
+        num_blocks: int = 31,
+        model: str = "org/tiny",
+    ) -> None:
+        config = EngineConfig(model=model, max_num_seqs=max_num_seqs, max_waiting=max_waiting, disable_log_stats=True)
+        self.script = Script(config, max_model_len, num_blocks)
         super().__init__(self.script)  # type: ignore[arg-type]  # what it uses of an Engine, Script has
         self._thread.start()
 

@@ -15,19 +15,21 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from octavo import _core
 from octavo.answers import ModelAnswers
 from octavo.config import EngineConfig
 from octavo.engine import process
-from octavo.engine.engine import Engine
 from octavo.engine.outputs import OutputBuilder
 from octavo.engine.prompts import PromptInput, encode_prompt
 from octavo.errors import EngineDeadError
 from octavo.outputs import RequestOutput
 from octavo.sampling_params import SamplingParams
 from octavo.structured_outputs import StructuredOutputsParams, compile_grammar, find_grammar
+
+if TYPE_CHECKING:
+    from octavo.engine.engine import Engine
 
 T = TypeVar("T")
 
@@ -123,6 +125,8 @@ class AsyncEngine:
         """Loads the model and starts the engine thread. A model's name or path stands for a
         configuration of that alone. Blocks: call it before the loop runs, or in an executor.
         """
+        from octavo.engine.engine import Engine  # loads torch, which nothing else here needs
+
         if isinstance(config, (str, os.PathLike)):
             config = EngineConfig(model=os.fspath(config))
         sys.setswitchinterval(GIL_SWITCH_SECONDS)
