@@ -23,6 +23,10 @@ use thread_time::thread_time;
 struct Nowhere;
 
 impl OutputSink for Nowhere {
+    fn on_vector(&mut self, _: RequestId, vector: &[f32]) {
+        black_box(vector);
+    }
+
     fn on_prompt_token(&mut self, _: RequestId, token: &PromptToken<'_>) {
         black_box(token.id);
     }

@@ -3,7 +3,8 @@ plain-PyTorch twin elsewhere.
 
 Layers and engine call only this module. What an op does, and its shapes, stand in
 `reference/layers.py`, of those in 4 and 8 bits in `reference/int4.py` and `eight_bit.py`, of
-`prepare` and `sample` in `reference/step.py`, of `prompt_logprobs` in `reference/logprobs.py`.
+`prepare` and `sample` in `reference/step.py`, of `prompt_logprobs` in `reference/logprobs.py`, of
+`pool` in `reference/pool.py`.
 Triton is imported at the first call with a CUDA tensor, so a host without it can run everything on
 its CPU.
 """
@@ -16,6 +17,7 @@ from typing import Any, TypeVar, cast
 import torch
 
 from octavo.kernels.reference import eight_bit, int4, layers, logprobs, step
+from octavo.kernels.reference import pool as pooling
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -64,4 +66,5 @@ copy_blocks = _by_device(layers.copy_blocks, "attention.copy_blocks")
 prepare = _by_device(step.prepare, "step.prepare", tensor_at=1)
 sample = _by_device(step.sample, "step.sample")
 prompt_logprobs = _by_device(logprobs.prompt_logprobs, "step.prompt_logprobs")
+pool = _by_device(pooling.pool, "step.pool")
 sample_peak_rehearsal = _by_device(step.sample_peak_rehearsal, "step.sample")

@@ -108,6 +108,8 @@ pub struct CoreConfig {
     pub max_model_len: u32,
     /// Token ids are below this.
     pub vocab_size: u32,
+    /// Numbers of a hidden state, which is what an embedding is made of; 0: there are no embeddings.
+    pub vector_size: u32,
     /// Tokens that end a sequence unless it asks to ignore them.
     pub eos_token_ids: Vec<u32>,
     /// Requests that may wait for their first admission.
@@ -180,6 +182,7 @@ impl Default for CoreConfig {
             max_num_batched_tokens: 256,
             max_model_len: 512,
             vocab_size: 1024,
+            vector_size: 0,
             eos_token_ids: Vec::new(),
             max_waiting: 1024,
             batching: Batching::Continuous,
@@ -227,6 +230,7 @@ impl CoreConfig {
         in_range("max_num_seqs", self.max_num_seqs, 1)?;
         in_range("max_model_len", self.max_model_len, 2)?;
         in_range("vocab_size", self.vocab_size, 1)?;
+        in_range("vector_size", self.vector_size, 0)?;
         if self.num_draft_tokens > 64 {
             return Err(Error::invalid("num_draft_tokens", self.num_draft_tokens, "at most 64"));
         }

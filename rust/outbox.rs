@@ -115,6 +115,13 @@ impl OutputSink for Outbox {
         }
     }
 
+    fn on_vector(&mut self, request: RequestId, vector: &[f32]) {
+        let Some(id) = self.of_request.get(&request).copied() else { return };
+        if let Some(reply) = self.replies.get_mut(&id) {
+            reply.keep_vector(prompt_of(id, request), vector);
+        }
+    }
+
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32> {
         let id = *self.of_request.get(&seq.request)?;
         let reply = self.replies.get_mut(&id)?;

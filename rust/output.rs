@@ -15,6 +15,8 @@ pub enum FinishReason {
     StopString(u32),
     /// Its grammar allows nothing more, and end tokens are not drawn.
     Complete,
+    /// Its embedding has been told, which is all that was asked for.
+    Pooled,
     /// `max_tokens`, or the model's length.
     Length,
     /// The caller took it back.
@@ -26,7 +28,7 @@ pub enum FinishReason {
 /// What went wrong with one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SequenceError {
-    /// NaN among the logits.
+    /// NaN among the logits, or in an embedding.
     Numerical,
     /// Bias, bans and grammar left no token to draw.
     AllMasked,
@@ -43,7 +45,7 @@ impl FinishReason {
     /// The word of the wire: `stop`, `length`, `abort` or `error`.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Eos | Self::StopToken(_) | Self::StopString(_) | Self::Complete => "stop",
+            Self::Eos | Self::StopToken(_) | Self::StopString(_) | Self::Complete | Self::Pooled => "stop",
             Self::Length => "length",
             Self::Abort => "abort",
             Self::Error(_) => "error",
@@ -205,6 +207,10 @@ pub trait OutputSink {
     /// now holds; the sequence then ends with [`FinishReason::StopString`], whatever `token.finish`
     /// says.
     fn on_token(&mut self, seq: SeqRef, token: &SampledToken<'_>, progress: &Progress) -> Option<u32>;
+
+    /// The embedding of a request's prompt, where that was asked for: once, as the model made it;
+    /// `on_finish` follows at once.
+    fn on_vector(&mut self, request: RequestId, vector: &[f32]);
 
     /// A sequence ended. It is told once for each sequence, and nothing about that sequence
     /// follows.

@@ -15,10 +15,10 @@ mod capacity;
 mod result;
 pub mod words;
 
-use words::{bias, block, copy, enter, penalty, row, target, HEADER, NONE, SECTION_ALIGNMENT};
+use words::{bias, block, copy, enter, penalty, pool, row, target, HEADER, NONE, SECTION_ALIGNMENT};
 
 pub use capacity::PlanCapacity;
-pub use result::{ResultLayout, ResultWriter, RowResult, TargetLayout, TokenLogprobs};
+pub use result::{ResultLayout, ResultWriter, RowResult, TargetLayout, TokenLogprobs, VectorLayout};
 pub use words::{
     PlanInfo, ROW_LOGPROBS, ROW_PADDING, ROW_PENALTIES, ROW_PREFILL, ROW_SAMPLE, STATUS_MASKED, STATUS_NAN,
     STATUS_NO_TOKEN, STATUS_OK,
@@ -54,6 +54,25 @@ pub struct BlockEntry {
     pub index: u32,
     /// The block.
     pub block: BlockId,
+}
+
+/// Tokens of one row whose hidden states are part of an embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pool {
+    /// Request slot, which keeps the sum.
+    pub slot: u32,
+    /// Its row of the step.
+    pub row: u32,
+    /// First of the tokens, among those of the step.
+    pub start: u32,
+    /// How many they are.
+    pub len: u32,
+    /// They are the first ones of the sum.
+    pub begins: bool,
+    /// Tokens of the whole sum.
+    pub count: u32,
+    /// Which vector of the result they complete; None where more tokens will come.
+    pub vector: Option<u32>,
 }
 
 /// A sequence that takes a slot in this step.
@@ -108,6 +127,14 @@ impl PlanInfo {
             top: self.max_prompt_logprobs.unwrap_or(0) as usize,
         }
     }
+
+    /// Where the vectors lie.
+    pub fn vector_layout(&self) -> VectorLayout {
+        VectorLayout {
+            start: self.target_layout().end(self.num_prompt_targets as usize),
+            size: self.vector_size as usize,
+        }
+    }
 }
 
 fn align(bytes: usize) -> usize {
@@ -126,6 +153,7 @@ pub struct PlanWriter {
     drafts: Vec<u32>,
     penalty_tokens: Vec<[u32; penalty::WORDS]>,
     prompt_targets: Vec<[u32; target::WORDS]>,
+    pools: Vec<[u32; pool::WORDS]>,
 }
 
 impl PlanWriter {
@@ -140,6 +168,7 @@ impl PlanWriter {
         self.drafts.clear();
         self.penalty_tokens.clear();
         self.prompt_targets.clear();
+        self.pools.clear();
     }
 
     /// Appends a row; decodes come first.
@@ -246,6 +275,24 @@ impl PlanWriter {
         self.prompt_targets.len() as u32
     }
 
+    /// Appends tokens of a prefill row whose hidden states are part of an embedding.
+    pub fn push_pool(&mut self, pool: &Pool) {
+        let mut words = [0; pool::WORDS];
+        words[pool::SLOT] = pool.slot;
+        words[pool::ROW] = pool.row;
+        words[pool::START] = pool.start;
+        words[pool::LEN] = pool.len;
+        words[pool::BEGINS] = u32::from(pool.begins);
+        words[pool::COUNT] = pool.count;
+        words[pool::VECTOR] = pool.vector.unwrap_or(NONE);
+        self.pools.push(words);
+    }
+
+    /// Rows so far, padding included.
+    pub fn num_rows(&self) -> u32 {
+        self.rows.len() as u32
+    }
+
     /// Lays header and sections out in `buffer` and completes `info` (counts of sections, offsets,
     /// bytes, result width).
     ///
@@ -261,6 +308,7 @@ impl PlanWriter {
         info.num_drafts = self.drafts.len() as u32;
         info.num_penalty_tokens = self.penalty_tokens.len() as u32;
         info.num_prompt_targets = self.prompt_targets.len() as u32;
+        info.num_pools = self.pools.len() as u32;
         info.result_width = info.result_layout().width() as u32;
 
         let mut end = align(HEADER.len() * 4);
@@ -278,6 +326,7 @@ impl PlanWriter {
         info.drafts_offset = place(self.drafts.len());
         info.penalty_tokens_offset = place(self.penalty_tokens.len() * penalty::WORDS);
         info.prompt_targets_offset = place(self.prompt_targets.len() * target::WORDS);
+        info.pools_offset = place(self.pools.len() * pool::WORDS);
         info.num_bytes = end as u32;
         if buffer.len() < end {
             return Err(Error::BufferTooSmall { what: "plan", len: buffer.len(), needed: end });
@@ -292,6 +341,7 @@ impl PlanWriter {
         put(buffer, info.drafts_offset, &self.drafts);
         put(buffer, info.penalty_tokens_offset, self.penalty_tokens.as_flattened());
         put(buffer, info.prompt_targets_offset, self.prompt_targets.as_flattened());
+        put(buffer, info.pools_offset, self.pools.as_flattened());
         Ok(())
     }
 }
@@ -398,6 +448,19 @@ impl<'a> PlanView<'a> {
         records::<{ target::WORDS }>(self.bytes, self.info.prompt_targets_offset, self.info.num_prompt_targets)
             .map(|w| (w[target::PLACE], w[target::TARGET]))
     }
+
+    /// Tokens whose hidden states are part of embeddings.
+    pub fn pools(&self) -> impl Iterator<Item = Pool> + 'a {
+        records::<{ pool::WORDS }>(self.bytes, self.info.pools_offset, self.info.num_pools).map(|w| Pool {
+            slot: w[pool::SLOT],
+            row: w[pool::ROW],
+            start: w[pool::START],
+            len: w[pool::LEN],
+            begins: w[pool::BEGINS] != 0,
+            count: w[pool::COUNT],
+            vector: (w[pool::VECTOR] != NONE).then_some(w[pool::VECTOR]),
+        })
+    }
 }
 
 fn records<const N: usize>(bytes: &[u8], offset: u32, count: u32) -> impl Iterator<Item = [u32; N]> + '_ {
@@ -455,6 +518,8 @@ mod tests {
         writer.push_penalty_token(10, 0, true);
         writer.push_penalty_token(5, 2, false);
         writer.push_prompt_target(3, 14);
+        let pool = Pool { slot: 3, row: 0, start: 0, len: 5, begins: true, count: 9, vector: None };
+        writer.push_pool(&pool);
         let mut info = PlanInfo { step_id: 1 << 40 | 7, decode_query_len: 1, all_greedy: true, ..PlanInfo::default() };
         let mut buffer = vec![0xee; 1024];
         writer.finish(&mut buffer, &mut info).expect("it fits");
@@ -463,7 +528,7 @@ mod tests {
         let words = |offset, count| (0..count).map(|i| at(offset, i)).collect::<Vec<_>>();
         assert_eq!(words(0, 8), [7, 1 << 8, 0, 1, 0, 0, 1, 0]);
         assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
-        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (144, at(0, 17), at(0, 22)));
+        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (160, at(0, 17), at(0, 22)));
         assert_eq!(words(32 * 4, 3), [u32::MAX, 1, info.prompt_targets_offset]);
         assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, 2, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
@@ -474,6 +539,8 @@ mod tests {
         assert_eq!(words(info.bias_offset, 2), [8, 0xff80_0000]);
         assert_eq!(words(info.penalty_tokens_offset, 4), [10, 1, 5, 4]);
         assert_eq!(words(info.prompt_targets_offset, 2), [3, 14]);
+        assert_eq!(words(35 * 4, 5), [0, 0, 0, 1, info.pools_offset]);
+        assert_eq!(words(info.pools_offset, 7), [3, 0, 0, 5, 1, 9, u32::MAX]);
         let offsets = [info.rows_offset, info.blocks_offset, info.enters_offset, info.bias_offset, info.num_bytes];
         assert!(offsets.iter().all(|offset| offset % 16 == 0));
 
@@ -485,6 +552,7 @@ mod tests {
         assert_eq!(view.bias().collect::<Vec<_>>(), [(8, f32::NEG_INFINITY)]);
         assert_eq!(view.drafts().collect::<Vec<_>>(), [30, 31]);
         assert_eq!(view.prompt_targets().collect::<Vec<_>>(), [(3, 14)]);
+        assert_eq!(view.pools().collect::<Vec<_>>(), [pool]);
     }
 
     #[test]

@@ -90,6 +90,26 @@ pub const MAX_LOGPROBS: u32 = 20;
 /// Temperatures below this are greedy: dividing logits by less overflows half precision.
 const GREEDY_BELOW: f64 = 1e-5;
 
+/// Of which of a prompt's hidden states an embedding is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolingKind {
+    /// That of the last token, which has seen all of them.
+    Last,
+    /// The mean of all.
+    Mean,
+}
+
+/// What an embedding is made of, and what becomes of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pooling {
+    /// Of which hidden states it is made.
+    pub kind: PoolingKind,
+    /// Whether it is brought to length 1.
+    pub normalize: bool,
+    /// How many of its first numbers are wanted; None: all.
+    pub dimensions: Option<u32>,
+}
+
 /// A compiled grammar among the sampling parameters; equal to itself alone.
 #[derive(Debug, Clone)]
 pub struct SharedGrammar(pub Arc<dyn Grammar>);
@@ -209,6 +229,8 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// What the output must follow.
     pub grammar: Option<SharedGrammar>,
+    /// An embedding of the prompt is wanted, and no output.
+    pub pooling: Option<Pooling>,
 }
 
 impl Default for SamplingParams {
@@ -291,7 +313,14 @@ impl SamplingParams {
             prompt_logprobs: num_logprobs("prompt_logprobs", options.prompt_logprobs)?,
             logit_bias,
             grammar: options.grammar,
+            pooling: None,
         })
+    }
+
+    /// The parameters of a request for an embedding of its prompt.
+    pub fn embedding(pooling: Pooling) -> Self {
+        let output = Self { temperature: 0.0, max_tokens: Some(0), ignore_eos: true, ..Self::default() };
+        Self { pooling: Some(pooling), detokenize: false, ..output }
     }
 
     /// Whether any penalty is on, so that the device must count this sequence's tokens.

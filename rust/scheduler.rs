@@ -18,7 +18,7 @@ use rustc_hash::FxHashMap;
 use crate::config::{Batching, CoreConfig};
 use crate::error::Error;
 use crate::kv_cache::KvCache;
-use crate::plan::{PlanCapacity, PlanWriter, ResultLayout, TargetLayout};
+use crate::plan::{PlanCapacity, PlanWriter, ResultLayout, TargetLayout, VectorLayout};
 use crate::policy::{Order, WaitingQueue, LOOKAHEAD};
 use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
@@ -121,6 +121,8 @@ struct StepRow {
     len: u32,
     num_drafts: u32,
     targets: Targets,
+    /// The vector that it completes.
+    vector: Option<u32>,
     prefill: bool,
     sample: bool,
 }
@@ -141,6 +143,8 @@ struct Step {
     layout: Option<ResultLayout>,
     targets: TargetLayout,
     num_targets: usize,
+    vectors: VectorLayout,
+    num_vectors: usize,
     /// Its rows' records of the result, padding included.
     num_records: usize,
     /// Decode rows, without and with the padding rows that stand between them and the prefill rows.
@@ -248,8 +252,9 @@ pub struct Scheduler {
     spare_steps: Vec<Step>,
     planned: PlannedStep,
     writer: PlanWriter,
-    /// For one block's tokens, and for the counts of one sequence's penalty tokens.
+    /// For one block's tokens, one embedding, and the counts of one sequence's penalty tokens.
     token_scratch: Vec<u32>,
+    vector_scratch: Vec<f32>,
     penalty_scratch: FxHashMap<u32, u32>,
     now: f64,
     stats: Stats,
@@ -297,6 +302,7 @@ impl Scheduler {
             planned: PlannedStep::default(),
             writer: PlanWriter::default(),
             token_scratch: Vec::with_capacity(config.block_size as usize),
+            vector_scratch: Vec::with_capacity(config.vector_size as usize),
             penalty_scratch: FxHashMap::default(),
             now: 0.0,
             stats: Stats::default(),

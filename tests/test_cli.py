@@ -151,10 +151,10 @@ def test_harmless_flags_of_vllm_are_accepted_with_one_line(
 
 
 def test_flags_of_vllm_that_ask_for_what_happens_say_nothing(served: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "--no-enable-lora --cpu-offload-gb 0 -pp 1 --task generate --revision main"
+    line = "--no-enable-lora --cpu-offload-gb 0 -pp 1 --convert embed --revision main"
     assert cli.main(["serve", "m", *line.split()]) == 0
     assert capsys.readouterr().err == ""
-    for words in (["--cpu-offload-gb=4"], ["-pp", "2"], ["--task", "embed"]):
+    for words in (["--cpu-offload-gb=4"], ["-pp", "2"], ["--convert", "classify"]):
         with pytest.raises(SystemExit):
             cli.main(["serve", "m", *words])
         assert "not supported yet, only" in capsys.readouterr().err

@@ -56,6 +56,11 @@ class Plan(NamedTuple):
     max_prompt_logprobs: int  # most top tokens that a request asks for its prompt; -1 where there are no targets
     num_prompt_targets: int
     prompt_targets_offset: int
+    num_vectors: int  # of the result
+    vector_size: int  # words of one: the model's hidden size
+    has_wide_pools: int  # 0 or 1: some record of `pools` has more tokens than its row's last
+    num_pools: int
+    pools_offset: int
 
     @classmethod
     def read(cls, plan: npt.NDArray[np.uint8]) -> Plan:
@@ -79,8 +84,18 @@ class Plan(NamedTuple):
 
     @property
     def result_words(self) -> int:
-        """Words of the whole result: rows, then prompt targets."""
+        """Words of the whole result: rows, then prompt targets, then vectors."""
+        return self.vectors_start + self.num_vectors * self.vector_size
+
+    @property
+    def vectors_start(self) -> int:
+        """Word of the result at which its vectors begin."""
         return self.padded_rows * self.result_width + self.num_prompt_targets * self.target_width
+
+    @property
+    def needs_all_hidden(self) -> bool:
+        """Hidden states are needed of other tokens than those that logits are made of."""
+        return self.num_prompt_targets > 0 or self.has_wide_pools != 0
 
 
 HEADER_BYTES = 4 * len(Plan._fields)
@@ -124,6 +139,10 @@ COPY_SOURCE, COPY_DESTINATION = range(PAIR_WORDS)
 BIAS_TOKEN, BIAS_VALUE = range(PAIR_WORDS)
 PENALTY_TOKEN, PENALTY_SEEN = range(PAIR_WORDS)
 TARGET_PLACE, TARGET_TARGET = range(PAIR_WORDS)
+
+POOL_WORDS = 7
+POOL_SLOT, POOL_ROW, POOL_START, POOL_LEN, POOL_BEGINS, POOL_COUNT, POOL_VECTOR = range(POOL_WORDS)
+NO_VECTOR = -1  # the sum is not complete
 
 STATUS_OK = 0
 STATUS_NAN = 1  # NaN or +inf in the row's logits: nothing is drawn

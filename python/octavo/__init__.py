@@ -12,8 +12,12 @@ if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine as AsyncEngine
     from octavo.engine.llm import LLM as LLM
     from octavo.outputs import CompletionOutput as CompletionOutput
+    from octavo.outputs import EmbeddingOutput as EmbeddingOutput
+    from octavo.outputs import EmbeddingRequestOutput as EmbeddingRequestOutput
     from octavo.outputs import Logprob as Logprob
     from octavo.outputs import RequestOutput as RequestOutput
+    from octavo.pooling import PoolerConfig as PoolerConfig
+    from octavo.pooling import PoolingParams as PoolingParams
     from octavo.sampling_params import SamplingParams as SamplingParams
     from octavo.structured_outputs import StructuredOutputsParams as StructuredOutputsParams
 
@@ -27,15 +31,23 @@ _HOMES = {
     "StructuredOutputsParams": "octavo.structured_outputs",
     "RequestOutput": "octavo.outputs",
     "CompletionOutput": "octavo.outputs",
+    "EmbeddingOutput": "octavo.outputs",
+    "EmbeddingRequestOutput": "octavo.outputs",
     "Logprob": "octavo.outputs",
+    "PoolerConfig": "octavo.pooling",
+    "PoolingParams": "octavo.pooling",
 }
 
 __all__ = [
     "LLM",
     "AsyncEngine",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineConfig",
     "Logprob",
+    "PoolerConfig",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",

@@ -399,6 +399,13 @@ class SamplingParams:
         """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
         means: up to the model's length. One that is a default gives way to what fits.
         """
+    @staticmethod
+    def embedding(*, pooling: str, normalize: bool = True, dimensions: int | None = None) -> SamplingParams:
+        """Those of a request for an embedding of its prompt, which has no output.
+
+        pooling: "last" (of the last token's hidden state) or "mean" (of all). dimensions: how many of
+        its first numbers are wanted, before they are normalised.
+        """
 
 @final
 class AnswerFormat:
@@ -506,6 +513,11 @@ class ReplyFormat:
         *, id: str, model: str, created_at: str, chat: bool, stream: bool, answer: AnswerFormat | None = None
     ) -> ReplyFormat:
         """Ollama's chats (chat) or completions; a stream has a line of JSON for each delta."""
+    @staticmethod
+    def embeddings(*, form: str, id: str = "", model: str = "", created: int = 0, base64: bool = False) -> ReplyFormat:
+        """Embeddings, never streamed. form: "openai", "pooling" (vLLM's route), "ollama" (`/api/embed`)
+        or "ollama_one" (`/api/embeddings`); base64 is for the first two.
+        """
     def write_error(self, code: str, message: str) -> bytes:
         """What ends a stream by an error, for errors that the core does not know of."""
 
@@ -562,6 +574,9 @@ class ChoiceDelta:
         """With the choice's first delta, where they were asked for: of each token of the prompt but
         the first, as in `logprobs`. Made when it is read.
         """
+    @property
+    def embedding(self) -> npt.NDArray[np.float32] | None:
+        """Of its prompt, where that was asked for: float32 [its numbers]; with the end."""
     @property
     def finish_reason(self) -> str | None:
         """None, "stop", "length", "abort" or "error"."""
@@ -664,6 +679,7 @@ class EngineCore:
         max_num_batched_tokens: int,
         max_model_len: int,
         vocab_size: int,
+        vector_size: int = 0,
         eos_token_ids: Sequence[int] = ...,
         max_waiting: int = 1024,
         batching: str = "continuous",
@@ -707,6 +723,9 @@ class EngineCore:
         """Prompt and output tokens of the longest request that the KV pool can hold, at most
         `max_model_len`.
         """
+    @property
+    def longest_embedding(self) -> int:
+        """Tokens of the longest prompt that may have an embedding."""
     def bind(self, slot: int, plan_bytes: npt.NDArray[np.uint8], result_bytes: npt.NDArray[np.uint8]) -> None: ...
     def add_call(
         self,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from octavo.options import check_types, option, parse_bytes, parse_count
+from octavo.pooling import RUNNERS, TASKS, HfOverrides, PoolerConfig
 from octavo.speculation import METHODS, MOST_TOKENS, SpeculativeConfig
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -142,6 +143,26 @@ class EngineConfig:
         1, "Number of GPUs that share each layer; only 1 for now.", parse=parse_count, short="-tp"
     )
 
+    runner: str = option(
+        "auto",
+        "What the model is for: generate, or pooling (embeddings alone); auto: both, but embeddings alone where its "
+        "files are those of a model for them.",
+        choices=RUNNERS,
+    )
+    task: str = option("auto", "vLLM's older name of --runner: embed is pooling.", choices=TASKS)
+    pooler_config: str | None = option(
+        None,
+        "How embeddings are made, as JSON with vLLM's keys: "
+        """'{"pooling_type": "MEAN", "normalize": true}' (LAST or MEAN); default: as the model's files say, else the """
+        "last token's, normalised.",
+        aliases=["--override-pooler-config"],
+    )
+    hf_overrides: str | None = option(
+        None,
+        "Keys that the model's config.json lacks, as JSON: "
+        """'{"is_matryoshka": true}' or '{"matryoshka_dimensions": [256, 512]}', for shorter embeddings.""",
+    )
+
     max_model_len: int | None = option(
         None,
         "Longest prompt and output together, in tokens (25k, or auto: the most that fits); default: the model's.",
@@ -222,6 +243,12 @@ class EngineConfig:
         object.__setattr__(self, "device", str(self.device))
         if isinstance(self.speculative_config, Mapping):  # as vLLM's LLM takes it
             object.__setattr__(self, "speculative_config", json.dumps(dict(self.speculative_config), default=repr))
+        for field in ("pooler_config", "hf_overrides"):  # vLLM's LLM takes objects
+            value = getattr(self, field)
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                value = {key: entry for key, entry in dataclasses.asdict(value).items() if entry is not None}
+            if isinstance(value, Mapping):
+                object.__setattr__(self, field, json.dumps(dict(value), default=repr))
         check_types(self)
         names = (self.served_model_name,) if isinstance(self.served_model_name, str) else tuple(self.served_model_name)
         object.__setattr__(self, "served_model_name", names)
@@ -240,6 +267,8 @@ class EngineConfig:
             ("kv_cache_dtype", KV_CACHE_DTYPES),
             ("scheduling_policy", SCHEDULING_POLICIES),
             ("batching", BATCHING),
+            ("runner", RUNNERS),
+            ("task", TASKS),
             ("tool_call_parser", TOOL_CALL_PARSERS),
             ("reasoning_parser", REASONING_PARSERS),
         ):
@@ -286,6 +315,15 @@ class EngineConfig:
             raise ValueError(f"quantization = {self.quantization!r}: must be one of {', '.join(QUANTIZATIONS)}")
 
         self.speculation  # noqa: B018  # refuses bad keys
+        HfOverrides.read(self.hf_overrides)
+        PoolerConfig.read(self.pooler_config)
+        wanted = "generate" if self.task == "generate" else "pooling"
+        if self.task != "auto" and self.runner not in ("auto", wanted):
+            raise ValueError(f"task = {self.task!r}: runner = {self.runner!r} says something else; give one of them")
+        if self.wanted_runner == "generate" and self.pooler_config is not None:
+            raise ValueError("pooler_config: makes no sense with runner = 'generate', which has no embeddings")
+        if self.wanted_runner == "pooling" and self.speculation is not None:
+            raise ValueError("speculative_config: makes no sense with runner = 'pooling', which generates nothing")
 
     @property
     def speculation(self) -> SpeculativeConfig | None:
@@ -302,6 +340,13 @@ class EngineConfig:
             name = "spec_method" if self.spec_method else "spec_tokens"
             raise ValueError(f"{name} = {getattr(self, name)!r}: speculative_config says it already; give one of them")
         return SpeculativeConfig.read(self.speculative_config)
+
+    @property
+    def wanted_runner(self) -> str:
+        """`runner`, or what `task` says."""
+        if self.task == "auto":
+            return self.runner
+        return "generate" if self.task == "generate" else "pooling"
 
     @property
     def num_draft_tokens(self) -> int:

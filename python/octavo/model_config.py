@@ -62,6 +62,7 @@ class ModelConfig:
     rope: RopeConfig
     layer_windows: tuple[int, ...]  # per layer; 0 = full attention
     local_rope: RopeConfig | None = None  # of the layers with a window, where it differs (Gemma 3)
+    has_head: bool = True  # it was saved with one, so that it can generate
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection

@@ -60,6 +60,32 @@ class RequestMetrics:
 
 
 @dataclass
+class EmbeddingOutput:
+    """The embedding of a prompt."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """Its numbers."""
+        return len(self.embedding)
+
+
+@dataclass
+class EmbeddingRequestOutput:
+    """What a request for an embedding gives back."""
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+    """Tokens of the prompt whose KV blocks came from the prefix cache."""
+    error: str | None = None
+    """What ended it, as `code: explanation`; the embedding is empty then."""
+
+
+@dataclass
 class RequestOutput:
     """Everything a request has made so far, or at its end."""
 
@@ -76,5 +102,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     """Tokens of the prompt whose KV blocks came from the prefix cache."""
     metrics: RequestMetrics | None = None
+    embedding: list[float] | None = None
+    """Of a request that asked for that."""
     error: str | None = None
     """What ended it, as `code: explanation`, where the `finish_reason` of a choice is "error"."""

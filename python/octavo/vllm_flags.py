@@ -73,7 +73,7 @@ NEUTRAL = {
     "--api-server-count": ("1",),
     "--chat-template-content-format": ("auto",),
     "--config-format": ("auto", "hf"),
-    "--convert": ("auto", "none"),
+    "--convert": ("auto", "none", "embed"),
     "--cpu-offload-gb": ("0", "0.0"),
     "--data-parallel-size": ("1",),
     "--decode-context-parallel-size": ("1",),
@@ -91,10 +91,8 @@ NEUTRAL = {
     "--prefill-context-parallel-size": ("1",),
     "--response-role": ("assistant",),
     "--revision": ("main",),
-    "--runner": ("auto", "generate"),
     "--scheduler-delay-factor": ("0", "0.0"),
     "--stream-interval": ("1",),
-    "--task": ("auto", "generate"),
     "--tokenizer-mode": ("auto",),
     "--tokenizer-revision": ("main",),
 }
@@ -113,13 +111,13 @@ _UNSUPPORTED = """
 --enable-lora --enable-lora-bias --enable-mm-embeds --enable-prompt-embeds --enable-server-load-tracking
 --enable-sleep-mode --enable-ssl-refresh --enable-tokenizer-info-endpoint --eplb-config
 --exclude-tools-when-tool-choice-none --fully-sharded-loras --guided-decoding-backend --headless --hf-config-path
---hf-overrides --hf-token --ignore-patterns --kernel-config --kv-events-config --kv-offloading-backend
+--hf-token --ignore-patterns --kernel-config --kv-events-config --kv-offloading-backend
 --kv-offloading-size --kv-sharing-fast-prefill --kv-transfer-config --log-config-file --logits-processor-pattern
 --logits-processors --lora-dtype --lora-extra-vocab-size --lora-modules --mamba-block-size --mamba-cache-dtype
 --mamba-ssm-cache-dtype --master-addr --master-port --max-cpu-loras --max-lora-rank --max-loras
 --max-num-queued-tokens --middleware --mm-encoder-tp-mode --model-loader-extra-config --moe-backend
---num-gpu-blocks-override --otlp-traces-endpoint --override-generation-config --override-pooler-config
---performance-mode --pooler-config --profiler-config --quantization-config
+--num-gpu-blocks-override --otlp-traces-endpoint --override-generation-config
+--performance-mode --profiler-config --quantization-config
 --reasoning-parser-plugin --return-tokens-as-token-ids --root-path --rope-scaling --rope-theta --scheduler-cls
 --show-hidden-metrics-for-version --skip-tokenizer-init --spec-model --ssl-ca-certs --ssl-cert-reqs
 --ssl-certfile --ssl-ciphers --ssl-keyfile --structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
@@ -129,6 +127,10 @@ UNSUPPORTED = frozenset(_UNSUPPORTED.split())
 """Refused by name. `--no-enable-...` of them asks for what happens, and is accepted: in silence,
 but for `--no-enable-log-requests`, which people set on purpose.
 """
+
+
+_WHOLE = frozenset({"--hf-overrides", "--override-pooler-config", "--pooler-config"})
+"""Options of ours that take JSON, and no key of it (`--config.key`)."""
 
 
 def add_vllm_flags(parser: argparse.ArgumentParser) -> None:
@@ -157,7 +159,9 @@ def is_unsupported(flag: str) -> bool:
     """Whether `flag` is one of vLLM's, in either form and with or without a key (`--config.key`),
     that has no meaning here.
     """
-    flag = flag.partition(".")[0]
+    flag, dot, _ = flag.partition(".")
+    if dot and flag in _WHOLE:
+        return True
     known = UNSUPPORTED | SWITCHES.keys() | SETTINGS.keys() | NEUTRAL.keys()
     return flag in known or flag.replace("--no-", "--", 1) in known
 

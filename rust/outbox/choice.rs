@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::prompt::{entries_of, PromptLogprobs};
 use crate::output::{Finish, FinishReason, SampledToken, Token, TokenLogprob};
 use crate::protocol::Delta;
-use crate::request::SamplingParams;
+use crate::request::{Pooling, SamplingParams};
 use crate::text::{Detokenizer, StopMatcher, StopPatterns, Tokenizer};
 
 /// More pending tokens of a choice than this leave as one delta: its client is not keeping up, and
@@ -29,6 +29,8 @@ pub struct ChoiceDelta {
     pub finish: Option<Finish>,
     /// Those of its prompt, where they were asked for; with the first delta.
     pub prompt: Option<Arc<PromptLogprobs>>,
+    /// The embedding of its prompt, where that was asked for; with the finish.
+    pub vector: Option<Vec<f32>>,
 }
 
 impl ChoiceDelta {
@@ -62,6 +64,7 @@ impl ChoiceDelta {
             logprobs: self.logprobs.get(start..end).unwrap_or_default(),
             finish: self.finish.as_ref().filter(|_| is_last && !self.failed()),
             prompt: self.prompt.as_deref().filter(|_| start == 0),
+            vector: self.vector.as_deref(),
         }
     }
 
@@ -154,6 +157,7 @@ pub(super) struct Choice {
     min_tokens: u32,
     /// Whether the text of a stop token stays.
     include_stop: bool,
+    pooling: Option<Pooling>,
     pending: ChoiceDelta,
     /// Characters that its tokens have made, those held back included.
     text_chars: u32,
@@ -173,12 +177,18 @@ impl Choice {
             stops: params.stop.clone(),
             min_tokens: params.min_tokens,
             include_stop: params.include_stop_str_in_output,
+            pooling: params.pooling,
             pending: ChoiceDelta { index, first: true, ..ChoiceDelta::default() },
             text_chars: 0,
             progress: ChoiceProgress::default(),
             gaps: Gaps::default(),
             ended: None,
         }
+    }
+
+    /// Keeps the embedding in the form that was asked for.
+    pub(super) fn keep_vector(&mut self, vector: &[f32]) {
+        self.pending.vector = self.pooling.map(|pooling| embedding(vector, &pooling));
     }
 
     /// Returns the index of the stop string that the token completes. `scratch` is text between the
@@ -248,5 +258,37 @@ impl Choice {
         let empty = self.pending.tokens.is_empty() && self.pending.finish.is_none();
         let next = ChoiceDelta { index: self.pending.index, ..ChoiceDelta::default() };
         (!empty).then(|| std::mem::replace(&mut self.pending, next))
+    }
+}
+
+/// Lengths below this are taken for it, so that a vector of zeros stays one: torch's `normalize`.
+const SHORTEST: f64 = 1e-12;
+
+/// The numbers that are wanted of a vector, in the form that is.
+fn embedding(vector: &[f32], pooling: &Pooling) -> Vec<f32> {
+    let wanted = &vector[..pooling.dimensions.map_or(vector.len(), |wanted| vector.len().min(wanted as usize))];
+    if !pooling.normalize {
+        return wanted.to_vec();
+    }
+    let length = wanted.iter().map(|number| f64::from(*number).powi(2)).sum::<f64>().sqrt().max(SHORTEST);
+    wanted.iter().map(|number| (f64::from(*number) / length) as f32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::request::PoolingKind;
+
+    #[test]
+    fn an_embedding_is_cut_before_it_is_normalised() {
+        let form = |normalize, dimensions| {
+            embedding(&[3.0, -4.0, 12.0], &Pooling { kind: PoolingKind::Last, normalize, dimensions })
+        };
+        assert_eq!(form(false, None), [3.0, -4.0, 12.0]);
+        assert_eq!(form(false, Some(1)), [3.0]);
+        assert_eq!(form(true, Some(2)), [0.6, -0.8]);
+        assert_eq!(form(true, None), [3.0 / 13.0, -4.0 / 13.0, 12.0 / 13.0]);
+        let zeros = embedding(&[0.0; 2], &Pooling { kind: PoolingKind::Mean, normalize: true, dimensions: None });
+        assert_eq!(zeros, [0.0; 2]);
     }
 }

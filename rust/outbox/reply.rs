@@ -9,7 +9,7 @@ use crate::protocol::{Delta, ReplyFormat, Usage};
 use crate::request::{Progress, SamplingParams};
 use crate::text::Tokenizer;
 
-/// Writing more log probabilities than this, or handing them to Python, takes long enough, about
+/// Writing more log probabilities or numbers of embeddings than this, or handing them to Python, takes long enough, about
 /// 0.2 ms, to be done off the event loop.
 const LONG: usize = 2048;
 
@@ -100,7 +100,9 @@ impl ReplyDelta {
     /// wait for it.
     pub fn is_long(&self) -> bool {
         let of_prompt = |choice: &ChoiceDelta| choice.prompt.as_ref().map_or(0, |prompt| prompt.len());
-        let entries = |choice: &ChoiceDelta| choice.logprobs.iter().map(Vec::len).sum::<usize>() + of_prompt(choice);
+        let of_vector = |choice: &ChoiceDelta| choice.vector.as_ref().map_or(0, Vec::len);
+        let of_tokens = |choice: &ChoiceDelta| choice.logprobs.iter().map(Vec::len).sum::<usize>();
+        let entries = |choice: &ChoiceDelta| of_tokens(choice) + of_prompt(choice) + of_vector(choice);
         self.choices.iter().map(entries).sum::<usize>() > LONG
     }
 }
@@ -173,6 +175,11 @@ impl Reply {
             gathering.push(token);
             request.keep_whole_prompt();
         }
+    }
+
+    /// The embedding of a prompt has come.
+    pub(super) fn keep_vector(&mut self, prompt: usize, vector: &[f32]) {
+        self.choices[prompt * self.choices_each].keep_vector(vector);
     }
 
     /// A choice of a prompt got a token; the index of the stop string that it completes.

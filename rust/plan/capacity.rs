@@ -1,8 +1,8 @@
 //! How large the plans and results of one configuration can become: the size of the buffers that
 //! cross the boundary.
 
-use super::words::{bias, block, copy, enter, penalty, row, target, HEADER};
-use super::{align, ResultLayout, TargetLayout};
+use super::words::{bias, block, copy, enter, penalty, pool, row, target, HEADER};
+use super::{align, ResultLayout, TargetLayout, VectorLayout};
 use crate::config::CoreConfig;
 use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
 
@@ -29,6 +29,10 @@ pub struct PlanCapacity {
     pub penalty_tokens: usize,
     /// Records of `prompt_targets`: each is of a token of the step.
     pub prompt_targets: usize,
+    /// Records of `pools`, and vectors: one a sequence.
+    pub pools: usize,
+    /// Numbers of a vector.
+    pub vector_size: usize,
 }
 
 impl PlanCapacity {
@@ -54,6 +58,8 @@ impl PlanCapacity {
             drafts: rows * config.num_draft_tokens as usize,
             penalty_tokens: config.vocab_size.min(config.max_model_len) as usize + tokens,
             prompt_targets: tokens,
+            pools: if config.vector_size > 0 { config.max_num_seqs as usize } else { 0 },
+            vector_size: config.vector_size as usize,
         }
     }
 
@@ -70,6 +76,7 @@ impl PlanCapacity {
             self.drafts,
             self.penalty_tokens * penalty::WORDS,
             self.prompt_targets * target::WORDS,
+            self.pools * pool::WORDS,
         ];
         sections.iter().map(|words| align(words * 4)).sum()
     }
@@ -78,6 +85,7 @@ impl PlanCapacity {
     pub fn result_bytes(&self, num_draft_tokens: u32) -> usize {
         let top = MAX_LOGPROBS as usize;
         let layout = ResultLayout { query_len: 1 + num_draft_tokens as usize, top: Some(top) };
-        TargetLayout { start: layout.bytes(self.rows), top }.end(self.prompt_targets)
+        let start = TargetLayout { start: layout.bytes(self.rows), top }.end(self.prompt_targets);
+        VectorLayout { start, size: self.vector_size }.end(self.pools)
     }
 }

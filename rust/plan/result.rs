@@ -1,5 +1,5 @@
-//! The result of a step: one record a row, in row order, then one a prompt target. `docs/plan.md` has
-//! their words.
+//! The result of a step: one record a row, in row order, then one a prompt target, then the vectors.
+//! `docs/plan.md` has their words.
 
 use super::word;
 use super::words::result::{NUM_VALID, STATUS, TOKENS};
@@ -99,6 +99,29 @@ impl TargetLayout {
     pub fn logprobs(self, result: &[u8], index: usize) -> TokenLogprobs<'_> {
         let record = &result[self.end(index)..self.end(index + 1)];
         TokenLogprobs { record, logprob: LOGPROB, rank: RANK, ids: TOP, values: TOP + self.top, top: self.top }
+    }
+}
+
+/// Where the vectors of a step lie: behind the results of its prompt targets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct VectorLayout {
+    /// Bytes before the first.
+    pub start: usize,
+    /// Numbers of each.
+    pub size: usize,
+}
+
+impl VectorLayout {
+    /// Bytes of a result with so many vectors, all that comes before them included.
+    pub fn end(self, vectors: usize) -> usize {
+        self.start + vectors * self.size * 4
+    }
+
+    /// The numbers of one vector. Panics where `result` is shorter than [`Self::end`] of more than
+    /// `index` vectors.
+    pub fn vector(self, result: &[u8], index: usize) -> impl ExactSizeIterator<Item = f32> + '_ {
+        let record = &result[self.end(index)..self.end(index + 1)];
+        (0..self.size).map(move |place| f32::from_bits(word(record, place)))
     }
 }
 
@@ -218,5 +241,14 @@ mod tests {
         assert_eq!((logprobs.logprob(), logprobs.rank()), (-2.5, 4));
         assert_eq!(logprobs.top().collect::<Vec<_>>(), [(11, -0.5), (12, -0.75)]);
         assert_eq!(logprobs.limited(1).top().len(), 1);
+    }
+
+    #[test]
+    fn vectors_stand_behind_the_prompt_targets() {
+        let layout = VectorLayout { start: 4, size: 2 };
+        let words = [7, 1.0f32.to_bits(), 2.0f32.to_bits(), 3.0f32.to_bits(), (-4.0f32).to_bits()];
+        let result: Vec<u8> = words.iter().flat_map(|word: &u32| word.to_le_bytes()).collect();
+        assert_eq!(layout.end(2), result.len());
+        assert_eq!(layout.vector(&result, 1).collect::<Vec<_>>(), [3.0, -4.0]);
     }
 }

@@ -5,8 +5,8 @@
 
 /// Bytes at whose multiples sections begin.
 pub const SECTION_ALIGNMENT: usize = 16;
-/// Stands for "none" in `mask_row`, `num_logprobs`, `max_logprobs` and `max_prompt_logprobs`: -1 as a
-/// signed word.
+/// Stands for "none" in `mask_row`, `num_logprobs`, `max_logprobs`, `max_prompt_logprobs` and `vector`:
+/// -1 as a signed word.
 pub const NONE: u32 = u32::MAX;
 
 /// What a word of the header can hold.
@@ -131,6 +131,14 @@ header! {
     max_prompt_logprobs: Option<u32>,
     num_prompt_targets: u32,
     prompt_targets_offset: u32,
+    /// Vectors of the result.
+    num_vectors: u32,
+    /// Words of one: the model's hidden size.
+    vector_size: u32,
+    /// Some record of `pools` has more tokens than its row's last.
+    has_wide_pools: bool,
+    num_pools: u32,
+    pools_offset: u32,
 }
 
 /// Makes the words of one kind of record: their names in order, and the place of each.
@@ -179,6 +187,10 @@ record! {
 record! {
     /// One prompt token whose log probabilities are wanted.
     target: PLACE, TARGET
+}
+record! {
+    /// Tokens of one row whose hidden states are part of an embedding.
+    pool: SLOT, ROW, START, LEN, BEGINS, COUNT, VECTOR
 }
 record! {
     /// The start of the result of a prompt target: then come its top ids and their log probabilities.

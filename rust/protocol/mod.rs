@@ -7,6 +7,7 @@
 
 mod anthropic;
 pub mod body;
+mod embedding;
 mod json;
 mod ollama;
 mod openai;
@@ -27,6 +28,7 @@ use crate::text::answer::AnswerFormat;
 use crate::text::Tokenizer;
 
 pub use anthropic::write_error as write_anthropic_error;
+pub use embedding::{EmbeddingForm, VectorForm};
 pub use ollama::write_error as write_ollama_error;
 pub use openai::{write_error, CallHead, StreamUsage};
 pub use openai_prompt::Echo;
@@ -74,6 +76,8 @@ pub struct Delta<'a> {
     pub finish: Option<&'a Finish>,
     /// Log probabilities of the choice's prompt, where they were asked for; with its first delta.
     pub prompt: Option<&'a PromptLogprobs>,
+    /// The embedding of the choice's prompt, where that was asked for.
+    pub vector: Option<&'a [f32]>,
 }
 
 /// Token counts of a call so far, over all its prompts and choices.
@@ -116,6 +120,11 @@ impl ReplyFormat {
     pub fn openai_completion(head: &CallHead<'_>, stream: Option<StreamUsage>, echo: Option<Echo>) -> Self {
         let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream).with_echo(echo);
         Self { protocol: Arc::new(protocol), streamed: stream.is_some() }
+    }
+
+    /// Embeddings, which are never streamed.
+    pub fn embeddings(head: &CallHead<'_>, form: EmbeddingForm) -> Self {
+        Self { protocol: Arc::new(embedding::Embeddings::new(head, form)), streamed: false }
     }
 
     /// TGI's `/generate` and `/generate_stream`.

@@ -54,13 +54,15 @@ pub struct EngineCore {
     result_bytes: usize,
     #[pyo3(get)]
     longest_request: u32,
+    #[pyo3(get)]
+    longest_embedding: u32,
 }
 
 #[pymethods]
 impl EngineCore {
     #[new]
     #[pyo3(signature = (*, num_blocks, block_size, kv_windows, max_num_seqs, max_num_batched_tokens, max_model_len,
-        vocab_size, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
+        vocab_size, vector_size=0, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
         prefill_graph_decodes=vec![], prefill_graph_rows=0, draft_graphs=vec![], prefill_draft_graphs=vec![],
         num_draft_tokens=0, speculation=None, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
@@ -73,6 +75,7 @@ impl EngineCore {
         max_num_batched_tokens: u32,
         max_model_len: u32,
         vocab_size: u32,
+        vector_size: u32,
         eos_token_ids: Vec<u32>,
         max_waiting: usize,
         batching: &str,
@@ -102,6 +105,7 @@ impl EngineCore {
             max_num_batched_tokens,
             max_model_len,
             vocab_size,
+            vector_size,
             eos_token_ids,
             max_waiting,
             batching: match batching {
@@ -147,6 +151,7 @@ impl EngineCore {
             plan_bytes: scheduler.plan_bytes(),
             result_bytes: scheduler.result_bytes(),
             longest_request: scheduler.longest_request(),
+            longest_embedding: scheduler.longest_embedding(),
             state: Mutex::new(State { scheduler, outbox: Outbox::new(tokenizer), slots: [None, None] }),
             awake: Mutex::new(false),
             bell: Condvar::new(),

@@ -1,5 +1,6 @@
 //! `ReplyDelta` and its parts: what a reply gained since it was last taken.
 
+use numpy::PyArray1;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -36,6 +37,12 @@ impl ChoiceDelta {
     #[getter]
     fn prompt_logprobs(&self) -> Option<Vec<Vec<(u32, f32, u32)>>> {
         self.0.prompt.as_ref().map(|prompt| prompt.positions().map(entries).collect())
+    }
+
+    /// float32, [its numbers].
+    #[getter]
+    fn embedding<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyArray1<f32>>> {
+        self.0.vector.as_ref().map(|vector| PyArray1::from_slice(py, vector))
     }
 
     #[getter]

@@ -1,9 +1,10 @@
 //! `SamplingParams`: the parameters of a request, checked when they are made.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::grammar::{self, Grammar};
-use crate::request::{self, SamplingOptions};
+use crate::request::{self, Pooling, PoolingKind, SamplingOptions};
 
 /// Checked sampling parameters in the form the scheduler uses.
 #[pyclass(frozen, module = "octavo._core")]
@@ -66,5 +67,17 @@ impl SamplingParams {
             grammar: grammar::shared(grammar),
         };
         Ok(Self(request::SamplingParams::new(options)?))
+    }
+
+    /// Those of a request for an embedding.
+    #[staticmethod]
+    #[pyo3(signature = (*, pooling, normalize = true, dimensions = None))]
+    fn embedding(pooling: &str, normalize: bool, dimensions: Option<u32>) -> PyResult<Self> {
+        let kind = match pooling {
+            "last" => PoolingKind::Last,
+            "mean" => PoolingKind::Mean,
+            other => return Err(PyValueError::new_err(format!("pooling is {other:?}, but must be last or mean"))),
+        };
+        Ok(Self(request::SamplingParams::embedding(Pooling { kind, normalize, dimensions })))
     }
 }

@@ -19,6 +19,7 @@ pub fn plan_format(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         ("bias", words::bias::NAMES),
         ("penalty", words::penalty::NAMES),
         ("target", words::target::NAMES),
+        ("pool", words::pool::NAMES),
         ("target_result", words::target_result::NAMES),
         ("result", words::result::NAMES),
     ] {

@@ -1,11 +1,12 @@
 //! `ReplyFormat` and the errors of the protocols: how replies are written for clients.
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::answer::AnswerFormat;
 use crate::output::Failure;
-use crate::protocol::{self, CallHead, StreamUsage, TgiCall};
+use crate::protocol::{self, CallHead, EmbeddingForm, StreamUsage, TgiCall, VectorForm};
 
 /// How the reply to one call is written: by which protocol, as a stream or in one piece.
 #[pyclass(frozen, module = "octavo._core")]
@@ -56,6 +57,23 @@ impl ReplyFormat {
     #[pyo3(signature = (*, stream, details = false, as_list = false, top_n_tokens = 0, seed = None, prompt = String::new()))]
     fn tgi(stream: bool, details: bool, as_list: bool, top_n_tokens: u32, seed: Option<u64>, prompt: String) -> Self {
         Self(protocol::ReplyFormat::tgi(TgiCall { details, as_list, top_n_tokens, seed, prompt }, stream))
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (*, form, id = "", model = "", created = 0, base64 = false))]
+    fn embeddings(form: &str, id: &str, model: &str, created: u64, base64: bool) -> PyResult<Self> {
+        let vectors = if base64 { VectorForm::Base64 } else { VectorForm::Floats };
+        let form = match form {
+            "openai" => EmbeddingForm::OpenAi(vectors),
+            "pooling" => EmbeddingForm::Pooling(vectors),
+            "ollama" => EmbeddingForm::Ollama,
+            "ollama_one" => EmbeddingForm::OllamaOne,
+            other => {
+                let expected = "must be openai, pooling, ollama or ollama_one";
+                return Err(PyValueError::new_err(format!("form is {other:?}, but {expected}")));
+            }
+        };
+        Ok(Self(protocol::ReplyFormat::embeddings(&CallHead { id, model, created }, form)))
     }
 
     #[staticmethod]

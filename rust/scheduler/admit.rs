@@ -4,6 +4,7 @@ use super::schedule::PlannedRow;
 use super::{NothingFits, Scheduler, State};
 use crate::block_table::BlockTable;
 use crate::policy::{Lane, HEAD_BYPASS_LIMIT, LOOKAHEAD};
+use crate::request::{Pooling, PoolingKind};
 
 /// A look into the queue costs about as much as this many running sequences cost a step, so it is
 /// taken again after as many steps as this fits into what runs: it costs a few percent of a plan,
@@ -196,7 +197,11 @@ impl Scheduler {
         let sequence = &mut self.sequences[number];
         let asked = self.requests[sequence.request].prompt_asked;
         let is_asked = sequence.traits.wants_prompt && asked < sequence.prompt.len() as u32;
-        let findable = if is_asked { asked } else { sequence.known_len() };
+        let findable = match sequence.traits.pooling {
+            Some(Pooling { kind: PoolingKind::Mean, .. }) => 1, // the hidden states of all are needed
+            _ if is_asked => asked,
+            _ => sequence.known_len(),
+        };
         let count = (findable as usize - 1) / block_size;
         sequence.hash_blocks(&self.hasher, block_size, count, &mut self.token_scratch);
         Start::Cached(self.kv.find(&sequence.hashes[..count]))

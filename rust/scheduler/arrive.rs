@@ -154,6 +154,12 @@ impl Scheduler {
         (self.longest_sequence + 1).saturating_sub(2 * num_draft_tokens)
     }
 
+    /// Tokens of the longest prompt that may have an embedding. That computes its last token too, which
+    /// the last of an answer is not, and tries no drafts.
+    pub fn longest_embedding(&self) -> u32 {
+        self.longest_sequence
+    }
+
     /// Whether a request may wait, behind `before` others that are about to be added.
     ///
     /// # Errors
@@ -176,7 +182,7 @@ impl Scheduler {
             return Err(Error::EmptyPrompt);
         }
         let prompt_len = prompt.len();
-        let limit = self.longest_request();
+        let limit = if params.pooling.is_some() { self.longest_embedding() } else { self.longest_request() };
         let given = params.max_tokens_in(limit.saturating_sub(prompt_len as u32));
         let max_tokens = u64::from(given.unwrap_or(1));
         if prompt_len as u64 + max_tokens > u64::from(max_model_len) {
@@ -184,6 +190,7 @@ impl Scheduler {
         }
         check_tokens("prompt", prompt.iter().copied(), vocab_size)?;
         params.check_tokens(vocab_size)?;
+        self.check_pooling(params)?;
         if prompt_len as u64 + max_tokens > u64::from(limit) {
             return Err(Error::KvCapacity { prompt_len, max_tokens, limit });
         }
@@ -193,6 +200,20 @@ impl Scheduler {
             return Err(Error::invalid("min_tokens", params.min_tokens, format!("at most {max_tokens}, what fits")));
         }
         Ok(max_tokens)
+    }
+
+    fn check_pooling(&self, params: &SamplingParams) -> Result<(), Error> {
+        let Some(pooling) = params.pooling else { return Ok(()) };
+        let size = self.config.vector_size;
+        if size == 0 {
+            return Err(Error::invalid("pooling", "an embedding", "none: this engine has no embeddings"));
+        }
+        match pooling.dimensions {
+            Some(dimensions) if !(1..=size).contains(&dimensions) => {
+                Err(Error::invalid("dimensions", dimensions, format!("from 1 to {size}")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Opens the next batch, where the policy has batches and it is time for one.

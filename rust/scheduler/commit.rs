@@ -18,7 +18,8 @@ impl Scheduler {
             return Err(Error::StepOrder { step_id, reason: "it is not the oldest step in flight" });
         };
         let layout = step.layout.expect("a step in flight has been written");
-        let needed = layout.bytes(step.num_records).max(step.targets.end(step.num_targets));
+        let rows = layout.bytes(step.num_records);
+        let needed = rows.max(step.targets.end(step.num_targets)).max(step.vectors.end(step.num_vectors));
         if result.len() < needed {
             return Err(Error::BufferTooSmall { what: "result", len: result.len(), needed });
         }
@@ -27,6 +28,7 @@ impl Scheduler {
         self.fence(step.id);
         for (index, row) in step.rows.iter().enumerate() {
             let told = self.tell_prompt(&step, row, result, sink);
+            let told = told.and_then(|()| self.tell_vector(&step, row, result, sink));
             self.commit_row(row, &layout.row(result, step.record_of(index)), told, sink);
         }
         self.retire_failed();
@@ -145,12 +147,34 @@ impl Scheduler {
         Ok(())
     }
 
-    /// told: what came of telling the prompt's log probabilities.
+    /// Tells the embedding that the row completes, which then ends its request. Also where the
+    /// sequence was preempted meanwhile: it is complete.
+    fn tell_vector(
+        &mut self,
+        step: &Step,
+        row: &StepRow,
+        result: &[u8],
+        sink: &mut impl OutputSink,
+    ) -> Result<Option<FinishReason>, SequenceError> {
+        let sequence = &self.sequences[row.sequence];
+        let Some(vector) = row.vector.filter(|_| sequence.state != State::Finished) else { return Ok(None) };
+        self.vector_scratch.clear();
+        self.vector_scratch.extend(step.vectors.vector(result, vector as usize));
+        if !self.vector_scratch.iter().all(|number| number.is_finite()) {
+            return Err(SequenceError::Numerical);
+        }
+        let progress = &mut self.requests[sequence.request].progress;
+        (progress.first_token, progress.last_token) = (self.now, self.now); // when all of its output came
+        sink.on_vector(sequence.name.request, &self.vector_scratch);
+        Ok(Some(FinishReason::Pooled))
+    }
+
+    /// told: what came of telling the prompt's log probabilities and its embedding.
     fn commit_row(
         &mut self,
         row: &StepRow,
         result: &RowResult<'_>,
-        told: Result<(), SequenceError>,
+        told: Result<Option<FinishReason>, SequenceError>,
         sink: &mut impl OutputSink,
     ) {
         let finished = self.sequences[row.sequence].state == State::Finished;
@@ -159,7 +183,8 @@ impl Scheduler {
             return;
         }
         let status = match result.status() {
-            _ if told.is_err() => told.map(|()| 0),
+            _ if told.is_err() => told.map(|_| 0),
+            _ if !row.sample || row.vector.is_some() => Ok(0), // it draws nothing
             STATUS_NAN => Err(SequenceError::Numerical),
             // Behind a draft that ends its grammar there is nothing to draw; what came before holds.
             STATUS_MASKED if (1..=row.num_drafts).contains(&result.num_valid()) => Ok(result.num_valid()),
@@ -168,7 +193,6 @@ impl Scheduler {
             _ => Err(SequenceError::BadResult),
         };
         let num_valid = match status {
-            _ if !row.sample && told.is_ok() => 0,
             Ok(num_valid) => num_valid,
             Err(error) => {
                 self.release_choices(row.sequence);
@@ -191,7 +215,7 @@ impl Scheduler {
                 sequence.most_len -= row.len - num_valid;
             }
         }
-        let (mut finish, mut appended) = (None, 0);
+        let (mut finish, mut appended) = (told.ok().flatten(), 0);
         while appended < num_valid && finish.is_none() {
             finish = self.append(row.sequence, result, appended as usize, sink);
             appended += 1;
@@ -348,9 +372,11 @@ impl Scheduler {
             speculator.remember(sequence.root, &sequence.outputs);
         }
         match reason {
-            FinishReason::Eos | FinishReason::StopToken(_) | FinishReason::StopString(_) | FinishReason::Complete => {
-                self.stats.finished_stop += 1;
-            }
+            FinishReason::Eos
+            | FinishReason::StopToken(_)
+            | FinishReason::StopString(_)
+            | FinishReason::Complete
+            | FinishReason::Pooled => self.stats.finished_stop += 1,
             FinishReason::Length => self.stats.finished_length += 1,
             FinishReason::Abort => self.stats.finished_abort += 1,
             FinishReason::Error(_) => self.stats.finished_error += 1,

@@ -56,7 +56,8 @@ impl Growing {
             ending: sequence.traits.ending,
             bin: sequence.length_bin as usize,
             outputs,
-            left: sequence.max_tokens - outputs,
+            // An embedding has no output, and holds its blocks for as long as one token takes.
+            left: (sequence.max_tokens - outputs).max(1),
             delay: prompt_left.div_ceil(budget) + MAX_STEPS_IN_FLIGHT as u32,
             len: sequence.known_len() - 1,
             shared,

@@ -47,10 +47,11 @@ fn at_least(sizes: &[u32], least: u32) -> Option<u32> {
 }
 
 impl Scheduler {
-    /// The padding of the step in `planned`: none where no captured size holds it, and where log
-    /// probabilities of prompts are wanted, whose hidden states a captured step does not keep.
+    /// The padding of the step in `planned`: none where no captured size holds it, and where hidden
+    /// states are wanted that a captured step does not keep, for log probabilities of prompts or for
+    /// embeddings.
     pub(super) fn padding(&self, planned: &PlannedStep) -> Padding {
-        if planned.prefills.iter().any(|row| !self.prompt_targets(row).is_empty()) {
+        if planned.prefills.iter().any(|row| !self.prompt_targets(row).is_empty() || self.pooled(row).len() > 1) {
             return Padding::default();
         }
         self.captured_size(planned).unwrap_or_default()

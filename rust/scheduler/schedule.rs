@@ -7,7 +7,8 @@ use super::budget::PromptBudget;
 use super::masks::MaskedRow;
 use super::{Scheduler, State, Step, StepRow, Targets, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
-use crate::plan::{BlockEntry, Enter, PlanInfo, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
+use crate::plan::{BlockEntry, Enter, PlanInfo, Pool, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
+use crate::request::PoolingKind;
 
 /// A row that has been decided on; its blocks are allocated.
 #[derive(Debug, Clone, Copy)]
@@ -16,6 +17,7 @@ pub(super) struct PlannedRow {
     /// Tokens before it (at most, for a decode row).
     pub start: u32,
     pub len: u32,
+    /// It ends with the last known token: one is drawn behind it, unless an embedding is wanted.
     pub sample: bool,
     /// The sequence takes its slot in this step.
     pub enters: bool,
@@ -261,6 +263,7 @@ impl Scheduler {
             padded_decodes: num_decodes + padding.decode_rows,
             decode_query_len: planned.longest_decode,
             all_greedy: true,
+            vector_size: self.config.vector_size,
             ..PlanInfo::default()
         };
         step.id = info.step_id;
@@ -291,6 +294,8 @@ impl Scheduler {
         step.layout = Some(info.result_layout());
         step.targets = info.target_layout();
         step.num_targets = info.num_prompt_targets as usize;
+        step.vectors = info.vector_layout();
+        step.num_vectors = info.num_vectors as usize;
         step.num_records = info.padded_rows as usize;
         (step.num_decodes, step.padded_decodes) = (num_decodes as usize, info.padded_decodes as usize);
         self.in_flight.push_back(step);
@@ -309,10 +314,44 @@ impl Scheduler {
         self.requests[sequence.request].prompt_asked.max(row.start + 1)..end
     }
 
+    /// Places in the sequence of the row's tokens whose hidden states are part of an embedding.
+    pub(super) fn pooled(&self, row: &PlannedRow) -> Range<u32> {
+        let end = row.start + row.len;
+        match self.sequences[row.sequence].traits.pooling.map(|pooling| pooling.kind) {
+            Some(PoolingKind::Mean) => row.start..end,
+            Some(PoolingKind::Last) if row.sample => end - 1..end,
+            _ => 0..0,
+        }
+    }
+
+    /// Names the row's part of an embedding, and returns which vector it completes.
+    fn write_pool(&mut self, row: &PlannedRow, info: &mut PlanInfo) -> Option<u32> {
+        let pooled = self.pooled(row);
+        if pooled.is_empty() {
+            return None;
+        }
+        let sequence = &self.sequences[row.sequence];
+        let is_mean = sequence.traits.pooling.is_some_and(|pooling| pooling.kind == PoolingKind::Mean);
+        let vector = row.sample.then_some(info.num_vectors);
+        info.num_vectors += u32::from(row.sample);
+        info.has_wide_pools |= pooled.len() > 1;
+        self.writer.push_pool(&Pool {
+            slot: sequence.slot,
+            row: self.writer.num_rows(),
+            start: info.num_tokens + pooled.start - row.start,
+            len: pooled.len() as u32,
+            begins: !is_mean || pooled.start == 0,
+            count: if is_mean { sequence.prompt.len() as u32 } else { 1 },
+            vector,
+        });
+        vector
+    }
+
     fn write_row(&mut self, row: &PlannedRow, prefill: bool, info: &mut PlanInfo, step: &mut Step) {
         if row.enters {
             self.write_enter(row);
         }
+        let vector = self.write_pool(row, info);
         let wanted = self.prompt_targets(row);
         let sequence = &mut self.sequences[row.sequence];
         let mut flags = 0;
@@ -403,7 +442,16 @@ impl Scheduler {
         sequence.drafts.clear();
         debug_assert_eq!(sequence.state, State::Running);
         let (sequence, run) = (row.sequence, sequence.run);
-        step.rows.push(StepRow { sequence, run, len: row.len, num_drafts, targets, prefill, sample: row.sample });
+        step.rows.push(StepRow {
+            sequence,
+            run,
+            len: row.len,
+            num_drafts,
+            targets,
+            vector,
+            prefill,
+            sample: row.sample,
+        });
     }
 
     fn write_enter(&mut self, row: &PlannedRow) {

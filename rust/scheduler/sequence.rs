@@ -8,7 +8,7 @@ use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::{Lane, Order};
 use crate::prefix_cache::PrefixHasher;
-use crate::request::{SamplingParams, SeqRef};
+use crate::request::{Pooling, SamplingParams, SeqRef};
 use crate::speculation::Drafter;
 
 /// Where a sequence is. It is in exactly one of these, and finishes once.
@@ -31,7 +31,7 @@ pub(super) enum State {
 #[derive(Debug, Clone, Copy)]
 #[allow(clippy::struct_excessive_bools)] // Independent answers, each asked on its own.
 pub(super) struct Traits {
-    /// Flags of each row that samples.
+    /// Flags of each row that ends with its last known token.
     pub row_flags: u32,
     /// Output tokens before which no end token may come.
     pub min_tokens: u32,
@@ -41,6 +41,8 @@ pub(super) struct Traits {
     pub ignore_eos: bool,
     pub has_stop_tokens: bool,
     pub wants_prompt: bool,
+    /// It ends with an embedding of its prompt, and draws nothing.
+    pub pooling: Option<Pooling>,
     /// A grammar bounds it.
     pub has_grammar: bool,
     /// That may be over where no end token can be drawn.
@@ -58,7 +60,7 @@ impl Traits {
             || !params.stop_token_ids.is_empty()
             || !params.stop.is_empty();
         Self {
-            row_flags: ROW_SAMPLE | logprobs | penalties,
+            row_flags: if params.pooling.is_some() { 0 } else { ROW_SAMPLE | logprobs | penalties },
             // Without end tokens there is nothing that may not be drawn yet.
             min_tokens: if params.ignore_eos && params.stop_token_ids.is_empty() { 0 } else { params.min_tokens },
             greedy: params.temperature == 0.0,
@@ -67,6 +69,7 @@ impl Traits {
             ignore_eos: params.ignore_eos,
             has_stop_tokens: !params.stop_token_ids.is_empty(),
             wants_prompt: params.prompt_logprobs.is_some(),
+            pooling: params.pooling,
             has_grammar: params.grammar.is_some(),
             ends_unasked: params.grammar.is_some() && (params.ignore_eos || !has_ends),
             ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },

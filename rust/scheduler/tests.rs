@@ -26,6 +26,8 @@ struct Told {
 }
 
 impl OutputSink for Told {
+    fn on_vector(&mut self, _: RequestId, _: &[f32]) {}
+
     fn on_prompt_token(&mut self, request: RequestId, token: &PromptToken<'_>) {
         self.prompt.push((request, token.place, token.id, token.logprobs.top().len()));
     }

@@ -96,6 +96,35 @@ def test_log_probabilities_of_prompts_follow_the_reference(folder: Path) -> None
                 assert entry.logprob == pytest.approx(float(row[other]), abs=TOLERANCE)
 
 
+@pytest.mark.parametrize("pooling", ["LAST", "MEAN"])
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "launched"])
+def test_embeddings_follow_the_reference(folder: Path, enforce_eager: bool, pooling: str) -> None:
+    """In chunks; last tokens by captured steps, means by launched ones, over a cache that holds the prompts."""
+    transformers = pytest.importorskip("transformers")
+    rng = random.Random(5)
+    prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(n)]} for n in (1, 2, 130, 700, 64)]
+    options = {"max_num_seqs": 8, "max_num_batched_tokens": 256, "max_model_len": 1024, "kv_cache_memory": 256 << 20}
+    with LLM(
+        str(folder),
+        dtype="float32",
+        device="cuda",
+        enforce_eager=enforce_eager,
+        pooler_config={"pooling_type": pooling},
+        **options,
+    ) as llm:
+        llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True), use_tqdm=False)
+        outputs = llm.embed(prompts, use_tqdm=False)
+        llm.core.check_integrity()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).cuda().eval()
+    for output in outputs:
+        with torch.inference_mode():
+            states = model.model(torch.tensor([output.prompt_token_ids], device="cuda")).last_hidden_state[0]
+        right = states[-1] if pooling == "LAST" else states.mean(0)
+        found = torch.tensor(output.outputs.embedding)
+        assert torch.cosine_similarity(found, right.cpu(), dim=0) > 0.9999
+        assert float(found.norm()) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_seeded_draws_do_not_depend_on_company(folder: Path) -> None:
     rng = random.Random(2)
     prompts = [{"prompt_token_ids": [rng.randrange(2048) for _ in range(rng.randrange(1, 200))]} for _ in range(16)]
@@ -137,6 +166,7 @@ def test_nothing_is_compiled_while_requests_run(folder: Path, monkeypatch: pytes
             for _ in range(count)
         ]
         llm.generate(prompts, params, use_tqdm=False)
+        llm.embed(prompts, use_tqdm=False)
     assert compiled == []
 
 

@@ -48,6 +48,33 @@ def test_padded_steps_compute_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(tokens in SIZES.prefill_tokens and padding > 0 for tokens, padding in shapes) >= 3
 
 
+@pytest.mark.parametrize("pooling", ["LAST", "MEAN"])
+def test_embeddings_of_padded_steps(monkeypatch: pytest.MonkeyPatch, pooling: str) -> None:
+    """Last tokens are found among the places of logits; steps with means are not padded."""
+    rng = random.Random(1)
+    prompts = [{"prompt_token_ids": [rng.randrange(100) for _ in range(rng.randrange(1, 60))]} for _ in range(12)]
+    options = {**TINY, "max_num_seqs": 8, "max_num_batched_tokens": 80, "pooler_config": {"pooling_type": pooling}}
+    with LLM(**options) as llm:
+        plain = [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
+    monkeypatch.setattr(setup, "GraphSizes", lambda: SIZES)
+    with LLM(**options) as llm:
+        padded = []
+        launch = llm._engine.runner.launch_forward
+
+        @functools.wraps(launch)
+        def spy(step) -> None:
+            if step.plan.num_pools:
+                padded.append(step.plan.padded_rows > step.plan.num_rows)
+                assert step.plan.has_wide_pools + padded[-1] < 2
+            launch(step)
+
+        monkeypatch.setattr(llm._engine.runner, "launch_forward", spy)
+        found = [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]
+    assert any(padded) or pooling == "MEAN"
+    for one, other in zip(plain, found, strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
 def test_warm_up_leaves_nothing_behind() -> None:
     llm = LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80)
     options = {
@@ -58,6 +85,7 @@ def test_warm_up_leaves_nothing_behind() -> None:
         "max_num_batched_tokens": 80,
         "max_model_len": 128,
         "vocab_size": llm._engine.runner.vocab_size,
+        "vector_size": llm._engine.parts.embeddings.size,
     }
     plain = answers(LLM(**TINY, max_num_seqs=8, max_num_batched_tokens=80))
     warm_up(llm._engine.runner, llm._engine.parts.buffers[0], options)

@@ -9,7 +9,7 @@ from tests.kernels.compile_sm90 import TYPES, ints, meta, report
 from tests.kernels.plan_bytes import PENALTIES, SAMPLE, Enter, Row, write_plan
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
-from octavo.kernels.step import prepare, prompt_logprobs, sample
+from octavo.kernels.step import pool, prepare, prompt_logprobs, sample
 
 META = torch.device("meta")
 
@@ -36,10 +36,18 @@ def prompt_case(vocab: int, dtype: torch.dtype) -> None:
     prompt_logprobs.prompt_logprobs(meta(128, vocab, dtype=dtype), ints(128, 2), vocab, 20, ints(128, 42))
 
 
+def pool_case(size: int, dtype: torch.dtype, last_tokens_from: int | None) -> None:
+    hidden, sums, vectors = meta(512, size, dtype=dtype), meta(257, size, dtype=torch.float32), ints(4, size)
+    pool.pool(hidden, ints(8, 7), sums, vectors.view(torch.float32), last_tokens_from=last_tokens_from)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for query_len, groups, block_size in itertools.product((1, 512), (1, 2), (16, 64)):
         name = f"prepare query {query_len} groups {groups} page {block_size}"
         yield name, lambda n=query_len, g=groups, b=block_size: prepare_case(n, g, b)
+    for size, dtype, last in itertools.product((576, 4096), (torch.float32, torch.float16, torch.bfloat16), (None, 3)):
+        name = f"pool {TYPES[dtype]} {size}{' of last tokens' * (last is not None)}"
+        yield name, lambda s=size, t=dtype, f=last: pool_case(s, t, f)
     sizes = [(49152, torch.float32), (128256, torch.float32), (128256, torch.bfloat16), (262144, torch.float32)]
     for vocab, dtype in sizes:
         for all_greedy, top in itertools.product((True, False), (-1, 20)):

@@ -48,6 +48,8 @@ HEADER = (
     "num_mask_rows", "has_penalties", "all_greedy", "result_width", "num_bytes", "num_blocks", "num_enters",
     "num_copies", "num_bias", "num_drafts", "num_penalty_tokens", "rows_offset", "prefill_tokens_offset",
     "blocks_offset", "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
+    "max_prompt_logprobs", "num_prompt_targets", "prompt_targets_offset", "num_vectors", "vector_size",
+    "has_wide_pools", "num_pools", "pools_offset",
 )  # fmt: skip
 
 
@@ -135,6 +137,7 @@ def write_plan(
         num_bias=len(bias),
         num_drafts=len(drafts),
         num_penalty_tokens=len(penalty_tokens),
+        max_prompt_logprobs=-1,
     )
     data = bytearray(4 * len(HEADER))
     for name, section in sections.items():

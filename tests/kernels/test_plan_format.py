@@ -19,6 +19,7 @@ RECORDS = {
     "bias": "bias",
     "penalty_tokens": "penalty",
     "prompt_targets": "target",
+    "pools": "pool",
 }
 
 
@@ -54,7 +55,8 @@ def test_the_records_are_the_cores() -> None:
         assert int(re.search(r"(\d+)\]$", shape)[1]) == len(names)
     sizes = [len(PLAN_FORMAT[record]) for record in RECORDS.values()]
     pair = plan_format.PAIR_WORDS
-    assert sizes == [plan_format.ROW_WORDS, plan_format.BLOCK_WORDS, plan_format.ENTER_WORDS, pair, pair, pair, pair]
+    own = [plan_format.ROW_WORDS, plan_format.BLOCK_WORDS, plan_format.ENTER_WORDS]
+    assert sizes == [*own, pair, pair, pair, pair, plan_format.POOL_WORDS]
 
 
 def test_flags_statuses_and_results_are_the_cores() -> None:

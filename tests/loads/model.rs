@@ -53,6 +53,8 @@ struct Told {
 impl OutputSink for Told {
     fn on_prompt_token(&mut self, _: RequestId, _: &PromptToken<'_>) {}
 
+    fn on_vector(&mut self, _: RequestId, _: &[f32]) {}
+
     fn on_token(&mut self, seq: SeqRef, _: &SampledToken<'_>, _: &Progress) -> Option<u32> {
         self.num_tokens += 1;
         self.first.entry(seq.request).or_insert((self.step, self.now));

@@ -17,8 +17,10 @@ from octavo import _core
 from octavo.config import EngineConfig
 from octavo.engine.async_engine import AsyncEngine
 from octavo.kernels.step.plan_format import Plan
+from octavo.pooling import Embeddings
 
 VOCAB_SIZE = 300
+VECTOR_SIZE = 4
 END = 256  # the first id that is no byte
 SAMPLE = 1  # flag of a row that draws a token
 NAN = 1  # status of a row with NaN in its logits
@@ -38,6 +40,11 @@ def prompt_logprob(token: int) -> float:
     return -token / 16
 
 
+def embedding(mean: np.ndarray) -> np.ndarray:
+    """Of a prompt whose tokens' ids have this mean (in the second place; 1 in the first)."""
+    return np.array([mean[0], mean[1] / 64, -0.5, 0.25], np.float32)
+
+
 class Script:
     """Stands where `Engine` and its parts stand: plans with the core, and answers each plan from
     the script.
@@ -52,6 +59,8 @@ class Script:
         self.grammars = _core.GrammarCompiler(self.tokenizer, VOCAB_SIZE, [END])
         self.chat_template = _core.ChatTemplate(TEMPLATE)
         self.generation_defaults: dict[str, Any] = {}
+        self.embeddings: Embeddings | None = Embeddings("mean", True, VECTOR_SIZE, "the script")
+        self.generates = True
         self.report: Any = SimpleNamespace(verdict=None)
         self.failure: str | None = None
         self.step_started_at: float | None = None
@@ -73,6 +82,7 @@ class Script:
             max_num_batched_tokens=self.config.max_num_batched_tokens or 1,
             max_model_len=max_model_len,
             vocab_size=VOCAB_SIZE,
+            vector_size=VECTOR_SIZE,
             eos_token_ids=[END],
             max_waiting=config.max_waiting,
             tokenizer=self.tokenizer,
@@ -82,6 +92,7 @@ class Script:
         self.core.bind(0, self._plan, self._result)
         self._rng = np.random.default_rng(0)
         self._output_index = [0] * ((self.config.max_num_seqs or 1) + 1)
+        self._sums = np.zeros((len(self._output_index), VECTOR_SIZE))
 
     def run(self) -> None:
         try:
@@ -122,13 +133,21 @@ class Script:
     def _write(self, plan: Plan) -> None:
         words = self._plan.view(np.int32)
         targets = words[plan.prompt_targets_offset // 4 :][: plan.num_prompt_targets * 2].reshape(-1, 2)
-        told = self._result.view(np.int32)[plan.padded_rows * plan.result_width : plan.result_words]
+        told = self._result.view(np.int32)[plan.padded_rows * plan.result_width : plan.vectors_start]
         told = told.reshape(len(targets), -1) if len(targets) else told[:0].reshape(0, 2)
         for (_, token), record in zip(targets.tolist(), told, strict=True):
             top, floats = plan.max_prompt_logprobs, record.view(np.float32)
             floats[0], record[1] = prompt_logprob(token), 2
             record[2 : 2 + top] = [65, token, *range(66, 64 + top)][:top]
             floats[2 + top :] = [-0.01, prompt_logprob(token), *(-9.0 - i for i in range(top))][:top]
+        pools = words[plan.pools_offset // 4 :][: plan.num_pools * 7].reshape(-1, 7)
+        vectors = self._result.view(np.float32)[plan.vectors_start : plan.result_words].reshape(-1, VECTOR_SIZE)
+        tokens = words[plan.prefill_tokens_offset // 4 :][: plan.num_prefill_tokens]
+        for slot, _, start, length, begins, count, vector in pools.tolist():
+            here = tokens[start - plan.num_decode_tokens :][:length]
+            self._sums[slot] = (0 if begins else self._sums[slot]) + np.array([len(here), here.sum(), 0, 0], float)
+            if vector >= 0:
+                vectors[vector] = embedding(self._sums[slot] / count)
         enters = words[plan.enters_offset // 4 :][: plan.num_enters * 16].reshape(-1, 16)
         for slot, _, output_index in enters[:, :3].tolist():
             self._output_index[slot] = output_index

@@ -81,7 +81,7 @@ async def test_models(served: Served) -> None:
     async with speaks(served) as client:
         assert [model.model for model in (await client.list()).models] == ["org/tiny"]
         assert [model.model for model in (await client.ps()).models] == ["org/tiny"]
-        assert (await client.show("org/tiny")).capabilities == ["completion", "tools", "thinking"]
+        assert (await client.show("org/tiny")).capabilities == ["completion", "tools", "thinking", "embedding"]
         assert "version" in (await served.get("/api/version"))[1]
 
 

@@ -13,7 +13,10 @@
 //!
 //! What these checks miss, the hashes catch: see `model.rs`.
 
-use crate::model::{attend, bias_term, first_visible, hidden, kv_value, logprob, mix2, penalty_term, Logits, Sampling};
+use crate::model::{
+    attend, bias_term, first_visible, hidden, kv_value, logprob, mix2, penalty_term, vector, Logits, Sampling,
+    VECTOR_SIZE,
+};
 use crate::packed::{ensure, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
 use std::collections::BTreeMap;
 
@@ -68,6 +71,8 @@ struct Slot {
     num_logprobs: i32,
     /// Token to (times output, in the prompt).
     penalty_counts: BTreeMap<u32, (u32, bool)>,
+    /// Sum of the hidden states that are part of an embedding, and how many they are.
+    pooled: (u64, u32),
     /// Counts `enters`; tells the requests that held this slot apart. 0: none yet.
     occupant: u64,
     /// A step of its present request was lost, NaN or masked out: the request ends there. Until
@@ -125,6 +130,7 @@ impl Device {
                 },
                 num_logprobs: -1,
                 penalty_counts: BTreeMap::new(),
+                pooled: (mix2(seed, 1), 1),
                 occupant: 0,
                 is_doomed: false,
             })
@@ -173,7 +179,7 @@ impl Device {
     }
 
     /// Runs one step and returns its packed result: `padded_rows` records of `result_width` words,
-    /// then one a prompt target. `masks`: the step's grammar masks.
+    /// then one a prompt target, then the vectors. `masks`: the step's grammar masks.
     pub fn execute(&mut self, bytes: &[u8], faults: &Faults, masks: &Masks) -> Result<Vec<u32>, Violation> {
         self.step += 1;
         let view = View::new(bytes)?;
@@ -201,6 +207,22 @@ impl Device {
             result.extend([logprob.to_bits(), target % 5 + 1]);
             result.extend((0..top).map(|top| (target + top) % self.shape.vocab_size));
             result.extend((0..top).map(|top| (logprob - top as f32).to_bits()));
+        }
+        for pool in &view.pools {
+            let pooled = &mut self.slots[pool.slot as usize].pooled;
+            if pool.begins {
+                *pooled = (0, 0);
+            }
+            for place in pool.start..pool.start + pool.len {
+                *pooled = (pooled.0.wrapping_add(self.states[place as usize]), pooled.1 + 1);
+            }
+            if pool.vector.is_some() {
+                ensure!(pool.count == pooled.1, "S18: {} tokens make a vector of {}", pooled.1, pool.count);
+                ensure!(plan.vector_size == VECTOR_SIZE, "vectors of {} numbers", plan.vector_size);
+                let is_nan = faults.nan_rows.contains(&pool.row);
+                result
+                    .extend(vector(pooled.0, pooled.1).map(|number| if is_nan { f32::NAN } else { number }.to_bits()));
+            }
         }
         Ok(result)
     }

@@ -23,6 +23,8 @@ struct Clients {
 impl OutputSink for Clients {
     fn on_prompt_token(&mut self, _: RequestId, _: &PromptToken<'_>) {}
 
+    fn on_vector(&mut self, _: RequestId, _: &[f32]) {}
+
     fn on_token(&mut self, seq: SeqRef, _: &SampledToken<'_>, _: &Progress) -> Option<u32> {
         self.served[self.of_request[&seq.request]] += 1;
         None

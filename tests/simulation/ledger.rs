@@ -3,13 +3,13 @@
 //!
 //! Knows no blocks and no steps in detail: a step is the list of sequences that have a row in it.
 
-use crate::model::Sampling;
+use crate::model::{Sampling, VECTOR_SIZE};
 use crate::oracle::{self, End, Expected};
 use crate::scenario::NewRequest;
 use _core::config::CoreConfig;
 use _core::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use _core::plan::TokenLogprobs;
-use _core::request::{Progress, RequestId, SeqRef};
+use _core::request::{Pooling, PoolingKind, Progress, RequestId, SeqRef};
 use rustc_hash::FxHashMap;
 use std::hash::BuildHasher;
 
@@ -33,6 +33,8 @@ pub struct Request {
     /// Log probabilities of its prompt, where it asks for them, and how many have come.
     prompt: Vec<f32>,
     prompt_told: usize,
+    /// The embedding of its prompt, where it asks for one, until it has come.
+    vector: Option<[f32; VECTOR_SIZE as usize]>,
     is_cache_checked: bool,
 }
 
@@ -99,6 +101,8 @@ impl Ledger {
             stop_tokens.extend(&self.config.eos_token_ids);
         }
         let room = self.config.max_model_len - asked.prompt.len() as u32;
+        let vector =
+            params.pooling.map(|Pooling { kind, .. }| oracle::expect_vector(&asked.prompt, &self.windows, kind));
         let expect = |index: u32| {
             let request = oracle::Request {
                 prompt: &asked.prompt,
@@ -108,7 +112,7 @@ impl Ledger {
                     top_p: params.top_p,
                     min_p: params.min_p,
                     penalties: [params.repetition_penalty, params.presence_penalty, params.frequency_penalty],
-                    seed: params.seed.expect("the scenario gives seeds").wrapping_add(u64::from(index)),
+                    seed: params.seed.unwrap_or(0).wrapping_add(u64::from(index)),
                 },
                 bias: &params.logit_bias,
                 max_tokens: params.max_tokens.unwrap_or(room),
@@ -135,7 +139,7 @@ impl Ledger {
             Some(_) => oracle::expect_prompt(&asked.prompt, &self.windows),
             None => Vec::new(),
         };
-        let request = Request { asked, call, choices, prompt, prompt_told: 0, is_cache_checked: false };
+        let request = Request { asked, call, choices, prompt, prompt_told: 0, vector, is_cache_checked: false };
         self.requests.insert(id, request);
     }
 
@@ -238,9 +242,36 @@ impl Ledger {
             .map_err(|wrong| format!("S16: prompt token {place} {wrong}"))
     }
 
-    fn end_is_right(&mut self, seq: SeqRef, reason: FinishReason) -> Result<(), String> {
+    /// S18: a request that asks for an embedding is told one, of exactly its tokens.
+    fn vector_is_right(&mut self, id: RequestId, found: &[f32]) -> Result<(), String> {
+        let Call::Commit { step_id, seqs } = &self.call else {
+            return Err(format!("an embedding comes out of {:?}", self.call));
+        };
+        if !seqs.iter().any(|seq| seq.request == id) {
+            return Err(format!("an embedding, but no row in step {step_id}"));
+        }
+        let request = self.requests.get_mut(&id).ok_or("an embedding of an unknown request")?;
+        if request.has_ended() {
+            return Err("S18: an embedding after the end".to_string());
+        }
+        if request.choices[0].nan_in_step.is_some_and(|nan| nan <= *step_id) {
+            return Err("S18: an embedding of NaN".to_string());
+        }
+        let right = request.vector.take().ok_or("S18: an embedding that nobody asked for, or a second one")?;
+        let bits = |vector: &[f32]| vector.iter().map(|number| number.to_bits()).collect::<Vec<u32>>();
+        if bits(found) == bits(&right) {
+            return Ok(());
+        }
+        Err(format!("S18: embedding {found:?} of {} tokens, expected {right:?}", request.asked.prompt.len()))
+    }
+
+    fn end_is_right(&mut self, seq: SeqRef, reason: FinishReason, progress: &Progress) -> Result<(), String> {
         let call = &self.call;
         let request = self.requests.get_mut(&seq.request).ok_or("the end of an unknown request")?;
+        let pooling = request.asked.params.pooling;
+        if pooling.is_some_and(|pooling| pooling.kind == PoolingKind::Mean) && progress.num_cached_tokens > 0 {
+            return Err("S18: a mean over tokens that were not computed".to_string());
+        }
         let prompt_len = request.asked.prompt.len();
         let choice = request.choices.get_mut(seq.index as usize).ok_or("the end of an unknown choice")?;
         if let Some(earlier) = choice.ended.replace(reason) {
@@ -260,6 +291,10 @@ impl Ledger {
             FinishReason::Length if request.asked.params.max_tokens.is_none() && !(has_all && ends_with_token) => {
                 (1, self.config.pool_is_full_with(prompt_len + place))
             }
+            FinishReason::Pooled => {
+                (0, pooling.is_some() && request.vector.is_none() && matches!(call, Call::Commit { .. }))
+            }
+            FinishReason::Length if pooling.is_some() => (1, false),
             FinishReason::Length => (1, has_all && whole.end == End::Length && !stop_string_hit),
             FinishReason::Abort => (2, matches!(call, Call::Abort(id) if *id == seq.request)),
             FinishReason::Error(SequenceError::StepFailed) => (
@@ -337,8 +372,13 @@ impl OutputSink for Ledger {
         (choice.stop_string_at == Some(choice.received.len() as u32)).then_some(0)
     }
 
-    fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, _progress: &Progress) {
-        let outcome = self.end_is_right(seq, reason);
+    fn on_vector(&mut self, request: RequestId, vector: &[f32]) {
+        let outcome = self.vector_is_right(request, vector);
+        self.note(SeqRef { request, index: 0 }, outcome);
+    }
+
+    fn on_finish(&mut self, seq: SeqRef, reason: FinishReason, progress: &Progress) {
+        let outcome = self.end_is_right(seq, reason, progress);
         self.note(seq, outcome);
     }
 }

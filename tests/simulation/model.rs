@@ -128,3 +128,12 @@ impl Logits<'_> {
 pub fn logprob(state: u64, token: u32) -> f32 {
     -((mix2(state, u64::from(token)) >> 48) as f32) / 4096.0
 }
+
+/// Numbers of an embedding.
+pub const VECTOR_SIZE: u32 = 4;
+
+/// The embedding of `count` tokens whose hidden states have this sum: its bits, as finite numbers.
+pub fn vector(sum: u64, count: u32) -> [f32; VECTOR_SIZE as usize] {
+    let bits = |shift: u32| f32::from_bits((sum >> shift) as u32 & 0x3fff_ffff);
+    [bits(0), bits(30), bits(60), count as f32]
+}

@@ -4,8 +4,11 @@
 //! All of E1-E8 reduce to one comparison: whatever happened to a request in the world, its stream
 //! equals this one.
 
-use crate::model::{attend, bias_term, first_visible, hidden, kv_value, logprob, penalty_term, Logits, Sampling};
+use crate::model::{
+    attend, bias_term, first_visible, hidden, kv_value, logprob, penalty_term, vector, Logits, Sampling, VECTOR_SIZE,
+};
 use crate::toy_grammar::{Next, Toy};
+use _core::request::PoolingKind;
 
 /// One choice of a request, as the model and the stop rules see it.
 pub struct Request<'a> {
@@ -115,6 +118,25 @@ pub fn expect_prompt(prompt: &[u32], windows: &[u32]) -> Vec<f32> {
             logprob(hidden(0, position, &sums_before(&slots, windows, position, position + 1)), pair[1])
         })
         .collect()
+}
+
+/// The embedding of a prompt.
+pub fn expect_vector(prompt: &[u32], windows: &[u32], kind: PoolingKind) -> [f32; VECTOR_SIZE as usize] {
+    let mut slots: Vec<Vec<u64>> = vec![Vec::new(); windows.len()];
+    let states: Vec<u64> = (0..)
+        .zip(prompt)
+        .map(|(position, token)| {
+            let state = hidden(*token, position, &sums_before(&slots, windows, position, position));
+            for (group, values) in slots.iter_mut().enumerate() {
+                values.push(kv_value(state, group));
+            }
+            hidden(0, position, &sums_before(&slots, windows, position, position + 1))
+        })
+        .collect();
+    match kind {
+        PoolingKind::Last => vector(*states.last().expect("a prompt has a token"), 1),
+        PoolingKind::Mean => vector(states.iter().fold(0, |sum, state| sum.wrapping_add(*state)), states.len() as u32),
+    }
 }
 
 /// Per group, the attention sum of a token at `position` over its visible slots below `end`.

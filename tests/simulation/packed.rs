@@ -100,12 +100,16 @@ pub struct Header {
     /// None: there are no prompt targets.
     pub max_prompt_logprobs: Option<u32>,
     pub num_prompt_targets: u32,
+    pub num_vectors: u32,
+    pub vector_size: u32,
+    has_wide_pools: bool,
+    num_pools: u32,
     /// In the order of the page's table of sections.
-    pub offsets: [u32; 9],
+    pub offsets: [u32; 10],
 }
 
 impl Header {
-    const WORDS: usize = 35;
+    const WORDS: usize = 40;
 
     fn read(bytes: &[u8]) -> Result<Self, Violation> {
         ensure!(bytes.len() >= 4 * Self::WORDS, "{} bytes are too few for a header", bytes.len());
@@ -140,7 +144,15 @@ impl Header {
             num_penalty_tokens: word(23),
             max_prompt_logprobs: u32::try_from(word(32) as i32).ok(),
             num_prompt_targets: word(33),
-            offsets: std::array::from_fn(|section| if section < 8 { word(24 + section) } else { word(34) }),
+            num_vectors: word(35),
+            vector_size: word(36),
+            has_wide_pools: flag(37)?,
+            num_pools: word(38),
+            offsets: std::array::from_fn(|section| match section {
+                8 => word(34),
+                9 => word(39),
+                _ => word(24 + section),
+            }),
         })
     }
 }
@@ -158,6 +170,19 @@ pub struct View {
     pub penalty_tokens: Vec<u32>,
     /// (place, target)
     pub prompt_targets: Vec<(u32, u32)>,
+    pub pools: Vec<Pool>,
+}
+
+/// Tokens whose hidden states are part of an embedding.
+#[derive(Clone, Copy)]
+pub struct Pool {
+    pub slot: u32,
+    pub row: u32,
+    pub start: u32,
+    pub len: u32,
+    pub begins: bool,
+    pub count: u32,
+    pub vector: Option<u32>,
 }
 
 impl View {
@@ -175,8 +200,18 @@ impl View {
             let words = bytes[offset as usize..end as usize].chunks_exact(4);
             Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
         };
-        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens, targets] = plan.offsets;
+        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens, targets, pools] = plan.offsets;
         let targets = section("prompt_targets", targets, plan.num_prompt_targets * 2)?;
+        let pools = section("pools", pools, plan.num_pools * 7)?;
+        let pool = |words: &[u32]| Pool {
+            slot: words[0],
+            row: words[1],
+            start: words[2],
+            len: words[3],
+            begins: words[4] != 0,
+            count: words[5],
+            vector: u32::try_from(words[6] as i32).ok(),
+        };
         Ok(View {
             rows: section("rows", rows, plan.padded_rows * 8)?,
             prefill_tokens: section("prefill_tokens", prefill_tokens, plan.num_prefill_tokens)?,
@@ -187,6 +222,7 @@ impl View {
             drafts: section("drafts", drafts, plan.num_drafts)?,
             penalty_tokens: section("penalty_tokens", penalty_tokens, plan.num_penalty_tokens * 2)?,
             prompt_targets: targets.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect(),
+            pools: pools.chunks_exact(7).map(pool).collect(),
             header: plan,
         })
     }
@@ -296,7 +332,35 @@ impl View {
             shape.max_num_batched_tokens
         );
         self.targets_are_prefill_tokens(shape, &rows)?;
+        self.pools_are_prefill_tokens(&rows)?;
         Ok(rows)
+    }
+
+    /// Pools: a prefill row has one at most, of its own tokens; vectors are numbered from 0; only a
+    /// step without padding has others than last tokens.
+    fn pools_are_prefill_tokens(&self, rows: &[Row]) -> Result<(), Violation> {
+        let plan = &self.header;
+        let (mut vectors, mut after, mut has_wide) = (0, 0, false);
+        for pool in &self.pools {
+            ensure!(pool.row >= after, "S18: row {} has two pools, or they are out of order", pool.row);
+            after = pool.row + 1;
+            let row = rows.get(pool.row as usize).ok_or(format!("S12: a pool of row {}", pool.row))?;
+            let (start, end) = (pool.start, pool.start + pool.len);
+            let row_end = row.query_start + row.query_len;
+            let is_inside = pool.len > 0 && row.query_start <= start && end <= row_end;
+            ensure!(row.flags & PREFILL != 0 && row.slot == pool.slot && is_inside, "S12: a pool of {start}..{end}");
+            ensure!(pool.len > 1 || end == row_end, "S18: a pool of one token, which is not row {after}'s last");
+            ensure!(row.flags & SAMPLE == 0, "S18: row {} has a pool and draws a token", pool.row);
+            has_wide |= pool.len > 1;
+            if let Some(vector) = pool.vector {
+                ensure!(vector == vectors, "S18: vector {vector} where {vectors} is next");
+                vectors += 1;
+            }
+        }
+        ensure!(vectors == plan.num_vectors, "num_vectors {} but {vectors}", plan.num_vectors);
+        ensure!(has_wide == plan.has_wide_pools, "has_wide_pools {} but {has_wide}", plan.has_wide_pools);
+        ensure!(!has_wide || plan.padded_rows == plan.num_rows, "padding in a step with wide pools");
+        Ok(())
     }
 
     /// Prompt targets: a token of a prefill row has one at most, and no captured step has any.

@@ -37,6 +37,48 @@ class Fault(NamedTuple):
 
 FAULTS = [
     Fault(
+        "a mean over what the prefix cache left to compute",
+        "rust/scheduler/admit.rs",
+        "kind: PoolingKind::Mean, .. }) => 1,",
+        "kind: PoolingKind::Mean, .. }) => sequence.known_len(),",
+    ),
+    Fault(
+        "a sum of hidden states that goes on after a preemption",
+        "rust/scheduler/schedule.rs",
+        "begins: !is_mean || pooled.start == 0,",
+        "begins: row.enters && sequence.preemptions == 0,",
+    ),
+    Fault(
+        "an embedding read from the record before",
+        "rust/scheduler/commit.rs",
+        "step.vectors.vector(result, vector as usize)",
+        "step.vectors.vector(result, vector.saturating_sub(1) as usize)",
+    ),
+    Fault(
+        "an embedding as long as the token budget's share of its prompt",
+        "rust/scheduler/schedule.rs",
+        "count: if is_mean { sequence.prompt.len() as u32 } else { 1 },",
+        "count: pooled.len() as u32,",
+    ),
+    Fault(
+        "an embedding with NaN in it",
+        "rust/scheduler/commit.rs",
+        "all(|number| number.is_finite())",
+        "all(|number| !number.is_infinite())",
+    ),
+    Fault(
+        "an embedding's prompt as long as the pool and one token more",
+        "rust/scheduler/arrive.rs",
+        "let limit = if params.pooling.is_some() { self.longest_embedding() } else { self.longest_request() };",
+        "let limit = self.longest_request();",
+    ),
+    Fault(
+        "a padded step whose hidden states are wanted",
+        "rust/scheduler/padding.rs",
+        "|| self.pooled(row).len() > 1)",
+        ")",
+    ),
+    Fault(
         "a prompt's log probabilities told again after a preemption",
         "rust/scheduler/schedule.rs",
         "self.requests[sequence.request].prompt_asked.max(row.start + 1)..end",
@@ -45,8 +87,8 @@ FAULTS = [
     Fault(
         "a prompt whose log probabilities are wanted begins in the prefix cache",
         "rust/scheduler/admit.rs",
-        "let findable = if is_asked { asked } else { sequence.known_len() };",
-        "let findable = if is_asked && asked > 1 { asked } else { sequence.known_len() };",
+        "_ if is_asked => asked,",
+        "_ if is_asked && asked > 1 => asked,",
     ),
     Fault(
         "the log probability of a later chunk's first token is left out",

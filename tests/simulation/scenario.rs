@@ -5,11 +5,12 @@
 //! everything on at once, the loud troubles (failures, aborts) would end most requests before the
 //! quiet ones could show.
 
+use crate::model::VECTOR_SIZE;
 use crate::toy_grammar::{Shared, Toy};
 use _core::config::{
     Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
 };
-use _core::request::{SamplingOptions, SamplingParams, SharedGrammar};
+use _core::request::{Pooling, PoolingKind, SamplingOptions, SamplingParams, SharedGrammar};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
@@ -65,6 +66,7 @@ pub struct Scenario {
     open_ended: f64,
     ignore_eos: f64,
     prompt_logprobs: f64,
+    embeddings: f64,
     pub grammars: f64,
     longest_prompt: usize,
     longest_output: u32,
@@ -126,8 +128,9 @@ impl Scenario {
             ignore_eos: if is_storm { 1.0 } else { 0.2 },
             bases,
             config,
-            // The last draw: worlds without it stay what they were.
+            // The last draws: worlds without them stay what they were.
             prompt_logprobs: one_in_four(rng, 0.5),
+            embeddings: one_in_four(rng, 0.6),
         }
     }
 
@@ -163,10 +166,11 @@ impl Scenario {
         if !rng.random_bool(0.02) {
             prompt.truncate(self.longest_prompt);
         }
-        let mut params = self.params(rng, prompt.len() as u32);
+        let wants_vector = self.embeddings > 0.0 && rng.random_bool(self.embeddings);
+        let mut params = if wants_vector { embedding(rng) } else { self.params(rng, prompt.len() as u32) };
         let priority = if rng.random_bool(self.prioritised) { rng.random_range(-2..=2) } else { 0 };
         let salt = rng.random_bool(self.salted).then(|| ["a", "b"].choose(rng).expect("not empty").to_string());
-        let toy = (self.grammars > 0.0 && rng.random_bool(self.grammars)).then(|| self.toy(rng));
+        let toy = (self.grammars > 0.0 && !wants_vector && rng.random_bool(self.grammars)).then(|| self.toy(rng));
         params.grammar =
             toy.map(|toy| SharedGrammar(Arc::new(Shared { toy, ends: self.config.eos_token_ids.clone() })));
         NewRequest { prompt, params, priority, toy, salt }
@@ -190,7 +194,7 @@ impl Scenario {
 
     /// After how many tokens the simulated text of a request holds a stop string.
     pub fn stop_string_at(&self, rng: &mut StdRng, params: &SamplingParams) -> Option<u32> {
-        rng.random_bool(self.stop_strings)
+        (params.pooling.is_none() && rng.random_bool(self.stop_strings))
             .then(|| rng.random_range(params.min_tokens.max(1)..=self.longest_output.max(params.min_tokens)))
     }
 
@@ -261,7 +265,8 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
         4 => vec![0, window(rng)],
         _ => vec![0, window(rng), window(rng)],
     };
-    let config = CoreConfig { block_size, max_model_len, kv_windows, ..CoreConfig::default() };
+    let config =
+        CoreConfig { block_size, max_model_len, kv_windows, vector_size: VECTOR_SIZE, ..CoreConfig::default() };
     let blocks_of_one = blocks_of_one(&config);
     let num_blocks = match rng.random_range(0..4) {
         0 => rng.random_range(2..=blocks_of_one + 2),
@@ -334,6 +339,11 @@ fn speculation(config: &CoreConfig) -> Option<Speculation> {
 /// Blocks of one sequence of the model's full length.
 fn blocks_of_one(config: &CoreConfig) -> u32 {
     config.max_model_len.div_ceil(config.block_size) * config.kv_windows.len() as u32
+}
+
+fn embedding(rng: &mut StdRng) -> SamplingParams {
+    let kind = *[PoolingKind::Last, PoolingKind::Mean].choose(rng).expect("not empty");
+    SamplingParams::embedding(Pooling { kind, normalize: false, dimensions: None })
 }
 
 fn random_tokens(rng: &mut StdRng, len: usize, vocab_size: u32) -> Vec<u32> {

@@ -47,6 +47,8 @@ pub struct PlannedRow {
     index: u32,
     pub query_len: u32,
     samples: bool,
+    /// It completes an embedding.
+    completes: bool,
     /// Of a decode row.
     drafts: Option<Vec<u32>>,
 }
@@ -407,9 +409,10 @@ impl World {
         real.map(|(index, row)| {
             let owner = running(row.slot).ok_or(format!("row {index} is in slot {}, which nobody holds", row.slot))?;
             let samples = row.flags & SAMPLE != 0;
+            let completes = view.pools.iter().any(|pool| pool.row == index && pool.vector.is_some());
             let is_decode = row.flags & PREFILL == 0;
             let drafts = if is_decode { Some(view.drafts_of(index as usize, &row)?.to_vec()) } else { None };
-            Ok(PlannedRow { seq: owner.seq, index, query_len: row.query_len, samples, drafts })
+            Ok(PlannedRow { seq: owner.seq, index, query_len: row.query_len, samples, completes, drafts })
         })
         .collect()
     }
@@ -473,7 +476,7 @@ impl World {
     fn choose_faults(&mut self, plan: &Header, rows: &[PlannedRow]) -> Faults {
         let mut faults = Faults { lost: self.rng.random_bool(self.scenario.step_failure), ..Faults::default() };
         if !faults.lost && self.rng.random_bool(self.scenario.nan) {
-            if let Some(row) = rows.iter().filter(|row| row.samples).choose(&mut self.rng) {
+            if let Some(row) = rows.iter().filter(|row| row.samples || row.completes).choose(&mut self.rng) {
                 faults.nan_rows.push(row.index);
                 if let Some(choice) = self.ledger.choice(row.seq) {
                     choice.nan_in_step.get_or_insert(plan.step_id);

@@ -108,6 +108,8 @@ class AsyncEngine:
         self.chat_template: _core.ChatTemplate | None = parts.chat_template
         self.answers = ModelAnswers(parts.config, parts.chat_template, parts.tokenizer)
         self.generation_defaults = parts.generation_defaults
+        self.embeddings = parts.embeddings
+        self.generates = parts.generates
         self.report = parts.report
         self.streams: dict[int, ReplyStream] = {}
         self.draining = False
@@ -237,6 +239,8 @@ class AsyncEngine:
         and `RuntimeError` if it ended the request with an error.
         """
         self._check_alive()
+        if not self.generates:
+            raise ValueError("this model makes embeddings alone (runner = 'pooling')")
         self.attach_loop(asyncio.get_running_loop())
         size = len(prompt) if isinstance(prompt, str) else 0
         encoded = await self._detached(functools.partial(encode_prompt, prompt, self.tokenizer), self._pool_of(size))

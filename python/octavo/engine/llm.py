@@ -17,10 +17,11 @@ from octavo.answers import ModelAnswers, ToolUse
 from octavo.chat import read_chat
 from octavo.config import EngineConfig
 from octavo.engine.engine import Engine
-from octavo.engine.outputs import OutputBuilder, tell_apart
+from octavo.engine.outputs import OutputBuilder, embedding_output, tell_apart
 from octavo.engine.prompts import PromptInput, TokensPrompt, encode_prompt
 from octavo.engine.step_thread import StepThread
-from octavo.outputs import RequestOutput
+from octavo.outputs import EmbeddingRequestOutput, RequestOutput
+from octavo.pooling import PoolingParams, first_tokens
 from octavo.sampling_params import SamplingParams
 from octavo.structured_outputs import compile_grammar
 from octavo.vllm_flags import without_vllm_options
@@ -176,6 +177,52 @@ class LLM:
                 tell_apart(format, choice)
         return outputs
 
+    def embed(
+        self,
+        prompts: PromptInput | Sequence[PromptInput],
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """An embedding of each prompt, in their order: as the model's files and `pooler_config` say, else
+        its last token's hidden state after the last norm, normalised.
+
+        truncate_prompt_tokens: only so many first tokens of a prompt count, with what the tokenizer adds at
+        its end; -1: the model's length.
+        Raises `ValueError` naming the prompt's number and field before anything runs. A request that
+        fails while it runs costs no other: its output has an empty embedding and says why in `error`.
+        """
+        self._engine.check_usable()
+        parts = self._engine.parts
+        if parts.embeddings is None:
+            raise ValueError("embed: this model was loaded with runner = 'generate'; leave that out, or use 'pooling'")
+        if isinstance(prompts, (bytes, bytearray)) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts: expected a prompt or a list of them, got {type(prompts).__name__}")
+        most = parts.core.longest_embedding if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+        if most is not None and (type(most) is not int or not 1 <= most <= parts.max_model_len):
+            raise ValueError(f"truncate_prompt_tokens = {most!r}: must be from 1 to {parts.max_model_len}, or -1")
+        listed: list[PromptInput] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        encoded = [self._encode(number, prompt) for number, prompt in enumerate(listed)]
+        if most is not None:
+            plain = [encode_prompt(prompt, parts.tokenizer, add_special_tokens=False) for prompt in listed]
+            encoded = [first_tokens(whole, own, most) for whole, own in zip(encoded, plain, strict=True)]
+        given = pooling_params if pooling_params is not None else PoolingParams()
+        each = [given] * len(encoded) if isinstance(given, PoolingParams) else list(given)
+        if len(each) != len(encoded) or not all(isinstance(params, PoolingParams) for params in each):
+            raise ValueError(
+                f"pooling_params: expected PoolingParams, or a list of {len(encoded)}, one for each prompt"
+            )
+        checked = []
+        for number, params in enumerate(each):
+            try:
+                checked.append(parts.embeddings.checked(params).to_core())
+            except ValueError as error:
+                raise ValueError(f"prompts[{number}]: {error}") from error
+        neutral = [SamplingParams()] * len(encoded)
+        outputs = self._thread.run(lambda: self._complete(listed, encoded, neutral, checked, use_tqdm))
+        return [embedding_output(output) for output in outputs]
+
     def _encode(self, number: int, prompt: PromptInput) -> _core.Prompt:
         try:
             return encode_prompt(prompt, self._engine.parts.tokenizer)
@@ -189,6 +236,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if not self._engine.parts.generates:
+            raise ValueError("this model makes embeddings alone (runner = 'pooling'): use embed()")
         params = self._each_params(encoded, sampling_params)
         checked = [self._to_core(number, given) for number, given in enumerate(params)]
         return self._thread.run(lambda: self._complete(prompts, encoded, params, checked, use_tqdm))

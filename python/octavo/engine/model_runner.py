@@ -16,7 +16,7 @@ from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_co
 from octavo.engine.kv_layout import KvLayout
 from octavo.engine.step_buffers import DeviceState, MaskBuffer, Step, StepInputs
 from octavo.kernels import ops
-from octavo.kernels.step.plan_format import PAIR_WORDS, TARGET_PLACE, Plan
+from octavo.kernels.step.plan_format import PAIR_WORDS, POOL_WORDS, TARGET_PLACE, Plan
 from octavo.weights.load import LoadedModel
 
 TARGETS_AT_ONCE = 128
@@ -139,6 +139,8 @@ class ModelRunner:
         step.logits = self.model.compute_logits(hidden)
         if plan.num_prompt_targets:
             self.describe_prompts(plan, plan_device, everything, step.buffers.result_device)
+        if plan.num_pools:
+            self.pool(plan, plan_device, everything, step.buffers.result_device)
 
     @torch.inference_mode()
     def launch_sample(self, step: Step) -> None:
@@ -154,9 +156,9 @@ class ModelRunner:
 
     def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
         """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each
-        prefill row; and those of all tokens [tokens, hidden_size], where the plan has prompt targets.
+        prefill row; and those of all tokens [tokens, hidden_size], where the plan needs them.
         """
-        if not plan.num_prompt_targets and self.graphs.fits(plan):
+        if not plan.needs_all_hidden and self.graphs.fits(plan):
             hidden = self.graphs.replay(plan)
             return hidden, hidden
         context = step_context(
@@ -169,7 +171,7 @@ class ModelRunner:
         )
         everything = all_hidden_states(self.model, self.inputs, context)
         hidden = sampled(everything, self.inputs, context)
-        return hidden, everything if plan.num_prompt_targets else hidden
+        return hidden, everything if plan.needs_all_hidden else hidden
 
     def describe_prompts(self, plan: Plan, plan_device: Tensor, hidden: Tensor, result: Tensor) -> None:
         """Enqueues the log probabilities of the plan's prompt targets into the result, behind its
@@ -186,6 +188,18 @@ class ModelRunner:
             if self.see_prompt_logits is not None:
                 self.see_prompt_logits(logits)
             ops.prompt_logprobs(logits, targets[piece], self.vocab_size, plan.max_prompt_logprobs, records[piece])
+
+    def pool(self, plan: Plan, plan_device: Tensor, hidden: Tensor, result: Tensor) -> None:
+        """Enqueues the sums of hidden states for embeddings, and the vectors that are complete into the
+        result. hidden: as `forward` gives them, of all tokens or of those that logits are made of.
+        """
+        words = plan_device.view(torch.int32)[plan.pools_offset // 4 :]
+        pools = words[: plan.num_pools * POOL_WORDS].view(-1, POOL_WORDS)
+        size = hidden.shape[1]
+        vectors = result[plan.vectors_start : plan.result_words].view(torch.float32).view(-1, size)
+        sums = self.state.require_pooled_sums(size)
+        last_tokens_from = None if plan.needs_all_hidden else plan.num_decode_tokens - plan.padded_decodes
+        ops.pool(hidden, pools, sums, vectors, last_tokens_from=last_tokens_from)
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:

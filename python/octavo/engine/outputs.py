@@ -8,7 +8,15 @@ import dataclasses
 
 from octavo import _core
 from octavo.engine.prompts import PromptInput, prompt_text
-from octavo.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput, ToolCall
+from octavo.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    ToolCall,
+)
 from octavo.sampling_params import SamplingParams
 
 
@@ -19,6 +27,18 @@ def tell_apart(format: _core.AnswerFormat | None, choice: CompletionOutput) -> N
         return
     choice.reasoning, choice.content, calls = format.read(choice.text)
     choice.tool_calls = [ToolCall(name, arguments) for name, arguments in calls]
+
+
+def embedding_output(output: RequestOutput) -> EmbeddingRequestOutput:
+    """Of a request that asked for an embedding and has ended."""
+    return EmbeddingRequestOutput(
+        request_id=output.request_id,
+        outputs=EmbeddingOutput(output.embedding or []),
+        prompt_token_ids=output.prompt_token_ids,
+        finished=output.finished,
+        num_cached_tokens=output.num_cached_tokens,
+        error=output.error,
+    )
 
 
 class OutputBuilder:
@@ -61,6 +81,8 @@ class OutputBuilder:
             if self._wants_prompt and (prompt := choice.prompt_logprobs) is not None:
                 output.prompt_logprobs = [None, *map(self._named, prompt)]
                 self._wants_prompt = False  # each choice brings them
+            if (embedding := choice.embedding) is not None:
+                output.embedding = embedding.tolist()
             completion = output.outputs[choice.index]
             completion.text += choice.text
             completion.token_ids.extend(choice.token_ids)

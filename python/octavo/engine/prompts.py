@@ -30,7 +30,9 @@ _EXPECTED = "expected text, {'prompt': text} or {'prompt_token_ids': [...]}"
 _KEYS = {"prompt", "prompt_token_ids"}
 
 
-def encode_prompt(prompt: PromptInput, tokenizer: _core.Tokenizer | None) -> _core.Prompt:
+def encode_prompt(
+    prompt: PromptInput, tokenizer: _core.Tokenizer | None, *, add_special_tokens: bool = True
+) -> _core.Prompt:
     """Token ids of a prompt, kept in Rust. Raises `ValueError` naming what is wrong with it."""
     if isinstance(prompt, dict):
         others = [key for key, value in prompt.items() if key not in _KEYS and value is not None]
@@ -44,7 +46,7 @@ def encode_prompt(prompt: PromptInput, tokenizer: _core.Tokenizer | None) -> _co
     if tokenizer is None:
         raise ValueError("prompt: this model has no tokenizer; pass {'prompt_token_ids': [...]} instead of text")
     try:
-        return tokenizer.encode_text(text, True)
+        return tokenizer.encode_text(text, add_special_tokens)
     except UnicodeError:
         raise ValueError("prompt: the text is not valid Unicode (a lone surrogate)") from None
 

@@ -25,6 +25,7 @@ from octavo.engine.model_runner import ModelRunner
 from octavo.engine.step_buffers import StepBuffers
 from octavo.engine.warm_up import rehearse_layers, warm_up
 from octavo.model_config import ModelConfig
+from octavo.pooling import Embeddings
 from octavo.weights.load import load_model
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class StartupReport:
     kernels: str
     speculation: str
     sampling: str
+    embeddings: str
     verdict: Verdict | None  # on what is in few bits by the user's wish
     load_seconds: float
     total_seconds: float
@@ -68,7 +70,8 @@ class StartupReport:
             *([f"quality      {line}" for line in self.verdict.lines()] if self.verdict else []),
             f"concurrency  {self.max_concurrency:.1f} requests of the full model length",
             f"kernels      {self.kernels}",
-            f"sampling     {self.sampling}",
+            *([f"sampling     {self.sampling}"] if self.sampling else []),
+            *([f"embeddings   {self.embeddings}"] if self.embeddings else []),
             *([f"speculation  {self.speculation}"] if self.speculation else []),
             f"set up in    {self.total_seconds:.1f} s",
         ]
@@ -88,6 +91,8 @@ class EngineParts:
     model_name: str
     max_model_len: int
     generation_defaults: dict[str, Any]
+    embeddings: Embeddings | None
+    generates: bool
     report: StartupReport
 
 
@@ -154,6 +159,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         vocab_size=loaded.config.vocab_size,
+        vector_size=loaded.embeddings.size if loaded.embeddings else 0,
         eos_token_ids=loaded.eos_token_ids,
         max_waiting=config.max_waiting,
         batching=config.batching,
@@ -211,7 +217,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_concurrency=kv_tokens / max_model_len,
         kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
         speculation=config.speculation.line() if config.speculation else "",
-        sampling=describe_defaults(loaded.generation_defaults),
+        sampling=describe_defaults(loaded.generation_defaults) if loaded.generates else "",
+        embeddings=loaded.embeddings.line() if loaded.embeddings else "",
         verdict=verdict,
         load_seconds=load_seconds,
         total_seconds=time.monotonic() - started,
@@ -230,6 +237,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
         model_name=config.model_name,
         max_model_len=max_model_len,
         generation_defaults=loaded.generation_defaults,
+        embeddings=loaded.embeddings,
+        generates=loaded.generates,
         report=report,
     )
 

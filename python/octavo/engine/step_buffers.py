@@ -57,6 +57,16 @@ class DeviceState:
         ]  # [slots, 2] raw words
         self.num_logprobs = self.records[:, plan_format.ENTER_NUM_LOGPROBS]
         self.penalty_counts: Tensor | None = None
+        self.pooled_sums: Tensor | None = None
+
+    def require_pooled_sums(self, size: int) -> Tensor:
+        """[slots, size] float32: sums of hidden states that are part of an embedding. Allocated when
+        first asked for.
+        """
+        if self.pooled_sums is None:
+            device = self.last_token.device
+            self.pooled_sums = torch.zeros((self.last_token.shape[0], size), dtype=torch.float32, device=device)
+        return self.pooled_sums
 
     def require_penalty_counts(self) -> Tensor:
         """[slots, vocab_size] int32: 2 x (times the token was output) + (1 if it is in the prompt).

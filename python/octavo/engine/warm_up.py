@@ -54,23 +54,29 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
         max_tokens = 4 + core_options["num_draft_tokens"]
     core = EngineCore(**core_options | {"batching": "continuous", "speculation": speculation})
     core.bind(0, buffers.plan_array, buffers.result_array)
+
+    def run(params: SamplingParams, length: int) -> None:
+        core.add_call([Prompt([0] * length)], params, now=time.monotonic())
+        while core.schedule(0, time.monotonic()) is not None:
+            step = Step(0, buffers.read_plan(), buffers)
+            runner.launch_forward(step)
+            runner.launch_sample(step)
+            buffers.wait()
+            if speculation is not None:
+                say_zero(buffers, step.plan)
+            core.commit(0, time.monotonic())
+
     for options in REQUESTS:
         if options.get("n", 1) > runner.max_num_seqs:
             continue
         for length in PROMPT_LENS:
-            if length + max_tokens > core.longest_request:
-                continue
-            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
-            core.add_call([Prompt([0] * length)], params, now=time.monotonic())
-            while core.schedule(0, time.monotonic()) is not None:
-                step = Step(0, buffers.read_plan(), buffers)
-                runner.launch_forward(step)
-                runner.launch_sample(step)
-                buffers.wait()
-                if speculation is not None:
-                    say_zero(buffers, step.plan)
-                core.commit(0, time.monotonic())
-    runner.state.penalty_counts = None  # taken again by the first request that needs them
+            if length + max_tokens <= core.longest_request:
+                run(SamplingParams(max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options), length)
+    if core_options.get("vector_size"):
+        for pooling in ("last", "mean"):
+            run(SamplingParams.embedding(pooling=pooling), min(PROMPT_LENS[0], core.longest_request))
+    # Taken again by the first request that needs them.
+    runner.state.penalty_counts = runner.state.pooled_sums = None
 
 
 def say_zero(buffers: StepBuffers, plan: Plan) -> None:

@@ -60,6 +60,7 @@ class Model(Layer):
     """A decoder-only language model. A family is a subclass that says what is its own."""
 
     architectures: ClassVar[tuple[str, ...]]  # its names in config.json
+    headless_architectures: ClassVar[tuple[str, ...]] = ()  # the same, of files that were saved without a head
     model_type: ClassVar[str]  # its kind of config.json, by which transformers chooses
     defaults: ClassVar[dict[str, Any]]  # what transformers takes where a config.json leaves a key out
     gguf_architecture: ClassVar[str] = ""  # its name in GGUF files, where it has one of its own

@@ -47,6 +47,7 @@ class Gemma3ForCausalLM(Model):
     """
 
     architectures = ("Gemma3ForCausalLM",)
+    headless_architectures: ClassVar[tuple[str, ...]] = ("Gemma3TextModel",)
     model_type = "gemma3_text"
     defaults: ClassVar[dict[str, Any]] = {  # published files leave out nearly everything
         "vocab_size": 262208,
@@ -120,6 +121,7 @@ class Gemma3ForConditionalGeneration(Gemma3ForCausalLM):
     """The text part of a checkpoint that has a vision part too; its config is `text_config`."""
 
     architectures = ("Gemma3ForConditionalGeneration",)
+    headless_architectures = ()
     model_type = "gemma3"
     gguf_architecture = ""  # a GGUF file has the text part alone
 

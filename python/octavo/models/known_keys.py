@@ -35,7 +35,8 @@ attn_implementation cache_implementation experts_implementation output_attention
 return_dict_in_generate output_scores torchscript use_cache
 """
 _ABOUT_THE_FILE = """
-architectures bos_token decoder_start_token_id eos_token is_decoder is_llama_config model_type name_or_path
+architectures bos_token decoder_start_token_id eos_token is_decoder is_llama_config is_matryoshka
+matryoshka_dimensions model_type name_or_path
 pad_token_id prefix sep_token_id tokenizer_class transformers_version transformers.js_config unsloth_fixed
 unsloth_version cross_attention_hidden_size
 """

@@ -15,6 +15,7 @@ class LlamaForCausalLM(Model):
     """Pre-norm blocks with rotary attention and a gated feed-forward part."""
 
     architectures = ("LlamaForCausalLM",)
+    headless_architectures = ("LlamaModel",)
     model_type = "llama"
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 32000,
@@ -53,6 +54,7 @@ class MistralForCausalLM(Model):
     """Llama with a sliding window in all layers, where its config has one."""
 
     architectures = ("MistralForCausalLM",)
+    headless_architectures = ("MistralModel",)
     model_type = "mistral"
     defaults: ClassVar[dict[str, Any]] = {
         **LlamaForCausalLM.defaults,

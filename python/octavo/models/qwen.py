@@ -24,6 +24,7 @@ class Qwen2ForCausalLM(Model):
     """Biases on q, k and v alone."""
 
     architectures = ("Qwen2ForCausalLM",)
+    headless_architectures = ("Qwen2Model",)
     model_type = "qwen2"
     defaults: ClassVar[dict[str, Any]] = {
         "vocab_size": 151936,
@@ -56,6 +57,7 @@ class Qwen3ForCausalLM(Model):
     """Norms on the heads of q and k."""
 
     architectures = ("Qwen3ForCausalLM",)
+    headless_architectures = ("Qwen3Model",)
     model_type = "qwen3"
     defaults: ClassVar[dict[str, Any]] = {**Qwen2ForCausalLM.defaults, "head_dim": 128}
     gguf_architecture = "qwen3"

@@ -1,6 +1,7 @@
 """Which family runs which model, and the reading of configs, which is the family's."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ FAMILIES: tuple[type[Model], ...] = (
 )
 # By `ModelConfig.architecture`.
 MODELS = {name: family for family in FAMILIES for name in family.architectures}
+# Of files that were saved without a head, which make embeddings alone.
+HEADLESS = {name: family for family in FAMILIES for name in family.headless_architectures}
 # By `model_type` of config.json.
 MODEL_TYPES = {family.model_type: family for family in FAMILIES}
 # By GGUF's `general.architecture`.
@@ -52,10 +55,10 @@ def config_from_dict(
     names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise fields.error("architectures", f"{shortened(names)} is not a list of one name")
-    family = MODELS.get(names[0]) if isinstance(names[0], str) else None
+    family = (MODELS | HEADLESS).get(names[0]) if isinstance(names[0], str) else None
     if family is None:
         raise fields.error(
-            "architectures", f"{shortened(names[0])} is not supported; supported are {', '.join(MODELS)}"
+            "architectures", f"{shortened(names[0])} is not supported; supported are {', '.join(MODELS | HEADLESS)}"
         )
     if fields.get("auto_map") is not None:
         raise fields.error("auto_map", "the model asks for its own Python code, which Octavo never runs")
@@ -63,6 +66,8 @@ def config_from_dict(
     fields = Fields(source, values, defaults=family.defaults if defaults is None else defaults, spelling=spelling)
     fields.refuse_other_computations()
     config = family.read_config(fields)
+    if names[0] in HEADLESS:
+        config = replace(config, has_head=False, tie_word_embeddings=True)
     warn_unknown(source, fields.unknown())
     return config
 

@@ -17,6 +17,7 @@ from octavo.server.metrics import Metrics
 from octavo.server.middleware import add_headers, check_host_and_key, json_errors
 from octavo.server.ollama import errors as ollama_errors
 from octavo.server.ollama.routes import OllamaRoutes
+from octavo.server.openai.embeddings import EmbeddingRoutes
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.openapi.routes import OpenApiRoutes
 from octavo.server.responses.routes import ResponsesRoutes
@@ -46,7 +47,8 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     openai = OpenAIRoutes(intake)
     tgi = TgiRoutes(intake, openai)
     shared = SharedRoutes(intake, openai, tgi)
-    anthropic, ollama = AnthropicRoutes(intake, openai), OllamaRoutes(intake, openai)
+    embeddings = EmbeddingRoutes(intake, openai)
+    anthropic, ollama = AnthropicRoutes(intake, openai), OllamaRoutes(intake, openai, embeddings)
     app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
     app[CALLS], app[BODIES], app[METRICS], app[ERROR_FORMS] = calls, bodies, metrics, {}
 
@@ -70,7 +72,8 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
         bodies.close()
 
     responses = ResponsesRoutes(intake, openai)
-    app.add_routes([*openai.routes(), *shared.routes(), *responses.routes(), *OpenApiRoutes().routes()])
+    app.add_routes([*openai.routes(), *embeddings.routes(), *responses.routes()])
+    app.add_routes([*shared.routes(), *OpenApiRoutes().routes()])
     for routes, form in (
         (tgi.routes(), tgi_errors.response),
         (anthropic.routes(), anthropic_errors.response),

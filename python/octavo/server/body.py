@@ -149,6 +149,10 @@ class Form(Generic[S]):
     """
     prompt: str = "messages"
     """The field that is named where the prompt is too long."""
+    apart: str = "prompt"
+    """The field that may hold millions of values: `_core.read_prompts` decodes it unless the struct has
+    it.
+    """
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,7 @@ class Parsed(Generic[S]):
 
     request: S
     prompts: tuple[slice, ...]
-    """Where in the body `prompt` has its value, which `_core.read_prompts` decodes unless the struct
-    has it. The last counts.
-    """
+    """Where in the body the field that is read apart has its value. The last counts."""
     ignored: tuple[str, ...]
     """Names of the fields that nobody knows."""
 
@@ -169,7 +171,7 @@ def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) 
 
     max_characters: of all text that may become part of the prompt.
     """
-    fields = _measure(body)
+    fields = _measure(body, form.apart)
     text = sum(field.text for field in fields if field.name in form.prompt_text)
     if text > max_characters:
         named = " and ".join(sorted(form.bulky))
@@ -183,14 +185,14 @@ def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) 
             raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
     known = {*form.struct.__struct_fields__, *form.bulky, *form.unsupported}
     ignored = tuple(field.name for field in fields if field.name not in known)
-    apart = "prompt" in form.bulky and "prompt" not in form.struct.__struct_fields__
-    prompts = tuple(field.value for field in fields if apart and field.name == "prompt")
+    apart = form.apart in form.bulky and form.apart not in form.struct.__struct_fields__
+    prompts = tuple(field.value for field in fields if apart and field.name == form.apart)
     return Parsed(_json(_without(body, prompts), form.struct), prompts, ignored)
 
 
 def field_names(body: bytes) -> list[str]:
     """Names of the fields of a body. Raises `ApiError` 400."""
-    return [field.name for field in _measure(body)]
+    return [field.name for field in _measure(body, "prompt")]
 
 
 @dataclass(frozen=True)
@@ -200,10 +202,10 @@ class _Field:
     text: int
 
 
-def _measure(body: bytes) -> list[_Field]:
+def _measure(body: bytes, uncounted: str) -> list[_Field]:
     try:
         measured, _ = _core.measure_body(
-            body, max_depth=MAX_DEPTH, max_fields=MAX_FIELDS, max_values=MAX_VALUES, uncounted="prompt"
+            body, max_depth=MAX_DEPTH, max_fields=MAX_FIELDS, max_values=MAX_VALUES, uncounted=uncounted
         )
     except _core.RefusedError as error:
         raise body_refused(error) from None

@@ -14,6 +14,7 @@ from aiohttp import HttpVersion11, web
 
 from octavo import _core
 from octavo.errors import EngineDeadError
+from octavo.pooling import CheckedPooling
 from octavo.sampling_params import SamplingParams
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
@@ -103,7 +104,7 @@ class Call:
     prompts: list[_core.Prompt]
     names: Mapping[str, str]
     """What its request calls the core's fields, for refusals."""
-    params: SamplingParams
+    params: SamplingParams | CheckedPooling
     grammar: _core.Grammar | None = None
     """What the parameters' `structured_outputs` was compiled to."""
     max_tokens: int | None
@@ -150,6 +151,13 @@ class CallServer:
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
         self.check_open()  # tokenising took time
+        if isinstance(call.params, SamplingParams) and not self._engine.generates:
+            raise ApiError(
+                400,
+                "task_not_served",
+                "This server makes embeddings alone (/v1/embeddings); to generate, start it with --runner generate.",
+                param="model",
+            )
         self.active += 1
         try:
             reply = self._submit(call)

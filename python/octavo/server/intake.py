@@ -50,6 +50,8 @@ class Intake:
         self.engine = engine
         self.config = config
         self.max_input_tokens = min(engine.max_model_len - 1, config.max_input_tokens or engine.max_model_len)
+        self.longest_embedding = min(engine.core.longest_embedding, config.max_input_tokens or engine.max_model_len)
+        """Tokens of a prompt that may have one."""
         self.metrics = metrics
         self.calls = calls
         self.names = engine.config.served_model_name or (engine.model_name,)

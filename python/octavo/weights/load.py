@@ -22,6 +22,7 @@ from octavo.layers.weight import Layer
 from octavo.model_config import ModelConfig, ModelError, refuse_special_file
 from octavo.models.presets import PRESETS, preset_config
 from octavo.models.registry import MODELS, Model, config_from_folder
+from octavo.pooling import Embeddings, HfOverrides, PoolerConfig
 from octavo.weights import hub
 from octavo.weights.default_model import default_model_path, sampling_defaults
 from octavo.weights.dummy import fill_with_random
@@ -30,6 +31,7 @@ from octavo.weights.gguf import GgufSource
 from octavo.weights.gguf_config import config_from_gguf
 from octavo.weights.gguf_sampling import read_gguf_sampling
 from octavo.weights.gguf_split import open_other_parts
+from octavo.weights.pooling import ModelPooling, read_folder, read_gguf, settle
 from octavo.weights.quantization.config import pick_recipe
 from octavo.weights.quantization.recipe import Recipe
 from octavo.weights.safetensors import SafetensorsSource
@@ -70,6 +72,8 @@ class LoadedModel:
     chat_template: _core.ChatTemplate | None
     eos_token_ids: tuple[int, ...]
     generation_defaults: dict[str, Any]  # fields of `SamplingParams` where a request does not give them
+    embeddings: Embeddings | None  # what they are made of; None: it is only to generate
+    generates: bool  # it is not only for embeddings
 
 
 def load_model(
@@ -87,7 +91,7 @@ def load_model(
         if config.max_model_len is not None:  # no weights, so no positions that were never trained
             longest = max(config.max_model_len, preset.max_position_embeddings)
             preset = dataclasses.replace(preset, max_position_embeddings=longest)
-        return _load(preset, None, None, config, device, check, judge)
+        return _load(preset, None, None, config, device, check, judge, ModelPooling())
     try:
         load = _load_gguf if place.suffix == ".gguf" else _load_folder
         return load(place, config, device, check, judge)
@@ -133,7 +137,10 @@ def _load_folder(
         model_config = settle_head(model_config, source)
         if model_config.checkpoint_dtype is None:
             model_config = dataclasses.replace(model_config, checkpoint_dtype=source.dtype())
-    return _load(model_config, source, folder, config, device, check, judge, generation_folder=folder)
+    files = ModelPooling()
+    if config.wanted_runner != "generate":
+        files = read_folder(folder, model_config.hidden_size)
+    return _load(model_config, source, folder, config, device, check, judge, files, generation_folder=folder)
 
 
 def _load_gguf(
@@ -147,8 +154,10 @@ def _load_gguf(
     source = None if config.load_format == "dummy" else GgufSource(header, model_config, other_parts)
     if config.quantization == "gguf":
         config = dataclasses.replace(config, quantization=None)  # which the file is
-    sampling = read_gguf_sampling(header.metadata(), str(path), config.generation_config)
-    loaded = _load(model_config, source, path, config, device, check, judge)
+    metadata = header.metadata()
+    sampling = read_gguf_sampling(metadata, str(path), config.generation_config)
+    files = read_gguf(metadata, str(path)) if config.wanted_runner != "generate" else ModelPooling()
+    loaded = _load(model_config, source, path, config, device, check, judge, files)
     parts = (header, *other_parts)
     packed = sorted({kind for part in parts for _, kind, *_ in part.tensors()} - {"F32", "F16", "BF16"})
     if source is not None and packed:
@@ -188,11 +197,23 @@ def _load(
     device: torch.device,
     check: Check | None,
     judge: Judge | None,
+    pooling: ModelPooling,
     generation_folder: Path | None = None,
 ) -> LoadedModel:
     """Text, then weights; `source` None means random weights, `place` None a preset,
-    `generation_folder` None a model that brings no generation_config.json.
+    `generation_folder` None a model that brings no generation_config.json. pooling: what its files
+    say of embeddings.
     """
+    runner = wanted.wanted_runner
+    if runner == "generate" and not config.has_head:
+        raise ModelError(f"{place}: the model was saved without a head, so it cannot generate: --runner pooling")
+    embeddings = settle(
+        pooling,
+        config.hidden_size,
+        runner,
+        PoolerConfig.read(wanted.pooler_config),
+        HfOverrides.read(wanted.hf_overrides),
+    )
     check_rows(wanted.max_num_seqs, config.num_kv_heads, device)
     config, defaults = read_generation(config, wanted.generation_config, generation_folder)
     text = read_text(place, wanted.tokenizer, wanted.chat_template)
@@ -246,6 +267,8 @@ def _load(
         text.chat_template,
         ends,
         generation_defaults=defaults,
+        embeddings=embeddings,
+        generates=runner == "generate" or (runner == "auto" and config.has_head and not pooling.is_embedder),
     )
 
 

@@ -1,4 +1,6 @@
-"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/tags`, `/api/show`, `/api/ps`, `/api/version`."""
+"""Ollama's routes: `/api/chat`, `/api/generate`, `/api/embed`, `/api/embeddings`, `/api/tags`, `/api/show`,
+`/api/ps`, `/api/version`.
+"""
 
 import hashlib
 import time
@@ -10,6 +12,7 @@ from aiohttp import web
 
 from octavo import _core
 from octavo.errors import EngineDeadError
+from octavo.pooling import PoolingParams
 from octavo.server.body import Form, Parsed
 from octavo.server.calls import JSON_LINES, Call
 from octavo.server.errors import bad_request
@@ -18,9 +21,12 @@ from octavo.server.ollama.schemas import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_GENERATE,
     ChatRequest,
+    EmbeddingsRequest,
+    EmbedRequest,
     GenerateRequest,
     ShowRequest,
 )
+from octavo.server.openai.embeddings import EmbeddingRoutes
 from octavo.server.openai.routes import OpenAIRoutes, PreparedChat
 from octavo.server.openai.schemas import ChatCompletionRequest
 
@@ -28,6 +34,8 @@ _CHAT_TEXT = frozenset({"messages", "tools"})
 _PROMPT_TEXT = frozenset({"prompt", "system"})
 CHAT = Form(ChatRequest, _CHAT_TEXT, _CHAT_TEXT, UNSUPPORTED_CHAT)
 GENERATE = Form(GenerateRequest, _PROMPT_TEXT, _PROMPT_TEXT, UNSUPPORTED_GENERATE, "prompt")
+EMBED = Form(EmbedRequest, frozenset({"input"}), frozenset(), {}, "input", apart="input")
+EMBEDDINGS = Form(EmbeddingsRequest, frozenset({"prompt"}), frozenset({"prompt"}), {}, "prompt")
 SHOW = Form(ShowRequest, frozenset(), frozenset(), {})
 _CHAT_NAMES = {
     "prompt": "messages",
@@ -41,8 +49,9 @@ _GENERATE_NAMES = _CHAT_NAMES | {"prompt": "prompt"}
 class OllamaRoutes:
     """The handlers."""
 
-    def __init__(self, intake: Intake, chats: OpenAIRoutes) -> None:
+    def __init__(self, intake: Intake, chats: OpenAIRoutes, embeddings: EmbeddingRoutes) -> None:
         self._intake = intake
+        self._embeddings = embeddings
         self._engine = intake.engine
         self._chats = chats
         self._since = _rfc3339(time.time())
@@ -52,6 +61,8 @@ class OllamaRoutes:
         return [
             web.post("/api/chat", self.chat),
             web.post("/api/generate", self.generate),
+            web.post("/api/embed", self.embed),
+            web.post("/api/embeddings", self.embed_one),
             web.get("/api/tags", self.tags),
             web.post("/api/show", self.show),
             web.get("/api/ps", self.running),
@@ -135,6 +146,47 @@ class OllamaRoutes:
         )
         return await self._intake.calls.serve(request, call)
 
+    async def embed(self, request: web.Request) -> web.StreamResponse:
+        """`POST /api/embed`: what is too long is cut unless `truncate` is false; without an input it asks
+        whether the model is loaded.
+        """
+        arrival = time.monotonic()
+        parsed, given = await self._intake.read(request, self._read_embed)
+        self._intake.metrics.ignored(parsed.ignored)
+        read = parsed.request
+        if not given:
+            return web.json_response({"model": read.model, "embeddings": []})
+        most = None if read.truncate is False else self._intake.longest_embedding
+        prompts = await self._embeddings.encode(given, True, most)
+        call_id = uuid.uuid4().hex
+        reply_format = _core.ReplyFormat.embeddings(form="ollama", model=read.model)
+        params = PoolingParams(dimensions=read.dimensions)
+        call = self._embeddings.call(prompts, params, reply_format, arrival, {"prompt": "input"}, call_id)
+        return await self._intake.calls.serve(request, call)
+
+    def _read_embed(self, body: bytes) -> tuple[Parsed[EmbedRequest], list[str | _core.Prompt]]:
+        parsed = self._intake.decode(EMBED, body)
+        self._check_model(parsed.request.model)
+        self._embeddings.check_served()
+        if not parsed.prompts or body[parsed.prompts[-1]].split() in ([b'""'], [b"null"], [b"[]"], [b"[", b"]"]):
+            return parsed, []
+        return parsed, self._embeddings.read_inputs(body, parsed.prompts, parsed.request.truncate is not False)
+
+    async def embed_one(self, request: web.Request) -> web.StreamResponse:
+        """`POST /api/embeddings`: of one text, not normalised, and cut where it is too long."""
+        arrival = time.monotonic()
+        parsed = await self._intake.read(request, lambda body: self._intake.decode(EMBEDDINGS, body))
+        self._intake.metrics.ignored(parsed.ignored)
+        self._check_model(parsed.request.model)
+        self._embeddings.check_served()
+        if not parsed.request.prompt:
+            return web.json_response({"embedding": []})
+        prompts = await self._embeddings.encode([parsed.request.prompt], True, self._intake.longest_embedding)
+        reply_format = _core.ReplyFormat.embeddings(form="ollama_one")
+        params = PoolingParams(normalize=False)
+        call = self._embeddings.call(prompts, params, reply_format, arrival, {"prompt": "prompt"}, uuid.uuid4().hex)
+        return await self._intake.calls.serve(request, call)
+
     def _loaded(self, fields: dict[str, Any]) -> web.Response:
         head = {"model": self._engine.model_name, "created_at": _rfc3339(time.time())}
         return web.json_response(head | fields | {"done": True, "done_reason": "load"})
@@ -160,11 +212,18 @@ class OllamaRoutes:
             raise bad_request("model: this field is required.", "model", "missing_required_parameter")
         self._check_model(name)
         template = self._engine.chat_template
-        capabilities = ["completion"]
-        if template is not None and template.takes_tools and self._engine.answers.calls is not None:
+        capabilities = ["completion"] if self._engine.generates else []
+        if (
+            self._engine.generates
+            and template is not None
+            and template.takes_tools
+            and self._engine.answers.calls is not None
+        ):
             capabilities.append("tools")
-        if self._engine.answers.reasoning is not None:
+        if self._engine.generates and self._engine.answers.reasoning is not None:
             capabilities.append("thinking")
+        if self._engine.embeddings is not None:
+            capabilities.append("embedding")
         return web.json_response(
             {
                 "modelfile": "",

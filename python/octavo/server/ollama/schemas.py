@@ -128,6 +128,25 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
         return self.as_chat([*system, Message("user", self.prompt or "")])
 
 
+class EmbedRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /api/embed`, all but its `input`."""
+
+    model: str
+    truncate: bool | None = None
+    dimensions: Count | None = None
+    options: Options | None = None
+    keep_alive: Any = None
+
+
+class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """`POST /api/embeddings`, the older route, of one text."""
+
+    model: str
+    prompt: str | None = None
+    options: Options | None = None
+    keep_alive: Any = None
+
+
 class ShowRequest(msgspec.Struct, frozen=True, kw_only=True):
     """`POST /api/show`."""
 

@@ -240,7 +240,7 @@ class OpenAIRoutes:
         wanted = forced_calls(chat.tools or (), text.tool_use) or chat.wanted_structure()
         try:
             params = replace(self.sampling_params(chat), structured_outputs=wanted.params)
-            prompt = await self._encode_chat(chat, text)
+            prompt = await self.encode_chat(chat, text)
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, {**(wanted.names or {}), **names}) from None
@@ -260,11 +260,12 @@ class OpenAIRoutes:
         """The prompt that a chat's body makes, for routes that show it."""
         read, text = await self._intake.read(request, self._read_chat)
         try:
-            return await self._encode_chat(read.request, text)
+            return await self.encode_chat(read.request, text)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(CHAT, read.request)) from None
 
-    async def _encode_chat(self, chat: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
+    async def encode_chat(self, chat: ChatCompletionRequest, text: ChatText) -> _core.Prompt:
+        """A conversation as tokens. Raises `ApiError`, and what `AsyncEngine.encode_chat` raises."""
         continues = bool(chat.continue_final_message)
         if continues and chat.add_generation_prompt:
             raise bad_request(

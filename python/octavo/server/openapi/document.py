@@ -88,10 +88,11 @@ def _answer(kind: str) -> dict[str, Any]:
 def _body(form: Form[Any], schemas: Schemas) -> dict[str, Any]:
     """The struct, and beside it the one field that structs may leave to others."""
     reference = schemas.reference(form.struct)
-    if "prompt" in form.bulky and "prompt" not in form.struct.__struct_fields__:
+    if form.apart in form.bulky and form.apart not in form.struct.__struct_fields__:
         component = schemas.components[component_name(form.struct)]
-        component["properties"]["prompt"] = PROMPTS
-        component["required"] = sorted({*component.get("required", ()), "prompt"})
+        component["properties"][form.apart] = PROMPTS
+        if form.apart == "prompt":  # where there may be no input
+            component["required"] = sorted({*component.get("required", ()), "prompt"})
     return reference
 
 

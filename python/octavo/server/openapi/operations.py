@@ -9,8 +9,9 @@ from typing import Any
 from octavo.server.anthropic.routes import COUNT, MESSAGES
 from octavo.server.body import Form
 from octavo.server.ollama.routes import CHAT as OLLAMA_CHAT
+from octavo.server.ollama.routes import EMBED, EMBEDDINGS, SHOW
 from octavo.server.ollama.routes import GENERATE as OLLAMA_GENERATE
-from octavo.server.ollama.routes import SHOW
+from octavo.server.openai.embeddings import FORM as EMBEDDING
 from octavo.server.openai.routes import CHAT, COMPLETION
 from octavo.server.openai.tokenize import DETOKENIZE, TOKENIZE
 from octavo.server.responses.routes import INPUT, RESPONSES
@@ -43,6 +44,8 @@ OPERATIONS = (
     Operation("POST", "/v1/completions", "What continues prompts.", (COMPLETION.form,), (JSON, EVENTS)),
     Operation("POST", "/v1/responses", "The next items of a conversation.", (RESPONSES,), (JSON, EVENTS)),
     Operation("POST", "/v1/responses/input_tokens", "How many tokens such a conversation has.", (INPUT,)),
+    Operation("POST", "/v1/embeddings", "Embeddings of texts, or of a chat.", (EMBEDDING,)),
+    Operation("POST", "/pooling", "The same in vLLM's other form.", (EMBEDDING,)),
     Operation("GET", "/v1/models", "The models that are served."),
     Operation("GET", "/v1/models/{model}", "One of them; its id may have slashes."),
     Operation("POST", "/tokenize", "The tokens of a text, or of a chat.", (TOKENIZE, CHAT.form, TGI_TOKENIZE)),
@@ -58,6 +61,8 @@ OPERATIONS = (
     Operation("POST", "/v1/messages/count_tokens", "How many tokens a chat has.", (COUNT,), errors="anthropic"),
     Operation("POST", "/api/chat", "The next message of a chat.", (OLLAMA_CHAT,), (LINES, JSON), "ollama"),
     Operation("POST", "/api/generate", "What answers a prompt.", (OLLAMA_GENERATE,), (LINES, JSON), "ollama"),
+    Operation("POST", "/api/embed", "Embeddings of texts.", (EMBED,), errors="ollama"),
+    Operation("POST", "/api/embeddings", "The embedding of a text.", (EMBEDDINGS,), errors="ollama"),
     Operation("GET", "/api/tags", "The models that are served.", errors="ollama"),
     Operation("POST", "/api/show", "What is known of one.", (SHOW,), errors="ollama"),
     Operation("GET", "/api/ps", "The models that are loaded.", errors="ollama"),

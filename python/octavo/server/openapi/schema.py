@@ -26,7 +26,9 @@ PROMPTS: dict[str, Any] = {
         {"type": "array", "items": {"type": "array", "items": {"type": "integer", "minimum": 0}}, "minItems": 1},
     ],
 }
-"""The `prompt` of a completion, which no struct has, since it may be millions of token ids."""
+"""The `prompt` of a completion and the `input` of embeddings, which no struct has, since they may be
+millions of token ids.
+"""
 
 _RESPONSE_FORMAT = {
     "type": ["object", "null"],
@@ -79,6 +81,7 @@ RAW: Mapping[str, type[msgspec.Struct] | dict[str, Any]] = {
 _OWNERS = {
     openai.__name__: "openai",
     "octavo.server.openai.tokenize": "openai",
+    "octavo.server.openai.embeddings": "openai",
     anthropic.__name__: "anthropic",
     ollama.__name__: "ollama",
     tgi.__name__: "tgi",
