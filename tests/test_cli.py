@@ -150,6 +150,17 @@ def test_harmless_flags_of_vllm_are_accepted_with_one_line(
     assert served == [(EngineConfig(model="m"), ServerConfig(port=9000))] * 2
 
 
+def test_embeddings_have_vllms_flags(served: Calls) -> None:
+    pooler = '{"pooling_type": "MEAN"}'
+    for flag, words in (
+        ("--pooler-config", ["--runner", "pooling"]),
+        ("--override-pooler-config", ["--task", "embed"]),
+    ):
+        assert cli.main(["serve", "m", *words, flag, pooler, "--hf-overrides", '{"is_matryoshka": true}']) == 0
+    for config, _ in served:
+        assert (config.wanted_runner, config.pooler_config) == ("pooling", pooler)
+
+
 def test_flags_of_vllm_that_ask_for_what_happens_say_nothing(served: Calls, capsys: pytest.CaptureFixture[str]) -> None:
     line = "--no-enable-lora --cpu-offload-gb 0 -pp 1 --convert embed --revision main"
     assert cli.main(["serve", "m", *line.split()]) == 0

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from octavo import LLM, PoolingParams, SamplingParams, _core
 from octavo.outputs import EmbeddingRequestOutput
+from octavo.pooling import HfOverrides, PoolerConfig, first_tokens
+from octavo.weights.pooling import read_gguf, settle
 from tests.engine.conftest import Reference, make_admission_hopeful
 from tests.models.test_architectures import make
 
@@ -244,7 +246,7 @@ def test_an_embedder_with_a_head_is_one_and_matryoshka_is_cut_first(tmp_path: Pa
         assert llm.generate(as_prompts(ids), SamplingParams(max_tokens=1), use_tqdm=False)[0].finished
         with pytest.raises(ValueError, match="runner = 'generate'"):
             llm.embed(as_prompts(ids), use_tqdm=False)
-    with LLM(str(tmp_path), **options, pooler_config={"pooling_type": "MEAN", "dimensions": 16}) as llm:
+    with LLM(str(tmp_path), **options, override_pooler_config={"pooling_type": "MEAN", "dimensions": 16}) as llm:
         mean = expected(model, ids[0], "MEAN")[:16]
         found = vector(llm.embed(as_prompts(ids), use_tqdm=False)[0])
         torch.testing.assert_close(found, mean / mean.norm(), atol=TOLERANCE, rtol=TOLERANCE)
@@ -310,3 +312,38 @@ def test_what_cannot_be_done_is_refused_by_name(case: str, llama: Path, tmp_path
 def test_options_that_cannot_be_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LLM(**TINY, **options)
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [(1, "mean"), (3, "last"), (0, None), (None, None)])
+def test_gguf_files_say_how_they_pool(kind: int | None, pooling: str | None) -> None:
+    metadata = {"general.architecture": "qwen3"} | ({} if kind is None else {"qwen3.pooling_type": kind})
+    files = read_gguf(metadata, "a.gguf")
+    assert files.pooling == pooling and files.is_embedder == (pooling is not None)
+    embeddings = settle(files, 64, "auto", PoolerConfig(), HfOverrides())
+    assert embeddings is not None and (embeddings.pooling, embeddings.normalize) == (pooling or "last", True)
+
+
+@pytest.mark.parametrize("kind", [2, 4, 9])
+def test_gguf_files_that_pool_otherwise_are_refused(kind: int) -> None:
+    files = read_gguf({"general.architecture": "qwen3", "qwen3.pooling_type": kind}, "a.gguf")
+    with pytest.raises(ValueError, match=r"a.gguf: qwen3.pooling_type: \w+ is not supported"):
+        settle(files, 64, "auto", PoolerConfig(), HfOverrides())
+    said = settle(files, 64, "auto", PoolerConfig("MEAN"), HfOverrides())
+    assert said is not None and (said.pooling, said.source) == ("mean", "--pooler-config")
+
+
+@pytest.mark.parametrize(
+    ("plain", "whole", "most", "kept"),
+    [
+        ([5, 6, 7], [1, 5, 6, 7, 2], 4, [1, 5, 6, 2]),
+        ([5, 6, 7], [5, 6, 7, 2], 2, [5, 2]),
+        ([5, 6, 7], [1, 5, 6, 7], 2, [1, 5]),
+        ([5, 6, 7], [5, 6, 7], 2, [5, 6]),
+        ([5, 6, 7], [1, 5, 6, 7, 2], 5, [1, 5, 6, 7, 2]),
+        ([5, 6, 7], [1, 5, 6, 7, 2], 2, [1, 5]),  # no room for a token of the text
+    ],
+)
+def test_what_the_tokenizer_adds_at_the_end_stays(
+    plain: list[int], whole: list[int], most: int, kept: list[int]
+) -> None:
+    assert first_tokens(_core.Prompt(whole), _core.Prompt(plain), most).token_ids == kept

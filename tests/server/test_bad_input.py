@@ -745,7 +745,7 @@ async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:
         ("/chat/completions", "Is /v1/chat/completions meant?"),
         ("/v1/v1/completions", "Is /v1/completions meant?"),
         ("/models/", "Is /v1/models meant?"),
-        ("/swagger", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /tokenize"),
+        ("/swagger", "The routes are /v1/completions, /v1/chat/completions, /v1/models, /v1/embeddings"),
     ],
 )
 async def test_a_wrong_route_is_told_the_right_one(served: Served, path: str, hint: str) -> None:

@@ -51,6 +51,8 @@ class LLM:
             )
         if model is not None:
             options["model"] = model
+        if (older := options.pop("override_pooler_config", None)) is not None:  # vLLM's name before 0.11
+            options.setdefault("pooler_config", older)
         known = [field.name for field in dataclasses.fields(EngineConfig)]
         options, without_effect = without_vllm_options(options, known)
         for line in without_effect:
