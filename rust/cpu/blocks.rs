@@ -125,7 +125,7 @@ impl Format {
 }
 
 /// The values of `IQ4_NL`'s codes, each with 128 added.
-const CODEBOOK: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
+pub(super) const CODEBOOK: [u8; 16] = [1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241];
 
 /// One block taken apart. codes: of [`Format::numbers`]; scales and shifts: one a group.
 ///

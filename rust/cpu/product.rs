@@ -8,11 +8,11 @@ use super::level::{Level, Tier};
 use super::plain::{multiply, numbers, Unpacked};
 use super::pool::Pool;
 use super::raw::Writer;
-use super::rows::{Input, Rows};
+use super::rows::{Forms, Input, Rows};
 #[cfg(target_arch = "x86_64")]
 use super::{
     avx512::{self, Panel, LANES},
-    rows::Row,
+    rows::TILE,
 };
 
 /// Bytes that stay where they are: a mapped file's.
@@ -161,8 +161,6 @@ struct Scratch {
     #[cfg(target_arch = "x86_64")]
     panel: Panel,
     column: Vec<f32>,
-    #[cfg(target_arch = "x86_64")]
-    lanes: Vec<[f32; LANES]>,
 }
 
 thread_local! {
@@ -216,7 +214,8 @@ impl Product {
             Err(std::sync::TryLockError::WouldBlock) => &mut own,
         };
         let made = made.get_or_insert_default();
-        made.make(self.level, pool, input, rows, self.columns, codes, numbers);
+        let tiles = self.matrices.iter().any(|matrix| self.has_panels(matrix.format, rows));
+        made.make(self.level, pool, input, rows, self.columns, Forms { codes, tiles, numbers });
         let made = &*made;
         let out = Writer::new(out);
         let pieces = self.pieces();
@@ -224,6 +223,16 @@ impl Product {
             let piece = &pieces[piece];
             SCRATCH.with_borrow_mut(|scratch| self.piece(piece, made, rows, out, scratch));
         });
+    }
+
+    /// Whether sixteen outputs at a time are multiplied by tiles of rows.
+    fn has_panels(&self, format: Format, rows: usize) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self.level.tier() == Tier::Avx512 {
+            return avx512::has_panels(format, rows);
+        }
+        let _ = (format, rows);
+        false
     }
 
     fn pieces(&self) -> Vec<Piece> {
@@ -243,13 +252,10 @@ impl Product {
     fn piece(&self, piece: &Piece, made: &Rows, rows: usize, out: Writer<'_, f32>, scratch: &mut Scratch) {
         let matrix = &self.matrices[piece.matrix];
         #[cfg(target_arch = "x86_64")]
-        if self.level.tier() == Tier::Avx512 && matrix.format.is_quantised() {
-            if rows <= avx512::FEW && avx512::has_few(matrix.format) {
-                return self.few(matrix, piece, made, rows, out, scratch);
-            }
-            if rows > avx512::FEW {
-                return self.panels(matrix, piece, made, rows, out, scratch);
-            }
+        if self.has_panels(matrix.format, rows) {
+            return self.panels(matrix, piece, made, rows, out, scratch);
+        } else if self.level.tier() == Tier::Avx512 && avx512::has_few(matrix.format) {
+            return self.few(matrix, piece, made, rows, out, scratch);
         }
         scratch.column.resize(rows, 0.0);
         for number in 0..piece.rows {
@@ -303,30 +309,23 @@ impl Product {
         out: Writer<'_, f32>,
         scratch: &mut Scratch,
     ) {
-        const ROWS_AT_ONCE: usize = 64;
-        scratch.lanes.resize(ROWS_AT_ONCE, [0.0; LANES]);
+        let mut lanes = [[0.0; LANES]; TILE];
         for first in (0..piece.rows).step_by(LANES) {
             let count = LANES.min(piece.rows - first);
-            let mut weights = [&[][..]; LANES];
-            for (lane, weights) in weights[..count].iter_mut().enumerate() {
-                *weights = matrix.row(piece.first + first + lane);
-            }
+            // Lanes without a row have the last one.
+            let weights = std::array::from_fn(|lane| matrix.row(piece.first + first + lane.min(count - 1)));
             // SAFETY: a `Level` can only be had where the processor has its instructions.
             unsafe {
-                scratch.panel.fill(matrix.format, &weights[..count], self.columns);
+                scratch.panel.fill(matrix.format, &weights, self.columns);
             }
             let output = piece.first_output + first;
-            for first_row in (0..rows).step_by(ROWS_AT_ONCE) {
-                let many = ROWS_AT_ONCE.min(rows - first_row);
-                let mut inputs = [made.row(first_row); ROWS_AT_ONCE];
-                for (row, input) in inputs[..many].iter_mut().enumerate() {
-                    *input = made.row(first_row + row);
-                }
+            for first_row in (0..rows).step_by(TILE) {
+                let many = TILE.min(rows - first_row);
                 // SAFETY: as above.
                 unsafe {
-                    scratch.panel.multiply(&inputs[..many] as &[Row<'_>], &mut scratch.lanes[..many]);
+                    scratch.panel.multiply(made.tile(first_row / TILE), many, &mut lanes);
                 }
-                for (row, lanes) in scratch.lanes[..many].iter().enumerate() {
+                for (row, lanes) in lanes[..many].iter().enumerate() {
                     // SAFETY: outputs of one piece are written by the thread that has it.
                     let out = unsafe { out.part((first_row + row) * self.outputs + output, count) };
                     out.copy_from_slice(&lanes[..count]);

@@ -14,6 +14,8 @@ pub const GROUP: usize = 32;
 pub const PADDING: usize = 128;
 /// The largest code: both of its bytes are signed numbers.
 const LARGEST: f32 = 127.0 * 256.0;
+/// Rows that a tile has side by side.
+pub const TILE: usize = 8;
 /// Up to so many rows the caller makes himself: waking threads takes longer.
 const ALONE: usize = 4;
 
@@ -64,6 +66,40 @@ pub struct Rows {
     sums: Vec<f32>,
     /// [rows, columns]: before rounding, for weights that are not quantised.
     numbers: Vec<f32>,
+    tiles: Tiles,
+}
+
+/// The same codes, scales and sums, where eight rows at once are multiplied: theirs side by side.
+#[derive(Debug, Default)]
+struct Tiles {
+    /// [tiles, padded / 4, 8]: four codes' high bytes, and their low ones.
+    codes: Vec<[i32; 2]>,
+    /// [tiles, padded / 32, 8]
+    scales: Vec<[f32; 2]>,
+    /// [tiles, padded / 16, 8]
+    sums: Vec<f32>,
+}
+
+/// Up to eight rows of [`Rows`], side by side.
+#[derive(Debug, Clone, Copy)]
+pub struct Tile<'a> {
+    /// [padded / 4, 8]: four codes' high bytes, and their low ones, as they are in [`Row`]
+    pub codes: &'a [[i32; 2]],
+    /// [padded / 32, 8]: scale, and scale * (sum of the codes)
+    pub scales: &'a [[f32; 2]],
+    /// [padded / 16, 8]: scale * (sum of 16 codes)
+    pub sums: &'a [f32],
+}
+
+/// What of the rows is wanted.
+#[derive(Debug, Clone, Copy)]
+pub struct Forms {
+    /// Codes, for weights that are quantised.
+    pub codes: bool,
+    /// Codes eight rows at a time too.
+    pub tiles: bool,
+    /// Numbers, for weights that are not.
+    pub numbers: bool,
 }
 
 /// One row of [`Rows`], to be written.
@@ -90,18 +126,9 @@ pub struct Row<'a> {
 }
 
 impl Rows {
-    /// Computes the input's rows. codes, numbers: which of the two forms are wanted.
-    #[allow(clippy::too_many_arguments)]
-    pub fn make(
-        &mut self,
-        level: Level,
-        pool: &Pool,
-        input: Input<'_>,
-        rows: usize,
-        columns: usize,
-        codes: bool,
-        numbers: bool,
-    ) {
+    /// Computes the input's rows.
+    pub fn make(&mut self, level: Level, pool: &Pool, input: Input<'_>, rows: usize, columns: usize, forms: Forms) {
+        let Forms { codes, tiles, numbers } = forms;
         self.columns = columns;
         self.padded = columns.div_ceil(PADDING) * PADDING;
         let padded = if codes { self.padded } else { 0 };
@@ -111,6 +138,13 @@ impl Rows {
         self.scales.resize(rows * groups * 2, 0.0);
         self.sums.resize(rows * groups * 2, 0.0);
         self.numbers.resize(rows * numbers_of_row, 0.0);
+        let tiled = if tiles { rows.next_multiple_of(TILE) * padded } else { 0 };
+        self.tiles.codes.resize(tiled / 4, [0; 2]);
+        self.tiles.scales.resize(tiled / GROUP, [0.0; 2]);
+        self.tiles.sums.resize(tiled / 16, 0.0);
+        let tile_codes = Writer::new(&mut self.tiles.codes);
+        let tile_scales = Writer::new(&mut self.tiles.scales);
+        let tile_sums = Writer::new(&mut self.tiles.sums);
         let all_codes = Writer::new(&mut self.codes);
         let all_bytes = Writer::new(&mut self.bytes);
         let all_scales = Writer::new(&mut self.scales);
@@ -134,6 +168,24 @@ impl Rows {
                 if codes {
                     quantise(level, made, rounded);
                 }
+                if tiles {
+                    // SAFETY: this row has been made, by this thread.
+                    let (bytes, scales, sums) = unsafe {
+                        (
+                            all_bytes.part(row * 2 * padded, 2 * padded),
+                            all_scales.part(row * groups * 2, groups * 2),
+                            all_sums.part(row * groups * 2, groups * 2),
+                        )
+                    };
+                    let (high, low) = bytes.split_at(padded);
+                    beside(
+                        tile_codes,
+                        row,
+                        high.as_chunks().0.iter().zip(low.as_chunks().0).map(|(&a, &b)| four(a, b)),
+                    );
+                    beside(tile_scales, row, scales.as_chunks().0.iter().copied());
+                    beside(tile_sums, row, sums.iter().copied());
+                }
             });
         };
         if rows <= ALONE {
@@ -155,9 +207,34 @@ impl Rows {
         }
     }
 
+    /// Rows `8 * number` to `8 * number + 7`, those that are there.
+    pub fn tile(&self, number: usize) -> Tile<'_> {
+        let len = TILE * self.padded;
+        Tile {
+            codes: &self.tiles.codes[number * len / 4..][..len / 4],
+            scales: &self.tiles.scales[number * len / GROUP..][..len / GROUP],
+            sums: &self.tiles.sums[number * len / 16..][..len / 16],
+        }
+    }
+
     /// Numbers of row `row`.
     pub fn numbers(&self, row: usize) -> &[f32] {
         &self.numbers[row * self.columns..][..self.columns]
+    }
+}
+
+/// High and low bytes of four codes as a tile has them.
+fn four(high: [i8; 4], low: [i8; 4]) -> [i32; 2] {
+    [high, low].map(|bytes| i32::from_ne_bytes(bytes.map(i8::cast_unsigned)))
+}
+
+/// Writes what a row has into its place in its tile.
+fn beside<T>(tiles: Writer<'_, T>, row: usize, parts: impl ExactSizeIterator<Item = T>) {
+    let first = row / TILE * TILE * parts.len() + row % TILE;
+    for (at, part) in parts.enumerate() {
+        // SAFETY: each row has places of its own, and is made by one thread.
+        let place = unsafe { tiles.part(first + at * TILE, 1) };
+        place[0] = part;
     }
 }
 
