@@ -306,6 +306,9 @@ class ChatTemplate:
         as `Tokenizer.named_tokens` has them.
         """
     @property
+    def source(self) -> str | None:
+        """The text of the template for conversations without tools."""
+    @property
     def takes_tools(self) -> bool:
         """Whether the template for conversations with tools makes anything of them."""
     @property

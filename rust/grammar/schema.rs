@@ -84,8 +84,11 @@ fn measure(value: &Value) -> (usize, usize) {
 }
 
 /// The schema with what the library is to do about white space and `oneOf` (which it can only treat
-/// as `anyOf`). A schema that brings such options itself keeps them.
+/// as `anyOf`). A schema that brings such options itself keeps them. Objects are closed ([`close`]).
 pub(super) fn with_options(mut schema: Value, whitespace: &Whitespace) -> Value {
+    if !is_combined(&schema) {
+        close(&mut schema);
+    }
     let options = JsonCompileOptions {
         whitespace_flexible: whitespace.pattern().is_some(),
         whitespace_pattern: whitespace.pattern().map(str::to_owned),
@@ -96,6 +99,50 @@ pub(super) fn with_options(mut schema: Value, whitespace: &Whitespace) -> Value 
         options.apply_to(&mut schema);
     }
     schema
+}
+
+/// Keywords that put an object together out of several schemas, where properties are listed beside them.
+const COMBINE: [&str; 4] = ["allOf", "anyOf", "oneOf", "$ref"];
+/// Keywords that always do.
+const CONDITION: [&str; 4] = ["if", "not", "dependentSchemas", "unevaluatedProperties"];
+
+/// Whether a schema puts objects together, so that a part of it does not know all properties.
+fn is_combined(schema: &Value) -> bool {
+    let has = |keys: &[&str]| keys.iter().any(|key| schema.get(*key).is_some());
+    let of_several = schema.get("allOf").and_then(Value::as_array).is_some_and(|parts| parts.len() > 1);
+    of_several
+        || has(&CONDITION)
+        || (has(&["properties"]) && has(&COMBINE))
+        || parts(schema).iter().any(|(_, part)| is_combined(part))
+}
+
+/// Objects whose properties are listed, and which say nothing of others, have no others: a model that
+/// may write more often does, without end. vLLM, TGI and llama.cpp have it so.
+fn close(schema: &mut Value) {
+    let Value::Object(fields) = schema else { return };
+    if let Some(Value::Object(properties)) = fields.get("properties") {
+        let required = fields.get("required").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+        let listed = required.iter().all(|name| name.as_str().is_some_and(|name| properties.contains_key(name)));
+        let others = ["patternProperties", "minProperties"].iter().any(|key| fields.contains_key(*key));
+        if listed && !others && !properties.is_empty() {
+            fields.entry("additionalProperties").or_insert(Value::Bool(false));
+        }
+    }
+    for key in BY_NAME {
+        if let Some(Value::Object(named)) = fields.get_mut(key) {
+            named.values_mut().for_each(close);
+        }
+    }
+    for key in LIST {
+        if let Some(Value::Array(list)) = fields.get_mut(key) {
+            list.iter_mut().for_each(close);
+        }
+    }
+    for key in ONE {
+        if let Some(part) = fields.get_mut(key) {
+            close(part);
+        }
+    }
 }
 
 /// The place of the fault in a schema that does not compile, as a JSON pointer: the smallest part

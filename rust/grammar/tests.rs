@@ -89,6 +89,44 @@ fn schemas_mean_what_they_say() {
 }
 
 #[test]
+fn objects_have_the_properties_that_are_listed_and_no_others() {
+    let one = r#""properties": {"a": {"const": 1}}"#;
+    for (schema, expected) in [
+        (format!("{{{one}, \"type\": \"object\"}}"), vec!["{\"a\":1}", "{}"]),
+        (format!("{{{one}, \"type\": \"object\", \"required\": [\"a\"]}}"), vec!["{\"a\":1}"]),
+        (
+            format!(
+                r##"{{"$defs": {{"o": {{{one}, "type": "object", "required": ["a"]}}}}, "type": "array",
+                "items": {{"anyOf": [{{"const": 0}}, {{"$ref": "#/$defs/o"}}]}}, "minItems": 1, "maxItems": 1}}"##
+            ),
+            vec!["[0]", "[{\"a\":1}]"],
+        ),
+        // A property may have any name.
+        (
+            r#"{"type": "object", "required": ["properties"], "properties": {"properties": {"const": 2}}}"#.to_owned(),
+            vec!["{\"properties\":2}"],
+        ),
+    ] {
+        assert_eq!(all(ConstraintKind::Json, &schema), expected, "{schema}");
+    }
+    // Where others are allowed, or an object is put together, the schema is as it is written.
+    for schema in [
+        format!("{{{one}, \"type\": \"object\", \"additionalProperties\": {{\"const\": 2}}}}"),
+        format!(
+            r##"{{"$defs": {{"o": {{{one}, "type": "object"}}}}, "type": "object",
+            "allOf": [{{"$ref": "#/$defs/o"}}, {{"properties": {{"b": {{"const": 2}}}}, "required": ["b"]}}]}}"##
+        ),
+        r#"{"type": "object", "properties": {"a": {"const": 1}}, "required": ["b"]}"#.to_owned(),
+    ] {
+        let grammar = compiler().compile(&constraint(ConstraintKind::Json, &schema)).unwrap();
+        let mut state = grammar.start();
+        for byte in br#"{"b":2"# {
+            state.push(u32::from(*byte)).unwrap_or_else(|error| panic!("{schema}: {error:?}"));
+        }
+    }
+}
+
+#[test]
 fn what_was_pushed_can_be_taken_back() {
     let grammar = compiler().compile(&constraint(ConstraintKind::Choice, r#"["abc", "abd", "x"]"#)).unwrap();
     let mut state = grammar.start();

@@ -209,6 +209,11 @@ impl ChatTemplate {
     }
 
     #[getter]
+    fn source(&self) -> Option<&str> {
+        self.template.source()
+    }
+
+    #[getter]
     fn takes_tools(&self) -> bool {
         self.template.takes_tools()
     }

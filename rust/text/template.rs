@@ -36,6 +36,8 @@ const NAME: &str = "chat_template";
 /// A model's compiled chat templates: the one it has for conversations with tools, or for all.
 #[derive(Debug)]
 pub struct ChatTemplate {
+    /// Of the default one.
+    source: Option<String>,
     default: Option<Compiled>,
     tool_use: Option<Compiled>,
     /// By the names that templates know them by.
@@ -120,10 +122,16 @@ impl ChatTemplate {
         special_tokens: BTreeMap<String, String>,
     ) -> Result<Self> {
         Ok(Self {
+            source: default.map(str::to_owned),
             default: default.map(Compiled::new).transpose()?,
             tool_use: tool_use.map(Compiled::new).transpose()?,
             special_tokens,
         })
+    }
+
+    /// The text of the default template.
+    pub fn source(&self) -> Option<&str> {
+        self.source.as_deref()
     }
 
     /// Whether tools reach the prompt: the template for them makes something of `tools`.

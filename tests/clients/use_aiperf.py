@@ -10,7 +10,8 @@ Path("prompts.jsonl").write_text("".join(json.dumps({"text": f"{CAPITAL} {i}"}) 
 subprocess.run(
     ["aiperf", "profile", "--model", MODEL, "--url", REAL, "--endpoint-type", "chat", "--streaming",
      "--input-file", "prompts.jsonl", "--custom-dataset-type", "single_turn", "--request-count", "6",
-     "--concurrency", "2", "--use-server-token-count", "--tokenizer", "builtin", "--ui", "none", "--extra-inputs", "max_tokens:16"],
+     "--concurrency", "2", "--use-server-token-count", "--tokenizer", "builtin", "--ui", "none",
+     "--extra-inputs", "max_tokens:16"],
     check=True,
     timeout=300,
 )  # fmt: skip

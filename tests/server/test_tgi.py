@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Served
+from tests.server.scripted_engine import TEMPLATE
 
 GREEDY = {"inputs": "Hi"}
 
@@ -119,6 +120,21 @@ async def test_tokens_of_a_text(served: Served) -> None:
     assert [token["text"] for token in body["tokenize_response"]] == list("<user>Hi")
 
 
+async def test_a_field_without_effect_is_counted(served: Served) -> None:
+    await served.post("/generate", parameters(typical_p=0.95, top_k=1))
+    assert await served.metric("octavo:unknown_fields_total") == 1
+
+
+async def test_what_remote_tokenizers_ask_for(served: Served) -> None:
+    """lm-eval's reads these names, and renders the template itself."""
+    status, body = await served.get("/tokenizer_info")
+    assert status == 200 and body.pop("chat_template") == TEMPLATE
+    assert body == {
+        "bos_token": None, "eos_token": None, "pad_token": None, "unk_token": None,
+        "vocab_size": 300, "model_max_length": 512,
+    }  # fmt: skip
+
+
 async def test_the_same_route_as_vllm_has_it(served: Served) -> None:
     expected = {"count": 2, "max_model_len": 512, "tokens": [72, 105], "token_strs": None}
     assert await served.post("/tokenize", {"prompt": "Hi"}) == (200, expected)
@@ -156,7 +172,8 @@ BAD = [
     ("top_n_tokens", parameters(top_n_tokens=6), 422, "top_n_tokens"),
     ("watermark", parameters(watermark=True), 422, "watermark"),
     ("no watermark", parameters(watermark=False, adapter_id=None, grammar=None, stop=[]), 200, ""),
-    ("typical_p", parameters(typical_p=0.9), 422, "typical_p"),
+    ("typical_p", parameters(typical_p=1.0), 422, "typical_p"),
+    ("typical_p without effect", parameters(typical_p=0.95, top_k=1), 200, ""),
     ("best_of 3", parameters(best_of=3, do_sample=True), 422, "best_of"),
     ("best_of of greedy", parameters(best_of=2), 422, "best_of"),
     ("type", parameters(max_new_tokens="5"), 422, "max_new_tokens"),

@@ -27,6 +27,7 @@ class SharedRoutes:
         return [
             web.post("/tokenize", self.tokenize),
             web.post("/detokenize", self._tokenize.detokenize),
+            web.get("/tokenizer_info", self._tokenize.info),
             web.post("/invocations", self.invocations),
             web.get("/version", self.version),
             web.get("/load", self.load),

@@ -1,4 +1,4 @@
-"""vLLM's routes around the tokenizer: `/detokenize`, and its part of `/tokenize`."""
+"""vLLM's routes around the tokenizer: `/detokenize`, `/tokenizer_info`, and its part of `/tokenize`."""
 
 from typing import Annotated
 
@@ -81,6 +81,20 @@ class TokenizeRoutes:
                     "token_id_out_of_range",
                 )
         return web.json_response({"prompt": tokenizer.decode(read.tokens, skip_special_tokens=False)})
+
+    async def info(self, _: web.Request) -> web.Response:
+        """`GET /tokenizer_info`: what lm-eval's remote tokenizer asks for."""
+        tokenizer, template = self._tokenizer(), self._engine.chat_template
+        named = tokenizer.named_tokens
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return web.json_response(
+            {name: named.get(name) for name in names}
+            | {
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": self._engine.max_model_len,
+                "chat_template": None if template is None else template.source,
+            }
+        )
 
     def _tokenizer(self) -> _core.Tokenizer:
         if self._engine.tokenizer is None:

@@ -50,6 +50,7 @@ OPERATIONS = (
     Operation("GET", "/v1/models/{model}", "One of them; its id may have slashes."),
     Operation("POST", "/tokenize", "The tokens of a text, or of a chat.", (TOKENIZE, CHAT.form, TGI_TOKENIZE)),
     Operation("POST", "/detokenize", "The text of tokens.", (DETOKENIZE,)),
+    Operation("GET", "/tokenizer_info", "The tokenizer's special tokens and the chat template."),
     Operation(
         "POST",
         "/invocations",

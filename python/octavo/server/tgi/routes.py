@@ -59,10 +59,10 @@ class TgiRoutes:
         arrival = time.monotonic()
         as_list = stream is None
         parsed = await self._intake.read(request, lambda body: self._intake.decode(GENERATE, body))
-        self._intake.metrics.ignored(parsed.ignored)
         read = parsed.request
         streams = bool(read.stream) if stream is None else stream
         parameters = read.parameters or Parameters()
+        self._intake.metrics.ignored(parsed.ignored + parameters.ignored)
         parameters.check(streams, self._intake.config, self._intake.max_input_tokens)
         if not read.inputs:
             raise empty_inputs()

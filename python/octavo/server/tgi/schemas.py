@@ -23,7 +23,6 @@ DEFAULT_NEW_TOKENS = 1024
 
 _UNSUPPORTED = {
     "adapter_id": "adapters are not supported",
-    "typical_p": "typical sampling is not supported",
     "watermark": "watermarks are not supported",
 }
 
@@ -52,9 +51,18 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str | None = None
 
     @property
+    def ignored(self) -> tuple[str, ...]:
+        """Fields that have no effect. langchain-huggingface sends `typical_p` with every request."""
+        return () if self.typical_p is None else ("typical_p",)
+
+    @property
     def samples(self) -> bool:
         """Whether tokens are drawn; else each is the likeliest. What shapes the draw asks for one."""
-        return bool(self.do_sample) or self.temperature not in (None, 1.0) or bool(self.top_k or self.top_p)
+        return (
+            bool(self.do_sample)
+            or self.temperature not in (None, 1.0)
+            or bool(self.top_k or self.top_p or self.typical_p)
+        )
 
     def check(self, stream: bool, config: ServerConfig, max_input_tokens: int) -> None:
         """Raises `ApiError` for what TGI refuses and for what is not supported."""
@@ -79,8 +87,10 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise bad_request(f"`{name}` must be strictly positive", name)
-        if self.top_p is not None and not 0 < self.top_p < 1:
-            raise bad_request("`top_p` must be > 0.0 and < 1.0", "top_p")
+        for name in ("top_p", "typical_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise bad_request(f"`{name}` must be > 0.0 and < 1.0", name)
         if self.decoder_input_details and stream:
             raise bad_request("`decoder_input_details` is not supported when streaming tokens", "decoder_input_details")
         if best_of > 1 and stream:
