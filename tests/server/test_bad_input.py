@@ -6,6 +6,8 @@ The letters are groups: B JSON, C types and nulls, D sampling, E prompts, F mess
 streaming.
 """
 
+import asyncio
+import gc
 import gzip
 import json
 import logging
@@ -148,6 +150,7 @@ TYPE_ROWS: list[Row] = [
     ("C6 no messages", CHAT, {"max_tokens": 1}, 400, "missing_required_parameter", "messages"),
     ("C7 both", COMPLETIONS, completion(messages=[USER]), 200, None, None),
     ("C9 large user", COMPLETIONS, completion(user="x" * 10_000_000), 400, "invalid_value", "user"),
+    ("C9 large suffix", COMPLETIONS, completion(suffix="x" * 10_000_000), 400, ANY, "suffix"),
     ("C9 large metadata", COMPLETIONS, completion(metadata={"a": "x" * 10_000_000}), 400, "invalid_value", "metadata"),
     ("C10 no model", COMPLETIONS, completion(), 200, None, None),
     ("C11 model is a number", COMPLETIONS, completion(model=5), 400, "invalid_type", "model"),
@@ -272,6 +275,15 @@ STRUCTURE_ROWS: list[Row] = [
         for target in ("#/$defs/none", "#", "http://127.0.0.1:1/x", "file:///etc/passwd")
     ),
     ("G6 deep", CHAT, in_format(json.loads('{"properties":{"a":' * 28 + "{}" + "}}" * 28)), 200, None, None),
+    ("G6 400 levels", CHAT, in_format(json.loads('{"items":' * 400 + "{}" + "}" * 400)), 400, "json_too_deep", ANY),
+    ("G6 400 levels as text", COMPLETIONS, structured(json='{"items":' * 400 + "{}" + "}" * 400), 400,
+     "grammar_too_complex", "structured_outputs.json"),
+    ("G6 oneOf of 500", CHAT, in_format({"oneOf": [{"const": str(i)} for i in range(500)]}), 200, None, None),
+    ("G7 20,000 properties", COMPLETIONS, structured(json={"properties": {str(i): {} for i in range(20_000)}}), 400,
+     "grammar_too_complex", "structured_outputs.json"),
+    ("G7 over 256 KiB", COMPLETIONS, structured(json='{"const":"' + "x" * 262_144 + '"}'), 400, ANY, ANY),
+    ("G12 left recursion", COMPLETIONS, {**structured(grammar='start: start "a" | "b"'), "max_tokens": 4}, 200, None,
+     None),
     ("G7 long", COMPLETIONS, structured(json='{"const":"' + "x" * 262_000 + '"}'), 200, None, None),
     ("G7 many", CHAT, in_format({"enum": list(range(20_000))}), 400, "grammar_too_complex", SCHEMA_FIELD),
     *(
@@ -346,6 +358,7 @@ PROMPT_ROWS: list[Row] = [
         )
         for letter in ("a", " ", "7")
     ),
+    ("E7 marks", COMPLETIONS, b'{"prompt": "' + "\u0301".encode() * 7_500_000 + b'"}', 400, ANY, "prompt"),
     (
         "E7 on chat",
         CHAT,
@@ -373,6 +386,7 @@ PROMPT_ROWS: list[Row] = [
         "prompt",
     ),
     ("E11 special tokens as text", COMPLETIONS, completion(prompt="<|im_start|><|endoftext|>"), 200, None, None),
+    ("E13 half a character", COMPLETIONS, completion(prompt=[72, 0xC3]), 200, None, None),
     ("E14 suffix", COMPLETIONS, completion(suffix="x"), 400, "unsupported_parameter", "suffix"),
     ("E17 prompt_embeds", COMPLETIONS, completion(prompt_embeds="AAAA"), 400, "unsupported_parameter", "prompt_embeds"),
     ("E echo", COMPLETIONS, completion(echo=True), 200, None, None),
@@ -590,8 +604,10 @@ STREAM_ROWS: list[Row] = [
         "invalid_type",
         "stream_options",
     ),
+    ("H4 continuous usage alone", COMPLETIONS, completion(stream_options={"continuous_usage_stats": True}), 400,
+     "invalid_value", "stream_options"),
     ("H bad in a stream", COMPLETIONS, completion(stream=True, temperature=9), 400, "invalid_value", "temperature"),
-]
+]  # fmt: skip
 
 ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *STRUCTURE_ROWS, *PROMPT_ROWS, *MESSAGE_ROWS, *STREAM_ROWS]
 
@@ -599,6 +615,8 @@ ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *STRUCTURE_ROWS, *PROMPT_ROWS, *
 @pytest.mark.parametrize("row", ROWS, ids=[row[0].replace(" ", "-") for row in ROWS])
 async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -> None:
     _, path, body, status, code, param = row
+    caplog.set_level("INFO", "octavo")
+    neighbour = asyncio.ensure_future(served.events(COMPLETIONS, {"prompt": "Hi", "max_tokens": 12}))
     got, answer = await served.post(path, body, headers={"Content-Type": "application/json"})
     assert got == status, answer
     if status != 200:
@@ -609,16 +627,90 @@ async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -
         assert param is ANY or error["param"] == param, error
         assert len(error["message"]) < 600
         assert DOCUMENTED[error["code"]] == str(status)
+    *events, done = await neighbour
+    assert done == "[DONE]" and "".join(event["choices"][0]["text"] for event in events) == "Hello world"
+    said = [record.getMessage() for record in caplog.records if record.name == "octavo.server.log"]
+    assert [line.split(": ")[1].split(" ")[0] for line in said] == ([] if status == 200 else [str(status)]), said
     await assert_unharmed(served, caplog)
 
 
 async def assert_unharmed(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    """The next request works, nothing is left running, and the log holds no traceback."""
+    """The next request works, nothing is left running or in use, and the log holds no traceback and no
+    long line.
+    """
     got, answer = await served.post(COMPLETIONS, {"prompt": "Hi", "max_tokens": 2})
     assert (got, answer["choices"][0]["text"]) == (200, "He")
     assert await served.metric("vllm:num_requests_running") == 0
     assert await served.metric("vllm:num_requests_waiting") == 0
+    stats = served.engine.stats()
+    assert stats["kv_blocks_used"] == stats["kv_blocks_held"] == 0  # what is cached can be taken at any time
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
+    assert all(len(record.getMessage()) <= 2048 for record in caplog.records)
+
+
+async def test_large_bodies_leave_no_memory(served: Served) -> None:
+    """Row after row that is refused, of 15 MB each, and what is resident stays."""
+    bodies = [
+        b'{"prompt": "' + b"a" * 15_000_000 + b'"}',
+        b'{"prompt": [' + b"1," * 7_000_000 + b"1]}",
+        b'{"prompt": "Hi", "user": "' + b"x" * 15_000_000 + b'"}',
+    ]
+
+    async def refused() -> float:
+        for body in bodies:
+            assert (await served.post(COMPLETIONS, body))[0] == 400
+        gc.collect()
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon:"))
+
+    first = [await refused() for _ in range(2)][1]
+    assert [await refused() for _ in range(4)][3] - first < 20
+
+
+async def test_a_broken_grammar_between_good_ones(served: Served) -> None:
+    statuses = [
+        (await served.post(COMPLETIONS, completion(structured_outputs={"regex": regex})))[0]
+        for regex in ("[a-z]{3}", "(", "[a-z]{3}")
+    ]
+    assert statuses == [200, 400, 200]
+
+
+async def test_a_stream_is_one_whatever_the_client_accepts(served: Served) -> None:
+    headers = {"Accept": "application/json"}
+    async with served.http.post(served.url + COMPLETIONS, json=completion(stream=True), headers=headers) as response:
+        assert (response.status, response.content_type) == (200, "text/event-stream")
+        assert (await response.read()).endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/files", "/v1/batches", "/sleep", "/wake_up", "/reset_prefix_cache", "/start_profile", "/collective_rpc",
+     "/v1/load_lora_adapter", "/update_weights", "/pause", "/server_info", "/abort_request"],
+)  # fmt: skip
+async def test_what_administers_is_not_there(served: Served, path: str) -> None:
+    for method in ("GET", "POST"):
+        async with served.http.request(method, served.url + path, json={"filename": "../x"}) as response:
+            assert response.status == 404 and (await response.json())["error"]["code"] == "route_not_found"
+
+
+@pytest.mark.parametrize("path", ["/tokenize", "/detokenize"])
+async def test_routes_of_the_tokenizer_have_the_same_limits(
+    served: Served, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[tuple[Any, Any]] = [
+        ({"prompt": "a" * 15_000_000}, "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "a" * 15_000_000}]}, "context_length_exceeded"),
+        ({"prompt": 5}, "invalid_type"),
+        ({"prompt": ""}, "invalid_value"),
+        ({}, "missing_required_parameter"),
+    ]
+    if path == "/detokenize":
+        rows = [({"tokens": [number]}, ANY) for number in (-1, 300, 2**40, 2**64)]
+        rows += [({"tokens": "a"}, "invalid_type"), ({"tokens": [1.5]}, "invalid_type"), ({}, ANY)]
+    for body, code in rows:
+        status, answer = await served.post(path, body)
+        assert status == 400 and (code is ANY or answer["error"]["code"] == code), (body, answer)
+    await assert_unharmed(served, caplog)
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
@@ -707,8 +799,6 @@ async def test_gzip_bomb(served: Served, caplog: pytest.LogCaptureFixture) -> No
 
 
 async def test_announced_size_is_refused_at_once(served: Served) -> None:
-    import asyncio
-
     host, _, port = served.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10000000000\r\n\r\nabc")
