@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu simulate planted-faults fuzz lint fmt bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu clients schemathesis simulate planted-faults fuzz lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,6 +69,12 @@ fuzz: ## fuzz the GGUF reader and the chat templates for 60 s each (SECONDS_=...
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves
 	$(BIN)/python -m pytest -q -m gpu tests/kernels -n auto --maxprocesses 16 $(ARGS)
+
+clients: dev ## real client packages against a server, each in an environment of its own (ARGS="openai dspy" for some)
+	$(BIN)/python -m tests.clients.run $(ARGS)
+
+schemathesis: dev ## broken requests on every route, 50 cases each (CASES=2000 for more): none may be a 5xx
+	SCHEMATHESIS_CASES=$(or $(CASES),50) $(BIN)/python -m tests.clients.run schemathesis
 
 lint: dev ## ruff, mypy, stubtest, cargo fmt, clippy
 	$(BIN)/ruff check .

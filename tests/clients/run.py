@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -34,11 +35,14 @@ def install(client: Client, place: Path) -> Path:
     if not python.exists():
         subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, str(place)], check=True)
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as overrides:
-        overrides.writelines(f"{name} ; sys_platform == 'none'\n" for name in client.without)
+        overrides.writelines(f"{name} ; sys_platform == 'none'\n" for name in client.lent)
         overrides.flush()
         options = ["--exclude-newer", BEFORE, "--overrides", overrides.name]
         line = [*uv, "pip", "install", "--quiet", "--python", str(python), *options, *client.packages]
         subprocess.run(line, check=True, timeout=INSTALL_SECONDS)
+    if client.lent:  # behind what is the client's own
+        (site_packages,) = place.glob("lib/python*/site-packages")
+        (site_packages / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 

@@ -12,8 +12,8 @@ class Client:
 
     name: str
     packages: tuple[str, ...]
-    without: tuple[str, ...] = ()
-    """Dependencies that are not installed: gigabytes that only other uses of the package need."""
+    lent: tuple[str, ...] = ()
+    """Dependencies that are gigabytes: the development environment lends them."""
     light: bool = False
     """Its package is among the development tools, so `tests/clients/test_light.py` runs it in every
     run of the tests.
@@ -35,8 +35,8 @@ CLIENTS = (
     Client("litellm", ("litellm==1.110.2",)),
     Client("haystack", ("haystack-ai==3.4.1",)),
     Client("dspy", ("dspy==3.4.1",)),
-    Client("lm_eval", ("lm-eval[api]==0.4.13",), without=("torch",)),
-    Client("guidellm", ("guidellm==0.8.1",), without=("torch",)),
+    Client("lm_eval", ("lm-eval[api]==0.4.13",), lent=("torch",)),
+    Client("guidellm", ("guidellm==0.8.1",), lent=("torch",)),
     Client("aiperf", ("aiperf==0.13.0",)),
     Client("schemathesis", ("schemathesis==4.32.5", "openapi-spec-validator==0.9.0")),
 )
