@@ -354,10 +354,8 @@ impl Scheduler {
         let vector = self.write_pool(row, info);
         let wanted = self.prompt_targets(row);
         let sequence = &mut self.sequences[row.sequence];
-        let mut flags = 0;
-        let mut num_drafts = 0;
+        let (mut flags, mut num_drafts, mut mask_row) = (0, 0, None);
         let mut targets = Targets::default();
-        let mut mask_row = None;
         if prefill {
             flags |= ROW_PREFILL;
             if !wanted.is_empty() {

@@ -122,6 +122,7 @@ async def test_pooling_is_vllms_other_form(served: Served) -> None:
         ({"input": [300]}, "input", "token_id_out_of_range"),
         ({"input": "a" * 513}, "input", "context_length_exceeded"),
         ({"input": [1] * 513}, "input", "context_length_exceeded"),
+        ({"input": [1] * 481}, "input", "kv_capacity_exceeded"),  # the pool holds 480, and the last is computed
         ({"input": ["a"] * 1025}, "input", "invalid_value"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format", "invalid_value"),
         ({"input": "a", "encoding_format": 5}, "encoding_format", "invalid_type"),

@@ -67,12 +67,6 @@ FAULTS = [
         "all(|number| !number.is_infinite())",
     ),
     Fault(
-        "an embedding's prompt as long as the pool and one token more",
-        "rust/scheduler/arrive.rs",
-        "let limit = if params.pooling.is_some() { self.longest_embedding() } else { self.longest_request() };",
-        "let limit = self.longest_request();",
-    ),
-    Fault(
         "a padded step whose hidden states are wanted",
         "rust/scheduler/padding.rs",
         "|| self.pooled(row).len() > 1)",
