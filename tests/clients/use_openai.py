@@ -1,4 +1,6 @@
-"""openai-python: whole and streamed, sync and async, log probabilities, tools, typed answers, errors."""
+"""openai-python: whole and streamed, sync and async, log probabilities, tools, typed answers, responses,
+errors.
+"""
 
 import asyncio
 import json
@@ -93,6 +95,14 @@ parsed = real.chat.completions.parse(
     model=MODEL, messages=[{"role": "user", "content": "Is Paris a city?"}], response_format=City, max_tokens=64
 )
 assert isinstance(parsed.choices[0].message.parsed, City)
+
+# Responses, whole and as events.
+response = real.responses.create(model=MODEL, input=CAPITAL, temperature=0, max_output_tokens=32)
+assert response.output_text == text and response.status == "completed"
+events = list(real.responses.create(model=MODEL, input=CAPITAL, temperature=0, max_output_tokens=32, stream=True))
+assert [event.type for event in events[:2]] == ["response.created", "response.in_progress"]
+assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == text
+assert events[-1].type == "response.completed" and events[-1].response.usage.output_tokens > 3
 
 # Errors have their classes.
 for error, fields in (
