@@ -5,7 +5,7 @@ from typing import Literal
 
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_core.tools import tool
-from langchain_openai import ChatOpenAI, OpenAI
+from langchain_openai import ChatOpenAI, OpenAI, OpenAIEmbeddings
 from pydantic import BaseModel, Field
 from served import CALLED, CAPITAL, MODEL, REAL, SCRIPTED, SUNNY, WEATHER
 
@@ -61,6 +61,9 @@ result = ToolMessage(weather.invoke(called.tool_calls[0]["args"]), tool_call_id=
 assert speaker.invoke([HumanMessage(WEATHER), called, result]).content == SUNNY
 forced = model.bind_tools([weather], tool_choice="weather").invoke(WEATHER)
 assert forced.tool_calls[0]["args"]["city"] in ("Paris", "Rome")
+
+embedder = OpenAIEmbeddings(base_url=REAL + "/v1", api_key="none", model=MODEL, check_embedding_ctx_length=False)
+assert len(embedder.embed_documents(["a", "b"])) == 2 and len(embedder.embed_query("a")) == 576
 
 try:
     model.invoke("word " * 20_000)

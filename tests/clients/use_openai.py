@@ -104,6 +104,15 @@ assert [event.type for event in events[:2]] == ["response.created", "response.in
 assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == text
 assert events[-1].type == "response.completed" and events[-1].response.usage.output_tokens > 3
 
+# Embeddings, in base64 unless it is told otherwise.
+texts = ["The capital of France", "La capitale de la France", "def f(x): return x"]
+made = real.embeddings.create(model=MODEL, input=texts)
+first, near, far = (entry.embedding for entry in made.data)
+likeness = [sum(a * b for a, b in zip(first, other, strict=True)) for other in (first, near, far)]
+assert abs(likeness[0] - 1) < 1e-3 and likeness[1] > likeness[2] and made.usage.prompt_tokens > 0
+(plain,) = real.embeddings.create(model=MODEL, input=texts[0], encoding_format="float").data
+assert max(abs(a - b) for a, b in zip(first, plain.embedding, strict=True)) < 1e-2
+
 # Errors have their classes.
 for error, fields in (
     (openai.BadRequestError, {"temperature": 9}),

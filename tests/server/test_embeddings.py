@@ -76,6 +76,8 @@ async def test_many_inputs_wait_for_one_another_and_leave_nothing(served: Served
         assert close(entry["embedding"], expected(ids(text)))
     assert served.engine.num_unfinished == 0
     assert await served.metric("vllm:request_success_total") == 300
+    assert await served.metric("vllm:e2e_request_latency_seconds_count") == 300
+    assert await served.metric("vllm:generation_tokens_total") == 0
     served.engine.core.check_integrity()
 
 
