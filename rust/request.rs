@@ -29,6 +29,8 @@ pub(crate) struct Request {
     pub sequences: Vec<u32>,
     /// Sequences that have not finished.
     pub unfinished: u32,
+    /// Number of the share that it is served for; 0: nobody's.
+    pub share: u32,
     /// Its other choices wait for the first one.
     pub forming: bool,
     /// It has been admitted before.

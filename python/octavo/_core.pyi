@@ -738,10 +738,13 @@ class EngineCore:
         now: float,
         priority: int = 0,
         cache_salt: str | None = None,
+        share: tuple[int, float] | None = None,
         reply_format: ReplyFormat | None = None,
     ) -> int:
         """Queues a request for each prompt, or none of them; returns the id of their reply. `now`:
-        seconds of a clock that does not go back. Raises `RefusedError` or `OverloadedError`.
+        seconds of a clock that does not go back. `share`: whose part of the engine it takes, any
+        number, and that one's weight, above 0; calls without one go first. Raises `RefusedError` or
+        `OverloadedError`.
         """
     def check_queue(self, before: int = 0) -> None:
         """Raises `OverloadedError` unless a request may wait behind `before` others that are about

@@ -19,6 +19,7 @@ use crate::config::{
 };
 use crate::outbox::{Outbox, ReplyId};
 use crate::output::Failure;
+use crate::policy::shares::Share;
 use crate::py::delta::ReplyDelta;
 use crate::py::event_fd::EventFd;
 use crate::py::params::SamplingParams;
@@ -65,7 +66,8 @@ impl EngineCore {
         vocab_size, vector_size=0, eos_token_ids=vec![], max_waiting=1024, batching="continuous", scheduling_policy="fcfs",
         enable_prefix_caching=true, enable_chunked_prefill=true, graph_sizes=vec![], prefill_graph_tokens=vec![],
         prefill_graph_decodes=vec![], prefill_graph_rows=0, draft_graphs=vec![], prefill_draft_graphs=vec![],
-        num_draft_tokens=0, speculation=None, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1, hash_secret=Default::default(), seed=0, tokenizer=None))]
+        num_draft_tokens=0, speculation=None, max_preemptions=3, priority_aging=60.0, static_batch_wait=0.1,
+        hash_secret=Default::default(), seed=0, tokenizer=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         num_blocks: u32,
@@ -186,8 +188,9 @@ impl EngineCore {
         Ok(())
     }
 
-    #[pyo3(signature = (prompts, params, *, now, priority=0, cache_salt=None, reply_format=None))]
-    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    #[pyo3(signature = (prompts, params, *, now, priority=0, cache_salt=None, share=None,
+        reply_format=None))]
+    #[allow(clippy::needless_pass_by_value, clippy::too_many_arguments)] // extracted from Python; keywords there
     fn add_call(
         &self,
         prompts: Vec<Bound<'_, Prompt>>,
@@ -195,13 +198,15 @@ impl EngineCore {
         now: f64,
         priority: i32,
         cache_salt: Option<&str>,
+        share: Option<(u32, f64)>,
         reply_format: Option<&Bound<'_, ReplyFormat>>,
     ) -> PyResult<u64> {
         let prompts: Vec<Arc<[u32]>> = prompts.iter().map(|prompt| prompt.get().ids()).collect();
         let params = &params.get().0;
         let format = reply_format.map(|format| format.get().0.clone());
         let mut state = self.lock();
-        let first = state.scheduler.add_call(&prompts, params.clone(), priority, cache_salt, now)?;
+        let share = share.map(|(key, weight)| Share { key, weight });
+        let first = state.scheduler.add_call_of(share, &prompts, params.clone(), priority, cache_salt, now)?;
         let reply = state.outbox.open(first, &prompts, params, format, now);
         drop(state);
         self.ring();

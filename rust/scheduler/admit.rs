@@ -61,15 +61,11 @@ impl Scheduler {
         self.too_big.clear();
         self.forecast.is_made = false;
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
-        let mut cursor = None;
         let mut has_tokens_for_long = true;
+        self.ready.start_look();
         while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
-            let next = if has_tokens_for_long {
-                self.ready.next_after(cursor)
-            } else {
-                self.ready.next_in(Lane::Short, cursor)
-            };
-            let Some((order, number)) = next else { break };
+            let lane = if has_tokens_for_long { None } else { Some(Lane::Short) };
+            let Some((order, number)) = self.ready.next(lane) else { break };
             if self.planned.admits_before.is_some_and(|limit| order >= limit) {
                 return;
             }
@@ -77,22 +73,27 @@ impl Scheduler {
                 Admission::Admitted => {
                     promised += self.promised(number);
                     self.grows_too(number);
-                    if let Some(passed) = self.too_big.first() {
-                        self.sequences[*passed].bypassed += 1;
+                    for place in 0..self.too_big.len() {
+                        if self.is_first_of_its_queue(place) {
+                            self.sequences[self.too_big[place]].bypassed += 1;
+                        }
                     }
                 }
                 Admission::NextStep => return,
                 Admission::NoTokens => {
-                    cursor = Some(order);
+                    self.ready.pass(order);
                     has_tokens_for_long = false;
                 }
                 Admission::TooBig => {
-                    cursor = Some(order);
+                    self.ready.pass(order);
                     self.too_big.push(number);
                 }
             }
-            let stop_for = |passed: &u32| self.sequences[*passed].bypassed >= HEAD_BYPASS_LIMIT;
-            if self.too_big.len() == LOOKAHEAD || self.too_big.first().is_some_and(stop_for) {
+            let stop_for = |place: usize| {
+                let passed = self.sequences[self.too_big[place]].bypassed;
+                passed >= HEAD_BYPASS_LIMIT && self.is_first_of_its_queue(place)
+            };
+            if self.too_big.len() == LOOKAHEAD || (0..self.too_big.len()).any(stop_for) {
                 break;
             }
         }
@@ -100,6 +101,13 @@ impl Scheduler {
             let until = self.next_step + (self.running.len() / RUNNING_PER_LOOK) as u64;
             self.nothing_fits = Some(NothingFits { free: self.kv.pool().num_free(), until });
         }
+    }
+
+    /// Whether `too_big[place]` is the head of its queue, of which there is one for each share.
+    fn is_first_of_its_queue(&self, place: usize) -> bool {
+        let queue = |number: &u32| self.sequences[*number].order.share();
+        let (before, rest) = self.too_big.split_at(place);
+        before.iter().all(|number| queue(number) != queue(&rest[0]))
     }
 
     /// Blocks that a running sequence was admitted with but has not taken yet: those of its later
@@ -274,12 +282,22 @@ impl Scheduler {
         (sequence.computed_len, sequence.least_len, sequence.most_len) = (len, len, len);
         self.ready.remove(sequence.order);
         let request = &mut self.requests[sequence.request];
+        if sequence.preemptions == 0 {
+            self.ready.shares().charge_prompt(request.share, sequence.known_len() - len);
+        }
         if !request.started {
             request.started = true;
             request.progress.first_scheduled = now;
             request.progress.num_cached_tokens = len;
             self.num_queued -= 1;
             self.stats.prompt_tokens += sequence.prompt.len() as u64;
+            if request.share > 0 {
+                for choice in &request.sequences {
+                    let choice = &mut self.sequences[*choice];
+                    choice.order = choice.order.admitted(self.next_turn);
+                }
+                self.next_turn += 1;
+            }
             let behind = std::mem::take(&mut request.behind);
             self.next_of_call(behind);
         }

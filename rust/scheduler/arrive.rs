@@ -8,6 +8,7 @@ use super::masks::Following;
 use super::{Request, Scheduler, Sequence, State, Traits};
 use crate::config::{Batching, CoreConfig, SchedulingPolicy};
 use crate::error::Error;
+use crate::policy::shares::Share;
 use crate::policy::{Lane, Order};
 use crate::request::{check_tokens, Progress, RequestId, SamplingParams, SeqRef};
 
@@ -29,9 +30,29 @@ impl Scheduler {
         cache_salt: Option<&str>,
         now: f64,
     ) -> Result<RequestId, Error> {
+        self.add_call_of(None, prompts, params, priority, cache_salt, now)
+    }
+
+    /// The same out of somebody's share of the engine: see [`shares`](crate::policy::shares). It counts
+    /// where batching is continuous; calls without one go first.
+    ///
+    /// # Errors
+    /// As [`Self::add_call`], and [`Error::InvalidValue`] for a weight that is none.
+    pub fn add_call_of(
+        &mut self,
+        share: Option<Share>,
+        prompts: &[Arc<[u32]>],
+        params: SamplingParams,
+        priority: i32,
+        cache_salt: Option<&str>,
+        now: f64,
+    ) -> Result<RequestId, Error> {
         if prompts.is_empty() || prompts.len() > self.config.max_waiting {
             let limit = format!("from 1 to max_waiting = {} prompts", self.config.max_waiting);
             return Err(Error::invalid("prompt", format!("a list of {}", prompts.len()), limit));
+        }
+        if let Some(Share { weight, .. }) = share.filter(|share| !(share.weight > 0.0 && share.weight.is_finite())) {
+            return Err(Error::invalid("share", weight, "a finite weight above 0"));
         }
         let max_tokens = prompts
             .iter()
@@ -42,8 +63,11 @@ impl Scheduler {
         let first = RequestId(self.next_request);
         let params = Arc::new(params);
         let root = self.hasher.root(cache_salt);
+        let share = share.filter(|_| self.config.batching == Batching::Continuous);
+        let share = share.map_or(0, |share| self.ready.shares().number(share));
         for (prompt, max_tokens) in prompts.iter().zip(max_tokens) {
-            self.keep(prompt, &params, priority, root, max_tokens);
+            let request = self.keep(prompt, &params, priority, root, max_tokens);
+            self.requests[request].share = share;
         }
         self.num_behind += prompts.len();
         self.next_of_call((first.0..self.next_request).map(RequestId).collect());
@@ -66,10 +90,12 @@ impl Scheduler {
     fn take_turn(&mut self, request: u32) {
         let turn = self.next_turn;
         self.next_turn += 1;
+        let share = self.requests[request].share;
         for index in 0..self.requests[request].sequences.len() {
             let number = self.requests[request].sequences[index];
             let sequence = &mut self.sequences[number];
-            sequence.order = Order::new(&self.config, turn, index as u32, sequence.priority, self.now);
+            let order = Order::new(&self.config, turn, index as u32, sequence.priority, self.now);
+            sequence.order = if share > 0 { order.in_share(share) } else { order };
             sequence.state = if index == 0 { State::Waiting } else { State::Forming };
         }
         let first = self.requests[request].sequences[0];
@@ -81,7 +107,14 @@ impl Scheduler {
     }
 
     /// Keeps a request that was checked, behind the others of its call.
-    fn keep(&mut self, prompt: &Arc<[u32]>, params: &Arc<SamplingParams>, priority: i32, root: u128, max_tokens: u32) {
+    fn keep(
+        &mut self,
+        prompt: &Arc<[u32]>,
+        params: &Arc<SamplingParams>,
+        priority: i32,
+        root: u128,
+        max_tokens: u32,
+    ) -> u32 {
         let id = RequestId(self.next_request);
         self.next_request += 1;
         self.stats.requests_added += 1;
@@ -93,6 +126,7 @@ impl Scheduler {
             id,
             sequences: Vec::with_capacity(params.n as usize),
             unfinished: params.n,
+            share: 0,
             forming: params.n > 1,
             started: false,
             in_batch: false,
@@ -141,6 +175,7 @@ impl Scheduler {
             });
             self.requests[request].sequences.push(sequence);
         }
+        request
     }
 
     /// Prompt and output tokens of the longest request that can ever be served.
@@ -225,7 +260,7 @@ impl Scheduler {
             Batching::None => 1,
             _ => self.config.max_running(),
         };
-        while let Some((order, number)) = self.gated.next_after(None).filter(|_| places > 0) {
+        while let Some((order, number)) = self.gated.first(None).filter(|_| places > 0) {
             self.gated.remove(order);
             self.make_ready(number);
             let request = self.sequences[number].request;

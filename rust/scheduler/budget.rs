@@ -56,7 +56,7 @@ impl Scheduler {
 
     /// Shares the `tokens` that are for prompts, of which some may run.
     pub(super) fn share(&self, tokens: u32, some_run: bool) -> PromptBudget {
-        if !some_run && self.ready.next_in(Lane::Long, None).is_none() {
+        if !some_run && self.ready.first(Some(Lane::Long)).is_none() {
             return PromptBudget { short: tokens, long: 0, has_long: false };
         }
         let is_prompt = |number: &&u32| !self.sequences[**number].decoding;
@@ -64,7 +64,7 @@ impl Scheduler {
         let prompts = || self.running.iter().filter(is_prompt);
         let running = prompts().find(|number| left(number) > self.long_above()).copied();
         let may_admit = self.may_admit();
-        let waiting = self.ready.next_in(Lane::Long, None).filter(|_| may_admit).map(|(_, number)| number);
+        let waiting = self.ready.first(Some(Lane::Long)).filter(|_| may_admit).map(|(_, number)| number);
         let first = running.into_iter().chain(waiting).min_by_key(|number| self.sequences[*number].order);
         let Some(first) = first else { return PromptBudget { short: tokens, long: 0, has_long: false } };
         let (rank, order) = (self.sequences[first].priority, self.sequences[first].order);
@@ -79,7 +79,7 @@ impl Scheduler {
         }
         if may_admit {
             let places = self.config.max_running() - self.running.len();
-            let waiting = self.ready.lane(Lane::Short, None).take(places).map(|(_, number)| number);
+            let waiting = self.ready.lane(Lane::Short).take(places).map(|(_, number)| number);
             for number in waiting.filter(|number| self.sequences[*number].priority <= rank) {
                 if !count(number, self.to_compute(number)) {
                     break;
@@ -100,8 +100,8 @@ impl Scheduler {
         let sequence = &self.sequences[number];
         let mut wanted = 0;
         for lane in [Lane::Short, Lane::Long] {
-            for (order, waiting) in self.ready.lane(lane, None) {
-                if wanted >= limit || order > sequence.order {
+            for (_, waiting) in self.ready.lane_before(lane, sequence.order) {
+                if wanted >= limit {
                     break;
                 }
                 if self.sequences[waiting].priority < sequence.priority {
@@ -145,8 +145,8 @@ impl Scheduler {
             return;
         }
         let mut places = self.config.max_running() - self.running.len();
-        let mut cursor = None;
-        while let Some((order, waiting)) = self.ready.next_after(cursor) {
+        self.ready.start_look();
+        while let Some((order, waiting)) = self.ready.next(None) {
             let Some(last) = self.running.last().copied() else { break };
             if places == 0 {
                 if !self.gives_way(last, waiting) {
@@ -158,9 +158,9 @@ impl Scheduler {
                 break;
             }
             places -= 1;
-            cursor = Some(order);
+            self.ready.pass(order);
         }
-        if let Some((_, first)) = self.ready.next_after(None) {
+        if let Some((_, first)) = self.ready.first(None) {
             if self.outranks_the_last(first) {
                 self.make_way_in_the_pool(first);
             }

@@ -264,7 +264,8 @@ impl Scheduler {
         } else {
             None
         };
-        let progress = &mut self.requests[sequence.request].progress;
+        let super::Request { share, progress, .. } = &mut self.requests[sequence.request];
+        self.ready.shares().charge_output(*share);
         if progress.num_output_tokens == 0 {
             progress.first_token = self.now;
         }

@@ -1,5 +1,5 @@
 //! The safety rules of docs/invariants.md, recounted from an inspection of the core: S1-S5, S11,
-//! S13; and those of the liveness rules that are about turns: L3, L4, L7 to L10.
+//! S13; and those of the liveness rules that are about turns: L3, L4, L7 to L11.
 //!
 //! `Scheduler::check_integrity` compares the core's books with themselves; this compares them with
 //! another count, and with what the device saw.
@@ -173,6 +173,9 @@ fn long_prompts_get_half(
 /// steps in flight.
 const MAX_IDLE_PLANS: u32 = 2;
 
+/// The first request of a share, and by queue, how many went past it.
+type First = (SeqRef, FxHashMap<u32, u32>);
+
 /// Rules about who gets a turn, over several steps.
 #[derive(Default)]
 pub struct Fairness {
@@ -182,6 +185,9 @@ pub struct Fairness {
     oldest_idle: u32,
     oldest: Option<SeqRef>,
     preemptions: u64,
+    /// The first that ever stood in each share's queue, while it waits; and by queue, how many of
+    /// others that need no less were admitted meanwhile.
+    firsts: FxHashMap<u32, Option<First>>,
     /// Admission can tell what everybody will need.
     pub all_lengths_known: bool,
 }
@@ -198,13 +204,15 @@ impl Fairness {
         before: &Inspection,
         after: &Inspection,
         rows: &[PlannedRow],
+        queues: &FxHashMap<SeqRef, u32>,
         plan: &Header,
     ) -> Result<(), String> {
         ensure!(plan.num_rows > 0, "L1: an empty step");
         let seqs: Vec<SeqRef> = rows.iter().map(|row| row.seq).collect();
         self.oldest_advances(after, &seqs)?;
         long_prompts_get_half(config, before, after, rows)?;
-        self.the_head_gets_its_turn(config, before, after, rows)
+        self.firsts_come_soon(config, before, after, queues)?;
+        self.the_heads_get_their_turn(config, before, after, rows, queues)
     }
 
     /// L3: the oldest running sequence has a row in every plan, but for the plan in which all its
@@ -228,29 +236,77 @@ impl Fairness {
 
     /// L4: the head of the queue is passed at most `HEAD_BYPASS_LIMIT` times; so whoever has k
     /// before it, at most k + 1 times as often. A long prompt is also passed by short ones in steps
-    /// that compute a part of another long one, which came before it: that is L9.
-    fn the_head_gets_its_turn(
+    /// that compute a part of another long one, which came before it: that is L9. Where keys share,
+    /// each has a queue and a head.
+    fn the_heads_get_their_turn(
         &mut self,
         config: &CoreConfig,
         before: &Inspection,
         after: &Inspection,
         rows: &[PlannedRow],
+        queues: &FxHashMap<SeqRef, u32>,
     ) -> Result<(), String> {
         let waits = |sequence: &&SequenceView| sequence.phase == Phase::Waiting;
         let still: Vec<SeqRef> = after.sequences.iter().filter(waits).map(|sequence| sequence.seq).collect();
         self.bypassed.retain(|seq, _| still.contains(seq));
-        let mut queue = before.sequences.iter().filter(waits).map(|sequence| sequence.seq);
-        let Some(head) = queue.by_ref().find(|seq| still.contains(seq)) else { return Ok(()) };
         let half = config.max_num_batched_tokens / 2;
         let is_long = |seq| before.sequences.iter().any(|sequence| sequence.seq == seq && left(sequence) > half);
         let computes_another = || rows.iter().any(|row| row.is_prompt() && is_long(row.seq));
-        if config.enable_chunked_prefill && is_long(head) && computes_another() {
+        let num_queues = queues.values().max().map_or(0, |last| last + 1);
+        for number in 0..num_queues {
+            // All others stand behind the one queue.
+            let stands_here = |seq: &SeqRef| number == 0 || queues[seq] == number;
+            let mut queue = before.sequences.iter().filter(waits).map(|sequence| sequence.seq).filter(stands_here);
+            let Some(head) = queue.by_ref().find(|seq| still.contains(seq)) else { continue };
+            if queues[&head] != number || config.enable_chunked_prefill && is_long(head) && computes_another() {
+                continue;
+            }
+            let passed = queue.filter(|seq| !still.contains(seq)).count() as u32;
+            let count = self.bypassed.entry(head).or_default();
+            *count += passed;
+            ensure!(
+                *count <= HEAD_BYPASS_LIMIT,
+                "L4: {head:?} is first in the queue, and {count} later ones went past it"
+            );
+        }
+        Ok(())
+    }
+
+    /// L11: the first request that a share ever has waits for one of each other share at most, of
+    /// those that need no less; where the fewer tokens it has, the less it needs.
+    fn firsts_come_soon(
+        &mut self,
+        config: &CoreConfig,
+        before: &Inspection,
+        after: &Inspection,
+        queues: &FxHashMap<SeqRef, u32>,
+    ) -> Result<(), String> {
+        if config.scheduling_policy == SchedulingPolicy::Priority
+            || config.enable_prefix_caching
+            || config.admits_by_growth
+        {
             return Ok(());
         }
-        let passed = queue.filter(|seq| !still.contains(seq)).count() as u32;
-        let count = self.bypassed.entry(head).or_default();
-        *count += passed;
-        ensure!(*count <= HEAD_BYPASS_LIMIT, "L4: {head:?} is first in the queue, and {count} later ones went past it");
+        let phase = |seq: SeqRef| after.sequences.iter().find(|now| now.seq == seq).map(|now| now.phase);
+        let waiting = || before.sequences.iter().filter(|sequence| sequence.phase == Phase::Waiting);
+        for sequence in waiting().filter(|sequence| queues[&sequence.seq] > 0) {
+            let first = Some((sequence.seq, FxHashMap::default()));
+            self.firsts.entry(queues[&sequence.seq]).or_insert(first);
+        }
+        for first in self.firsts.values_mut() {
+            let Some((seq, passed_by)) = first else { continue };
+            if phase(*seq) != Some(Phase::Waiting) {
+                *first = None;
+                continue;
+            }
+            let known_len = waiting().find(|sequence| sequence.seq == *seq).map(|sequence| sequence.known_len);
+            let admitted = waiting().filter(|other| phase(other.seq) == Some(Phase::Running));
+            for other in admitted.filter(|other| queues[&other.seq] > 0 && Some(other.known_len) >= known_len) {
+                let count = passed_by.entry(queues[&other.seq]).or_default();
+                *count += 1;
+                ensure!(*count <= 1, "L11: {seq:?} is the first of its share, and {count} of another went past it");
+            }
+        }
         Ok(())
     }
 

@@ -12,6 +12,7 @@
 //! | `ledger.rs` | what was asked and what came out |
 //! | `checks.rs` | the rules, recounted after every turn |
 //! | `fairness.rs` | equal clients are served equally |
+//! | `shares.rs` | keys that share the engine are served by their weights |
 //! | `world.rs` | drives core and device through a scenario |
 //! | `trace.rs` | events and counts for the reader |
 //! | `planted_faults.py` | breaks the core in known ways and shows that each is found |
@@ -28,6 +29,7 @@ mod model;
 mod oracle;
 mod packed;
 mod scenario;
+mod shares;
 mod toy_grammar;
 mod trace;
 mod world;

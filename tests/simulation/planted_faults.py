@@ -129,8 +129,8 @@ FAULTS = [
     Fault(
         "a starved head of the queue",
         "rust/scheduler/admit.rs",
-        "self.sequences[passed].bypassed >= HEAD_BYPASS_LIMIT",
-        "self.sequences[passed].bypassed >= 100 * HEAD_BYPASS_LIMIT",
+        "passed >= HEAD_BYPASS_LIMIT && self",
+        "passed >= 100 * HEAD_BYPASS_LIMIT && self",
     ),
     Fault(
         "a window block released one step early",
@@ -315,6 +315,30 @@ FAULTS = [
         "rust/scheduler/growth.rs",
         "if self.left + self.delay <= times[point - 1] {",
         "if self.left.saturating_sub(1) <= times[point - 1] {",
+    ),
+    Fault(
+        "a share that waits behind all who came before it",
+        "rust/policy/shares.rs",
+        "a.total_cmp(b).then(first.cmp(second))",
+        "first.cmp(second).then(a.total_cmp(b))",
+    ),
+    Fault(
+        "a share that is not charged for its prompts",
+        "rust/policy/shares.rs",
+        "self.charge(share, f64::from(tokens) * PROMPT_COST);",
+        "self.charge(share, f64::from(tokens.min(0)) * PROMPT_COST);",
+    ),
+    Fault(
+        "a new share with credit for the time before it came",
+        "rust/policy/shares.rs",
+        "sharer.served = sharer.served.max(level.unwrap_or(0.0));",
+        "sharer.served = sharer.served.max(level.unwrap_or(0.0).min(0.0));",
+    ),
+    Fault(
+        "a head that those of its own share pass uncounted",
+        "rust/scheduler/admit.rs",
+        "before.iter().all(|number| queue(number) != queue(&rest[0]))",
+        "before.is_empty() && queue(&rest[0]) == 0",
     ),
 ]
 

@@ -10,6 +10,7 @@ use crate::toy_grammar::{Shared, Toy};
 use _core::config::{
     Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
 };
+use _core::policy::shares::Share;
 use _core::request::{Pooling, PoolingKind, SamplingOptions, SamplingParams, SharedGrammar};
 use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
@@ -24,6 +25,8 @@ pub struct NewRequest {
     pub priority: i32,
     /// The grammar among the parameters.
     pub toy: Option<Toy>,
+    /// Whose it is, in worlds that share.
+    pub share: Option<Share>,
     pub salt: Option<String>,
 }
 
@@ -173,7 +176,8 @@ impl Scenario {
         let toy = (self.grammars > 0.0 && !wants_vector && rng.random_bool(self.grammars)).then(|| self.toy(rng));
         params.grammar =
             toy.map(|toy| SharedGrammar(Arc::new(Shared { toy, ends: self.config.eos_token_ids.clone() })));
-        NewRequest { prompt, params, priority, toy, salt }
+        let share = ((self.config.seed >> 24).trailing_zeros() >= 2).then(|| share(&params));
+        NewRequest { prompt, params, priority, toy, share, salt }
     }
 
     fn toy(&self, rng: &mut StdRng) -> Toy {
@@ -334,6 +338,12 @@ fn speculation(config: &CoreConfig) -> Option<Speculation> {
         adaptive: draw & (1 << 20) == 0,
         ..Speculation::default()
     })
+}
+
+/// One of four, of which one has more weight. Without a draw, as above.
+fn share(params: &SamplingParams) -> Share {
+    let key = (params.seed.unwrap_or_default() >> 8) as u32 % 4;
+    Share { key, weight: if key == 0 { 2.5 } else { 1.0 } }
 }
 
 /// Blocks of one sequence of the model's full length.

@@ -229,8 +229,8 @@ impl World {
         self.totals.requests += call.len() as u64;
         let stats = self.core.stats();
         let prompts: Vec<Arc<[u32]>> = call.iter().map(|asked| Arc::from(asked.prompt.as_slice())).collect();
-        let NewRequest { params, priority, salt, .. } = call[0].clone();
-        match self.core.add_call(&prompts, params, priority, salt.as_deref(), self.now) {
+        let NewRequest { params, priority, salt, share, .. } = call[0].clone();
+        match self.core.add_call_of(share, &prompts, params, priority, salt.as_deref(), self.now) {
             Ok(first) => {
                 for (id, asked) in (first.0..).map(RequestId).zip(call) {
                     self.accept(id, first, asked);
@@ -308,6 +308,7 @@ impl World {
     fn plan_step(&mut self) -> Result<bool, String> {
         let offered = self.offer_drafts()?;
         let before = self.core.inspect();
+        let queues = self.queues(&before);
         let has_work = self.core.has_work(self.now);
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
         let Some(step_id) = plan.map(|plan| plan.step_id) else {
@@ -352,8 +353,19 @@ impl World {
             self.execute_up_to(self.in_flight.len() - 1)?;
         }
         self.fairness.preempted(&before, &after, &self.core.stats())?;
-        self.fairness.step_planned(self.core.config(), &before, &after, &rows, plan)?;
+        self.fairness.step_planned(self.core.config(), &before, &after, &rows, &queues, plan)?;
         Ok(true)
+    }
+
+    /// In which queue each sequence stands, or would: 0 is everybody's, of those that have begun where
+    /// there are others, one for each share.
+    fn queues(&self, seen: &Inspection) -> FxHashMap<SeqRef, u32> {
+        let is_continuous = self.core.config().batching == Batching::Continuous;
+        let queue = |seq: SeqRef| match self.ledger.requests[&seq.request].asked.share {
+            Some(share) if is_continuous && !self.begun.contains(&seq.request) => 1 + share.key,
+            _ => 0,
+        };
+        seen.sequences.iter().map(|sequence| (sequence.seq, queue(sequence.seq))).collect()
     }
 
     /// Executes what has not been of the steps in flight up to the one at `last`.
