@@ -288,7 +288,7 @@ def test_help_of_every_command_explains_every_flag() -> None:
         for action in parser._actions:
             assert action.help or action.choices, f"{parser.prog} {action.dest}"
     assert {"octavo serve", "octavo chat", "octavo bench", "octavo bench serve", "octavo bench memory"} <= names
-    assert len(names) == 15
+    assert len(names) == 16
 
 
 def test_the_batching_benchmark_has_something_to_compare() -> None:

@@ -1,4 +1,4 @@
-"""`octavo serve | chat | generate | quantize | evaluate | bench | version`: the flags of each command,
+"""`octavo serve | chat | generate | quantize | evaluate | bench | top | version`: the flags of each command,
 and what it runs.
 
 Flags of the engine and of the server are derived from their dataclasses; `vllm_flags` says what
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from octavo import __version__
 from octavo.config import EngineConfig
-from octavo.options import add_flags, from_flags
+from octavo.options import add_flags, at_least, from_flags, parse_with
 from octavo.server.config import ServerConfig
 from octavo.vllm_flags import SETTINGS, add_vllm_flags, is_unsupported, warnings_of
 
@@ -87,6 +87,16 @@ def build_parser() -> argparse.ArgumentParser:
     from octavo.bench.commands import add_commands
 
     add_commands(command("bench", "measure", run_bench), _add_engine_flags)
+
+    live = command("top", "watch a running server", run_top)
+    live.add_argument("--url", default="http://127.0.0.1:8000", help="where it serves [default: %(default)s]")
+    live.add_argument(
+        "--interval",
+        type=parse_with(at_least(0.05)),
+        default=1.0,
+        help="seconds between two looks [default: %(default)s]",
+    )
+    live.add_argument("--count", type=parse_with(at_least(1)), help="looks to take; default: until it is interrupted")
 
     command("version", "print the version", run_version)
     return parser
@@ -262,6 +272,13 @@ def run_evaluate(args: argparse.Namespace) -> int:
 
     _log_to_stderr(logging.WARNING)
     return run(args, engine_config(args))
+
+
+def run_top(args: argparse.Namespace) -> int:
+    """`octavo top`."""
+    from octavo.top import run
+
+    return run(args.url, args.interval, args.count)
 
 
 def run_version(_: argparse.Namespace) -> int:

@@ -101,7 +101,7 @@ NEUTRAL = {
 _SHORT = {"--pipeline-parallel-size": "-pp", "--data-parallel-size": "-dp", "--optimization-level": "-O"}
 
 _UNSUPPORTED = """
---additional-config --all2all-backend --allow-credentials --allowed-headers --allowed-methods --allowed-origins
+--additional-config --all2all-backend
 --allowed-local-media-path --attention-config --calculate-kv-scales --collect-detailed-traces --config
 --data-parallel-address --data-parallel-backend --data-parallel-external-lb --data-parallel-hybrid-lb
 --data-parallel-rank --data-parallel-rpc-port --data-parallel-size-local --data-parallel-start-rank

@@ -12,9 +12,10 @@ import pytest
 from aiohttp import web
 
 from octavo.engine.async_engine import AsyncEngine
-from octavo.server.app import METRICS, build_app
+from octavo.server.app import KEYS, METRICS, build_app
 from octavo.server.config import ServerConfig
 from octavo.server.connections import listen
+from octavo.server.keys import Keys
 from tests.server.scripted_engine import ScriptedEngine
 
 
@@ -25,6 +26,7 @@ class Served:
     engine: Any
     url: str
     http: aiohttp.ClientSession
+    keys: Keys
 
     async def post(self, path: str, body: Any, **kwargs: Any) -> tuple[int, Any]:
         """Status and JSON of one POST; bytes go as they are."""
@@ -75,7 +77,7 @@ async def serving(engine: AsyncEngine, config: ServerConfig, *, shutdown: bool =
     listening = await listen(runner, app[METRICS], listener, backlog=128)
     host, port = listener.getsockname()
     async with aiohttp.ClientSession() as http:
-        yield Served(engine, f"http://{host}:{port}", http)
+        yield Served(engine, f"http://{host}:{port}", http, app[KEYS])
     listening.close()
     await runner.cleanup()
     if shutdown:

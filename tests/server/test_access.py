@@ -24,10 +24,10 @@ async def test_every_route_but_the_probes_needs_a_key(guarded: Served) -> None:
     paths = {resource.canonical.replace("{model}", "x") for resource in app.router.resources()}
     assert len(paths) >= 7
     for path in [*paths, "/v1/nope", "/v1/completions/../models"]:
-        for method in ("GET", "POST"):
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
             async with guarded.http.request(method, guarded.url + path) as response:
-                if path in ("/health", "/ready", "/metrics"):
-                    assert response.status in (200, 405)
+                if path in ("/health", "/ready", "/metrics") and method == "GET":
+                    assert response.status == 200
                 else:
                     assert response.status == 401, path
                     body = await response.json()
@@ -109,6 +109,7 @@ def test_the_application_has_no_other_middleware_order() -> None:
     assert isinstance(app, web.Application)
     assert [middleware.__qualname__.partition(".")[0] for middleware in app.middlewares] == [
         "json_errors",
+        "answer_preflights",
         "check_host_and_key",
     ]
 

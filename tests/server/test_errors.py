@@ -23,6 +23,7 @@ def in_python() -> set[str]:
         "ChatError": 2,
         "bad_request": 2,
         "fail_step": 1,
+        "over_limit": 0,
     }
     found: set[str] = set()
     files = [
@@ -57,7 +58,7 @@ def in_rust() -> set[str]:
     for path in ("protocol/body.rs", "protocol/prompts.rs"):
         code = (ROOT / "rust" / path).read_text().partition("#[cfg(test)]")[0]
         found |= set(re.findall(r'(?:Error::body|refused)\(\s*"([a-z_]+)"', code))
-    constraints = (ROOT / "rust/grammar/constraint.rs").read_text()
+    constraints = "".join((ROOT / "rust/grammar" / name).read_text() for name in ("constraint.rs", "kind.rs"))
     found |= set(re.findall(r'code(?: = |: ).*?"([a-z_]+)"', constraints))
     found |= set(re.findall(r'else \{ "([a-z_]+)" \}', constraints))
     ends = re.findall(r'pub const \w+: &str = "([a-z_]+)";', (ROOT / "rust/output.rs").read_text())

@@ -210,16 +210,24 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        share: tuple[int, float] | None = None,
         reply_format: _core.ReplyFormat | None = None,
     ) -> ReplyStream:
-        """Queues a call with one prompt or several, all or none of them.
+        """Queues a call with one prompt or several, all or none of them. share: whose part of the
+        engine it takes, and that one's weight.
 
         Raises `OverloadedError` (queue full), `RefusedError`, such as `PromptTooLongError` and
         `KvCapacityError` (a prompt can never be served), `EngineDeadError`.
         """
         self._check_alive()
         reply_id = self.core.add_call(
-            prompts, params, now=time.monotonic(), priority=priority, cache_salt=cache_salt, reply_format=reply_format
+            prompts,
+            params,
+            now=time.monotonic(),
+            priority=priority,
+            cache_salt=cache_salt,
+            share=share,
+            reply_format=reply_format,
         )
         try:
             self._check_alive()

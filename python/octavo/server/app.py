@@ -13,8 +13,15 @@ from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ERROR_FORMS
 from octavo.server.intake import Intake
+from octavo.server.keys import Keys
 from octavo.server.metrics import Metrics
-from octavo.server.middleware import add_headers, check_host_and_key, json_errors
+from octavo.server.middleware import (
+    add_headers,
+    answer_preflights,
+    check_host_and_key,
+    json_errors,
+    name_origins,
+)
 from octavo.server.ollama import errors as ollama_errors
 from octavo.server.ollama.routes import OllamaRoutes
 from octavo.server.openai.embeddings import EmbeddingRoutes
@@ -36,11 +43,13 @@ STUCK_AFTER = 60.0
 CALLS = web.AppKey("calls", CallServer)
 BODIES = web.AppKey("bodies", Bodies)
 METRICS = web.AppKey("metrics", Metrics)
+KEYS = web.AppKey("keys", Keys)
 
 
 def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     """The application over a loaded engine. On start-up it has the engine watch the running loop."""
-    metrics = Metrics(engine)
+    keys = Keys(config, has_priorities=engine.config.scheduling_policy == "priority")
+    metrics = Metrics(engine, keys)
     calls = CallServer(engine, config, metrics)
     bodies = Bodies(config.max_body_size)
     intake = Intake(engine, config, bodies, metrics, calls)
@@ -49,8 +58,14 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     shared = SharedRoutes(intake, openai, tgi)
     embeddings = EmbeddingRoutes(intake, openai)
     anthropic, ollama = AnthropicRoutes(intake, openai), OllamaRoutes(intake, openai, embeddings)
-    app = web.Application(middlewares=[json_errors(metrics, access_log=config.access_log), check_host_and_key(config)])
-    app[CALLS], app[BODIES], app[METRICS], app[ERROR_FORMS] = calls, bodies, metrics, {}
+    app = web.Application(
+        middlewares=[
+            json_errors(metrics, access_log=config.access_log),
+            answer_preflights(config),
+            check_host_and_key(config, keys),
+        ]
+    )
+    app[CALLS], app[BODIES], app[METRICS], app[KEYS], app[ERROR_FORMS] = calls, bodies, metrics, keys, {}
 
     async def health(_: web.Request) -> web.Response:
         """Alive and making progress; also while draining."""
@@ -84,6 +99,7 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
     app.add_routes([web.get("/", health), web.get("/ping", health), web.post("/ping", health)])
     app.on_response_prepare.append(add_headers)
+    app.on_response_prepare.append(name_origins(config))
     app.on_startup.append(attach)
     app.on_cleanup.append(close)
     return app

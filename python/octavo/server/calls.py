@@ -6,6 +6,7 @@ the answer looks like is the protocol's affair, in Rust: bytes come from there a
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
     ApiError,
+    deadline_exceeded,
     engine_dead,
     from_failure,
     internal_error,
@@ -26,6 +28,7 @@ from octavo.server.errors import (
     refused,
     shutting_down,
 )
+from octavo.server.keys import CALLER, Caller
 from octavo.server.metrics import CallTimes, Metrics
 
 if TYPE_CHECKING:
@@ -115,9 +118,43 @@ class Call:
     cache_salt: str | None
     arrival: float
     """On the monotonic clock."""
+    deadline_ms: int | None = None
+    """By when it must be done, from its arrival on; the server's own limit holds as well."""
     stream_form: StreamForm = SERVER_SENT_EVENTS
     answer_headers: Callable[[_core.ReplyDelta], Mapping[str, str]] | None = None
     """Further headers of an answer in one piece."""
+
+
+class Deadline:
+    """Stops the task that entered it when time is up, once. Without a time it does nothing."""
+
+    def __init__(self, at: float | None) -> None:
+        """at: on the monotonic clock."""
+        self.is_over = False
+        self._at = at
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> "Deadline":
+        if self._at is not None:
+            self._task = asyncio.current_task()
+            self._timer = asyncio.get_running_loop().call_later(max(0.0, self._at - time.monotonic()), self._stop)
+        return self
+
+    def _stop(self) -> None:
+        self.is_over = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def caught(self) -> bool:
+        """Whether it was this that stopped the task, which then goes on."""
+        if self.is_over and self._task is not None and hasattr(self._task, "uncancel"):
+            return bool(self._task.uncancel() == 0)  # else the client has left, too
+        return self.is_over
 
 
 class CallServer:
@@ -135,6 +172,11 @@ class CallServer:
             raise engine_dead()
         if self._engine.draining:
             raise shutting_down()
+
+    def check_caller(self, request: web.Request) -> None:
+        """Raises `ApiError` 429 where the key's limits leave nothing, before anything is read."""
+        if (caller := request.get(CALLER)) is not None:
+            caller.check()
 
     def refusal(
         self, error: ValueError | _core.OverloadedError | EngineDeadError, names: Mapping[str, str]
@@ -159,28 +201,49 @@ class CallServer:
                 param="model",
             )
         self.active += 1
+        caller = request.get(CALLER)
+        num_prompt_tokens = sum(len(prompt) for prompt in call.prompts)
+        use = None
+        times = None
         try:
-            reply = self._submit(call)
+            if caller is not None:
+                num_choices = len(call.prompts) * call.params.n if isinstance(call.params, SamplingParams) else 0
+                use = caller.begin(num_prompt_tokens, num_choices, call.max_tokens)
+            reply = self._submit(call, caller)
             self._metrics.accepted(len(call.prompts), call.params.n, call.max_tokens)
             times = CallTimes(self._metrics, call.arrival, len(call.prompts))
             try:
-                if call.stream:
-                    return await self._streamed(request, call, reply, times)
-                return await self._whole(call, reply, times)
+                with Deadline(self._deadline(call)) as deadline:
+                    if call.stream:
+                        return await self._streamed(request, call, reply, times, deadline)
+                    try:
+                        return await self._whole(call, reply, times)
+                    except asyncio.CancelledError:
+                        if deadline.caught():
+                            raise deadline_exceeded() from None
+                        raise
             finally:
                 if last := reply.close():  # what the client did not wait for counts as well
                     times.add(last)
                 times.close()
         finally:
             self.active -= 1
+            if use is not None:
+                use.end(0 if times is None else times.num_tokens)
 
-    def _submit(self, call: Call) -> "ReplyStream":
+    def _deadline(self, call: Call) -> float | None:
+        limits = [self._config.request_timeout, None if call.deadline_ms is None else call.deadline_ms / 1000]
+        return min((call.arrival + seconds for seconds in limits if seconds is not None), default=None)
+
+    def _submit(self, call: Call, caller: Caller | None) -> "ReplyStream":
+        share = None if caller is None else (caller.number, caller.key.weight)
         try:
             return self._engine.submit(
                 call.prompts,
                 call.params.to_core(call.grammar, max_tokens_is_default=call.max_tokens is None),
-                priority=call.priority,
-                cache_salt=call.cache_salt,
+                priority=call.priority if caller is None else caller.priority(call.priority),
+                cache_salt=call.cache_salt if caller is None else caller.salt(call.cache_salt),
+                share=share,
                 reply_format=call.reply_format,
             )
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
@@ -201,7 +264,7 @@ class CallServer:
         return web.Response(body=await self._written(delta), content_type="application/json", headers=headers)
 
     async def _streamed(
-        self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes
+        self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes, deadline: Deadline
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers=call.stream_form.headers)
         if request.version < HttpVersion11:
@@ -218,7 +281,15 @@ class CallServer:
                 delta = await self._next(reply, times)
             if delta.error is not None:
                 self._metrics.errors[delta.error.code] += 1
-        except (asyncio.CancelledError, ConnectionError):
+        except asyncio.CancelledError:
+            if not deadline.caught():
+                raise
+            if last := reply.close():  # its blocks are free before the client has read the end
+                times.add(last)
+            error = deadline_exceeded()
+            self._metrics.errors[error.code] += 1
+            await events.write(call.reply_format.write_error(error.code, error.message))
+        except ConnectionError:
             raise
         except Exception:
             logger.exception("stream %s failed", call.id)

@@ -1,9 +1,12 @@
 """The server's own options, beside the engine's."""
 
 import dataclasses
+import json
+from collections.abc import Iterable, Iterator
 
 from octavo.options import option, parse_bytes, parse_count
 
+_LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -14,9 +17,18 @@ class ServerConfig:
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces (then set --api-key).")
     port: int = option(8000, "Port to listen on; 0: any free one.", parse=parse_count)
     api_key: tuple[str, ...] = option((), "Keys that clients must present; without one the server is open.")
+    api_key_file: str | None = option(
+        None, "File of further keys, with names, limits and weights if it is JSON; read again on SIGHUP."
+    )
     allowed_hosts: tuple[str, ...] = option(
         (), "Further `Host` names to answer to, on a loopback address without a key."
     )
+    allowed_origins: tuple[str, ...] = option(
+        (), "Origins whose pages may call from a browser (CORS), * for all; words or a JSON list."
+    )
+    allowed_methods: tuple[str, ...] = option(("*",), "Methods that such pages may use.")
+    allowed_headers: tuple[str, ...] = option(("*",), "Headers that such pages may send.")
+    allow_credentials: bool = option(False, "Whether such pages may send cookies.")
     max_body_size: int = option(16 * 2**20, "Largest request body in bytes, after decompression.", parse=parse_bytes)
     max_input_tokens: int | None = option(
         None, "Longest prompt in tokens; default: what the model's length leaves.", parse=parse_count
@@ -27,6 +39,11 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests may take to finish after SIGTERM.", parse=float
     )
+    request_timeout: float | None = option(
+        None,
+        "Seconds from its arrival in which a request must be done; deadline_ms of a request may be less.",
+        parse=float,
+    )
     log_level: str = option("info", "What is logged: from this level on.", choices=LOG_LEVELS)
     access_log: bool = option(False, "Log a line for each answer. Refusals have theirs in any case.")
     sse_keep_alive_interval: float = option(
@@ -34,9 +51,11 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for field in ("api_key", "allowed_hosts"):
+        for field in ("api_key", "allowed_hosts", *_LISTS):
             if isinstance(getattr(self, field), str):  # whose characters are not the entries
                 object.__setattr__(self, field, (getattr(self, field),))
+        for field in _LISTS:
+            object.__setattr__(self, field, tuple(_words(field, getattr(self, field))))
         for field, low, high in (
             ("port", 0, 65535),
             ("max_body_size", 1024, 2**31),
@@ -51,7 +70,24 @@ class ServerConfig:
                 raise ValueError(f"{field} = {value}: must be from {low} to {high}")
         if self.max_input_tokens is not None and self.max_input_tokens < 1:
             raise ValueError(f"max_input_tokens = {self.max_input_tokens}: must be at least 1")
+        if self.request_timeout is not None and not 0.001 <= self.request_timeout <= 86400.0:
+            raise ValueError(f"request_timeout = {self.request_timeout}: must be from 0.001 to 86400 s")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level = {self.log_level!r}: must be one of {', '.join(LOG_LEVELS)}")
         if any(len(key) < 1 for key in self.api_key):
             raise ValueError("api_key: a key must not be empty")
+
+
+def _words(field: str, values: Iterable[str]) -> Iterator[str]:
+    """The entries of a list that is given in words, or as vLLM's flags have it, in JSON."""
+    for value in values:
+        if not value.startswith("["):
+            yield value
+            continue
+        try:
+            entries = json.loads(value)
+        except ValueError:
+            entries = None
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise ValueError(f"{field} = {value[:100]!r}: must be words, or a JSON list of texts")
+        yield from entries

@@ -136,6 +136,12 @@ def shutting_down(*, close: bool = False) -> ApiError:
     return ApiError(503, _core.SERVER_SHUTTING_DOWN, "The server is shutting down.", headers=headers)
 
 
+def deadline_exceeded() -> ApiError:
+    """408: the answer was not done by the time that was set for it."""
+    message = "The answer was not done in time (deadline_ms, or the server's --request-timeout)."
+    return ApiError(408, "deadline_exceeded", message)
+
+
 def internal_error() -> ApiError:
     """500 for what should not have happened."""
     return ApiError(500, "internal_error", "The server met an error of its own; its log has the details.")

@@ -64,12 +64,14 @@ class Intake:
         kept for `read`.
         """
         self.calls.check_open()
+        self.calls.check_caller(request)
         body = request[_BODY] = await self._bodies.read(request)
         return frozenset(await self._bodies.work(len(body), functools.partial(field_names, body)))
 
     async def read(self, request: web.Request, read: Callable[[bytes], T]) -> T:
         """What `read` makes of the body, which nobody keeps."""
         self.calls.check_open()
+        self.calls.check_caller(request)
         body = request.pop(_BODY, None)
         if body is None:
             body = await self._bodies.read(request)

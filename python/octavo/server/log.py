@@ -29,7 +29,7 @@ def log_refusal(error: ApiError, method: str, path: str, request_id: str | None)
     logger.info("%s: %d %s: %s%s", what, error.status, error.code, one_line(error.message), suffix)
 
 
-def log_answer(request: web.Request, status: int | None, seconds: float) -> None:
+def log_answer(request: web.Request, status: int | None, seconds: float, request_id: str) -> None:
     """One line for an answer that is none; `status` is None where the client left before its end."""
     what = one_line(f"{request.method} {request.path}")
-    logger.info("%s: %s in %.3f s, %s", what, status or "left", seconds, request.remote)
+    logger.info("%s: %s in %.3f s, %s (%s)", what, status or "left", seconds, request.remote, request_id)

@@ -21,6 +21,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from octavo import _core
+from octavo.server.keys import Keys
 from octavo.server.log import one_line
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ class CallTimes:
         self._arrival = arrival
         self._without_token = set(range(num_prompts))
         self._running = set(range(num_prompts))
+        self._tokens = [0] * num_prompts
 
     def add(self, delta: _core.ReplyDelta) -> None:
         """Takes in one delta of the reply."""
@@ -150,6 +152,8 @@ class CallTimes:
     def _add_milestone(self, request: _core.RequestProgress) -> None:
         histograms = self._metrics.histograms
         _, scheduled, first, last = request.times
+        if scheduled > 0.0:
+            self._tokens[request.index] = request.num_prompt_tokens + request.num_output_tokens
         if request.num_output_tokens > 0 and request.index in self._without_token:
             self._without_token.remove(request.index)
             histograms["time_to_first_token_seconds"].observe(first - self._arrival)
@@ -170,6 +174,11 @@ class CallTimes:
                     mean = (choice_last - choice_first) / (tokens - 1)
                     histograms["request_time_per_output_token_seconds"].observe(mean)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of prompts that were begun, and of answers, as far as has been told."""
+        return sum(self._tokens)
+
     def close(self) -> None:
         """The handler is done with the call: of a request that has not ended the client left, or
         another one failed.
@@ -182,8 +191,9 @@ class CallTimes:
 class Metrics(Collector):
     """All metrics of one server."""
 
-    def __init__(self, engine: "AsyncEngine") -> None:
+    def __init__(self, engine: "AsyncEngine", keys: Keys) -> None:
         self._engine = engine
+        self._keys = keys
         self._registry = CollectorRegistry()
         self.histograms = {name: Histogram(bounds) for name, (_, bounds) in _HISTOGRAMS.items()}
         self.finish_reasons: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
@@ -272,6 +282,21 @@ class Metrics(Collector):
         unknown = CounterMetricFamily("octavo:unknown_fields", "Request fields that were ignored.", labels=names)
         unknown.add_metric(labels, self.unknown_fields)
         yield unknown
+        yield from self._of_keys()
+
+    def _of_keys(self) -> Iterator[Metric]:
+        """By the name of each key, where there are any."""
+        if not self._keys:
+            return
+        names, labels = ["model_name", "key"], [self._engine.model_name]
+        active = GaugeMetricFamily("octavo:key_calls", "Calls of a key that are answered or wait.", labels=names)
+        tokens = CounterMetricFamily("octavo:key_tokens", "Tokens of a key's calls that have ended.", labels=names)
+        refusals = CounterMetricFamily("octavo:key_refusals", "Calls over a key's limits.", labels=names)
+        for name, caller in self._keys.callers.items():
+            active.add_metric([*labels, name], caller.active)
+            tokens.add_metric([*labels, name], caller.tokens)
+            refusals.add_metric([*labels, name], caller.refusals)
+        yield from (active, tokens, refusals)
 
     def _quality(self) -> Iterator[Metric]:
         """What fewer bits cost, where start-up has measured it."""

@@ -3,19 +3,19 @@ shape, JSON also for 404 and 500.
 """
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 
 from aiohttp import HttpVersion11, web
 from aiohttp.typedefs import Handler, Middleware
 
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_http, error_form, internal_error
+from octavo.server.keys import CALLER, Keys
 from octavo.server.log import log_answer, log_refusal, one_line
 from octavo.server.metrics import Metrics
 
@@ -35,16 +35,71 @@ _CODES = {
 }
 
 
+_REQUEST_ID = web.RequestKey("request_id", str)
+
+
 def request_id(request: web.BaseRequest) -> str:
     """The client's `X-Request-Id`, or one of ours if that is none or odd."""
-    given = request.headers.get("X-Request-Id", "")
-    return given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+    if _REQUEST_ID not in request:
+        given = request.headers.get("X-Request-Id", "")
+        request[_REQUEST_ID] = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
+    return request[_REQUEST_ID]
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
     """Before the headers go out."""
     response.headers["Server"] = "octavo"  # rather than the versions of Python and aiohttp
     response.headers.setdefault("X-Request-Id", request_id(request))
+
+
+def answer_preflights(config: ServerConfig) -> Middleware:
+    """Tells browsers what pages of other origins may ask: a request without a key, as they send it
+    before the one with it.
+    """
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if (
+            request.method != "OPTIONS"
+            or "Access-Control-Request-Method" not in request.headers
+            or _allowed_origin(request, config) is None
+        ):
+            return await handler(request)
+        wanted = request.headers.get("Access-Control-Request-Headers", "authorization, content-type")
+        names = wanted if "*" in config.allowed_headers else ", ".join(config.allowed_headers)
+        methods = "DELETE, GET, OPTIONS, POST" if "*" in config.allowed_methods else ", ".join(config.allowed_methods)
+        headers = {
+            "Access-Control-Allow-Methods": methods,
+            "Access-Control-Allow-Headers": names,
+            "Access-Control-Max-Age": "600",
+        }
+        return web.Response(status=204, headers=headers)
+
+    return middleware
+
+
+def _allowed_origin(request: web.BaseRequest, config: ServerConfig) -> str | None:
+    """What to tell the browser of a page's origin; None: nothing."""
+    origin = request.headers.get("Origin")
+    if origin is None or not ("*" in config.allowed_origins or origin in config.allowed_origins):
+        return None
+    return "*" if "*" in config.allowed_origins and not config.allow_credentials else origin
+
+
+def name_origins(config: ServerConfig) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """Adds to every answer, errors and streams too, that the page's origin may read it."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        if not config.allowed_origins:
+            return
+        response.headers["Vary"] = "Origin"
+        if (origin := _allowed_origin(request, config)) is not None:
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+            if config.allow_credentials:
+                response.headers["Access-Control-Allow-Credentials"] = "true"
+
+    return add
 
 
 def json_errors(metrics: Metrics, *, access_log: bool) -> Middleware:
@@ -65,14 +120,14 @@ def json_errors(metrics: Metrics, *, access_log: bool) -> Middleware:
             failure = from_http(error, request)
         except (asyncio.CancelledError, ConnectionError):
             if access_log:
-                log_answer(request, None, time.monotonic() - arrival)
+                log_answer(request, None, time.monotonic() - arrival, request_id(request))
             raise
         except Exception:
             logger.exception("%s failed", one_line(f"{request.method} {request.path}"))
             failure = internal_error()
         else:
             if access_log:
-                log_answer(request, response.status, time.monotonic() - arrival)
+                log_answer(request, response.status, time.monotonic() - arrival, request_id(request))
             return response
         metrics.errors[failure.code] += 1
         response = error_form(request)(failure)
@@ -103,13 +158,12 @@ def _route_hint(request: web.Request) -> str:
     return f"The routes are {', '.join(route for route in routes if '{' not in route)}."
 
 
-def check_host_and_key(config: ServerConfig) -> Middleware:
+def check_host_and_key(config: ServerConfig, keys: Keys) -> Middleware:
     """With keys: every route but `OPEN_PATHS` needs one. Without, on a loopback address: only local
     `Host` names are answered, so that a web page cannot reach the server by having its name resolve
     to 127.0.0.1.
     """
-    digests = [hashlib.sha256(key.encode()).digest() for key in config.api_key]
-    local_only = not digests and _is_loopback(config.host)
+    local_only = not keys and _is_loopback(config.host)
     allowed = frozenset(name.lower() for name in config.allowed_hosts)
 
     @web.middleware
@@ -118,22 +172,30 @@ def check_host_and_key(config: ServerConfig) -> Middleware:
             raise bad_http("exactly one Host header is needed")
         if local_only and not _is_local_name(request.headers.get("Host", ""), allowed):
             raise ApiError(403, "host_not_allowed", "This Host is not answered; see --allowed-hosts.")
-        if digests and request.path not in OPEN_PATHS and not _has_key(request, digests):
-            raise ApiError(401, "invalid_api_key", "A valid key is needed.", headers={"WWW-Authenticate": "Bearer"})
+        if keys and not _is_open(request):
+            caller = keys.find(_key_of(request))
+            if caller is None:
+                raise ApiError(401, "invalid_api_key", "A valid key is needed.", headers={"WWW-Authenticate": "Bearer"})
+            request[CALLER] = caller
         return await handler(request)
 
     return middleware
 
 
-def _has_key(request: web.Request, digests: list[bytes]) -> bool:
-    """In `Authorization: Bearer`, or in `X-Api-Key` as Anthropic's clients send it."""
+def _is_open(request: web.Request) -> bool:
+    """By the route that was matched, and not by what a path looks like."""
+    resource = request.match_info.route.resource
+    return resource is not None and resource.canonical in OPEN_PATHS
+
+
+def _key_of(request: web.Request) -> str:
+    """In `Authorization: Bearer`, or in `X-Api-Key` as Anthropic's clients send it; else nothing, which
+    is nobody's.
+    """
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if "X-Api-Key" in request.headers and scheme == "":
-        scheme, key = "bearer", request.headers["X-Api-Key"]
-    digest = hashlib.sha256(key.strip().encode(errors="surrogateescape")).digest()
-    # Over all keys and without an early exit, so that the time says nothing.
-    matches = [hmac.compare_digest(digest, known) for known in digests]
-    return scheme.lower() == "bearer" and any(matches)
+        return request.headers["X-Api-Key"].strip()
+    return key.strip() if scheme.lower() == "bearer" else ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,15 +14,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from octavo.config import EngineConfig
-from octavo.server.app import BODIES, CALLS, METRICS, STUCK_AFTER, build_app
+from octavo.server.app import BODIES, CALLS, KEYS, METRICS, STUCK_AFTER, build_app
 from octavo.server.config import ServerConfig
 from octavo.server.connections import listen
+from octavo.server.keys import read_keys
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -41,6 +42,7 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     users can mend.
     """
     logging.getLogger("octavo").setLevel(config.log_level.upper())
+    read_keys(config, has_priorities=engine_config.scheduling_policy == "priority")  # said before a model is loaded
     listener = open_socket(config)
     _raise_file_limit()
     from octavo.engine.async_engine import AsyncEngine  # loads torch
@@ -88,7 +90,7 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS)
     await runner.setup()
     listening = await listen(runner, app[METRICS], listener, BACKLOG)
-    signals = Signals()
+    signals = Signals(reload=app[KEYS].reload if config.api_key_file is not None else None)
     asyncio.get_running_loop().set_exception_handler(LoopErrors())
     engine.answers.warn()
     logger.info("ready %.1f s after the process began", process_age())
@@ -121,14 +123,19 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
 
 
 class Signals:
-    """Counts SIGTERM and SIGINT: the first asks for a drain, the second for the end."""
+    """Counts SIGTERM and SIGINT: the first asks for a drain, the second for the end. On SIGHUP `reload`
+    is called, where there is one.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, reload: Callable[[], None] | None = None) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._come)
+        self._reloads = reload is not None
+        if reload is not None:
+            self._loop.add_signal_handler(signal.SIGHUP, reload)
 
     def _come(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
@@ -137,6 +144,8 @@ class Signals:
         """Gives the signals their old meaning back."""
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
+        if self._reloads:
+            self._loop.remove_signal_handler(signal.SIGHUP)
 
 
 class LoopErrors:
@@ -234,7 +243,7 @@ def _welcome(engine: "AsyncEngine", config: ServerConfig, listener: socket.socke
     else:
         path, fields = "/v1/completions", {"prompt": "The capital of France is"}
     body = json.dumps({"model": engine.model_name, **fields, "max_tokens": 64})
-    key = " -H 'Authorization: Bearer KEY'" if config.api_key else ""
+    key = " -H 'Authorization: Bearer KEY'" if config.api_key or config.api_key_file else ""
     return (
         f"\nServing {engine.model_name} (up to {engine.max_model_len} tokens) on {url}. Try:\n\n"
         f"  curl {url}{path} -H 'Content-Type: application/json'{key} -d '{body}'\n{others}"

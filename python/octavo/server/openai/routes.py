@@ -294,6 +294,7 @@ class OpenAIRoutes:
         parsed = self._intake.decode(kind.form, body)
         self._intake.check_model(parsed.request.model)
         parsed.request.check_stream_options()
+        parsed.request.check_deadline()
         return parsed
 
     def _call(
@@ -329,6 +330,7 @@ class OpenAIRoutes:
             stream=bool(parsed.stream),
             priority=parsed.priority or 0,
             cache_salt=parsed.cache_salt,
+            deadline_ms=parsed.deadline_ms,
             arrival=arrival,
         )
 

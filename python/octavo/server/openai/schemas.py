@@ -96,6 +96,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: Count | None = None
     priority: Count | None = None
     cache_salt: str | None = None
+    deadline_ms: Count | None = None
     truncate_prompt_tokens: Count | None = None
     response_format: msgspec.Raw = msgspec.Raw()
     structured_outputs: msgspec.Raw = msgspec.Raw()
@@ -135,6 +136,11 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
             raise bad_request("stream_options: only allowed when stream is true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs: not available when stream is true.", "prompt_logprobs")
+
+    def check_deadline(self) -> None:
+        """A deadline lies ahead, and within a day."""
+        if self.deadline_ms is not None and not 1 <= self.deadline_ms <= 86_400_000:
+            raise bad_request(f"deadline_ms = {self.deadline_ms}: must be from 1 to 86400000.", "deadline_ms")
 
     def prompt_limit(self, max_model_len: int) -> int | None:
         """How many tokens are kept of a prompt, its last ones; None: it must fit as it is."""
