@@ -11,6 +11,7 @@ import torch
 
 from octavo.engine.host_memory import total_bytes
 from octavo.model_config import ModelConfig
+from octavo.quantize.awq import PIECE
 from octavo.quantize.layer import BATCH_TOKENS
 from octavo.quantize.options import Options
 from octavo.quantize.output import free_bytes
@@ -46,31 +47,36 @@ def needs(
     state_bytes: int,
     rest: Sequence[int],
     to_do: Sequence[bool],
+    reading: int,
     on_host: bool,
 ) -> Needs:
     """shapes: of a layer's projections. tokens: of the calibration. item_bytes: of a plain weight;
     state_bytes: of a number of a hidden state. rest: of each file without layers. to_do: of the
-    layers' files, then of those.
+    layers' files, then of those. reading: as `Original.reading`.
     """
     assert options.bits is not None
     weights = sum(rows * inputs for rows, inputs in shapes)
     largest = max(rows * inputs for rows, inputs in shapes)
     depths = {inputs for _, inputs in shapes}
     file = weights * options.bits // 8 + weights // 16  # scales and the like
-    host = weights * item_bytes + 2 * file
+    host = weights * item_bytes + weights + 2 * file  # as read, its numbers a byte each, packed, written
     if options.is_calibrated:
         width = 2 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
         batch = min(tokens, BATCH_TOKENS) * width * 4
         moments = 4 * (max(depths) ** 2 if options.method == "gptq" else 2 * sum(depth**2 for depth in depths))
         # GPTQ: damped, its factor, the inverse and that one's factor; of the matrix a copy, its numbers
-        # and a product. AWQ: of the matrix what is lost, twice, and what is tried.
+        # and a product. AWQ: of the matrix what is lost, twice, and what is tried; of the rows that are
+        # clipped at a time eight copies.
         work = 4 * max(4 * depth**2 for depth in depths) + 16 * 2 * largest
-        embedding = config.vocab_size * config.hidden_size * (item_bytes + state_bytes)
+        if options.method == "awq":
+            work += 8 * 4 * min(2 * largest, PIECE)
+        states = tokens * config.hidden_size * state_bytes
+        embedding = 2 * config.vocab_size * config.hidden_size * item_bytes + states  # its rows, then all in one
         layer = 4 * weights + moments + max(batch, work)
-        device = tokens * config.hidden_size * state_bytes + max(embedding, layer)
+        device = states + max(embedding, layer)
     else:
         device = 16 * largest
-    host = max(host + (device if on_host else 0), 2 * max(rest))
+    host = reading + max(host + (device if on_host else 0), 2 * max(rest))
     layers = to_do[: len(to_do) - len(rest)]
     disk = sum(layers) * file + sum(size for size, missing in zip(rest, to_do[len(layers) :], strict=True) if missing)
     return Needs(host if on_host else device, host, disk)

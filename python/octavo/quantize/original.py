@@ -34,6 +34,7 @@ class Original(Protocol):
 
     name: str  # for people
     place: Path
+    reading: int  # bytes that reading takes beside the tensors that are read
     config: ModelConfig
     values: dict[str, Any]  # config.json
 
@@ -75,6 +76,7 @@ class FolderOriginal:
             )
         self.name = str(folder)
         self.place = folder
+        self.reading = 0
         self.source = SafetensorsSource(folder)
         self.config = settle_head(config_from_folder(folder), self.source)
         self.values = read_json(folder / "config.json")
@@ -117,6 +119,9 @@ class GgufOriginal:
         self.place = path
         self._dtype = getattr(torch, dtype)
         self.source = GgufSource(header, self.config, parts)
+        # What of a mapped file is read stays, and a tensor is expanded to float32 on its way.
+        mapped = sum(Path(part.path).stat().st_size for part in (header, *parts))
+        self.reading = mapped + 4 * max(math.prod(shape) for shape in self.source.shapes().values())
 
     def names(self) -> Mapping[str, str | None]:
         return {name: name for name in self.source.shapes()}

@@ -78,6 +78,7 @@ class Quantisation:
             state_bytes=self.schemes.activation_dtype.itemsize,
             rest=[sum(map(self.original.nbytes, names)) for names in self.rest],
             to_do=[not self.output.has(number) for number in range(self.output.count)],
+            reading=self.original.reading,
             on_host=self.device.type == "cpu",
         )
 

@@ -48,7 +48,8 @@ class SafetensorsSource:
         self._stored: dict[str, str] = {}  # our name -> the file's
         self._dtypes: dict[str, torch.dtype] = {}
         self._shards: dict[str, str] = {}  # our name -> name of its shard
-        self._others: dict[str, Any] = {}  # the file's name of a tensor that the text model has not -> its shard
+        self._places: dict[str, Path] = {}  # the file's name -> its shard
+        self._others: dict[str, Path] = {}  # the same of tensors that the text model has not
         stale: list[str] = []
         paths, index = find_shards(folder)
         for path in paths:
@@ -69,7 +70,7 @@ class SafetensorsSource:
             for stored in file.keys():  # noqa: SIM118 - not a dict
                 name = text_model_name(stored)
                 if name is None:
-                    self._others[stored] = file
+                    self._others[stored] = path
                     continue
                 if name in self._files:
                     stale.append(name)
@@ -79,6 +80,7 @@ class SafetensorsSource:
                 if part.get_dtype() not in _DTYPES:
                     raise ModelError(f"{path}: {stored}: type {part.get_dtype()} is not one of {', '.join(_DTYPES)}")
                 self._files[name], self._stored[name], self._shards[name] = file, stored, path.name
+                self._places[stored] = path
                 self._shapes[name] = tuple(part.get_shape())
                 self._dtypes[name] = _DTYPES[part.get_dtype()]
         except (SafetensorError, OSError) as error:
@@ -105,11 +107,13 @@ class SafetensorsSource:
         return {stored: name for name, stored in self._stored.items()} | dict.fromkeys(self._others)
 
     def read(self, stored: str) -> Tensor:
-        """A tensor as the file has it, by the file's name; nothing of it is read before it is used."""
-        file = self._others.get(stored) or next(
-            self._files[name] for name, other in self._stored.items() if other == stored
-        )
-        tensor: Tensor = file.get_tensor(stored)
+        """A tensor as the file has it, by the file's name; nothing of it is read before it is used.
+
+        The file is mapped for this tensor: what was read of it goes when the tensor does, while a
+        mapping that stays would count every tensor that was ever read.
+        """
+        with safe_open(self._others.get(stored) or self._places[stored], framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def blocks(self, name: str) -> "BlockMatrix":
