@@ -32,6 +32,16 @@ pub enum SpeculationMethod {
     Ngram,
     /// What most such places say, in its own text and in earlier outputs of its tenant.
     Suffix,
+    /// A model on the device, in the step that verifies them: the core says how many there are, and
+    /// never learns which.
+    Model,
+}
+
+impl SpeculationMethod {
+    /// Whether the device makes the drafts. Otherwise the core does, out of text that it knows.
+    pub fn is_on_device(self) -> bool {
+        self == Self::Model
+    }
 }
 
 /// Speculative decoding; the fields are the keys of `SpeculativeConfig` in Python.

@@ -96,6 +96,10 @@ pub struct Stats {
     pub draft_tokens: u64,
     /// Counter: drafts that were right.
     pub accepted_tokens: u64,
+    /// Counters: passes of a model that drafts, and the nanoseconds that they took.
+    pub draft_passes: u64,
+    /// See `draft_passes`.
+    pub draft_nanoseconds: u64,
     /// Counter: tokens looked up in the prefix cache at admissions.
     pub prefix_cache_queries: u64,
     /// Counter: tokens found there.
@@ -137,6 +141,8 @@ struct Step {
     decode_tokens: u32,
     /// Drafts that were expected to be right when it was planned, or held back for them.
     hoped: f64,
+    /// What a model on the device took to make its drafts.
+    draft_seconds: f64,
     rows: Vec<StepRow>,
     /// Those that a grammar bounds.
     masked: Vec<MaskedRow>,
@@ -155,6 +161,11 @@ struct Step {
 }
 
 impl Step {
+    /// Drafts of the row that has most: as many passes of a model that drafts.
+    fn most_drafts(&self) -> u32 {
+        self.rows.iter().map(|row| row.num_drafts).max().unwrap_or(0)
+    }
+
     /// Place of the result record of `rows[index]`: records are in the plan's row order, padding
     /// included.
     fn record_of(&self, index: usize) -> usize {

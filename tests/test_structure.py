@@ -13,8 +13,8 @@ PACKAGE = REPOSITORY / "python" / "octavo"
 
 # Folder or file of the package -> parts of the package that it may import.
 LEAVES = {
-    "_core", "answers", "chat", "config", "errors", "options", "outputs", "pooling", "sampling_params",
-    "structured_outputs",
+    "_core", "answers", "chat", "config", "errors", "options", "outputs", "pooling", "quantizations", "sampling_params",
+    "speculation", "structured_outputs",
 }  # fmt: skip
 ALLOWED = {
     "kernels": {"kernels"},

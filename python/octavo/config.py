@@ -15,6 +15,7 @@ from typing import Literal
 
 from octavo.options import check_types, option, parse_bytes, parse_count
 from octavo.pooling import RUNNERS, TASKS, HfOverrides, PoolerConfig
+from octavo.quantizations import ONLINE, QUANTIZATIONS
 from octavo.speculation import METHODS, MOST_TOKENS, SpeculativeConfig
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
@@ -32,21 +33,6 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}  # vLLM's other names
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
-ONLINE = ("fp8", "int8", "int4")
-"""Values of `quantization` that quantise a model while it is loaded."""
-
-CONFIRMING = {
-    "gptq": "gptq",
-    "gptq_marlin": "gptq",
-    "awq": "awq",
-    "awq_marlin": "awq",
-    "compressed-tensors": "compressed-tensors",
-    "fp8": "fp8",
-}
-"""Values of `quantization` that a checkpoint quantised so confirms, vLLM's kernels among them."""
-
-QUANTIZATIONS = (*dict.fromkeys((*ONLINE, *CONFIRMING, "gguf")),)
-
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8", "int4")
 """fp8 and fp8_e4m3 are the same, as in vLLM."""
 
@@ -203,6 +189,9 @@ class EngineConfig:
         f"methods: {', '.join(METHODS)}. Answers stay the same; drafts are verified as far as that is faster.",
     )
     spec_method: str | None = option(None, "The same in short: the method.", choices=METHODS)
+    spec_model: str | None = option(
+        None, "The same in short: the draft model, a folder, .gguf file or hub id; the method is draft_model then."
+    )
     spec_tokens: int | None = option(
         None, f"The same in short: drafts of a request in a step, at most; up to {MOST_TOKENS}.", parse=parse_count
     )
@@ -232,7 +221,7 @@ class EngineConfig:
     disable_log_stats: bool = option(False, "Do not log throughput and cache use every ten seconds.")
 
     def __post_init__(self) -> None:
-        for field in ("model", "tokenizer", "chat_template", "generation_config"):
+        for field in ("model", "tokenizer", "chat_template", "generation_config", "spec_model"):
             value = getattr(self, field)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, field, os.fspath(value))
@@ -242,7 +231,11 @@ class EngineConfig:
         object.__setattr__(self, "kv_cache_dtype", str(self.kv_cache_dtype).removeprefix("torch."))
         object.__setattr__(self, "device", str(self.device))
         if isinstance(self.speculative_config, Mapping):  # as vLLM's LLM takes it
-            object.__setattr__(self, "speculative_config", json.dumps(dict(self.speculative_config), default=repr))
+            text = json.dumps(
+                dict(self.speculative_config),
+                default=lambda value: os.fspath(value) if isinstance(value, os.PathLike) else repr(value),
+            )
+            object.__setattr__(self, "speculative_config", text)
         for field in ("pooler_config", "hf_overrides"):  # vLLM's LLM takes objects
             value = getattr(self, field)
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -328,16 +321,16 @@ class EngineConfig:
     @property
     def speculation(self) -> SpeculativeConfig | None:
         """What `speculative_config` and its short forms ask for together."""
-        short = {"method": self.spec_method, "num_speculative_tokens": self.spec_tokens}
+        short = {"method": self.spec_method, "model": self.spec_model, "num_speculative_tokens": self.spec_tokens}
         short = {key: value for key, value in short.items() if value is not None}
         if self.speculative_config is None:
             if not short:
                 return None
-            if "method" not in short:
+            if short.keys() == {"num_speculative_tokens"}:
                 raise ValueError(f"spec_tokens = {self.spec_tokens}: needs spec_method or speculative_config")
             return SpeculativeConfig.read(json.dumps(short))
         if short:
-            name = "spec_method" if self.spec_method else "spec_tokens"
+            name = next(name for name in ("spec_method", "spec_model", "spec_tokens") if getattr(self, name))
             raise ValueError(f"{name} = {getattr(self, name)!r}: speculative_config says it already; give one of them")
         return SpeculativeConfig.read(self.speculative_config)
 

@@ -252,13 +252,15 @@ impl EngineCore {
         Ok(step_id)
     }
 
-    fn commit(&self, py: Python<'_>, slot: usize, now: f64) -> PyResult<()> {
+    #[pyo3(signature = (slot, now, draft_seconds=0.0))]
+    fn commit(&self, py: Python<'_>, slot: usize, now: f64, draft_seconds: f64) -> PyResult<()> {
         let result = self.lock().slot(slot)?.result.clone_ref(py);
         let result = result.bind(py).try_readonly()?;
         let result = result.as_slice()?;
         let mut guard = self.lock();
         let state = &mut *guard;
         let step_id = state.take_step(slot)?;
+        state.scheduler.note_drafting(step_id, draft_seconds);
         state.scheduler.commit(step_id, result, now, &mut state.outbox)?;
         self.publish(state);
         Ok(())
@@ -352,9 +354,11 @@ impl EngineCore {
             ("spec_decode_num_drafts", stats.drafted_rows),
             ("spec_decode_num_draft_tokens", stats.draft_tokens),
             ("spec_decode_num_accepted_tokens", stats.accepted_tokens),
+            ("spec_decode_num_draft_passes", stats.draft_passes),
         ] {
             entries.set_item(name, value as f64)?;
         }
+        entries.set_item("spec_decode_draft_seconds", stats.draft_nanoseconds as f64 * 1e-9)?;
         entries.set_item("block_size", f64::from(block_size))?;
         entries.set_item("kv_cache_usage_perc", usage)?;
         Ok(entries)
@@ -421,8 +425,10 @@ impl SpeculationOptions {
             method: match self.method.as_str() {
                 "ngram" => SpeculationMethod::Ngram,
                 "suffix" => SpeculationMethod::Suffix,
+                "draft_model" | "self" => SpeculationMethod::Model,
                 other => {
-                    return Err(PyValueError::new_err(format!("method is {other:?}, but must be ngram or suffix")))
+                    let names = "ngram, suffix, draft_model or self";
+                    return Err(PyValueError::new_err(format!("method is {other:?}, but must be {names}")));
                 }
             },
             lookup_min: self.prompt_lookup_min,

@@ -1,8 +1,10 @@
 //! Drafts for the step being planned: foretold at each commit, verified as far as it pays.
 //!
 //! What comes next can be foretold only of a sequence whose last token is known here, so with drafts
-//! one step is in flight and not two: the next is planned when the one before has been committed.
-//! That costs the device a pause a step, which the controller sees in the steps' times.
+//! of the core one step is in flight and not two: the next is planned when the one before has been
+//! committed. That costs the device a pause a step, which the controller sees in the steps' times.
+//! Where a model on the device makes the drafts, it finds the last token there, and two steps are in
+//! flight as ever.
 
 use super::{Scheduler, Step};
 
@@ -17,6 +19,7 @@ impl Scheduler {
             return false;
         }
         let max_model_len = self.config.max_model_len;
+        let on_device = speculator.config.method.is_on_device();
         let controller = &mut speculator.controller;
         controller.open();
         for number in &self.running {
@@ -25,7 +28,9 @@ impl Scheduler {
                 continue;
             }
             let left = sequence.max_tokens - sequence.outputs.len() as u32 - sequence.pending - 1;
-            let takes_none = sequence.below_min_tokens() || sequence.traits.ends_unasked;
+            // The masks of a bounded row follow its drafts, so the core must know them.
+            let unknown = on_device && sequence.traits.has_grammar;
+            let takes_none = unknown || sequence.below_min_tokens() || sequence.traits.ends_unasked;
             let room = if takes_none { 0 } else { left.min(max_model_len - sequence.most_len - 1) };
             let chances = sequence.drafter.iter().flat_map(|drafter| drafter.chances(room as usize));
             controller.offer(chances);
@@ -33,7 +38,7 @@ impl Scheduler {
         let chosen = if speculator.config.adaptive { controller.choose(self.next_step) } else { controller.all() };
         let Some((lens, hoped)) = chosen else { return false };
         self.hoped = self.hoped.max(hoped);
-        if !self.in_flight.is_empty() {
+        if !self.in_flight.is_empty() && !on_device {
             return true;
         }
         let mut lens = lens.iter();
@@ -50,6 +55,16 @@ impl Scheduler {
         false
     }
 
+    /// Step `step_id`, which is in flight, spent so long on making drafts: the controller holds that
+    /// against them. Of another step nothing is noted.
+    pub fn note_drafting(&mut self, step_id: u64, seconds: f64) {
+        if let Some(step) = self.in_flight.iter_mut().find(|step| step.id == step_id) {
+            step.draft_seconds = seconds.max(0.0);
+            self.stats.draft_nanoseconds += (step.draft_seconds * 1e9) as u64;
+            self.stats.draft_passes += if seconds > 0.0 { u64::from(step.most_drafts()) } else { 0 };
+        }
+    }
+
     /// The sequence has `count` new tokens, and goes on: what comes next is foretold.
     pub(super) fn foretell(&mut self, number: u32, count: usize) {
         let Some(speculator) = &self.speculator else { return };
@@ -57,12 +72,17 @@ impl Scheduler {
         if !sequence.decoding {
             return;
         }
+        let reads_text = !speculator.config.method.is_on_device();
         if let Some(drafter) = &mut sequence.drafter {
-            drafter.follow(&sequence.outputs[sequence.outputs.len() - count..]);
+            if reads_text {
+                drafter.follow(&sequence.outputs[sequence.outputs.len() - count..]);
+            }
         } else {
             let drafter = sequence.drafter.insert(Box::new(speculator.new_drafter(sequence.root)));
-            drafter.read(&sequence.prompt);
-            drafter.read(&sequence.outputs);
+            if reads_text {
+                drafter.read(&sequence.prompt);
+                drafter.read(&sequence.outputs);
+            }
         }
         if let Some(drafter) = &mut sequence.drafter {
             speculator.foretell(drafter);
@@ -71,6 +91,11 @@ impl Scheduler {
 
     /// A decode row has been committed: so many of its drafts were right, and became output.
     pub(super) fn count_drafts(&mut self, number: u32, num_drafts: u32, num_accepted: u32) {
+        if self.speculator.as_ref().is_some_and(|speculator| speculator.config.method.is_on_device()) {
+            if let Some(drafter) = &mut self.sequences[number].drafter {
+                drafter.tested(num_drafts, num_accepted);
+            }
+        }
         if num_drafts == 0 {
             return;
         }
@@ -94,7 +119,10 @@ impl Scheduler {
         if let (Some(speculator), true) = (&mut self.speculator, step.decode_tokens > 0) {
             let began = self.busy_since.unwrap_or(step.planned_at);
             let is_plain = step.decode_tokens == step.rows.len() as u32 && step.hoped == 0.0;
-            speculator.controller.measured(step.decode_tokens, !is_plain, self.now - began, step.id);
+            let seconds = self.now - began;
+            let drafting = step.draft_seconds.min(seconds);
+            speculator.controller.measured(step.decode_tokens, !is_plain, seconds - drafting, step.id);
+            speculator.controller.drafted(step.rows.len() as u32, step.most_drafts(), drafting, step.id);
             speculator.controller.came_to(step.hoped, accepted);
         }
         self.busy_since = (!self.running.is_empty()).then_some(self.now);

@@ -269,6 +269,7 @@ impl Scheduler {
         step.id = info.step_id;
         step.planned_at = self.now;
         step.hoped = std::mem::take(&mut self.hoped);
+        step.draft_seconds = 0.0;
         step.decode_tokens = if planned.prefills.is_empty() { planned.num_decode_tokens } else { 0 };
         step.failed = false;
         step.rows.clear();

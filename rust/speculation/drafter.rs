@@ -9,8 +9,11 @@ use crate::config::{Speculation, SpeculationMethod};
 const PRIOR_TESTS: f32 = 2.0;
 /// The part of the drafts that is believed to be right then.
 const PRIOR_HITS: f32 = 0.5;
-/// What an old test still counts after one more.
+/// What an old test still counts after one more, and after a step in which nothing was tested.
 const MEMORY: f32 = 0.95;
+const MEMORY_IDLE: f32 = 0.995;
+/// Stands in a plan for a draft that the device makes.
+const MADE_LATER: u32 = 0;
 
 /// Foretells one sequence's tokens, and keeps count of how often it is right, whether or not
 /// anybody has the drafts verified: so it is known at no cost what drafting would gain.
@@ -59,6 +62,19 @@ impl Drafter {
         self.history.extend(tokens);
     }
 
+    /// The device has drafted `drafted` tokens of its own, of which the first `accepted` were right.
+    /// Without any, what was found earlier is believed a little less: times change.
+    pub fn tested(&mut self, drafted: u32, accepted: u32) {
+        if drafted == 0 {
+            self.hits *= MEMORY_IDLE;
+            self.tests *= MEMORY_IDLE;
+        }
+        for place in 0..drafted.min(accepted + 1) {
+            self.hits = self.hits * MEMORY + f32::from(u8::from(place < accepted));
+            self.tests = self.tests * MEMORY + 1.0;
+        }
+    }
+
     /// Foretells the next tokens, at most `most`.
     pub fn foretell(&mut self, config: &Speculation, most: usize, store: &Store) {
         self.foretold.clear();
@@ -66,6 +82,10 @@ impl Drafter {
         match config.method {
             SpeculationMethod::Ngram => self.copy(config, most),
             SpeculationMethod::Suffix => self.vote(config, most, store),
+            SpeculationMethod::Model => {
+                self.foretold.resize(most, MADE_LATER);
+                self.sure.resize(most, 1.0);
+            }
         }
     }
 
@@ -167,6 +187,28 @@ mod tests {
         let sure = Speculation { min_token_prob: 0.7, ..config };
         assert_eq!(foretold(&sure, 8, &[9, 1, 2], &outputs), Vec::<u32>::new());
         assert_eq!(foretold(&sure, 8, &[1, 2, 3, 4, 0, 1, 2, 3], &[]), [4, 0, 1]);
+    }
+
+    #[test]
+    fn learns_what_the_device_drafts_and_forgets_it() {
+        let config = Speculation { method: SpeculationMethod::Model, ..Speculation::default() };
+        let mut drafter = Drafter::new(&config, 0);
+        drafter.foretell(&config, 3, &Store::new(2, 0));
+        let chance = |drafter: &Drafter| drafter.chances(9).next().expect("as many as may be");
+        assert_eq!((drafter.chances(9).count(), drafter.foretold(3)), (3, [MADE_LATER; 3].as_slice()));
+        assert!((chance(&drafter) - PRIOR_HITS).abs() < 1e-6);
+        for _ in 0..50 {
+            drafter.tested(3, 3);
+        }
+        assert!(chance(&drafter) > 0.9);
+        for _ in 0..100 {
+            drafter.tested(3, 0);
+        }
+        assert!(chance(&drafter) < 0.1);
+        for _ in 0..1000 {
+            drafter.tested(0, 0);
+        }
+        assert!(chance(&drafter) > 0.4);
     }
 
     #[test]

@@ -73,11 +73,13 @@ impl StepTimes {
     }
 }
 
-/// One sequence's drafts.
+/// One draft of a sequence.
 #[derive(Debug, Clone, Copy)]
 struct Draft {
     /// The chance that it and all before it are right.
     chance: f32,
+    /// Its place among them, from 1.
+    place: u32,
     /// The sequence's place among those of the step.
     row: u32,
 }
@@ -88,6 +90,8 @@ pub(crate) struct Controller {
     /// Of steps of decodes only, without and with drafts.
     plain: StepTimes,
     drafting: StepTimes,
+    /// Of the passes of a model that drafts, by their rows. What they take is in neither of the above.
+    passes: StepTimes,
     /// Accepted drafts that were expected, and those that there were; old ones count less.
     hoped: f64,
     got: f64,
@@ -101,6 +105,7 @@ impl Controller {
         Self {
             plain: StepTimes::new(),
             drafting: StepTimes::new(),
+            passes: StepTimes::new(),
             hoped: 0.0,
             got: 0.0,
             drafts: Vec::new(),
@@ -108,11 +113,19 @@ impl Controller {
         }
     }
 
-    /// A step of decodes only has taken so long.
+    /// A step of decodes only has taken so long, without what a model has taken to draft.
     pub fn measured(&mut self, tokens: u32, has_drafts: bool, seconds: f64, step: u64) {
         if seconds > 0.0 {
             let times = if has_drafts { &mut self.drafting } else { &mut self.plain };
             times.add(tokens, seconds, step);
+        }
+    }
+
+    /// A model has drafted for a step of `rows` rows, one token a row and pass: `passes` of them took
+    /// `seconds`.
+    pub fn drafted(&mut self, rows: u32, passes: u32, seconds: f64, step: u64) {
+        if passes > 0 && seconds > 0.0 {
+            self.passes.add(rows, seconds / f64::from(passes), step);
         }
     }
 
@@ -135,7 +148,7 @@ impl Controller {
         let row = self.lens.len() as u32;
         self.lens.push(0);
         let likely = chances.take_while(|chance| *chance >= LEAST_CHANCE);
-        self.drafts.extend(likely.map(|chance| Draft { chance, row }));
+        self.drafts.extend((1..).zip(likely).map(|(place, chance)| Draft { chance, place, row }));
     }
 
     /// How many drafts each row that was offered should carry in step `step`, and how many of all will
@@ -150,14 +163,20 @@ impl Controller {
             return None; // a step without drafts will tell
         }
         let plain_rate = f64::from(rows) / class.seconds;
+        // Unknown, it is held to be nothing: the first drafts will tell.
+        let (below, above) = self.passes.around(rows, step);
+        let pass = below.or(above).map_or(0.0, |time| time.seconds);
         // Stable: each row's drafts stay in their order.
         self.drafts.sort_by(|left, right| right.chance.total_cmp(&left.chance));
         let fulfilled = (self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE);
         let (mut hoped, mut best, mut best_hope, mut best_rate) = (0.0, 0, 0.0, plain_rate * LEAST_GAIN);
+        let mut passes = 0;
         for (index, draft) in self.drafts.iter().enumerate() {
             hoped += f64::from(draft.chance);
+            passes = passes.max(draft.place);
             let tokens = f64::from(rows) + hoped * fulfilled;
-            let rate = tokens / self.expected(rows, rows + index as u32 + 1, class, step);
+            let drafting = f64::from(passes) * pass;
+            let rate = tokens / (drafting + self.expected(rows, rows + index as u32 + 1, class, step));
             if rate > best_rate {
                 (best, best_hope, best_rate) = (index + 1, hoped, rate);
             }
@@ -206,9 +225,10 @@ mod tests {
         assert_eq!((classes[7], classes[8], classes[9], classes[15]), (7, 8, 9, 12));
     }
 
-    /// Steps of a device that takes `seconds(tokens)`, with drafts of one chance on every row: the
-    /// tokens a second in the end, as a part of those without drafts.
-    fn speed_up(rows: u32, chance: f32, most: u32, seconds: impl Fn(u32) -> f64) -> f64 {
+    /// Steps of a device that takes `seconds(tokens)` and `pass` for each pass of a model that drafts,
+    /// with drafts of one chance on every row: the tokens a second in the end, as a part of those
+    /// without drafts.
+    fn speed_up(rows: u32, chance: f32, most: u32, pass: f64, seconds: impl Fn(u32) -> f64) -> f64 {
         let mut controller = Controller::new();
         let (mut tokens, mut time) = (0.0, 0.0);
         for step in 1..=4000 {
@@ -219,7 +239,9 @@ mod tests {
             let lens = controller.choose(step).map_or(vec![0; rows as usize], |(lens, _)| lens.to_vec());
             let count = rows + lens.iter().sum::<u32>();
             controller.measured(count, count > rows, seconds(count), step);
-            time += seconds(count);
+            let passes = lens.iter().copied().max().unwrap_or(0);
+            controller.drafted(rows, passes, f64::from(passes) * pass, step);
+            time += seconds(count) + f64::from(passes) * pass;
             let accepted = |len: u32| (1..=len).map(|place| f64::from(chance.powi(place as i32))).sum::<f64>();
             tokens += lens.iter().map(|len| 1.0 + accepted(*len)).sum::<f64>();
         }
@@ -233,14 +255,31 @@ mod tests {
         for rows in [1, 8, 64] {
             for chance in [0.02, 0.2, 0.5, 0.8, 0.97] {
                 for (name, seconds) in [("gpu", &gpu as &dyn Fn(u32) -> f64), ("cpu", &cpu)] {
-                    let gain = speed_up(rows, chance, 7, seconds);
+                    let gain = speed_up(rows, chance, 7, 0.0, seconds);
                     assert!(gain > 0.98, "{name}: {rows} rows at {chance}: {gain}");
                 }
             }
         }
-        assert!(speed_up(1, 0.9, 7, gpu) > 4.0);
-        assert!(speed_up(1, 0.9, 7, cpu) > 2.0);
-        assert!(speed_up(64, 0.9, 7, cpu) > 0.99);
+        assert!(speed_up(1, 0.9, 7, 0.0, gpu) > 4.0);
+        assert!(speed_up(1, 0.9, 7, 0.0, cpu) > 2.0);
+        assert!(speed_up(64, 0.9, 7, 0.0, cpu) > 0.99);
+    }
+
+    /// The second is a 7B in 4 bits beside itself in 16, on one H100.
+    #[test]
+    fn passes_of_a_model_are_weighed() {
+        let gpu = |tokens: u32| 4.8e-3 + f64::from(tokens.saturating_sub(64)) * 2e-5;
+        for pass in [0.3e-3, 2.24e-3, 4e-3, 9e-3] {
+            for chance in [0.02, 0.5, 0.9] {
+                for rows in [1, 32] {
+                    let gain = speed_up(rows, chance, 5, pass, gpu);
+                    assert!(gain > 0.98, "passes of {pass} s: {rows} rows at {chance}: {gain}");
+                }
+            }
+        }
+        assert!(speed_up(1, 0.9, 5, 0.3e-3, gpu) > 3.0);
+        assert!(speed_up(1, 0.7, 5, 2.24e-3, gpu) > 1.1);
+        assert!(speed_up(1, 0.9, 5, 2.24e-3, gpu) > 1.4);
     }
 
     #[test]

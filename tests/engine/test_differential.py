@@ -134,12 +134,18 @@ class World:
     family: Family
     seed: int
     kv_dtype: str
+    drafts_by: str | None = None
     seen: Counter[str] = field(default_factory=Counter)
     asked: list[Asked] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.rng = rng = random.Random(f"{self.family.folder.name}/{self.seed}")
         self.block_size = rng.choice([8, 16])
+        speculation = None
+        if self.drafts_by is not None:
+            speculation = {"method": self.drafts_by, "num_speculative_tokens": rng.randint(1, 4), "adaptive": False}
+        if self.drafts_by == "draft_model":  # the model itself, so that whoever misses a token to attend to shows
+            speculation["model"] = str(self.family.folder)
         self.engine = self.engine_of_few_blocks(
             EngineConfig(
                 model=str(self.family.folder),
@@ -153,6 +159,7 @@ class World:
                 max_num_batched_tokens=rng.choice([8, 13, 32, 64]),
                 enable_prefix_caching=rng.random() < 0.8,
                 scheduling_policy=rng.choice(["fcfs", "priority"]),
+                speculative_config=speculation,
             )
         )
         self.engine._overlap = rng.random() < 0.5  # a CPU has run a step when it is launched: both modes are allowed
@@ -169,6 +176,7 @@ class World:
         least = 2 * enough if self.seed % 2 else max(2, enough // 4)
         for blocks in range(least, 2 * enough + 1):
             memory = blocks * self.block_size * self.family.bytes_per_slot(self.kv_dtype)
+            memory *= 2 if self.drafts_by == "draft_model" else 1
             try:
                 return Engine.from_config(dataclasses.replace(config, kv_cache_memory=memory))
             except ValueError as error:
@@ -296,6 +304,8 @@ class World:
         assert (stats["kv_blocks_used"], stats["kv_blocks_held"], stats["steps_in_flight"]) == (0, 0, 0)
         self.engine.core.check_integrity()
         self.seen["preemptions"] += int(stats["num_preemptions"])
+        self.seen["drafts"] += int(stats["spec_decode_num_draft_tokens"])
+        self.seen["accepted drafts"] += int(stats["spec_decode_num_accepted_tokens"])
 
 
 def records(words: np.ndarray, byte_offset: int, count: int, width: int) -> np.ndarray:
@@ -303,11 +313,11 @@ def records(words: np.ndarray, byte_offset: int, count: int, width: int) -> np.n
     return words[byte_offset // 4 :][: count * width].reshape(count, width)
 
 
-def run_worlds(family: Family, kv_dtype: str, rounds: int) -> Counter[str]:
+def run_worlds(family: Family, kv_dtype: str, rounds: int, drafts_by: str | None = None) -> Counter[str]:
     """What happened in so many worlds, in which nothing changed a token."""
     seen: Counter[str] = Counter()
     for seed in range(FIRST_SEED, FIRST_SEED + rounds):
-        world = World(family, seed, kv_dtype)
+        world = World(family, seed, kv_dtype, drafts_by)
         try:
             world.run()
             world.check()
@@ -335,3 +345,14 @@ def test_no_world_changes_a_token_over_pages_of_fewer_bits(family: Family, kv_dt
         pytest.skip("one type of pages a family, unless OCTAVO_TEST_ROUNDS asks for more")
     seen = run_worlds(family, kv_dtype, max(1, ROUNDS // 6))
     assert seen["poisoned blocks"] > 0
+
+
+@pytest.mark.parametrize("method", ["draft_model", "self"])
+def test_no_world_changes_a_token_where_a_model_drafts(family: Family, method: str) -> None:
+    """And a draft model that is the target drafts what the target draws: its keys and values are all
+    there, whatever happened to their blocks.
+    """
+    seen = run_worlds(family, "auto", max(2, ROUNDS // 2), method)
+    assert seen["drafts"] > 30
+    if method == "draft_model":
+        assert seen["accepted drafts"] > 0.95 * seen["drafts"]

@@ -38,10 +38,18 @@ def plain() -> Iterator[LLM]:
         yield llm
 
 
-@pytest.fixture(scope="module", params=["ngram", "suffix"])
+METHODS: dict[str, dict[str, Any]] = {
+    "ngram": {"prompt_lookup_min": 1, "prompt_lookup_max": 4},
+    "suffix": {"prompt_lookup_min": 1, "prompt_lookup_max": 4},
+    "draft_model": {"model": "tiny", "quantization": "int4"},
+    "self": {},
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
 def drafting(request: pytest.FixtureRequest) -> Iterator[LLM]:
-    speculation = {"method": request.param, "num_speculative_tokens": 5, "prompt_lookup_min": 1, "adaptive": False}
-    with LLM(**OPTIONS, speculative_config=speculation | {"prompt_lookup_max": 4}) as llm:
+    speculation = {"method": request.param, "num_speculative_tokens": 5, "adaptive": False}
+    with LLM(**OPTIONS, speculative_config=speculation | METHODS[request.param]) as llm:
         yield llm
 
 
@@ -87,10 +95,17 @@ def test_drafts_save_steps_and_are_counted(plain: LLM, drafting: LLM) -> None:
     [
         ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens = 0"),
         ({"method": "ngram", "num_speculative_tokens": 100}, "num_speculative_tokens = 100: must be an integer from 1"),
-        ({"method": "ngarm"}, "method = 'ngarm': must be one of ngram, suffix"),
+        ({"method": "ngarm"}, "method = 'ngarm': must be one of ngram, suffix, draft_model, self"),
         ({"num_speculative_tokens": 3}, "method is missing"),
         ({"method": "eagle3", "model": "x"}, "method = 'eagle3'"),
-        ({"model": "some/draft"}, "method = 'draft_model'"),
+        ({"method": "draft_model"}, "model = None"),
+        ({"method": "draft_model", "model": 7}, "model = 7"),
+        ({"method": "draft_model", "model": "x", "num_speculative_tokens": 0}, "num_speculative_tokens = 0"),
+        ({"method": "draft_model", "model": "x", "num_speculative_tokens": 100}, "num_speculative_tokens = 100"),
+        ({"method": "draft_model", "model": "x", "quantization": "int3"}, "quantization = 'int3'"),
+        ({"method": "self", "model": "x"}, "model = 'x': method = 'self' needs no model"),
+        ({"method": "self", "quantization": "gptq"}, "quantization = 'gptq': must be one of fp8, int8, int4"),
+        ({"method": "ngram", "quantization": "int4"}, "quantization = 'int4'"),
         ({"method": "ngram", "model": "some/draft"}, "model = 'some/draft'"),
         ({"method": "ngram", "prompt_lookup_mx": 3}, "did you mean prompt_lookup_max"),
         ({"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 4}, "prompt_lookup_max = 4"),
@@ -112,5 +127,11 @@ def test_short_forms_and_one_of_two_lengths() -> None:
     assert config is not None and (config.prompt_lookup_min, config.prompt_lookup_max) == (4, 4)
     with pytest.raises(ValueError, match="spec_tokens = 3: needs spec_method"):
         EngineConfig(spec_tokens=3)
+    config = EngineConfig(spec_model="some/draft", spec_tokens=2).speculation
+    assert config is not None and (config.method, config.model, config.num_speculative_tokens) == (
+        "draft_model",
+        "some/draft",
+        2,
+    )
     with pytest.raises(ValueError, match="spec_method = 'ngram': speculative_config says it already"):
         EngineConfig(spec_method="ngram", speculative_config={"method": "suffix"})

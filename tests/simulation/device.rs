@@ -19,6 +19,7 @@ use crate::model::{
 };
 use crate::packed::{ensure, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 const STATUS_OK: u32 = 0;
 const STATUS_NAN: u32 = 1;
@@ -27,6 +28,11 @@ const STATUS_NOT_SAMPLED: u32 = 3;
 
 /// A table entry that the slot's present request was never given.
 const UNSET: u32 = u32::MAX;
+/// Whose keys and values: an index of `pools`.
+const TARGET: usize = 0;
+const DRAFT: usize = 1;
+/// The model that drafts says something else than the target would once in so many drafts.
+const DRAFTS_A_SLIP: u64 = 6;
 /// Several requests touched the block in this step.
 const MANY: u64 = u64::MAX;
 
@@ -85,8 +91,8 @@ struct Slot {
 pub struct Device {
     shape: Shape,
     /// `[num_blocks * block_size]`; a block belongs to one group at a time, so one word a slot
-    /// serves all groups.
-    pool: Vec<u64>,
+    /// serves all groups. The target's, and where a model drafts, that model's beside it.
+    pools: Vec<Vec<u64>>,
     written: Vec<Touch>,
     read: Vec<Touch>,
     slots: Vec<Slot>,
@@ -137,7 +143,7 @@ impl Device {
             .collect();
         let num_blocks = shape.num_blocks as usize;
         let mut device = Device {
-            pool: vec![0; num_blocks * shape.block_size as usize],
+            pools: vec![vec![0; num_blocks * shape.block_size as usize]; 1 + usize::from(shape.drafts_itself)],
             written: vec![Touch::default(); num_blocks],
             read: vec![Touch::default(); num_blocks],
             slots,
@@ -158,8 +164,10 @@ impl Device {
     fn poison(&mut self, block: u32) {
         let (start, len) = (self.first_slot(block), self.shape.block_size as usize);
         for slot in start..start + len {
-            self.noise = mix2(self.noise, slot as u64);
-            self.pool[slot] = self.noise;
+            for pool in &mut self.pools {
+                self.noise = mix2(self.noise, slot as u64);
+                pool[slot] = self.noise;
+            }
         }
     }
 
@@ -252,7 +260,9 @@ impl Device {
                 ensure!(block > 0 && block < self.shape.num_blocks, "S12: copy names block {block}");
             }
             let (source, target) = (self.first_slot(pair[0]), self.first_slot(pair[1]));
-            self.pool.copy_within(source..source + self.shape.block_size as usize, target);
+            for pool in &mut self.pools {
+                pool.copy_within(source..source + self.shape.block_size as usize, target);
+            }
         }
         Ok(())
     }
@@ -356,11 +366,15 @@ impl Device {
         let bound = view.header.max_seq_len;
         ensure!(end <= bound, "slot {slot}: {end} tokens over the plan's max_seq_len {bound}");
 
-        let tokens = self.row_tokens(view, index, row)?;
+        let (proposed, num_right) = if self.shape.drafts_itself { self.propose(row)? } else { (Vec::new(), 0) };
+        let tokens = self.row_tokens(view, index, row, &proposed)?;
         let mut states = Vec::with_capacity(tokens.len());
         for (position, &token) in (start..).zip(&tokens) {
             ensure!(token < self.shape.vocab_size, "S12: slot {slot}: token {token} at position {position}");
-            states.push(self.run_token(slot, token, position, faults.lost)?);
+            states.push(self.run_token(TARGET, slot, token, position, faults.lost)?);
+            if self.shape.drafts_itself {
+                self.run_token(DRAFT, slot, token, position, faults.lost)?;
+            }
         }
 
         self.states.extend_from_slice(&states);
@@ -372,6 +386,15 @@ impl Device {
         } else {
             self.draw(view, row, &tokens, &states, masks)?
         };
+        // The twin knows neither bias nor penalties.
+        let is_plain = row.bias_len == 0 && row.flags & PENALTIES == 0 && !self.slots[slot].is_doomed;
+        if row.num_drafts > 0 && self.shape.drafts_itself && is_plain && drawn.status == STATUS_OK {
+            let accepted = drawn.tokens.len() - 1;
+            ensure!(
+                accepted == num_right,
+                "slot {slot}: {accepted} drafts are right, of a twin whose first {num_right} are"
+            );
+        }
         let state = &mut self.slots[slot];
         state.is_doomed |= is_nan || faults.lost || drawn.status == STATUS_ALL_MASKED && drawn.tokens.is_empty();
         state.computed_len += if row.flags & PREFILL != 0 { row.query_len } else { drawn.tokens.len() as u32 };
@@ -383,24 +406,64 @@ impl Device {
     }
 
     /// Token ids of a row: from the plan for a prefill, from the slot and the drafts for a decode.
-    fn row_tokens(&self, view: &View, index: usize, row: &Row) -> Result<Vec<u32>, Violation> {
+    /// proposed: stands for those of the plan where a model on the device drafts.
+    fn row_tokens(&self, view: &View, index: usize, row: &Row, proposed: &[u32]) -> Result<Vec<u32>, Violation> {
         if row.flags & PREFILL != 0 {
             let start = (row.query_start - view.header.num_decode_tokens) as usize;
             return Ok(view.prefill_tokens[start..start + row.query_len as usize].to_vec());
         }
         let mut tokens = vec![self.slots[row.slot as usize].last_token];
-        tokens.extend_from_slice(view.drafts_of(index, row)?);
+        let places = view.drafts_of(index, row)?;
+        if self.shape.drafts_itself {
+            ensure!(places.iter().all(|&token| token == 0), "row {index}: drafts of the core's own");
+            tokens.extend_from_slice(proposed);
+        } else {
+            tokens.extend_from_slice(places);
+        }
         Ok(tokens)
+    }
+
+    /// The model that drafts for a row: a twin of the target over keys and values of its own, which
+    /// says something else now and then. Its drafts, and how many before the first such slip: that many
+    /// are right, if it has followed every token that the target has computed.
+    fn propose(&mut self, row: &Row) -> Result<(Vec<u32>, usize), Violation> {
+        let slot = row.slot as usize;
+        let start = self.slots[slot].computed_len;
+        let (mut token, mut num_right, mut slipped) = (self.slots[slot].last_token, 0, false);
+        let mut drafts = Vec::new();
+        for place in 0..row.num_drafts {
+            let state = self.run_token(DRAFT, slot, token, start + place, false)?;
+            let own = &self.slots[slot];
+            let (sampling, output_index) = (&own.sampling, own.output_index + place);
+            let logits = Logits { state, extras: 0, sampling, output_index, vocab_size: self.shape.vocab_size };
+            token = logits.draw(|_| false).unwrap_or(0);
+            self.noise = mix2(self.noise, u64::from(token));
+            if self.noise.is_multiple_of(DRAFTS_A_SLIP) {
+                token = (token + 1) % self.shape.vocab_size;
+                slipped = true;
+            }
+            num_right += usize::from(!slipped);
+            drafts.push(token);
+        }
+        Ok((drafts, num_right))
     }
 
     /// Writes a token's KV slots and returns its hidden state after attention over the slots, its
     /// own included.
-    fn run_token(&mut self, slot: usize, token: u32, position: u32, is_lost: bool) -> Result<u64, Violation> {
+    fn run_token(
+        &mut self,
+        whose: usize,
+        slot: usize,
+        token: u32,
+        position: u32,
+        is_lost: bool,
+    ) -> Result<u64, Violation> {
         let num_groups = self.shape.windows.len();
         let mut sums = [0u64; 8];
         let sums = &mut sums[..num_groups];
         for (group, sum) in sums.iter_mut().enumerate() {
-            *sum = self.attend_range(slot, group, first_visible(position, self.shape.windows[group]), position)?;
+            let first = first_visible(position, self.shape.windows[group]);
+            *sum = self.attend_range(whose, slot, group, first..position)?;
         }
         let state = hidden(token, position, sums);
         for (group, sum) in sums.iter_mut().enumerate() {
@@ -409,16 +472,17 @@ impl Device {
                 self.record_write(block, self.slots[slot].occupant)?;
             }
             let target = self.first_slot(block) + (position % self.shape.block_size) as usize;
-            self.pool[target] = if is_lost { mix2(self.noise, state) } else { kv_value(state, group) };
-            *sum = attend(*sum, position, self.pool[target]);
+            let value = if is_lost { mix2(self.noise, state) } else { kv_value(state, group) };
+            self.pools[whose][target] = value;
+            *sum = attend(*sum, position, value);
         }
         Ok(hidden(0, position, sums))
     }
 
-    /// Sum of the attention reads of the positions `from..to` of a group, through the block table.
-    fn attend_range(&mut self, slot: usize, group: usize, from: u32, to: u32) -> Result<u64, Violation> {
+    /// Sum of the attention reads of some positions of a group, through the block table.
+    fn attend_range(&mut self, whose: usize, slot: usize, group: usize, range: Range<u32>) -> Result<u64, Violation> {
         let block_size = self.shape.block_size;
-        let (mut sum, mut position) = (0, from);
+        let (mut sum, mut position, to) = (0, range.start, range.end);
         while position < to {
             let block = self.block_at(slot, group, position)?;
             if !self.slots[slot].is_doomed {
@@ -427,7 +491,7 @@ impl Device {
             let end = to.min((position / block_size + 1) * block_size);
             let first = self.first_slot(block);
             for at in position..end {
-                sum = attend(sum, at, self.pool[first + (at % block_size) as usize]);
+                sum = attend(sum, at, self.pools[whose][first + (at % block_size) as usize]);
             }
             position = end;
         }

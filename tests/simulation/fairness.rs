@@ -50,6 +50,7 @@ fn largest_lead(config: CoreConfig, num_clients: usize, num_steps: u32) -> u32 {
         max_model_len: config.max_model_len,
         num_draft_tokens: 0,
         vocab_size: config.vocab_size,
+        drafts_itself: false,
     };
     let mut device = Device::new(shape, 1);
     let mut clients = Clients { served: vec![0; num_clients], idle: (0..num_clients).collect(), ..Clients::default() };

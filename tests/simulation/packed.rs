@@ -24,6 +24,8 @@ pub struct Shape {
     pub max_model_len: u32,
     pub num_draft_tokens: u32,
     pub vocab_size: u32,
+    /// A model on the device makes the drafts, of which the plan has only the places.
+    pub drafts_itself: bool,
 }
 
 impl Shape {

@@ -217,8 +217,8 @@ FAULTS = [
     Fault(
         "drafts behind a token that is still in flight",
         "rust/scheduler/draft.rs",
-        "if !self.in_flight.is_empty() {",
-        "if self.in_flight.len() > 1 {",
+        "if !self.in_flight.is_empty() && !on_device {",
+        "if self.in_flight.len() > 1 && !on_device {",
     ),
     Fault(
         "a stop token that min_tokens should have banned",

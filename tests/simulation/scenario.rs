@@ -325,12 +325,16 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
     CoreConfig { draft_graphs, prefill_graphs, ..config }
 }
 
-/// Half of the worlds with drafts have the core foretell them. Its text has no order, so most are
-/// wrong; those of the other worlds are mostly right.
+/// Half of the worlds with drafts have the core foretell them, or a model on the device in one of four
+/// of these. The core's text has no order, so most of its drafts are wrong; the others are mostly right.
 fn speculation(config: &CoreConfig) -> Option<Speculation> {
     let draw = config.seed;
     (config.num_draft_tokens > 0 && draw & 1 == 1).then(|| Speculation {
-        method: if draw & 2 == 0 { SpeculationMethod::Ngram } else { SpeculationMethod::Suffix },
+        method: match (draw & 2, draw >> 21 & 3) {
+            (_, 0) => SpeculationMethod::Model,
+            (0, _) => SpeculationMethod::Ngram,
+            _ => SpeculationMethod::Suffix,
+        },
         lookup_min: 1,
         lookup_max: 1 + (draw >> 2) as u32 % 4,
         max_spec_factor: 4.0,

@@ -108,6 +108,7 @@ impl World {
             max_model_len: config.max_model_len,
             num_draft_tokens: config.num_draft_tokens,
             vocab_size: config.vocab_size,
+            drafts_itself: config.speculation.is_some_and(|speculation| speculation.method.is_on_device()),
         };
         World {
             rng: StdRng::seed_from_u64(mix(seed)),

@@ -21,7 +21,7 @@ from octavo.bench.progress import progress
 from octavo.bench.replay import Summary, replay
 from octavo.bench.workloads import Item
 from octavo.config import EngineConfig
-from octavo.speculation import METHODS, SpeculativeConfig
+from octavo.speculation import TEXT_METHODS, SpeculativeConfig
 
 OFF = "off"
 
@@ -40,10 +40,10 @@ def speculative_rows(options: argparse.Namespace, config: EngineConfig) -> list[
     """A row for each text, number of streams and method; `speed_up` is the median over the pairs."""
     from octavo.bench.commands import described, step_thread
 
-    base = dataclasses.replace(config, speculative_config=None, spec_method=None, spec_tokens=None)
+    base = dataclasses.replace(config, speculative_config=None, spec_method=None, spec_model=None, spec_tokens=None)
     given = config.speculation
     configs = {OFF: base}
-    for method in [given.method] if given else METHODS:
+    for method in [given.method] if given else TEXT_METHODS:
         asked = dataclasses.replace(given, method=method) if given else SpeculativeConfig(method)
         configs[method] = dataclasses.replace(base, speculative_config=json.dumps(dataclasses.asdict(asked)))
     rows: list[dict[str, Any]] = []

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from octavo import _core
-from octavo.config import ONLINE, EngineConfig
+from octavo.config import EngineConfig
 from octavo.engine.kv_layout import DTYPES
 from octavo.kernels.attention.kv_block import FORMAT_NAMES
 from octavo.layers.embedding import Embedding
@@ -27,6 +27,7 @@ from octavo.model_config import ModelConfig
 from octavo.models.alone import run_alone
 from octavo.models.decoder import DecoderLayer
 from octavo.models.registry import Model
+from octavo.quantizations import ONLINE
 from octavo.texts import EVALUATION, read_text
 
 NUM_TOKENS = {"cuda": 256, "cpu": 128}

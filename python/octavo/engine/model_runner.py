@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
+from octavo.engine.drafting import DraftModel, FollowedModel, Proposer, share_groups
 from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_context
 from octavo.engine.kv_layout import KvLayout
 from octavo.engine.step_buffers import DeviceState, MaskBuffer, Step, StepInputs
 from octavo.kernels import ops
 from octavo.kernels.step.plan_format import PAIR_WORDS, POOL_WORDS, TARGET_PLACE, Plan
+from octavo.models.registry import Model
 from octavo.weights.load import LoadedModel
 
 TARGETS_AT_ONCE = 128
@@ -39,7 +41,12 @@ class ModelRunner:
         max_model_len: int,
         num_draft_tokens: int,
         graph_sizes: GraphSizes,
+        draft: DraftModel | None = None,
+        draft_kv_dtype: torch.dtype | None = None,
     ) -> None:
+        """draft: makes the drafts on the device; without, they are in the plans. draft_kv_dtype: of its
+        own pages, where it has any.
+        """
         self.model = loaded.model
         self.device = device
         self.vocab_size = loaded.config.vocab_size
@@ -49,6 +56,11 @@ class ModelRunner:
         self.max_decode_len = 1 + num_draft_tokens
         self.graph_sizes = graph_sizes
         self.kv_layout, block_size = kv_layout, kv_layout.block_size
+        self.draft_layout: KvLayout | None = None
+        if draft is not None and not draft.shares_pages:
+            share_groups(draft.model, loaded.model.kv_groups)
+            assert draft_kv_dtype is not None
+            self.draft_layout = KvLayout.of(draft.model, block_size=block_size, dtype=draft_kv_dtype)
         # Room for rejected drafts, which may lie past the longest sequence.
         max_blocks = -(-(max_model_len + num_draft_tokens) // block_size)
         self.state = DeviceState(
@@ -72,16 +84,45 @@ class ModelRunner:
         """
         self.masks = MaskBuffer(self.vocab_size, device)
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
+        self.proposer: Proposer | None = None
+        self.body: Model | FollowedModel = self.model  # what runs over a step's tokens
+        if draft is not None:
+            if not draft.shares_pages:
+                self.body = FollowedModel(self.model, draft.model)
+            self.proposer = Proposer(
+                draft,
+                self.state,
+                self.inputs,
+                max_num_seqs=max_num_seqs,
+                num_groups=self.kv_layout.num_groups,
+                block_size=block_size,
+                num_draft_tokens=num_draft_tokens,
+                max_model_len=max_model_len,
+                uses_graphs=bool(graph_sizes.decodes),
+                device=device,
+            )
         self.graphs = StepGraphs(
-            self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
+            self.body, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
         )
 
     # ---- memory ----------------------------------------------------------------------------------
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: those of the target's layers, and of the draft model's beside them."""
+        return self.kv_layout.block_bytes + (self.draft_layout.block_bytes if self.draft_layout else 0)
+
     def allocate_kv(self, num_blocks: int) -> None:
         """Allocates the pool, block 0 (the null block) included, and hands each layer its pages."""
         self.kv_caches = self.kv_layout.allocate(num_blocks, self.device)
-        self.model.bind_kv_caches(self.kv_layout.pages(self.kv_caches))
+        pages = self.kv_layout.pages(self.kv_caches)
+        self.model.bind_kv_caches(pages)
+        if self.draft_layout is not None:
+            caches = self.draft_layout.allocate(num_blocks, self.device)
+            pages = self.draft_layout.pages(caches)
+            self.kv_caches += caches
+        if self.proposer is not None:
+            self.proposer.draft.model.bind_kv_caches(pages)
 
     @torch.inference_mode()
     def profile_peak_bytes(self) -> int:
@@ -106,7 +147,7 @@ class ModelRunner:
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
         )
-        hidden = all_hidden_states(self.model, self.inputs, context)
+        hidden = all_hidden_states(self.body, self.inputs, context)
         logits = self.model.compute_logits(hidden[:TARGETS_AT_ONCE])
         ops.sample_peak_rehearsal(logits)
         del logits
@@ -135,6 +176,10 @@ class ModelRunner:
             words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
             ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
         ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
+        if self.proposer is not None and plan.num_drafts:
+            step.buffers.drafting.start()
+            self.proposer.propose(plan, plan_device)
+            step.buffers.drafting.stop()
         hidden, everything = self.forward(plan)
         step.logits = self.model.compute_logits(hidden)
         if plan.num_prompt_targets:
@@ -169,7 +214,7 @@ class ModelRunner:
             max_query_len=plan.max_query_len,
             max_seq_len=plan.max_seq_len,
         )
-        everything = all_hidden_states(self.model, self.inputs, context)
+        everything = all_hidden_states(self.body, self.inputs, context)
         hidden = sampled(everything, self.inputs, context)
         return hidden, everything if plan.needs_all_hidden else hidden
 
@@ -203,6 +248,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self) -> None:
-        """Captures one CUDA graph for each of `graph_sizes`' shapes."""
+        """Captures one CUDA graph for each of `graph_sizes`' shapes, and the draft model's passes."""
         for shape in self.graph_sizes.shapes():
             self.graphs.capture(shape)
+        if self.proposer is not None:
+            self.proposer.capture()

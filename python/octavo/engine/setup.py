@@ -6,6 +6,7 @@ the largest step, on a CPU from `kv_cache_memory`.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import time
@@ -19,6 +20,7 @@ from octavo import _core
 from octavo.config import AUTO_LENGTH, EngineConfig
 from octavo.engine import host_memory
 from octavo.engine.cuda_graph import GraphSizes
+from octavo.engine.drafting import DraftModel
 from octavo.engine.gate import Gate, Verdict
 from octavo.engine.kv_layout import KvLayout, pick_kv_dtype, refuse_kv_dtype_of_device
 from octavo.engine.model_runner import ModelRunner
@@ -26,7 +28,9 @@ from octavo.engine.step_buffers import StepBuffers
 from octavo.engine.warm_up import rehearse_layers, warm_up
 from octavo.model_config import ModelConfig
 from octavo.pooling import Embeddings
-from octavo.weights.load import load_model
+from octavo.speculation import SELF
+from octavo.weights.draft import load_draft
+from octavo.weights.load import LoadedModel, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +120,6 @@ def build_engine(config: EngineConfig) -> EngineParts:
     gate = Gate(config, device) if Gate.is_for(config) else None
     loaded = load_model(config, device=device, check=refuse_early, judge=gate)
     verdict = None if gate is None else gate.conclude(loaded.model)
-    load_seconds = time.monotonic() - started
     max_model_len = pick_max_model_len(config, loaded.config)
     config = config.for_device(kind, max_model_len)
     max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
@@ -133,6 +136,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
             list(config.cudagraph_capture_sizes),
             num_draft_tokens=config.num_draft_tokens,
         )
+    draft = draft_model(config, loaded, max_model_len, device)
+    load_seconds = time.monotonic() - started
     runner = ModelRunner(
         loaded,
         device=device,
@@ -148,9 +153,11 @@ def build_engine(config: EngineConfig) -> EngineParts:
         max_model_len=max_model_len,
         num_draft_tokens=config.num_draft_tokens,
         graph_sizes=graph_sizes,
+        draft=draft,
+        draft_kv_dtype=pick_draft_kv_dtype(config, draft, device) if draft else None,
     )
-    weight_bytes = loaded.model.weight_bytes()
-    num_graphs = len(graph_sizes.shapes())
+    weight_bytes = loaded.model.weight_bytes() + (draft.weight_bytes if draft else 0)
+    num_graphs = len(graph_sizes.shapes()) + (len(runner.proposer.shapes()) if runner.proposer else 0)
     num_blocks = pick_num_blocks(config, runner, graphs=num_graphs)
     core_options: dict[str, Any] = dict(
         num_blocks=num_blocks,
@@ -183,7 +190,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     core = _core.EngineCore(max_model_len=max_model_len, **core_options)
     if core.longest_request < max_model_len:
         if config.max_model_len != AUTO_LENGTH:
-            gib = num_blocks * runner.kv_layout.block_bytes / 2**30
+            gib = num_blocks * runner.block_bytes / 2**30
             raise ValueError(
                 f"kv cache: {gib:.2f} GiB ({num_blocks - 1} blocks) hold at most "
                 f"{core.longest_request} tokens of one request, but max_model_len = {max_model_len}: "
@@ -199,6 +206,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     if device.type == "cuda":
         logger.info("preparing the kernels (the first start on a machine compiles them, about half a minute)")
         rehearse_layers(loaded.model)
+        if draft is not None:
+            rehearse_layers(draft.model)
         runner.capture_graphs()
         warm_up(runner, buffers[0], core_options | {"max_model_len": max_model_len})
     kv_tokens = (num_blocks - 1) * block_size // runner.kv_layout.num_groups
@@ -210,13 +219,13 @@ def build_engine(config: EngineConfig) -> EngineParts:
         dtype_reason=loaded.dtype_reason,
         weight_bytes=weight_bytes,
         kv_dtype=runner.kv_layout.dtype_name,
-        kv_bytes=num_blocks * runner.kv_layout.block_bytes,
+        kv_bytes=num_blocks * runner.block_bytes,
         num_blocks=num_blocks,
         block_size=block_size,
         kv_tokens=kv_tokens,
         max_concurrency=kv_tokens / max_model_len,
         kernels=f"triton, {num_graphs} CUDA graphs" if device.type == "cuda" else "torch",
-        speculation=config.speculation.line() if config.speculation else "",
+        speculation=describe_speculation(config, runner, num_blocks),
         sampling=describe_defaults(loaded.generation_defaults) if loaded.generates else "",
         embeddings=loaded.embeddings.line() if loaded.embeddings else "",
         verdict=verdict,
@@ -241,6 +250,43 @@ def build_engine(config: EngineConfig) -> EngineParts:
         generates=loaded.generates,
         report=report,
     )
+
+
+def draft_model(
+    config: EngineConfig, target: LoadedModel, max_model_len: int, device: torch.device
+) -> DraftModel | None:
+    """What drafts for `target` on the device, where `config` asks for such a method."""
+    speculation = config.speculation
+    if speculation is None or not speculation.drafts_by_model:
+        return None
+    loaded = load_draft(dataclasses.replace(config, max_model_len=max_model_len), speculation, target, device)
+    shares_pages = speculation.method == SELF
+    held = loaded.model.weight_bytes()
+    if shares_pages:
+        held -= sum(layer.own_bytes() for layer in (loaded.model.embedding, *loaded.model.head.layers()))
+    return DraftModel(loaded.model, loaded.dtype, shares_pages, held)
+
+
+def pick_draft_kv_dtype(config: EngineConfig, draft: DraftModel, device: torch.device) -> torch.dtype:
+    """The dtype of a draft model's pages. Raises ValueError that names the key."""
+    try:
+        return pick_kv_dtype(
+            config.kv_cache_dtype, model_dtype=draft.dtype, head_dim=draft.model.config.head_dim, device=device
+        )
+    except ValueError as error:
+        raise ValueError(f"speculative_config: model: {error}") from None
+
+
+def describe_speculation(config: EngineConfig, runner: ModelRunner, num_blocks: int) -> str:
+    """Speculative decoding as the start-up report says it; empty where there is none."""
+    if config.speculation is None:
+        return ""
+    line = config.speculation.line()
+    if runner.proposer is not None:
+        line += f"; {runner.proposer.draft.weight_bytes / 2**30:.2f} GiB of its weights"
+        if runner.draft_layout is not None:
+            line += f", {num_blocks * runner.draft_layout.block_bytes / 2**30:.2f} GiB of the KV cache"
+    return line
 
 
 def pick_device(wanted: str) -> torch.device:
@@ -298,11 +344,11 @@ def pick_num_blocks(config: EngineConfig, runner: ModelRunner, graphs: int) -> i
                 f"kv_cache_memory = {available} bytes: this machine has {total} ({total / 2**30:.2f} GiB); "
                 f"lower {MEMORY_FLAG[runner.device.type]}"
             )
-    num_blocks = available // runner.kv_layout.block_bytes
+    num_blocks = available // runner.block_bytes
     if num_blocks < 2:
         raise ValueError(
             f"kv cache: {max(available, 0) / 2**30:.2f} GiB are left after weights and work space, "
-            f"less than two blocks of {runner.kv_layout.block_bytes / 2**20:.1f} MiB: "
+            f"less than two blocks of {runner.block_bytes / 2**20:.1f} MiB: "
             f"raise {MEMORY_FLAG[runner.device.type]}, or lower "
             f"--max-num-batched-tokens"
         )

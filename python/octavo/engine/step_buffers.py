@@ -9,6 +9,8 @@ of a plan and of a result.
 
 from __future__ import annotations
 
+import copy
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +41,12 @@ class DeviceState:
         self.block_table = torch.zeros((num_groups, slots, max_blocks), dtype=torch.int32, device=device)
         self.block_tables: list[Tensor] = list(self.block_table.unbind(0))  # per KV group [slots, max_blocks] int32
         self.last_token = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.records = torch.zeros((slots, plan_format.ENTER_WORDS), dtype=torch.int32, device=device)
+        self._keep(torch.zeros((slots, plan_format.ENTER_WORDS), dtype=torch.int32, device=device))
+        self.penalty_counts: Tensor | None = None
+        self.pooled_sums: Tensor | None = None
+
+    def _keep(self, records: Tensor) -> None:
+        self.records = records
         floats = self.records.view(torch.float32)
         self.computed_len = self.records[
             :, plan_format.ENTER_COMPUTED_LEN
@@ -56,8 +63,6 @@ class DeviceState:
             :, plan_format.ENTER_SEED_LOW : plan_format.ENTER_SEED_HIGH + 1
         ]  # [slots, 2] raw words
         self.num_logprobs = self.records[:, plan_format.ENTER_NUM_LOGPROBS]
-        self.penalty_counts: Tensor | None = None
-        self.pooled_sums: Tensor | None = None
 
     def require_pooled_sums(self, size: int) -> Tensor:
         """[slots, size] float32: sums of hidden states that are part of an embedding. Allocated when
@@ -67,6 +72,22 @@ class DeviceState:
             device = self.last_token.device
             self.pooled_sums = torch.zeros((self.last_token.shape[0], size), dtype=torch.float32, device=device)
         return self.pooled_sums
+
+    def shadow(self, vocab_size: int) -> DeviceState:
+        """A state that can run ahead of this one: with its block tables, and what else it remembers its
+        own. `catch_up` fills it.
+        """
+        other = copy.copy(self)
+        other.vocab_size = vocab_size
+        other.last_token = self.last_token.clone()
+        other._keep(self.records.clone())
+        other.penalty_counts = None
+        return other
+
+    def catch_up(self, other: DeviceState) -> None:
+        """Makes a shadow of `other` remember what that one does."""
+        self.last_token.copy_(other.last_token)
+        self.records.copy_(other.records)
 
     def require_penalty_counts(self) -> Tensor:
         """[slots, vocab_size] int32: 2 x (times the token was output) + (1 if it is in the prompt).
@@ -119,6 +140,39 @@ class StepInputs:
         self.sample_index[decode_tokens:num_logits].copy_(starts[len(decode_lens) + 1 :] - 1)
 
 
+class Stopwatch:
+    """How long a piece of a step takes: on a GPU on its own stream, by events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: Any = None
+        if device.type == "cuda":
+            self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
+        self._began = self._seconds = 0.0
+        self._is_running = False
+
+    def start(self) -> None:
+        """The piece begins where the stream is now."""
+        self._is_running = True
+        if self._events:
+            self._events[0].record()
+        else:
+            self._began = time.perf_counter()
+
+    def stop(self) -> None:
+        """It ends."""
+        if self._events:
+            self._events[1].record()
+        else:
+            self._seconds = time.perf_counter() - self._began
+
+    def take(self) -> float:
+        """Its seconds, once the step is done; 0 where it was not started since the last call."""
+        if not self._is_running:
+            return 0.0
+        self._is_running = False
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else self._seconds
+
+
 class StepBuffers:
     """One host slot: the plan the core writes, the result it reads, and their device twins (on a
     CPU: themselves).
@@ -137,6 +191,7 @@ class StepBuffers:
         self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
         # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would
         # hold it.
+        self.drafting = Stopwatch(device)
         self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
     def read_plan(self) -> Plan:

@@ -57,10 +57,10 @@ class Attention(Layer):
             add_one = config.norm_add_one
             self.q_norm = RMSNorm(f"{name}.q_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
             self.k_norm = RMSNorm(f"{name}.k_norm", self.head_dim, self.eps, schemes=schemes, add_one=add_one)
-        rope = config.local_rope if self.window and config.local_rope else config.rope
+        self.rope = config.local_rope if self.window and config.local_rope else config.rope
         self.on_cpu = schemes.device.type == "cpu"
         self.paged: _core.PagedAttention | None = None  # made when the pages are there
-        self.cos_sin = cos_sin_table(rope, self.head_dim, config.max_position_embeddings, schemes.device)
+        self.cos_sin = cos_sin_table(self.rope, self.head_dim, config.max_position_embeddings, schemes.device)
 
     def bind(self, kv_cache: Tensor, kv_scales: Tensor | None) -> None:
         """Takes the pages that it reads and writes from now on."""
@@ -71,6 +71,11 @@ class Attention(Layer):
         """Lets its pages go."""
         del self.kv_cache, self.kv_scales
         self.paged = None
+
+    def take_positions(self, count: int) -> None:
+        """Takes positions up to `count`, also those that the model was never trained for."""
+        if count > self.cos_sin.shape[0]:
+            self.cos_sin = cos_sin_table(self.rope, self.head_dim, count, self.cos_sin.device)
 
     def finish(self) -> None:
         self.q_norm_weight = self.q_norm.weight if self.q_norm else None

@@ -108,6 +108,10 @@ _DRAFT_COUNTERS = {
     "spec_decode_num_draft_tokens": "Drafts verified.",
     "spec_decode_num_accepted_tokens": "Drafts that were right.",
 }
+_DRAFT_PASSES = {
+    "spec_decode_num_draft_passes": "Passes of a model that drafts.",
+    "spec_decode_draft_seconds": "Seconds that they took.",
+}
 
 
 class Histogram:
@@ -320,10 +324,11 @@ class Metrics(Collector):
         if not by_position:
             return
         names, labels = ["model_name"], [self._engine.model_name]
-        for name, text in _DRAFT_COUNTERS.items():
-            counter = CounterMetricFamily(f"vllm:{name}", text, labels=names)
-            counter.add_metric(labels, stats.get(name, 0.0))
-            yield counter
+        for prefix, counters in (("vllm", _DRAFT_COUNTERS), ("octavo", _DRAFT_PASSES)):
+            for name, text in counters.items():
+                counter = CounterMetricFamily(f"{prefix}:{name}", text, labels=names)
+                counter.add_metric(labels, stats.get(name, 0.0))
+                yield counter
         positions = CounterMetricFamily(
             "vllm:spec_decode_num_accepted_tokens_per_pos",
             "Drafts that were right, by position.",

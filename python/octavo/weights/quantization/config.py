@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from octavo.config import CONFIRMING, ONLINE
 from octavo.layers.schemes.formats.online import OnlineFormat
 from octavo.layers.schemes.formats.stored import Format
 from octavo.model_config import ModelError, read_json
 from octavo.models.config_reader import Fields, warn_unknown
+from octavo.quantizations import CONFIRMING, ONLINE
 from octavo.weights.quantization.awq import read_awq
 from octavo.weights.quantization.compressed_tensors import read_compressed_tensors
 from octavo.weights.quantization.fp8 import read_fp8

@@ -1,0 +1,211 @@
+"""Drafts by a model on the device: it follows the tokens that the target computes, and proposes what
+comes behind the last one, in the same step in which the target verifies it.
+
+Its keys and values lie under the target's block numbers, or in the target's very pages, so the core
+knows one block table, one allocator and one prefix cache. It proposes before the target's forward
+pass, out of what the device remembers of each slot: so the core may have planned the step without
+knowing the tokens before it. Another kind of drafter (trained heads) would have `propose` and
+`follow` of its own here.
+"""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.engine.cuda_graph import StepGraphs, decode_ladder
+from octavo.engine.forward import StepShape, hidden_states, step_context
+from octavo.engine.step_buffers import DeviceState, StepInputs
+from octavo.kernels import ops
+from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
+from octavo.model_config import KvGroup
+from octavo.models.registry import Model
+
+
+@dataclass(frozen=True)
+class DraftModel:
+    """A model that drafts.
+
+    dtype: of its keys and values where they are plain. shares_pages: it has the target's shape and
+    reads the target's own keys and values. What it writes there itself, the target's verification
+    writes over in the same step.
+    """
+
+    model: Model
+    dtype: torch.dtype
+    shares_pages: bool
+    weight_bytes: int
+
+
+def share_groups(draft: Model, target_groups: list[KvGroup]) -> None:
+    """Puts the draft's layers into the target's KV groups, whose block tables they then read.
+
+    A layer goes where as many tokens are kept as it sees; of several such groups to the one that has
+    fewest of its kind yet, since the largest number decides the bytes of a block. Where none keeps as
+    many, the layer sees less: its drafts are worse for it, the answer is not.
+    """
+
+    def kept(window: int) -> float:
+        return window or float("inf")
+
+    groups = [KvGroup(group.window, []) for group in target_groups]
+    widest = max(kept(group.window) for group in groups)
+    layers = sorted(range(len(draft.decoder_layers)), key=lambda i: -kept(draft.decoder_layers[i].attention.window))
+    for layer in layers:
+        attention = draft.decoder_layers[layer].attention
+        wanted = min(kept(attention.window), widest)
+        fitting = [index for index, group in enumerate(groups) if kept(group.window) >= wanted]
+        chosen = min(fitting, key=lambda index: len(groups[index].layers))
+        groups[chosen].layers.append(layer)
+        attention.kv_group = chosen
+        if kept(groups[chosen].window) < kept(attention.window):
+            attention.window = groups[chosen].window
+    draft.kv_groups = groups
+
+
+class FollowedModel:
+    """The target, and behind it the draft model over the same tokens, for the keys and values that it
+    leaves in its own pages. It takes the target's place in a forward pass.
+    """
+
+    def __init__(self, target: Model, draft: Model) -> None:
+        self._target = target
+        self._draft = draft
+        vocab_size = draft.config.vocab_size
+        self._last_token = vocab_size - 1 if vocab_size < target.config.vocab_size else None
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """As `Model.forward`: the target's hidden states."""
+        hidden = self._target.forward(input_ids, positions)
+        if self._last_token is not None:  # tokens that the draft model has no embedding of
+            input_ids = input_ids.clamp(max=self._last_token)
+        self._draft.forward(input_ids, positions)
+        return hidden
+
+
+class Proposer:
+    """Proposes tokens for the decode rows of a plan, one more for each pass of the draft model.
+
+    A pass is an ordinary step of one token a row, on a state that begins as the target's and runs
+    ahead of it: so drafts are drawn by the request's own parameters, seed and place in its output,
+    and the target's draw, which has the same noise, is the same more often than the likeliest token
+    would be. Penalties and biases are left out, and so are grammars, for which the core asks for no
+    drafts.
+    """
+
+    def __init__(
+        self,
+        draft: DraftModel,
+        target_state: DeviceState,
+        target_inputs: StepInputs,
+        *,
+        max_num_seqs: int,
+        num_groups: int,
+        block_size: int,
+        num_draft_tokens: int,
+        max_model_len: int,
+        uses_graphs: bool,
+        device: torch.device,
+    ) -> None:
+        self.draft = draft
+        self._target_state, self._target_inputs = target_state, target_inputs
+        self._block_size, self._max_seq_len = block_size, max_model_len + num_draft_tokens
+        vocab_size = min(target_state.vocab_size, draft.model.config.vocab_size)
+        self._state = target_state.shadow(vocab_size)
+        self._clamps = vocab_size < target_state.vocab_size
+        self.sizes = decode_ladder(max_num_seqs)
+        self._inputs = StepInputs(max_tokens=max_num_seqs, max_rows=max_num_seqs, num_groups=num_groups, device=device)
+        self._graphs: StepGraphs | None = None
+        if uses_graphs:
+            self._graphs = StepGraphs(
+                draft.model, self._inputs, self._state, max_decode_len=1, max_seq_len=self._max_seq_len
+            )
+        # The rows of a pass, as a plan has them: the bytes are a whole plan of its own.
+        self._idle = torch.zeros((max_num_seqs, fmt.ROW_WORDS), dtype=torch.int32, device=device)
+        self._idle[:, fmt.ROW_SLOT] = target_state.padding_slot
+        self._idle[:, fmt.ROW_QUERY_START] = torch.arange(max_num_seqs, device=device)
+        self._idle[:, fmt.ROW_QUERY_LEN] = 1
+        self._idle[:, fmt.ROW_FLAGS] = fmt.PADDING
+        self._idle[:, fmt.ROW_MASK_ROW] = -1
+        self._rows = self._idle.clone()
+        self._result = torch.zeros((max_num_seqs, _RESULT_WIDTH), dtype=torch.int32, device=device)
+        self._proposed = torch.zeros((num_draft_tokens, max_num_seqs), dtype=torch.int32, device=device)
+        self._numbers = torch.arange(max_num_seqs * num_draft_tokens, device=device)
+
+    def shapes(self) -> list[StepShape]:
+        """Steps of the draft model that are captured, largest first."""
+        return [StepShape(rows, rows) for rows in reversed(self.sizes)] if self._graphs is not None else []
+
+    def capture(self) -> None:
+        """Captures them."""
+        for shape in self.shapes():
+            assert self._graphs is not None
+            self._graphs.capture(shape)
+
+    def propose(self, plan: Plan, plan_device: Tensor) -> None:
+        """Fills the plan's `drafts` on the device, and the places of `target_inputs` that wait for them.
+        `prepare` has run, so slots have entered and tables hold the step's blocks.
+        """
+        words = plan_device.view(torch.int32)
+        num_rows = plan.num_decodes
+        start = plan.rows_offset // 4
+        rows = words[start : start + num_rows * fmt.ROW_WORDS].view(num_rows, fmt.ROW_WORDS)
+        slots, wanted = rows[:, fmt.ROW_SLOT], rows[:, fmt.ROW_NUM_DRAFTS]
+        self._state.catch_up(self._target_state)
+        size = self.sizes[bisect.bisect_left(self.sizes, num_rows)]
+        step = _pass_plan(size, plan)
+        self._rows[:size] = self._idle[:size]
+        own = self._rows[:num_rows]
+        for place in range(plan.decode_query_len - 1):
+            takes_part = wanted > place
+            own[:, fmt.ROW_SLOT] = torch.where(takes_part, slots, self._state.padding_slot)
+            own[:, fmt.ROW_FLAGS] = torch.where(takes_part, fmt.SAMPLE, fmt.PADDING)
+            self._proposed[place, :num_rows] = self._pass(step)[:num_rows]
+        # Each row before a draft's has one token that is no draft.
+        first = rows[:, fmt.ROW_QUERY_START].long() - self._numbers[:num_rows]
+        number = self._numbers[: plan.num_drafts]
+        row = torch.searchsorted(first, number, right=True) - 1
+        drafts = self._proposed[number - first[row], row]
+        start = plan.drafts_offset // 4
+        words[start : start + plan.num_drafts] = drafts
+        self._target_inputs.token_ids[number + row + 1] = drafts
+
+    def _pass(self, step: Plan) -> Tensor:
+        """Draws a token for each row that takes part # [rows] int32; whatever in the others."""
+        words = self._rows.view(torch.uint8).view(-1)
+        if self._clamps:
+            self._state.last_token.clamp_(max=self._state.vocab_size - 1)
+        ops.prepare(step, words, self._state, self._inputs, block_size=self._block_size)
+        if self._graphs is not None and self._graphs.fits(step):
+            hidden = self._graphs.replay(step)
+        else:
+            context = step_context(
+                self._inputs,
+                self._state,
+                StepShape.of(step),
+                max_decode_len=1,
+                max_query_len=1,
+                max_seq_len=self._max_seq_len,
+            )
+            hidden = hidden_states(self.draft.model, self._inputs, context)
+        logits = self.draft.model.compute_logits(hidden)
+        ops.sample(logits, step, words, self._state, self._inputs, self._result.view(-1))
+        return self._result[: step.padded_rows, fmt.RESULT_TOKENS].clamp(min=0)  # -1: its logits were NaN
+
+
+_RESULT_WIDTH = fmt.RESULT_TOKENS + 1
+
+
+def _pass_plan(rows: int, plan: Plan) -> Plan:
+    """The header of a step of `rows` decode rows of one token, whose rows are all that it has."""
+    values: dict[str, Any] = dict.fromkeys(Plan._fields, 0)
+    values |= dict.fromkeys(("num_rows", "padded_rows", "num_decodes", "padded_decodes"), rows)
+    values |= dict.fromkeys(("num_decode_tokens", "num_tokens"), rows)
+    values |= {"decode_query_len": 1, "max_query_len": 1, "max_seq_len": plan.max_seq_len}
+    values |= {"max_logprobs": -1, "max_prompt_logprobs": -1, "all_greedy": plan.all_greedy}
+    return Plan(**values | {"result_width": _RESULT_WIDTH, "num_bytes": 4 * rows * fmt.ROW_WORDS})
