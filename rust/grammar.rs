@@ -14,6 +14,7 @@ mod compiler;
 mod constraint;
 mod gbnf;
 mod kind;
+mod restraint;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -22,12 +23,18 @@ mod vocabulary;
 pub use compiler::{Compiler, CompilerStats};
 pub use constraint::Constraint;
 pub use kind::ConstraintKind;
+pub use restraint::{Bounds, ThinkingBudget};
 pub use schema::Whitespace;
 
 /// A compiled constraint, shared by all sequences that follow it.
 pub trait Grammar: Debug + Send + Sync {
     /// The place of a sequence that has no output yet.
     fn start(&self) -> Box<dyn GrammarState>;
+
+    /// Whether it says where the output may end. To one that does not, end tokens are like others.
+    fn has_end(&self) -> bool {
+        true
+    }
 }
 
 /// One sequence's place in its grammar.

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::error::Error;
-use crate::grammar::Grammar;
+use crate::grammar::{Bounds, Grammar, ThinkingBudget};
 use crate::text::StopPatterns;
 
 /// Names one request for as long as the process lives; numbers are never used twice.
@@ -87,6 +87,10 @@ pub const MAX_STOP_BYTES: usize = 4096;
 pub const MAX_STOP_TOKENS: usize = 128;
 /// Most biased tokens of a request.
 pub const MAX_LOGIT_BIAS: usize = 1024;
+/// Most ways of writing bad words.
+pub const MAX_BAD_WORDS: usize = 512;
+/// Longest of them, in tokens.
+pub const MAX_BAD_WORD_TOKENS: usize = 256;
 /// Most top log probabilities a token.
 pub const MAX_LOGPROBS: u32 = 20;
 /// Temperatures below this are greedy: dividing logits by less overflows half precision.
@@ -148,6 +152,9 @@ pub struct SamplingOptions {
     pub logprobs: Option<i64>,
     pub prompt_logprobs: Option<i64>,
     pub logit_bias: Vec<(i64, f64)>,
+    pub allowed_token_ids: Option<Vec<i64>>,
+    pub bad_words: Vec<Vec<u32>>,
+    pub thinking: Option<Arc<ThinkingBudget>>,
     pub grammar: Option<SharedGrammar>,
 }
 
@@ -175,6 +182,9 @@ impl Default for SamplingOptions {
             logprobs: None,
             prompt_logprobs: None,
             logit_bias: Vec::new(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
+            thinking: None,
             grammar: None,
         }
     }
@@ -233,6 +243,8 @@ pub struct SamplingParams {
     pub grammar: Option<SharedGrammar>,
     /// An embedding of the prompt is wanted, and no output.
     pub pooling: Option<Pooling>,
+    /// What bounds it besides; [`restrain`](Self::restrain) makes it a part of the grammar.
+    pub bounds: Bounds,
 }
 
 impl Default for SamplingParams {
@@ -290,6 +302,20 @@ impl SamplingParams {
         for (id, value) in options.logit_bias {
             logit_bias.push((token("logit_bias", id)?, number("logit_bias", value, -100.0, 100.0)?));
         }
+        let allowed = match options.allowed_token_ids {
+            Some(tokens) if tokens.is_empty() => {
+                return Err(Error::invalid("allowed_token_ids", "an empty list", "at least one token id"));
+            }
+            Some(tokens) => {
+                Some(tokens.into_iter().map(|id| token("allowed_token_ids", id)).collect::<Result<Vec<u32>, Error>>()?)
+            }
+            None => None,
+        };
+        list("bad_words", options.bad_words.len(), MAX_BAD_WORDS)?;
+        if let Some(word) = options.bad_words.iter().find(|word| !(1..=MAX_BAD_WORD_TOKENS).contains(&word.len())) {
+            let limit = format!("from 1 to {MAX_BAD_WORD_TOKENS} tokens");
+            return Err(Error::invalid("bad_words", format!("a word of {} tokens", word.len()), limit));
+        }
         let temperature = number("temperature", options.temperature, 0.0, 2.0)?;
         let top_k = integer("top_k", options.top_k, -1, i64::from(i32::MAX))?;
         Ok(Self {
@@ -316,6 +342,7 @@ impl SamplingParams {
             logit_bias,
             grammar: options.grammar,
             pooling: None,
+            bounds: Bounds { allowed, bad_words: options.bad_words, thinking: options.thinking },
         })
     }
 
@@ -337,7 +364,19 @@ impl SamplingParams {
     /// [`Error::TokenOutOfRange`] for the first id at or above `vocab_size`.
     pub fn check_tokens(&self, vocab_size: u32) -> Result<(), Error> {
         check_tokens("stop_token_ids", self.stop_token_ids.iter().copied(), vocab_size)?;
-        check_tokens("logit_bias", self.logit_bias.iter().map(|(token, _)| *token), vocab_size)
+        check_tokens("logit_bias", self.logit_bias.iter().map(|(token, _)| *token), vocab_size)?;
+        check_tokens("allowed_token_ids", self.bounds.allowed.iter().flatten().copied(), vocab_size)?;
+        check_tokens("bad_words", self.bounds.bad_words.iter().flatten().copied(), vocab_size)
+    }
+
+    /// Makes the bounds a part of the grammar, which is all that is asked then. The token ids are
+    /// checked.
+    pub(crate) fn restrain(&mut self, vocab_size: u32) {
+        let bounds = std::mem::take(&mut self.bounds);
+        if !bounds.is_empty() {
+            let grammar = self.grammar.take().map(|grammar| grammar.0);
+            self.grammar = Some(SharedGrammar(bounds.around(grammar, vocab_size)));
+        }
     }
 }
 

@@ -34,6 +34,8 @@ __all__ = [
     "RequestProgress",
     "SamplingParams",
     "TemplateError",
+    "ThinkingBudget",
+    "TokenIds",
     "Tokenizer",
     "__version__",
     "anthropic_error",
@@ -334,6 +336,17 @@ class Grammar:
     """A compiled constraint on an answer, for `SamplingParams`."""
 
 @final
+class ThinkingBudget:
+    """After how many tokens the reasoning of an answer is closed, for `SamplingParams`."""
+
+    def __new__(
+        cls, tokenizer: Tokenizer, reasoning: str, *, tokens: int, begins_inside: bool = False
+    ) -> ThinkingBudget:
+        """reasoning: which tags, as `AnswerFormat` names them. begins_inside: the prompt ends within the
+        reasoning. Raises `ValueError` for tags that are not known.
+        """
+
+@final
 class GrammarCompiler:
     """Compiles constraints for one model, each once while it is in use: a few hundred are kept. The
     first one makes a trie of the vocabulary, which takes a second for the largest.
@@ -397,6 +410,9 @@ class SamplingParams:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         logit_bias: Sequence[tuple[int, float]] = ...,
+        allowed_token_ids: Sequence[int] | None = None,
+        bad_words: Sequence[Sequence[int]] = ...,
+        thinking: ThinkingBudget | None = None,
         grammar: Grammar | None = None,
     ) -> SamplingParams:
         """Raises `RefusedError` that names the field, its value and its limit. `max_tokens=None`
@@ -454,6 +470,13 @@ class Echo:
         """
 
 @final
+class TokenIds:
+    """Replies have the token ids of their prompts and choices beside the texts."""
+
+    def __new__(cls, prompts: Sequence[Prompt], *, choices_each: int) -> TokenIds:
+        """prompts: of the call, with `choices_each` choices."""
+
+@final
 class ReplyFormat:
     """How the reply to one call is written: by which protocol, as a stream or in one piece, and
     what is particular to the call.
@@ -468,6 +491,7 @@ class ReplyFormat:
         stream: bool,
         include_usage: bool = False,
         continuous_usage: bool = False,
+        token_ids: TokenIds | None = None,
         answer: AnswerFormat | None = None,
     ) -> ReplyFormat:
         """OpenAI's chat completions. A stream has an event a token, the last of a choice with
@@ -483,6 +507,7 @@ class ReplyFormat:
         stream: bool,
         include_usage: bool = False,
         continuous_usage: bool = False,
+        token_ids: TokenIds | None = None,
         echo: Echo | None = None,
     ) -> ReplyFormat:
         """OpenAI's text completions; the same events. echo: they begin with their prompts."""

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from octavo import _core
 from octavo.config import PARSER_AUTO, PARSER_NONE, EngineConfig
-from octavo.sampling_params import SamplingParams
+from octavo.errors import FieldError
+from octavo.sampling_params import OfModel, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,60 @@ class ModelAnswers:
             return params
         return dataclasses.replace(params, skip_special_tokens=False)
 
+    def of_model(
+        self, params: SamplingParams, prompts: Sequence[_core.Prompt], grammar: _core.Grammar | None
+    ) -> OfModel:
+        """What parameters for these prompts are for the model. Raises `ValueError` that names the
+        field. Tokenises bad words, which takes milliseconds.
+        """
+        bad_words = spellings(self._tokenizer, params.bad_words) if params.bad_words else None
+        thinking = None
+        if params.thinking_token_budget is not None:
+            if self.reasoning is None or self._tokenizer is None:
+                raise FieldError(
+                    f"thinking_token_budget = {params.thinking_token_budget}: this model's chat template shows no "
+                    "reasoning; leave it out, or name the reasoning's form with --reasoning-parser",
+                    "thinking_token_budget",
+                    "unsupported_parameter",
+                )
+            begins = {self._begins_in_reasoning(prompt) for prompt in prompts}
+            if len(begins) > 1:
+                raise FieldError(
+                    "thinking_token_budget: some prompts of the call end within the reasoning and some do not; send "
+                    "them in calls of their own",
+                    "thinking_token_budget",
+                )
+            if grammar is None or True in begins:  # a grammar that counts from the first token leaves no room for it
+                thinking = _core.ThinkingBudget(
+                    self._tokenizer, self.reasoning, tokens=params.thinking_token_budget, begins_inside=True in begins
+                )
+        return OfModel(grammar, bad_words, thinking)
+
     def _begins_in_reasoning(self, prompt: _core.Prompt) -> bool:
         if self.reasoning is None or self._tokenizer is None:
             return False
         opening = _core.AnswerFormat(reasoning=self.reasoning).markers[0]
         return self._tokenizer.ends_with(prompt, opening)
+
+
+def spellings(tokenizer: _core.Tokenizer | None, words: Sequence[str]) -> list[list[int]]:
+    """The tokens of words, as vLLM bans them: each as it begins a text, and as it stands behind a
+    space where that is as many tokens with another first one. Raises `FieldError`.
+    """
+    if tokenizer is None:
+        raise FieldError("bad_words: this model has no tokenizer; use logit_bias", "bad_words")
+    found = []
+    for position, word in enumerate(words):
+        alone, behind = (
+            list(tokenizer.encode_text(text, add_special_tokens=False).token_ids)
+            for text in (word.lstrip(), " " + word.lstrip())
+        )
+        if not alone:
+            raise FieldError(f"bad_words[{position}]: no token of this model writes it", "bad_words")
+        found.append(alone)
+        if behind and len(behind) == len(alone) and behind[0] != alone[0]:
+            found.append(behind)
+    return found
 
 
 def _chosen(parser: str, shown: str | None) -> str | None:

@@ -149,7 +149,7 @@ class CheckedPooling:
     dimensions: int | None
     n: int = 1
 
-    def to_core(self, _: _core.Grammar | None = None, *, max_tokens_is_default: bool = False) -> _core.SamplingParams:
+    def to_core(self) -> _core.SamplingParams:
         """In the core's form."""
         from octavo import _core  # `import octavo` must not load the extension
 

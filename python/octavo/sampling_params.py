@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
+from octavo.errors import FieldError
 from octavo.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
@@ -38,6 +39,40 @@ def _shown(value: object) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 100 else text[:100] + "..."
+
+
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_BYTES = 256
+
+
+def check_bad_words(words: object) -> None:
+    """Raises `FieldError` for what is no list of words, or is over a limit."""
+    if words is None:
+        return
+    if not isinstance(words, Sequence) or isinstance(words, str) or not all(isinstance(word, str) for word in words):
+        raise _wrong("bad_words", words, "a list of strings")
+    if len(words) > MAX_BAD_WORDS:
+        raise _bad_words(f"bad_words is a list of {len(words)}, but must have at most {MAX_BAD_WORDS} entries")
+    for position, word in enumerate(words):
+        shown = f"bad_words[{position}] is {_shown(word)}"
+        if not word.strip():
+            raise _bad_words(f"{shown}, but must not be blank")
+        if len(word.encode(errors="surrogatepass")) > MAX_BAD_WORD_BYTES:
+            raise _bad_words(f"{shown}, but must have at most {MAX_BAD_WORD_BYTES} bytes")
+
+
+def _bad_words(message: str) -> FieldError:
+    return FieldError(message, "bad_words")
+
+
+@dataclass(frozen=True)
+class OfModel:
+    """What the fields of parameters that speak of text became for one model."""
+
+    grammar: "_core.Grammar | None" = None
+    """What `structured_outputs` was compiled to, by `octavo.structured_outputs`."""
+    bad_words: Sequence[Sequence[int]] | None = None
+    thinking: "_core.ThinkingBudget | None" = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +125,16 @@ class SamplingParams:
     """Keep the stop string in the text."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these token ids; -100 to 100."""
+    allowed_token_ids: Sequence[int] | None = None
+    """The only tokens that can be drawn; end tokens too, if they are to be."""
+    bad_words: Sequence[str] | None = None
+    """Words that are not written: in the tokens of the word, and in those of the word behind a space.
+    What is banned is the last token behind the others. At most 256, each of at most 256 bytes.
+    """
+    thinking_token_budget: int | None = None
+    """After so many tokens of reasoning its end is written, and the answer begins. For models whose
+    chat template shows that they reason.
+    """
     structured_outputs: StructuredOutputsParams | None = None
     """What the output must look like. It ends where that is complete, at an end token; with
     `ignore_eos` only where nothing can follow.
@@ -97,7 +142,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._checked(None, max_tokens_is_default=False)
+        self._checked(OfModel(), max_tokens_is_default=False)
 
     def _check_types(self) -> None:
         """What Rust could not name: a wrong type, or an integer that 64 bits do not hold."""
@@ -128,6 +173,19 @@ class SamplingParams:
                 raise _wrong("stop_token_ids", self.stop_token_ids, "a list of token ids")
             for position, token in enumerate(self.stop_token_ids):
                 _check_integer(f"stop_token_ids[{position}]", token)
+        if self.allowed_token_ids is not None:
+            if not isinstance(self.allowed_token_ids, Sequence) or isinstance(self.allowed_token_ids, (str, bytes)):
+                raise _wrong("allowed_token_ids", self.allowed_token_ids, "a list of token ids")
+            for position, token in enumerate(self.allowed_token_ids):
+                _check_integer(f"allowed_token_ids[{position}]", token)
+        check_bad_words(self.bad_words)
+        if self.thinking_token_budget is not None:
+            _check_integer("thinking_token_budget", self.thinking_token_budget)
+            if not 0 <= self.thinking_token_budget < 2**32:
+                raise FieldError(
+                    f"thinking_token_budget = {self.thinking_token_budget}: must be from 0 to {2**32 - 1}",
+                    "thinking_token_budget",
+                )
         if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
             raise _wrong("structured_outputs", self.structured_outputs, "a StructuredOutputsParams")
         if self.logit_bias is not None:
@@ -164,18 +222,21 @@ class SamplingParams:
         return replace(self, max_tokens=room)
 
     def to_core(
-        self, grammar: "_core.Grammar | None" = None, *, max_tokens_is_default: bool = False
+        self, of_model: "OfModel | None" = None, *, max_tokens_is_default: bool = False
     ) -> "_core.SamplingParams":
         """The checked form that the scheduler uses. A `max_tokens` that is a default gives way to what
         fits behind each prompt, as in `fitting`.
 
-        grammar: what `structured_outputs` was compiled to, by `octavo.structured_outputs`.
+        of_model: what the fields that speak of text are for the model.
         """
-        if (self.structured_outputs is None) != (grammar is None):
+        made = of_model or OfModel()
+        if (self.structured_outputs is None) != (made.grammar is None):
             raise ValueError("structured_outputs: must be compiled for the model before it is used")
-        return self._checked(grammar, max_tokens_is_default=max_tokens_is_default)
+        if bool(self.bad_words) != bool(made.bad_words):
+            raise ValueError("bad_words: must be tokenised for the model before they are used")
+        return self._checked(made, max_tokens_is_default=max_tokens_is_default)
 
-    def _checked(self, grammar: "_core.Grammar | None", *, max_tokens_is_default: bool) -> "_core.SamplingParams":
+    def _checked(self, made: "OfModel", *, max_tokens_is_default: bool) -> "_core.SamplingParams":
         from octavo import _core  # `import octavo` must not load the extension
 
         stop = () if self.stop is None else self.stop
@@ -201,5 +262,8 @@ class SamplingParams:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             logit_bias=tuple((self.logit_bias or {}).items()),
-            grammar=grammar,
+            allowed_token_ids=self.allowed_token_ids,
+            bad_words=made.bad_words or (),
+            thinking=made.thinking,
+            grammar=made.grammar,
         )

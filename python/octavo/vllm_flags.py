@@ -30,6 +30,7 @@ SWITCHES = {
     "--enable-auto-tool-choice": "calls of tools are always told apart, where --tool-call-parser knows their format",
     "--enable-prompt-tokens-details": "the usage in an answer always has them",
     "--enable-request-id-headers": "every answer has an X-Request-Id",
+    "--enable-tokenizer-info-endpoint": "/tokenizer_info is always there",
     "--interleave-mm-strings": _ONLY_TEXT,
     "--language-model-only": _ONLY_TEXT,
     "--skip-mm-profiling": _ONLY_TEXT,
@@ -109,7 +110,7 @@ _UNSUPPORTED = """
 --disable-sliding-window --ec-transfer-config --enable-dbo --enable-eplb
 --enable-expert-parallel --enable-force-include-usage --enable-log-deltas --enable-log-outputs --enable-log-requests
 --enable-lora --enable-lora-bias --enable-mm-embeds --enable-prompt-embeds --enable-server-load-tracking
---enable-sleep-mode --enable-ssl-refresh --enable-tokenizer-info-endpoint --eplb-config
+--enable-sleep-mode --enable-ssl-refresh --eplb-config
 --exclude-tools-when-tool-choice-none --fully-sharded-loras --guided-decoding-backend --headless --hf-config-path
 --hf-token --ignore-patterns --kernel-config --kv-events-config --kv-offloading-backend
 --kv-offloading-size --kv-sharing-fast-prefill --kv-transfer-config --log-config-file --logits-processor-pattern
@@ -121,7 +122,7 @@ _UNSUPPORTED = """
 --reasoning-parser-plugin --return-tokens-as-token-ids --root-path --rope-scaling --rope-theta --scheduler-cls
 --show-hidden-metrics-for-version --skip-tokenizer-init --spec-model --ssl-ca-certs --ssl-cert-reqs
 --ssl-certfile --ssl-ciphers --ssl-keyfile --structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
---trust-request-chat-template --uds --worker-cls --worker-extension-cls
+--uds --worker-cls --worker-extension-cls
 """
 UNSUPPORTED = frozenset(_UNSUPPORTED.split())
 """Refused by name. `--no-enable-...` of them asks for what happens, and is accepted: in silence,

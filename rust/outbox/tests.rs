@@ -118,9 +118,9 @@ impl Script {
     fn run(&self, stream: Option<StreamUsage>) -> (String, usize) {
         let head = CallHead { id: "x", model: "m", created: 1 };
         let format = if self.chat {
-            ReplyFormat::openai_chat(&head, stream, AnswerFormat::default())
+            ReplyFormat::openai_chat(&head, stream, None, AnswerFormat::default())
         } else {
-            ReplyFormat::openai_completion(&head, stream, None)
+            ReplyFormat::openai_completion(&head, stream, None, None)
         };
         let mut call = Told::new(&self.prompt_lens, &self.params(), Some(format));
         let mut positions = vec![0; self.outputs.len()];
@@ -386,7 +386,7 @@ proptest! {
 
 fn completion(stream: bool) -> ReplyFormat {
     let head = CallHead { id: "x", model: "m", created: 1 };
-    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default), None)
+    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default), None, None)
 }
 
 fn params(n: i64) -> SamplingParams {

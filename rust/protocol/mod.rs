@@ -31,7 +31,7 @@ pub use anthropic::write_error as write_anthropic_error;
 pub use embedding::{EmbeddingForm, VectorForm};
 pub use ollama::write_error as write_ollama_error;
 pub use openai::{write_error, CallHead, StreamUsage};
-pub use openai_prompt::Echo;
+pub use openai_prompt::{Echo, TokenIds};
 pub use split::WholeAnswer;
 pub use tgi::{write_error as write_tgi_error, TgiCall};
 
@@ -106,19 +106,30 @@ pub struct ReplyFormat {
 
 impl ReplyFormat {
     /// OpenAI's chat completions, streamed where `stream` says what of the usage the client wants
-    /// to see. `answer`: what may be in the answers besides content.
-    pub fn openai_chat(head: &CallHead<'_>, stream: Option<StreamUsage>, answer: AnswerFormat) -> Self {
+    /// to see. `token_ids`: it wants those, too. `answer`: what may be in the answers besides content.
+    pub fn openai_chat(
+        head: &CallHead<'_>,
+        stream: Option<StreamUsage>,
+        token_ids: Option<TokenIds>,
+        answer: AnswerFormat,
+    ) -> Self {
         let protocol: Arc<dyn Protocol> = if answer.is_plain() {
-            Arc::new(openai::OpenAi::<openai_chat::Chat>::new(head, stream))
+            Arc::new(openai::OpenAi::<openai_chat::Chat>::new(head, stream).with_token_ids(token_ids))
         } else {
-            Arc::new(openai_tools::ChatWithTools::new(head, stream, answer))
+            Arc::new(openai_tools::ChatWithTools::new(head, stream, token_ids, answer))
         };
         Self { protocol, streamed: stream.is_some() }
     }
 
     /// OpenAI's text completions, with their prompts before them where there is an `echo`.
-    pub fn openai_completion(head: &CallHead<'_>, stream: Option<StreamUsage>, echo: Option<Echo>) -> Self {
-        let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream).with_echo(echo);
+    pub fn openai_completion(
+        head: &CallHead<'_>,
+        stream: Option<StreamUsage>,
+        token_ids: Option<TokenIds>,
+        echo: Option<Echo>,
+    ) -> Self {
+        let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream);
+        let protocol = protocol.with_token_ids(token_ids).with_echo(echo);
         Self { protocol: Arc::new(protocol), streamed: stream.is_some() }
     }
 

@@ -15,7 +15,7 @@ use std::io::Write;
 use std::marker::PhantomData;
 
 use super::json::{write_integer, write_optional_string, write_separated, write_string};
-use super::openai_prompt::{write_prompt_logprobs, Echo, Echoed};
+use super::openai_prompt::{write_prompt_logprobs, Echo, Echoed, TokenIds};
 use super::{Delta, Protocol, Usage};
 use crate::output::{Failure, Finish, StopReason};
 use crate::text::Tokenizer;
@@ -67,6 +67,7 @@ pub(super) struct OpenAi<S> {
     head: Box<[u8]>,
     usage: StreamUsage,
     echo: Option<Echo>,
+    token_ids: Option<TokenIds>,
     shape: PhantomData<S>,
 }
 
@@ -82,12 +83,17 @@ impl<S: Shape> OpenAi<S> {
         head.extend_from_slice(b",\"model\":");
         write_string(&mut head, call.model);
         head.extend_from_slice(b",\"choices\":[");
-        Self { head: head.into(), usage: stream.unwrap_or_default(), echo: None, shape: PhantomData }
+        Self { head: head.into(), usage: stream.unwrap_or_default(), echo: None, token_ids: None, shape: PhantomData }
     }
 
     /// The same, where each choice begins with its prompt.
     pub(super) fn with_echo(self, echo: Option<Echo>) -> Self {
         Self { echo, ..self }
+    }
+
+    /// The same with the ids of tokens, where they are wanted.
+    pub(super) fn with_token_ids(self, token_ids: Option<TokenIds>) -> Self {
+        Self { token_ids, ..self }
     }
 
     /// What the client is told of the usage.
@@ -127,7 +133,17 @@ impl<S: Shape> OpenAi<S> {
         if let Some(reason) = delta.finish.and_then(Finish::stop_reason) {
             write_stop_reason(out, Some(reason));
         }
+        let prompt_ids = self.token_ids.as_ref().filter(|_| delta.first);
+        if self.token_ids.is_some() {
+            TokenIds::write_drawn(out, delta.tokens);
+        }
+        if let Some(ids) = prompt_ids.filter(|_| S::PROMPT_IN_CHOICES) {
+            ids.write_prompt(out, delta.index);
+        }
         out.extend_from_slice(b"}]");
+        if let Some(ids) = prompt_ids.filter(|_| !S::PROMPT_IN_CHOICES) {
+            ids.write_prompt(out, delta.index);
+        }
         if self.usage.in_every_event {
             write_usage(out, self.shown(usage));
         } else if self.usage.at_end {
@@ -154,6 +170,12 @@ impl<S: Shape> OpenAi<S> {
             let finish_reason = write_fields(out, choice);
             write_logprobs_and_finish::<S>(out, choice, finish_reason, tokenizer);
             write_stop_reason(out, choice.finish.and_then(Finish::stop_reason));
+            if let Some(ids) = &self.token_ids {
+                TokenIds::write_drawn(out, choice.tokens);
+                if S::PROMPT_IN_CHOICES {
+                    ids.write_prompt(out, choice.index);
+                }
+            }
             if S::PROMPT_IN_CHOICES {
                 self.write_prompt(out, Some(choice), tokenizer);
             }
@@ -161,6 +183,9 @@ impl<S: Shape> OpenAi<S> {
         });
         out.push(b']');
         if !S::PROMPT_IN_CHOICES {
+            if let Some(ids) = &self.token_ids {
+                ids.write_prompt(out, 0);
+            }
             self.write_prompt(out, choices.first(), tokenizer);
         }
         write_usage(out, self.shown(usage));
@@ -326,7 +351,7 @@ pub(super) mod tests {
             "prompt_tokens_details": {"cached_tokens": 2},
             "completion_tokens_details": {"accepted_prediction_tokens": 1, "rejected_prediction_tokens": 5}});
         let stream = |at_end, in_every_event| {
-            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event }), AnswerFormat::default())
+            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage { at_end, in_every_event }), None, AnswerFormat::default())
                 .protocol
         };
         let delta = |at_end, in_every_event| {
@@ -348,7 +373,8 @@ pub(super) mod tests {
 
     #[test]
     fn a_stream_that_fails_ends_with_its_error_and_done() {
-        let protocol = ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default()), AnswerFormat::default()).protocol;
+        let protocol =
+            ReplyFormat::openai_chat(&HEAD, Some(StreamUsage::default()), None, AnswerFormat::default()).protocol;
         for (code, kind, param) in [
             ("numerical_error", "server_error", Value::Null),
             ("all_tokens_masked", "invalid_request_error", json!("logit_bias")),
@@ -375,7 +401,7 @@ pub(super) mod tests {
 
     #[test]
     fn whole_answers_always_have_a_stop_reason() {
-        let protocol = ReplyFormat::openai_completion(&HEAD, None, None).protocol;
+        let protocol = ReplyFormat::openai_completion(&HEAD, None, None, None).protocol;
         let finishes = [
             (FinishReason::Eos, None, "stop", Value::Null),
             (FinishReason::Length, None, "length", Value::Null),

@@ -77,7 +77,7 @@ mod tests {
     #[test]
     fn events_carry_the_role_with_the_first_text() {
         let stream = Some(StreamUsage { at_end: true, in_every_event: false });
-        let protocol = ReplyFormat::openai_chat(&HEAD, stream, AnswerFormat::default()).protocol;
+        let protocol = ReplyFormat::openai_chat(&HEAD, stream, None, AnswerFormat::default()).protocol;
         let first = Delta { index: 1, text: "H\n", first: true, ..Delta::default() };
         assert_eq!(
             event(&written(|out| protocol.delta(out, &first, Usage::default(), None))),
@@ -101,7 +101,7 @@ mod tests {
     fn whole_answers_have_messages() {
         let finish = Finish { reason: FinishReason::Length, stop_text: None };
         let choice = |index, text| Delta { index, text, first: true, finish: Some(&finish), ..Delta::default() };
-        let protocol = ReplyFormat::openai_chat(&HEAD, None, AnswerFormat::default()).protocol;
+        let protocol = ReplyFormat::openai_chat(&HEAD, None, None, AnswerFormat::default()).protocol;
         let usage = Usage { prompt_tokens: 1, completion_tokens: 2, ..Usage::default() };
         let body = written(|out| protocol.body(out, &[choice(0, "é"), choice(1, "")], usage, None));
         let expected = |index: u32, text: &str| {

@@ -1,6 +1,8 @@
 //! What an OpenAI reply says of its prompt: `echo`, by which a completion begins with it, and vLLM's
 //! `prompt_logprobs`.
 
+use std::sync::Arc;
+
 use super::json::{write_integer, write_list, write_logprob, write_separated, write_string};
 use super::openai::token_text;
 use super::Delta;
@@ -21,6 +23,30 @@ pub struct Echo {
     pub logprobs: Option<u32>,
     /// The same of vLLM's field beside it.
     pub prompt_logprobs: Option<u32>,
+}
+
+/// Replies have vLLM's `prompt_token_ids` and `token_ids`.
+#[derive(Debug, Clone)]
+pub struct TokenIds {
+    /// The prompts of the call.
+    pub prompts: Vec<Arc<[u32]>>,
+    /// Choices of each prompt.
+    pub choices_each: u32,
+}
+
+impl TokenIds {
+    /// Appends `,"token_ids":[...]`, of tokens that were drawn.
+    pub(super) fn write_drawn(out: &mut Vec<u8>, tokens: &[Token]) {
+        out.extend_from_slice(b",\"token_ids\":");
+        write_list(out, tokens, |out, token| write_integer(out, token.id.into()));
+    }
+
+    /// Appends `,"prompt_token_ids":[...]`, of the prompt of a choice.
+    pub(super) fn write_prompt(&self, out: &mut Vec<u8>, choice: u32) {
+        out.extend_from_slice(b",\"prompt_token_ids\":");
+        let prompt = &self.prompts[(choice / self.choices_each) as usize];
+        write_list(out, prompt.iter(), |out, token| write_integer(out, (*token).into()));
+    }
 }
 
 /// A delta as its client sees it.
@@ -171,12 +197,13 @@ mod tests {
     fn every_choice_begins_with_its_own_prompt_once() {
         let finish = stopped();
         let choice = |index| Delta { index, text: "!", first: true, finish: Some(&finish), ..Delta::default() };
-        let whole = ReplyFormat::openai_completion(&HEAD, None, Some(echo(false))).protocol;
+        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(false))).protocol;
         let body = written(|out| whole.body(out, &[choice(1), choice(2)], USAGE, None));
         let body: Value = serde_json::from_str(&body).unwrap();
         assert_eq!([&body["choices"][0]["text"], &body["choices"][1]["text"]], ["one!", "zwei!"]);
 
-        let stream = ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), Some(echo(false))).protocol;
+        let stream =
+            ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None, Some(echo(false))).protocol;
         let text = |delta: Delta<'_>| {
             event(&written(|out| stream.delta(out, &delta, USAGE, None)))["choices"][0]["text"].clone()
         };
@@ -188,7 +215,7 @@ mod tests {
     fn a_prompt_alone_has_no_output() {
         let finish = stopped();
         let choice = Delta { text: "!", first: true, finish: Some(&finish), ..Delta::default() };
-        let whole = ReplyFormat::openai_completion(&HEAD, None, Some(echo(true))).protocol;
+        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(true))).protocol;
         let body: Value = serde_json::from_str(&written(|out| whole.body(out, &[choice], USAGE, None))).unwrap();
         assert_eq!(
             body["choices"],

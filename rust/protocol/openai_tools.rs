@@ -9,6 +9,7 @@
 use super::json::{write_integer, write_separated, write_string};
 use super::openai::{OpenAi, StreamUsage};
 use super::openai_chat::Chat;
+use super::openai_prompt::TokenIds;
 use super::split::{SplitReply, WholeAnswer};
 use super::{CallHead, Delta, Protocol, Usage};
 use crate::output::{Failure, Finish};
@@ -23,8 +24,13 @@ pub(super) struct ChatWithTools {
 }
 
 impl ChatWithTools {
-    pub(super) fn new(call: &CallHead<'_>, stream: Option<StreamUsage>, format: AnswerFormat) -> Self {
-        Self { chat: OpenAi::new(call, stream), split: SplitReply::new(format, call.id) }
+    pub(super) fn new(
+        call: &CallHead<'_>,
+        stream: Option<StreamUsage>,
+        token_ids: Option<TokenIds>,
+        format: AnswerFormat,
+    ) -> Self {
+        Self { chat: OpenAi::new(call, stream).with_token_ids(token_ids), split: SplitReply::new(format, call.id) }
     }
 }
 
@@ -40,6 +46,7 @@ impl Protocol for ChatWithTools {
             let (first, last) = (number == 0, number + 1 == count);
             let event = Delta {
                 first: delta.first && first,
+                tokens: if first { delta.tokens } else { &[] },
                 logprobs: if first { delta.logprobs } else { &[] },
                 finish: delta.finish.filter(|_| last),
                 ..*delta

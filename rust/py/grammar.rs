@@ -10,10 +10,27 @@ use super::guard::detached;
 use super::text::Tokenizer;
 use crate::grammar::{self, Constraint, ConstraintKind, Whitespace};
 use crate::request::SharedGrammar;
+use crate::text::answer::ReasoningTags;
 
 /// A compiled constraint.
 #[pyclass(frozen, module = "octavo._core")]
 pub struct Grammar(pub(super) SharedGrammar);
+
+/// After how many tokens the reasoning of an answer is closed.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct ThinkingBudget(pub(super) Arc<grammar::ThinkingBudget>);
+
+#[pymethods]
+impl ThinkingBudget {
+    #[new]
+    #[pyo3(signature = (tokenizer, reasoning, *, tokens, begins_inside = false))]
+    fn new(tokenizer: &Tokenizer, reasoning: &str, tokens: u32, begins_inside: bool) -> PyResult<Self> {
+        let tags = ReasoningTags::from_name(reasoning)
+            .ok_or_else(|| PyValueError::new_err(format!("reasoning: {reasoning:?} is not known")))?;
+        let budget = grammar::ThinkingBudget::new(tokenizer.shared(), tags, tokens, begins_inside)?;
+        Ok(Self(Arc::new(budget)))
+    }
+}
 
 /// Compiles constraints for one model, each once while it is in use.
 #[pyclass(frozen, module = "octavo._core")]

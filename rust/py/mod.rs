@@ -36,13 +36,13 @@ mod _core {
     #[pymodule_export]
     use super::gguf::GgufFile;
     #[pymodule_export]
-    use super::grammar::{Grammar, GrammarCompiler};
+    use super::grammar::{Grammar, GrammarCompiler, ThinkingBudget};
     #[pymodule_export]
     use super::params::SamplingParams;
     #[pymodule_export]
     use super::pattern::Pattern;
     #[pymodule_export]
-    use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, Echo, ReplyFormat};
+    use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, Echo, ReplyFormat, TokenIds};
     #[pymodule_export]
     use super::text::{ChatTemplate, Prompt, Tokenizer};
 

@@ -1,9 +1,11 @@
 //! `SamplingParams`: the parameters of a request, checked when they are made.
 
+use std::sync::Arc;
+
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use super::grammar::{self, Grammar};
+use super::grammar::{self, Grammar, ThinkingBudget};
 use crate::request::{self, Pooling, PoolingKind, SamplingOptions};
 
 /// Checked sampling parameters in the form the scheduler uses.
@@ -16,7 +18,8 @@ impl SamplingParams {
     #[pyo3(signature = (*, n=1, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
         presence_penalty=0.0, frequency_penalty=0.0, seed=None, max_tokens=None, max_tokens_is_default=false,
         min_tokens=0, ignore_eos=false, stop=vec![], stop_token_ids=vec![], include_stop_str_in_output=false, skip_special_tokens=true,
-        detokenize=true, logprobs=None, prompt_logprobs=None, logit_bias=vec![], grammar=None))]
+        detokenize=true, logprobs=None, prompt_logprobs=None, logit_bias=vec![], allowed_token_ids=None, bad_words=vec![], thinking=None,
+        grammar=None))]
     #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn new(
         n: i64,
@@ -40,6 +43,9 @@ impl SamplingParams {
         logprobs: Option<i64>,
         prompt_logprobs: Option<i64>,
         logit_bias: Vec<(i64, f64)>,
+        allowed_token_ids: Option<Vec<i64>>,
+        bad_words: Vec<Vec<u32>>,
+        thinking: Option<&ThinkingBudget>,
         grammar: Option<&Bound<'_, Grammar>>,
     ) -> PyResult<Self> {
         let options = SamplingOptions {
@@ -64,6 +70,9 @@ impl SamplingParams {
             logprobs,
             prompt_logprobs,
             logit_bias,
+            allowed_token_ids,
+            bad_words,
+            thinking: thinking.map(|thinking| Arc::clone(&thinking.0)),
             grammar: grammar::shared(grammar),
         };
         Ok(Self(request::SamplingParams::new(options)?))

@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use super::answer::AnswerFormat;
+use super::text::Prompt;
 use crate::output::Failure;
 use crate::protocol::{self, CallHead, EmbeddingForm, StreamUsage, TgiCall, VectorForm};
 
@@ -16,7 +17,8 @@ pub struct ReplyFormat(pub(super) protocol::ReplyFormat);
 impl ReplyFormat {
     #[staticmethod]
     #[pyo3(signature = (
-        *, id, model, created, stream, include_usage = false, continuous_usage = false, answer = None
+        *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None,
+        answer = None
     ))]
     fn openai_chat(
         id: &str,
@@ -25,19 +27,21 @@ impl ReplyFormat {
         stream: bool,
         include_usage: bool,
         continuous_usage: bool,
+        token_ids: Option<&TokenIds>,
         answer: Option<&AnswerFormat>,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
         Self(protocol::ReplyFormat::openai_chat(
             &CallHead { id, model, created },
             stream,
+            token_ids.map(|ids| ids.0.clone()),
             answer.map(AnswerFormat::format).unwrap_or_default(),
         ))
     }
 
     #[staticmethod]
     #[pyo3(signature = (
-        *, id, model, created, stream, include_usage = false, continuous_usage = false, echo = None
+        *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None, echo = None
     ))]
     fn openai_completion(
         id: &str,
@@ -46,11 +50,13 @@ impl ReplyFormat {
         stream: bool,
         include_usage: bool,
         continuous_usage: bool,
+        token_ids: Option<&TokenIds>,
         echo: Option<&Echo>,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
         let echo = echo.map(|echo| echo.0.clone());
-        Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream, echo))
+        let token_ids = token_ids.map(|ids| ids.0.clone());
+        Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream, token_ids, echo))
     }
 
     #[staticmethod]
@@ -135,6 +141,21 @@ impl Echo {
         prompt_logprobs: Option<u32>,
     ) -> Self {
         Self(protocol::Echo { texts, choices_each, alone, logprobs, prompt_logprobs })
+    }
+}
+
+/// Replies have the token ids of their prompts and choices beside the texts.
+#[pyclass(frozen, module = "octavo._core")]
+pub struct TokenIds(protocol::TokenIds);
+
+#[pymethods]
+impl TokenIds {
+    #[new]
+    #[pyo3(signature = (prompts, *, choices_each))]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
+    fn new(prompts: Vec<PyRef<'_, Prompt>>, choices_each: u32) -> Self {
+        let prompts = prompts.iter().map(|prompt| prompt.ids()).collect();
+        Self(protocol::TokenIds { prompts, choices_each })
     }
 }
 

@@ -42,7 +42,7 @@ impl Scheduler {
         &mut self,
         share: Option<Share>,
         prompts: &[Arc<[u32]>],
-        params: SamplingParams,
+        mut params: SamplingParams,
         priority: i32,
         cache_salt: Option<&str>,
         now: f64,
@@ -59,6 +59,7 @@ impl Scheduler {
             .enumerate()
             .map(|(before, prompt)| self.check_request(prompt, &params, before))
             .collect::<Result<Vec<u32>, Error>>()?;
+        params.restrain(self.config.vocab_size);
         self.now = self.clock(now);
         let first = RequestId(self.next_request);
         let params = Arc::new(params);

@@ -60,6 +60,8 @@ struct RowWork {
     drafts: Vec<u32>,
     /// Whether end tokens may be drawn at all now.
     may_stop: bool,
+    /// Whether one of them would be the end.
+    ends: bool,
     outcome: Outcome,
 }
 
@@ -85,9 +87,14 @@ impl Scheduler {
         for masked in &step.masked {
             let Some(number) = step.rows.get(masked.row).map(|row| row.sequence) else { continue };
             let sequence = &mut self.sequences[number];
-            let may_stop = !sequence.traits.ignore_eos && sequence.outputs.len() as u32 >= sequence.traits.min_tokens;
+            let traits = sequence.traits;
             let (false, Some(following)) = (sequence.state == State::Finished, &mut sequence.following) else {
                 continue;
+            };
+            let may_stop = if traits.ignore_eos {
+                !following.grammar.has_end()
+            } else {
+                sequence.outputs.len() as u32 >= traits.min_tokens
             };
             let tokens = sequence.outputs[following.taken..].to_vec();
             following.taken = sequence.outputs.len();
@@ -100,6 +107,7 @@ impl Scheduler {
                 tokens,
                 drafts: masked.drafts.clone(),
                 may_stop,
+                ends: !traits.ignore_eos,
                 outcome: Outcome::Masked,
             });
         }
@@ -176,6 +184,7 @@ impl RowWork {
                 Err(GrammarFault("no token of the vocabulary can go on from here".to_owned()))
             };
         }
+        let ends = if self.ends { ends } else { &[] };
         if fill_behind(&mut **state, &self.drafts, first, behind, bans, ends).is_err() {
             // The grammar cannot be followed behind a draft, but nobody knows whether that will hold.
             self.state = None;

@@ -55,10 +55,9 @@ impl Traits {
     pub fn new(params: &SamplingParams, has_ends: bool) -> Self {
         let logprobs = if params.logprobs.is_some() { ROW_LOGPROBS } else { 0 };
         let penalties = if params.has_penalties() { ROW_PENALTIES } else { 0 };
-        let may_stop = params.grammar.is_some()
-            || !params.ignore_eos
-            || !params.stop_token_ids.is_empty()
-            || !params.stop.is_empty();
+        let grammar_ends = params.grammar.as_ref().is_some_and(|grammar| grammar.0.has_end());
+        let may_stop =
+            grammar_ends || !params.ignore_eos || !params.stop_token_ids.is_empty() || !params.stop.is_empty();
         Self {
             row_flags: if params.pooling.is_some() { 0 } else { ROW_SAMPLE | logprobs | penalties },
             // Without end tokens there is nothing that may not be drawn yet.
@@ -71,7 +70,7 @@ impl Traits {
             wants_prompt: params.prompt_logprobs.is_some(),
             pooling: params.pooling,
             has_grammar: params.grammar.is_some(),
-            ends_unasked: params.grammar.is_some() && (params.ignore_eos || !has_ends),
+            ends_unasked: grammar_ends && (params.ignore_eos || !has_ends),
             ending: if may_stop || params.max_tokens.is_none() { Ending::Open } else { Ending::Known },
         }
     }

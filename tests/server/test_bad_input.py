@@ -209,7 +209,7 @@ SAMPLING_ROWS: list[Row] = [
     sampling("stop_token_ids", [-1]),
     sampling("stop_token_ids", [300], code="token_id_out_of_range"),
     *(sampling("stop_token_ids", value, code=ANY) for value in ([2**32], [2**64], list(range(100_000)))),
-    sampling("bad_words", [""], code="unsupported_parameter"),
+    sampling("bad_words", [""]),
     sampling("priority", 2**63, code=ANY),
     sampling("priority", "high", code="invalid_type"),
     sampling("seed", 2**64, code=ANY),

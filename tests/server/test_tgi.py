@@ -125,16 +125,6 @@ async def test_a_field_without_effect_is_counted(served: Served) -> None:
     assert await served.metric("octavo:unknown_fields_total") == 1
 
 
-async def test_what_remote_tokenizers_ask_for(served: Served) -> None:
-    """lm-eval's reads these names, and renders the template itself."""
-    status, body = await served.get("/tokenizer_info")
-    assert status == 200 and body.pop("chat_template") == TEMPLATE
-    assert body == {
-        "bos_token": None, "eos_token": None, "pad_token": None, "unk_token": None,
-        "vocab_size": 300, "model_max_length": 512,
-    }  # fmt: skip
-
-
 async def test_the_same_route_as_vllm_has_it(served: Served) -> None:
     expected = {"count": 2, "max_model_len": 512, "tokens": [72, 105], "token_strs": None}
     assert await served.post("/tokenize", {"prompt": "Hi"}) == (200, expected)

@@ -118,6 +118,7 @@ impl Ledger {
                 max_tokens: params.max_tokens.unwrap_or(room),
                 min_tokens: params.min_tokens,
                 stop_tokens: &stop_tokens,
+                bounds: &asked.params.bounds,
                 grammar: asked.toy.map(|toy| (toy, &self.config.eos_token_ids[..])),
                 ignores_end_tokens: params.ignore_eos,
             };

@@ -8,6 +8,7 @@ use crate::model::{
     attend, bias_term, first_visible, hidden, kv_value, logprob, penalty_term, vector, Logits, Sampling, VECTOR_SIZE,
 };
 use crate::toy_grammar::{Next, Toy};
+use _core::grammar::Bounds;
 use _core::request::PoolingKind;
 
 /// One choice of a request, as the model and the stop rules see it.
@@ -22,6 +23,8 @@ pub struct Request<'a> {
     pub stop_tokens: &'a [u32],
     /// What bounds its output, and the model's end tokens: that may be drawn, or not at all.
     pub grammar: Option<(Toy, &'a [u32])>,
+    /// What else bounds it.
+    pub bounds: &'a Bounds,
     pub ignores_end_tokens: bool,
 }
 
@@ -72,7 +75,13 @@ pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
             vocab_size,
         };
         let may_stop = output_index >= request.min_tokens;
-        let allowed = match request.grammar.map(|(toy, ends)| (toy.behind(&expected.tokens, ends), ends)) {
+        let next = match request.grammar {
+            Some((toy, ends)) => Some((toy.behind(&expected.tokens, ends), ends)),
+            None if request.bounds.is_empty() => None,
+            // To what is no grammar end tokens are like others.
+            None => Some((Next::Allowed { tokens: (0..vocab_size).collect(), may_end: false }, &[][..])),
+        };
+        let allowed = match next {
             None => None,
             Some((Next::Fault, _)) => {
                 expected.end = End::Fault;
@@ -82,6 +91,7 @@ pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
                 if may_end && may_stop && !request.ignores_end_tokens {
                     tokens.extend(ends);
                 }
+                tokens.retain(|token| !is_left_out(request.bounds, &expected.tokens, *token));
                 if tokens.is_empty() {
                     expected.end = if may_end { End::Complete } else { End::Fault };
                     break;
@@ -103,6 +113,13 @@ pub fn expect(request: &Request, windows: &[u32], vocab_size: u32) -> Expected {
         }
     }
     expected
+}
+
+/// Whether a token cannot be written behind an output.
+fn is_left_out(bounds: &Bounds, output: &[u32], token: u32) -> bool {
+    let written: Vec<u32> = output.iter().copied().chain([token]).collect();
+    bounds.allowed.as_ref().is_some_and(|allowed| !allowed.contains(&token))
+        || bounds.bad_words.iter().any(|word| written.ends_with(word))
 }
 
 /// Log probabilities of all tokens of a prompt but the first.

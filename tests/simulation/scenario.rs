@@ -10,6 +10,7 @@ use crate::toy_grammar::{Shared, Toy};
 use _core::config::{
     Batching, CoreConfig, DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod,
 };
+use _core::grammar::Bounds;
 use _core::policy::shares::Share;
 use _core::request::{Pooling, PoolingKind, SamplingOptions, SamplingParams, SharedGrammar};
 use rand::rngs::StdRng;
@@ -176,8 +177,19 @@ impl Scenario {
         let toy = (self.grammars > 0.0 && !wants_vector && rng.random_bool(self.grammars)).then(|| self.toy(rng));
         params.grammar =
             toy.map(|toy| SharedGrammar(Arc::new(Shared { toy, ends: self.config.eos_token_ids.clone() })));
+        if self.grammars > 0.0 && !wants_vector && rng.random_bool(self.grammars / 2.0) {
+            params.bounds = self.bounds(rng);
+        }
         let share = ((self.config.seed >> 24).trailing_zeros() >= 2).then(|| share(&params));
         NewRequest { prompt, params, priority, toy, share, salt }
+    }
+
+    /// Leaves out about a quarter of the vocabulary, and pairs of tokens that models come upon.
+    fn bounds(&self, rng: &mut StdRng) -> Bounds {
+        let vocab_size = self.config.vocab_size;
+        let allowed = rng.random_bool(0.5).then(|| (0..vocab_size).filter(|_| rng.random_bool(0.75)).collect());
+        let bad_words = (0..rng.random_range(0..=200)).map(|_| random_tokens(rng, 2, vocab_size)).collect();
+        Bounds { allowed, bad_words, thinking: None }
     }
 
     fn toy(&self, rng: &mut StdRng) -> Toy {

@@ -75,6 +75,7 @@ impl World {
             max_model_len: config.max_model_len,
             num_draft_tokens: 0,
             vocab_size: config.vocab_size,
+            drafts_itself: false,
         };
         let plan = vec![0; core.plan_bytes()];
         Self { device: Device::new(shape, 1), served: Served::default(), plan, number: 0, core }

@@ -175,13 +175,15 @@ class AsyncEngine:
         kwargs_json: str | None = None,
         max_characters: int | None = None,
         continue_final_message: bool = False,
+        template: _core.ChatTemplate | None = None,
     ) -> _core.Prompt:
-        """Renders the chat template and tokenises, off the loop. Raises `TemplateError` where the
-        template refuses, `PromptTooLongError` where it makes more than max_characters.
+        """Renders the chat template, the model's unless another is given, and tokenises, off the loop.
+        Raises `TemplateError` where the template refuses, `PromptTooLongError` where it makes more
+        than max_characters.
         """
         encode = functools.partial(
             self._need_tokenizer().encode_chat,
-            self._need_chat_template(),
+            template or self._need_chat_template(),
             messages_json,
             tools_json=tools_json,
             add_generation_prompt=add_generation_prompt,
@@ -255,7 +257,8 @@ class AsyncEngine:
         room = self.max_model_len - len(encoded)
         params = sampling_params or SamplingParams.with_defaults(self.generation_defaults, {}).fitting(room)
         grammar = await self.compile_grammar(params.structured_outputs)
-        stream = self.submit([encoded], params.to_core(grammar), priority=priority)
+        of_core = params.to_core(self.answers.of_model(params, [encoded], grammar))
+        stream = self.submit([encoded], of_core, priority=priority)
         builder = OutputBuilder(stream.reply_id, prompt, encoded, params, self.tokenizer)
         try:
             finished = False

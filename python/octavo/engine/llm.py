@@ -241,12 +241,16 @@ class LLM:
         if not self._engine.parts.generates:
             raise ValueError("this model makes embeddings alone (runner = 'pooling'): use embed()")
         params = self._each_params(encoded, sampling_params)
-        checked = [self._to_core(number, given) for number, given in enumerate(params)]
+        checked = [
+            self._to_core(number, given, prompt)
+            for number, (given, prompt) in enumerate(zip(params, encoded, strict=True))
+        ]
         return self._thread.run(lambda: self._complete(prompts, encoded, params, checked, use_tqdm))
 
-    def _to_core(self, number: int, params: SamplingParams) -> _core.SamplingParams:
+    def _to_core(self, number: int, params: SamplingParams, prompt: _core.Prompt) -> _core.SamplingParams:
         try:
-            return params.to_core(compile_grammar(self._engine.parts.grammars, params.structured_outputs))
+            grammar = compile_grammar(self._engine.parts.grammars, params.structured_outputs)
+            return params.to_core(self._answers.of_model(params, [prompt], grammar))
         except ValueError as error:
             raise type(error)(f"prompts[{number}]: {error}") from error
 

@@ -5,6 +5,7 @@ the answer looks like is the protocol's affair, in Rust: bytes come from there a
 """
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping
@@ -16,7 +17,7 @@ from aiohttp import HttpVersion11, web
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.pooling import CheckedPooling
-from octavo.sampling_params import SamplingParams
+from octavo.sampling_params import OfModel, SamplingParams
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
     ApiError,
@@ -209,7 +210,7 @@ class CallServer:
             if caller is not None:
                 num_choices = len(call.prompts) * call.params.n if isinstance(call.params, SamplingParams) else 0
                 use = caller.begin(num_prompt_tokens, num_choices, call.max_tokens)
-            reply = self._submit(call, caller)
+            reply = self._submit(call, await self._core_params(call), caller)
             self._metrics.accepted(len(call.prompts), call.params.n, call.max_tokens)
             times = CallTimes(self._metrics, call.arrival, len(call.prompts))
             try:
@@ -235,12 +236,23 @@ class CallServer:
         limits = [self._config.request_timeout, None if call.deadline_ms is None else call.deadline_ms / 1000]
         return min((call.arrival + seconds for seconds in limits if seconds is not None), default=None)
 
-    def _submit(self, call: Call, caller: Caller | None) -> "ReplyStream":
+    async def _core_params(self, call: Call) -> _core.SamplingParams:
+        """What the core is asked for; words are tokenised beside the loop."""
+        if not isinstance(call.params, SamplingParams):
+            return call.params.to_core()
+        make = functools.partial(self._engine.answers.of_model, call.params, call.prompts, call.grammar)
+        try:
+            of_model = await self._engine.run_beside(make) if call.params.bad_words else make()
+            return call.params.to_core(of_model, max_tokens_is_default=call.max_tokens is None)
+        except ValueError as error:
+            raise self.refusal(error, call.names) from None
+
+    def _submit(self, call: Call, params: _core.SamplingParams, caller: Caller | None) -> "ReplyStream":
         share = None if caller is None else (caller.number, caller.key.weight)
         try:
             return self._engine.submit(
                 call.prompts,
-                call.params.to_core(call.grammar, max_tokens_is_default=call.max_tokens is None),
+                params,
                 priority=call.priority if caller is None else caller.priority(call.priority),
                 cache_salt=call.cache_salt if caller is None else caller.salt(call.cache_salt),
                 share=share,

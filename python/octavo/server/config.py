@@ -36,6 +36,9 @@ class ServerConfig:
     max_best_of: int = option(2, "Largest best_of on TGI's routes.", parse=parse_count)
     max_stop_sequences: int = option(4, "Stop sequences of a request on TGI's routes.", parse=parse_count)
     max_top_n_tokens: int = option(5, "Largest top_n_tokens on TGI's routes.", parse=parse_count)
+    trust_request_chat_template: bool = option(
+        False, "Take the chat template of a request that brings one (chat_template)."
+    )
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests may take to finish after SIGTERM.", parse=float
     )

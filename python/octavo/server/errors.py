@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from aiohttp import web
 
 from octavo import _core
+from octavo.errors import FieldError
 
 _TYPES = {
     401: "authentication_error",
@@ -120,8 +121,9 @@ def refused(error: ValueError, names: Mapping[str, str]) -> ApiError:
     names: what the request calls the core's fields, where that is something else. An error that
     names no field is about the prompt.
     """
-    param = (error.param if isinstance(error, _core.RefusedError) else None) or "prompt"
-    code = error.code if isinstance(error, _core.RefusedError) else "invalid_value"
+    named = error if isinstance(error, (_core.RefusedError, FieldError)) else None
+    param = (None if named is None else named.param) or "prompt"
+    code = "invalid_value" if named is None else named.code
     return bad_request(str(error), param, code).renamed(names)
 
 

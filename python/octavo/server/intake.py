@@ -38,6 +38,8 @@ class ChatText:
     messages: str
     tools: str | None = None
     kwargs: str | None = None
+    template: _core.ChatTemplate | None = None
+    """That of the request, where it brings one."""
     tool_use: ToolUse = field(default_factory=ToolUse)
 
 
@@ -131,6 +133,7 @@ class Intake:
                 kwargs_json=text.kwargs,
                 max_characters=self.max_characters,
                 continue_final_message=continue_final_message,
+                **({} if text.template is None else {"template": text.template}),
             )
         except _core.PromptTooLongError as error:
             raise prompt_too_long(self.engine.max_model_len, str(error), "messages") from None

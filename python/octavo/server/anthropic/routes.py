@@ -18,7 +18,7 @@ from octavo.server.openai.schemas import ChatCompletionRequest
 _BULKY = frozenset({"messages", "system", "tools"})
 MESSAGES = Form(MessagesRequest, _BULKY, _BULKY, UNSUPPORTED)
 COUNT = Form(CountRequest, _BULKY, _BULKY, UNSUPPORTED)
-_NAMES = {"prompt": "messages", "stop": "stop_sequences"}
+_NAMES = {"prompt": "messages", "stop": "stop_sequences", "thinking_token_budget": "thinking.budget_tokens"}
 
 
 class AnthropicRoutes:
@@ -73,7 +73,7 @@ class AnthropicRoutes:
     def _read_messages(self, body: bytes) -> tuple[Parsed[MessagesRequest], ChatCompletionRequest, ChatText]:
         parsed = self._intake.decode(MESSAGES, body)
         self._intake.check_model(parsed.request.model)
-        chat = parsed.request.to_chat()
+        chat = parsed.request.to_chat(reasons=self._intake.engine.answers.reasoning is not None)
         return parsed, chat, self._chats.chat_text(chat)
 
     def _read_count(self, body: bytes) -> tuple[Parsed[CountRequest], ChatCompletionRequest, ChatText]:

@@ -115,9 +115,14 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
 
-    def to_chat(self) -> ChatCompletionRequest:
-        """The same as a chat of OpenAI's. Raises `ApiError` 400."""
+    def to_chat(self, *, reasons: bool) -> ChatCompletionRequest:
+        """The same as a chat of OpenAI's. Raises `ApiError` 400.
+
+        reasons: the model writes its reasoning apart. A budget for one that does not is kept anyway.
+        """
+        budget = None if self.thinking is None or self.thinking.type == "disabled" else self.thinking.budget_tokens
         return self.as_chat(
+            thinking_token_budget=budget if reasons else None,
             max_tokens=self.max_tokens,
             stop=self.stop_sequences,
             temperature=self.temperature,

@@ -85,13 +85,15 @@ def tool_use(request: ChatCompletionRequest) -> ToolUse:
     )
 
 
-def template_kwargs(kwargs: dict[str, Any] | None) -> str | None:
+def template_kwargs(request: ChatCompletionRequest) -> str | None:
     """Further variables of the template. What the renderer itself sets, and Python's own names, are
     refused.
     """
-    if not kwargs:
-        return None
+    ours: dict[str, Any] = {} if request.documents is None else {"documents": request.documents}
+    if request.reasoning_effort is not None:
+        ours["reasoning_effort"] = request.reasoning_effort
+    kwargs = request.chat_template_kwargs or {}
     for name in kwargs:
         if name in _RESERVED_KWARGS or name.startswith("_") or not name.isidentifier():
             raise bad_request(f"chat_template_kwargs: {name[:50]!r} cannot be set by clients.", "chat_template_kwargs")
-    return msgspec.json.encode(kwargs).decode()
+    return msgspec.json.encode(ours | kwargs).decode() if ours or kwargs else None

@@ -57,8 +57,8 @@ COMPLETION = Kind(
 CHAT = Kind(
     Form(
         ChatCompletionRequest,
-        frozenset({"messages", "tools"}),
-        frozenset({"messages", "tools", "chat_template_kwargs"}),
+        frozenset({"messages", "tools", "documents"}),
+        frozenset({"messages", "tools", "chat_template_kwargs", "documents"}),
         UNSUPPORTED_CHAT,
     ),
     "messages",
@@ -156,6 +156,7 @@ class OpenAIRoutes:
 
     def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
         parsed = self._decode(COMPLETION, body)
+        parsed.request.check()
         if not parsed.prompts:
             raise bad_request("prompt: this field is required.", "prompt", "missing_required_parameter")
         prompts: list[str | _core.Prompt] = []
@@ -237,9 +238,12 @@ class OpenAIRoutes:
 
         names: what the request calls the core's fields.
         """
-        wanted = forced_calls(chat.tools or (), text.tool_use) or chat.wanted_structure()
+        forced = forced_calls(chat.tools or (), text.tool_use)
+        wanted = forced or chat.wanted_structure()
         try:
             params = replace(self.sampling_params(chat), structured_outputs=wanted.params)
+            if forced is not None:
+                params = replace(params, thinking_token_budget=None)  # there is no reasoning
             prompt = await self.encode_chat(chat, text)
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
@@ -285,9 +289,27 @@ class OpenAIRoutes:
     def chat_text(self, chat: ChatCompletionRequest) -> ChatText:
         """What the template gets of a chat. Raises `ApiError` 400."""
         messages = msgspec.json.encode(template_messages(chat)).decode()
-        template = self._engine.chat_template
+        own = self._own_template(chat.chat_template)
+        template = own or self._engine.chat_template
         tools = template_tools(chat, template is None or template.takes_tools)
-        return ChatText(messages, tools, template_kwargs(chat.chat_template_kwargs), tool_use(chat))
+        return ChatText(messages, tools, template_kwargs(chat), own, tool_use(chat))
+
+    def _own_template(self, source: str | None) -> _core.ChatTemplate | None:
+        """The template that a request brings, compiled, where that may be."""
+        if source is None:
+            return None
+        if not self._intake.config.trust_request_chat_template:
+            raise bad_request(
+                "chat_template: not taken from requests; start the server with --trust-request-chat-template for that.",
+                "chat_template",
+                "unsupported_parameter",
+            )
+        if self._engine.tokenizer is None:
+            raise bad_request("chat_template: this model has no tokenizer.", "chat_template", "unsupported_parameter")
+        try:
+            return _core.ChatTemplate(source, self._engine.tokenizer.named_tokens)
+        except ValueError as error:
+            raise bad_request(f"chat_template: {error}", "chat_template", "template_error") from None
 
     def _decode(self, kind: Kind[R], body: bytes) -> Parsed[R]:
         """What both routes check of a body."""
@@ -317,6 +339,7 @@ class OpenAIRoutes:
             stream=bool(parsed.stream),
             include_usage=parsed.include_usage,
             continuous_usage=parsed.continuous_usage,
+            token_ids=_core.TokenIds(prompts, choices_each=params.n) if parsed.return_token_ids else None,
             **particular,
         )
         return Call(

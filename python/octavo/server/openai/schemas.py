@@ -26,28 +26,21 @@ MAX_PROMPT_ENTRIES = 2**22
 """Log probabilities of prompts in one answer: 48 MB as they are kept, some 250 MB as JSON."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "documents": ([],),
     "guided_decoding_backend": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "prompt_embeds": (),
     "repetition_detection": (),
-    "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "thinking_token_budget": (),
     "use_beam_search": (False,),
 }
 
-UNSUPPORTED_COMPLETION = {**_UNSUPPORTED, "suffix": ("",)}
+UNSUPPORTED_COMPLETION = {**_UNSUPPORTED, "documents": ([],)}
 UNSUPPORTED_CHAT = {
     **_UNSUPPORTED,
     "add_special_tokens": (False,),
     "audio": (),
     "best_of": (1,),
-    "chat_template": (),
     "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
@@ -93,6 +86,14 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: dict[Long, float] | None = None
+    allowed_token_ids: list[Long] | None = None
+    bad_words: list[str] | None = None
+    thinking_token_budget: Long | None = None
+    return_token_ids: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    """Never written, whatever it says: as in transformers, where it is of tokenizers without a
+    `tokenizer.json` alone.
+    """
     prompt_logprobs: Count | None = None
     priority: Count | None = None
     cache_salt: str | None = None
@@ -119,7 +120,8 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         """
         names = ("n", "min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
                  "repetition_penalty", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output",
-                 "skip_special_tokens", "logit_bias")  # fmt: skip
+                 "skip_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
+                 "thinking_token_budget")  # fmt: skip
         given: dict[str, Any] = ours | {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.output_limit is not None:
             given["max_tokens"] = self.output_limit
@@ -182,6 +184,18 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
+    suffix: str | None = None
+
+    def check(self) -> None:
+        """What the struct cannot say. Raises `ApiError` 400."""
+        if self.suffix:
+            raise bad_request(
+                "suffix: this server continues texts and fills none in; put what the model needs to see into prompt.",
+                "suffix",
+                "unsupported_parameter",
+            )
+        if self.return_token_ids and self.echo:
+            raise bad_request("return_token_ids: not together with echo.", "return_token_ids")
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI
@@ -230,6 +244,9 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    chat_template: str | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 

@@ -83,13 +83,14 @@ class TokenizeRoutes:
         return web.json_response({"prompt": tokenizer.decode(read.tokens, skip_special_tokens=False)})
 
     async def info(self, _: web.Request) -> web.Response:
-        """`GET /tokenizer_info`: what lm-eval's remote tokenizer asks for."""
+        """`GET /tokenizer_info`: what of `tokenizer_config.json` clients look for, by its names."""
         tokenizer, template = self._tokenizer(), self._engine.chat_template
         named = tokenizer.named_tokens
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return web.json_response(
             {name: named.get(name) for name in names}
             | {
+                "tokenizer_class": "PreTrainedTokenizerFast",
                 "vocab_size": tokenizer.vocab_size,
                 "model_max_length": self._engine.max_model_len,
                 "chat_template": None if template is None else template.source,

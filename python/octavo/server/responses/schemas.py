@@ -30,7 +30,8 @@ NAMES = {
 _STORED = "nothing is stored here; send the earlier items in input."
 _SHARED = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
            "seed", "stop", "stop_token_ids", "min_tokens", "ignore_eos", "include_stop_str_in_output",
-           "skip_special_tokens", "logit_bias", "parallel_tool_calls")  # fmt: skip
+           "skip_special_tokens", "logit_bias", "allowed_token_ids", "bad_words",
+           "thinking_token_budget", "parallel_tool_calls")  # fmt: skip
 
 
 class Reasoning(msgspec.Struct, frozen=True):
@@ -166,6 +167,9 @@ class ResponsesRequest(InputRequest, frozen=True, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     logit_bias: dict[Long, float] | None = None
+    allowed_token_ids: list[Long] | None = None
+    bad_words: list[str] | None = None
+    thinking_token_budget: Long | None = None
     priority: Count | None = None
     cache_salt: str | None = None
 
