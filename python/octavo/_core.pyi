@@ -163,8 +163,8 @@ class BlockProduct:
 
 @final
 class PagedAttention:
-    """One layer's attention over pages, for rows that bring one token each (rust/cpu/attention.rs;
-    its twins are `rope_and_cache` and `decode_attention` of kernels/reference/layers.py).
+    """One layer's attention over pages (rust/cpu/attention.rs; its twins are `rope_and_cache` and
+    `prefill_attention` of kernels/reference/layers.py).
     """
 
     def __new__(
@@ -193,14 +193,18 @@ class PagedAttention:
         row_slots: Any,
         seq_lens: Any,
         out: Any,
+        query_start_loc: Any | None = None,
+        kv_scales: Any | None = None,
     ) -> None:
         """Rotates q and k of all tokens, q in place; writes k and v into their pages; and answers
-        the first tokens, as many as there are `row_slots`.
+        the tokens of the rows, which are the last of each row's keys.
 
         qkv [tokens, (heads + 2 * kv_heads) * head_dim] float32; positions and slot_mapping [tokens]
-        int64; kv_cache [blocks, 2, kv_heads, block_size, head_dim] float32, float16 or bfloat16;
-        block_table [slots, most blocks], row_slots and seq_lens [rows] int32; out [rows, heads *
-        head_dim] float32. `ValueError` names what points to memory that is not there.
+        int64; kv_cache [blocks, 2, kv_heads, block_size, head_dim] float32, float16 or bfloat16, or
+        with kv_scales codes as `split_cache` cuts them; block_table [slots, most blocks], row_slots
+        and seq_lens [rows] int32; query_start_loc [rows + 1] int32, where each row's tokens begin
+        (without it each row has one); out [tokens of rows, heads * head_dim] float32. `ValueError`
+        names what points to memory that is not there.
         """
 
 @final

@@ -1,12 +1,19 @@
-//! Attention over pages: rotary and the write of keys and values, then the answers of rows that
-//! bring one token each.
+//! Attention over pages: rotary and the write of keys and values, then the answers of rows: of one
+//! token each key by key, of more (prompts, drafts) by sixteen keys and six queries at a time.
 
+use super::codes::{Codes, Fp8, Int4, Int8};
 use super::float::{exp, Brain, Half, Number};
 use super::level::{by_level, multiply_add, Level};
 use super::pool::Pool;
 use super::raw::Writer;
 use super::rows::{dot, norm};
 
+/// Queries of a row that one piece of work answers, unless the heads that share a key are more.
+const AT_ONCE: usize = 96;
+/// Keys that are taken from their pages and turned at a time.
+const KEYS: usize = 16;
+/// Queries that are multiplied with them at a time: with AVX2 their sums still fit into registers.
+const RUN: usize = 6;
 /// Up to so many tokens the caller rotates himself: waking threads takes longer.
 const ALONE: usize = 4;
 
@@ -19,14 +26,97 @@ pub enum Pages<'a> {
     Half(Writer<'a, Half>),
     /// bfloat16
     Brain(Writer<'a, Brain>),
+    /// float8 e4m3 with a scale a head
+    Fp8(Codes<'a, Fp8>),
+    /// int8 with a scale a head
+    Int8(Codes<'a, Int8>),
+    /// Pairs of four bits with a scale a head
+    Int4(Codes<'a, Int4>),
 }
 
-impl Pages<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::Single(pages) => pages.len(),
-            Self::Half(pages) => pages.len(),
-            Self::Brain(pages) => pages.len(),
+/// Runs `$body` with `$store` as what `$pages` holds.
+macro_rules! with_store {
+    ($pages:expr, $store:ident => $body:expr) => {
+        match $pages {
+            Pages::Single($store) => $body,
+            Pages::Half($store) => $body,
+            Pages::Brain($store) => $body,
+            Pages::Fp8($store) => $body,
+            Pages::Int8($store) => $body,
+            Pages::Int4($store) => $body,
+        }
+    };
+}
+
+/// Where a key or a value is: of the block, keys (0) or values (1), the head of them, the token in the block.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// Of the pages.
+    pub block: usize,
+    /// 0: keys, 1: values.
+    pub kind: usize,
+    /// Of keys and values.
+    pub head: usize,
+    /// Of the block.
+    pub token: usize,
+}
+
+impl Place {
+    /// Its number among the heads of its block.
+    pub fn in_block(self, attention: &Attention) -> usize {
+        (self.kind * attention.kv_heads + self.head) * attention.block_size + self.token
+    }
+}
+
+/// Pages of one type of numbers or codes.
+pub trait Store: Copy + Sync {
+    /// How many blocks it has.
+    ///
+    /// # Errors
+    /// It is not made of whole blocks.
+    fn blocks(&self, attention: &Attention) -> Result<usize, String>;
+
+    /// A head as float32: `numbers` [head dim].
+    ///
+    /// # Safety
+    /// Nobody writes there meanwhile.
+    unsafe fn read(&self, attention: &Attention, place: Place, numbers: &mut [f32]);
+
+    /// Keeps a head.
+    ///
+    /// # Safety
+    /// Nobody reads or writes there meanwhile.
+    unsafe fn write(&self, attention: &Attention, place: Place, numbers: &[f32]);
+}
+
+impl<N: Number> Store for Writer<'_, N> {
+    fn blocks(&self, attention: &Attention) -> Result<usize, String> {
+        let block = 2 * attention.kv_heads * attention.block_size * attention.head_dim;
+        if self.len().is_multiple_of(block) {
+            return Ok(self.len() / block);
+        }
+        Err(format!("kv_cache: {} numbers are not blocks of {block}", self.len()))
+    }
+
+    #[inline(always)]
+    unsafe fn read(&self, attention: &Attention, place: Place, numbers: &mut [f32]) {
+        let heads = 2 * attention.kv_heads * attention.block_size;
+        let start = (place.block * heads + place.in_block(attention)) * attention.head_dim;
+        // SAFETY: the caller's.
+        let stored = unsafe { self.part(start, attention.head_dim) };
+        for (number, stored) in numbers.iter_mut().zip(stored) {
+            *number = stored.widen();
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn write(&self, attention: &Attention, place: Place, numbers: &[f32]) {
+        let heads = 2 * attention.kv_heads * attention.block_size;
+        let start = (place.block * heads + place.in_block(attention)) * attention.head_dim;
+        // SAFETY: the caller's.
+        let stored = unsafe { self.part(start, attention.head_dim) };
+        for (stored, number) in stored.iter_mut().zip(numbers) {
+            *stored = N::narrow(*number);
         }
     }
 }
@@ -75,18 +165,31 @@ pub struct Step<'a> {
     pub table_width: usize,
     /// [rows]: the request slot of each row.
     pub row_slots: &'a [i32],
-    /// [rows]: keys of each row, its new one included; 0 is answered by zeros.
+    /// [rows]: keys of each row, its new ones included; 0 is answered by zeros.
     pub seq_lens: &'a [i32],
+    /// [rows + 1]: the first token of each row, and the end of the last; without it each row has one token.
+    /// A row's tokens are the last of its keys.
+    pub starts: Option<&'a [i32]>,
+}
+
+impl Step<'_> {
+    /// Tokens of row `row`.
+    fn tokens(&self, row: usize) -> std::ops::Range<usize> {
+        match self.starts {
+            Some(starts) => starts[row] as usize..starts[row + 1] as usize,
+            None => row..row + 1,
+        }
+    }
+
+    /// Tokens of all rows.
+    fn answered(&self) -> usize {
+        self.row_slots.len().checked_sub(1).map_or(0, |last| self.tokens(last).end)
+    }
 }
 
 impl Attention {
     fn width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
-    }
-
-    /// Numbers of one head in one block of `pages`.
-    fn page(&self) -> usize {
-        self.block_size * self.head_dim
     }
 
     /// Why a step cannot be computed.
@@ -95,14 +198,11 @@ impl Attention {
     /// Names the field that points to memory that is not there.
     pub fn check(&self, step: &Step<'_>) -> Result<(), String> {
         let tokens = step.positions.len();
-        let block = 2 * self.kv_heads * self.page();
         if step.qkv.len() != tokens * self.width() {
             return Err(format!("qkv: {} numbers for {tokens} tokens, each has {}", step.qkv.len(), self.width()));
         }
-        if !step.pages.len().is_multiple_of(block) {
-            return Err(format!("kv_cache: {} numbers are not blocks of {block}", step.pages.len()));
-        }
-        let (half, blocks) = (step.rotary_dim / 2, step.pages.len() / block);
+        let blocks = with_store!(step.pages, store => store.blocks(self))?;
+        let half = step.rotary_dim / 2;
         if half == 0 || !step.rotary_dim.is_multiple_of(2) || step.rotary_dim > self.head_dim {
             return Err(format!("cos_sin: rows of {} for heads of {}", step.rotary_dim, self.head_dim));
         }
@@ -120,7 +220,16 @@ impl Attention {
         if step.row_slots.len() != step.seq_lens.len() || step.row_slots.len() > tokens {
             return Err(format!("row_slots: {} for {} seq_lens", step.row_slots.len(), step.seq_lens.len()));
         }
-        for (&slot, &len) in step.row_slots.iter().zip(step.seq_lens) {
+        if let Some(starts) = step.starts {
+            let rows = step.row_slots.len();
+            if starts.len() != rows + 1 || starts[0] != 0 || starts[rows] as usize > tokens || !starts.is_sorted() {
+                return Err(format!("query_start_loc: not where {rows} rows of {tokens} tokens begin, from 0 on"));
+            }
+        }
+        for (row, (&slot, &len)) in step.row_slots.iter().zip(step.seq_lens).enumerate() {
+            if len > 0 && step.tokens(row).len() > len as usize {
+                return Err(format!("seq_lens: {len} keys of a row of {} tokens", step.tokens(row).len()));
+            }
             let used = (len.max(0) as usize).div_ceil(self.block_size);
             let start = slot.max(0) as usize * step.table_width;
             if slot < 0 || len < 0 || used > step.table_width || start + used > step.table.len() {
@@ -133,16 +242,16 @@ impl Attention {
         Ok(())
     }
 
-    /// Rotates q and k of all tokens, writes k and v into their pages, then answers the first
-    /// `row_slots.len()` tokens, each a row: out [rows, heads * head dim].
+    /// Rotates q and k of all tokens, writes k and v into their pages, then answers those of the rows:
+    /// out [tokens of rows, heads * head dim].
     ///
     /// # Errors
     /// As [`Self::check`].
     pub fn run(&self, pool: &Pool, step: &Step<'_>, out: &mut [f32]) -> Result<(), String> {
         self.check(step)?;
-        let (tokens, rows, answer) = (step.positions.len(), step.row_slots.len(), self.heads * self.head_dim);
-        if out.len() != rows * answer {
-            return Err(format!("out: {} numbers for {rows} rows of {answer}", out.len()));
+        let (tokens, answered, answer) = (step.positions.len(), step.answered(), self.heads * self.head_dim);
+        if out.len() != answered * answer {
+            return Err(format!("out: {} numbers for {answered} tokens of {answer}", out.len()));
         }
         let rotate = |token: usize| rotate(self.level, self, step, token);
         if tokens <= ALONE {
@@ -150,25 +259,60 @@ impl Attention {
         } else {
             pool.run(tokens, &rotate);
         }
-        let (out, group) = (Writer::new(out), answer / self.kv_heads);
-        let answer_one = |piece: usize| {
-            let (row, kv_head) = (piece / self.kv_heads, piece % self.kv_heads);
-            // SAFETY: a piece is one thread's, and their answers do not overlap; queries are only read now.
-            let (out, queries) = unsafe {
-                (
-                    out.part(row * answer + kv_head * group, group),
-                    step.qkv.part(row * self.width() + kv_head * group, group),
-                )
-            };
-            SCORES.with_borrow_mut(|scores| attend(self.level, self, step, row, kv_head, queries, scores, out));
-        };
-        pool.run(rows * self.kv_heads, &answer_one);
+        let out = Writer::new(out);
+        let pieces = self.pieces(step);
+        pool.run(pieces.len() * self.kv_heads, &|number| {
+            let (piece, kv_head) = (pieces[number / self.kv_heads], number % self.kv_heads);
+            SCRATCH.with_borrow_mut(|scratch| attend(self.level, self, step, piece, kv_head, scratch, out));
+        });
         Ok(())
+    }
+
+    /// The rows, long ones in parts.
+    fn pieces(&self, step: &Step<'_>) -> Vec<Piece> {
+        let at_once = (AT_ONCE / (self.heads / self.kv_heads)).max(1);
+        let mut pieces = Vec::new();
+        for row in 0..step.row_slots.len() {
+            let (tokens, keys) = (step.tokens(row), step.seq_lens[row] as usize);
+            for first in tokens.clone().step_by(at_once) {
+                let count = at_once.min(tokens.end - first);
+                pieces.push(Piece { row, first, count, position: (keys + first).saturating_sub(tokens.end) });
+            }
+        }
+        pieces
     }
 }
 
+/// Tokens of one row that are answered together.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    row: usize,
+    /// Of the step's tokens.
+    first: usize,
+    count: usize,
+    /// Of its first token in its row.
+    position: usize,
+}
+
+/// What a piece needs besides, kept from one to the next. Heads are padded to whole sixteens, queries to whole runs.
+#[derive(Debug, Default)]
+struct Scratch {
+    /// [queries, padded dim], times the scale.
+    queries: Vec<f32>,
+    /// [queries, padded dim]: sums of values, not yet divided.
+    answers: Vec<f32>,
+    /// [queries]: the largest score, and the sum of exponentials.
+    peaks: Vec<[f32; 2]>,
+    /// [queries, 16]
+    scores: Vec<[f32; KEYS]>,
+    /// [padded dim]: sixteen keys' numbers beside each other.
+    keys: Vec<[f32; KEYS]>,
+    /// [16, padded dim]
+    values: Vec<f32>,
+}
+
 thread_local! {
-    static SCORES: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
+    static SCRATCH: std::cell::RefCell<Scratch> = std::cell::RefCell::default();
 }
 
 by_level! {
@@ -179,11 +323,10 @@ by_level! {
     fn attend(
         attention: &Attention,
         step: &Step<'_>,
-        row: usize,
+        piece: Piece,
         kv_head: usize,
-        queries: &[f32],
-        scores: &mut Vec<f32>,
-        out: &mut [f32],
+        scratch: &mut Scratch,
+        out: Writer<'_, f32>,
     ) = attend_body
 }
 
@@ -208,11 +351,7 @@ fn rotate_body<const FUSED: bool>(attention: &Attention, step: &Step<'_>, token:
     }
     let keys = &rotated[attention.heads * dim..];
     let slot = step.slots[token] as usize;
-    match step.pages {
-        Pages::Single(pages) => write_page(attention, pages, slot, keys, values),
-        Pages::Half(pages) => write_page(attention, pages, slot, keys, values),
-        Pages::Brain(pages) => write_page(attention, pages, slot, keys, values),
-    }
+    with_store!(step.pages, store => write_page(attention, store, slot, keys, values));
 }
 
 #[inline(always)]
@@ -224,17 +363,12 @@ fn norm_in_place<const FUSED: bool>(head: &mut [f32], weight: &[f32], eps: f32) 
 }
 
 #[inline(always)]
-fn write_page<N: Number>(attention: &Attention, pages: Writer<'_, N>, slot: usize, keys: &[f32], values: &[f32]) {
-    let (dim, page) = (attention.head_dim, attention.page());
-    let (block, place) = (slot / attention.block_size, slot % attention.block_size);
+fn write_page(attention: &Attention, store: impl Store, slot: usize, keys: &[f32], values: &[f32]) {
+    let (block, token) = (slot / attention.block_size, slot % attention.block_size);
     for (kind, heads) in [keys, values].into_iter().enumerate() {
-        for (number, head) in heads.chunks_exact(dim).enumerate() {
-            let start = ((block * 2 + kind) * attention.kv_heads + number) * page + place * dim;
+        for (head, numbers) in heads.chunks_exact(attention.head_dim).enumerate() {
             // SAFETY: a token has a place of its own, but in the null block, whose numbers mean nothing.
-            let stored = unsafe { pages.part(start, dim) };
-            for (stored, number) in stored.iter_mut().zip(head) {
-                *stored = N::narrow(*number);
-            }
+            unsafe { store.write(attention, Place { block, kind, head, token }, numbers) };
         }
     }
 }
@@ -244,81 +378,267 @@ fn write_page<N: Number>(attention: &Attention, pages: Writer<'_, N>, slot: usiz
 fn attend_body<const FUSED: bool>(
     attention: &Attention,
     step: &Step<'_>,
-    row: usize,
+    piece: Piece,
     kv_head: usize,
-    queries: &[f32],
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
+    scratch: &mut Scratch,
+    out: Writer<'_, f32>,
 ) {
-    match step.pages {
-        Pages::Single(pages) => attend_of::<FUSED, _>(attention, step, pages, row, kv_head, queries, scores, out),
-        Pages::Half(pages) => attend_of::<FUSED, _>(attention, step, pages, row, kv_head, queries, scores, out),
-        Pages::Brain(pages) => attend_of::<FUSED, _>(attention, step, pages, row, kv_head, queries, scores, out),
-    }
+    with_store!(step.pages, store => attend_of::<FUSED>(attention, step, store, piece, kv_head, scratch, out));
 }
 
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-fn attend_of<const FUSED: bool, N: Number>(
+fn attend_of<const FUSED: bool>(
     attention: &Attention,
     step: &Step<'_>,
-    pages: Writer<'_, N>,
-    row: usize,
+    store: impl Store,
+    piece: Piece,
     kv_head: usize,
+    scratch: &mut Scratch,
+    out: Writer<'_, f32>,
+) {
+    let group = attention.heads / attention.kv_heads * attention.head_dim;
+    // SAFETY: a token's heads are one piece's, and one thread has it.
+    let answer = |token: usize| unsafe { out.part(token * attention.kv_heads * group + kv_head * group, group) };
+    // SAFETY: queries are only read now.
+    let query = |token: usize| unsafe { &*step.qkv.part(token * attention.width() + kv_head * group, group) };
+    let keys = Keys {
+        table: &step.table[step.row_slots[piece.row] as usize * step.table_width..][..step.table_width],
+        store,
+        attention,
+        kv_head,
+    };
+    if step.seq_lens[piece.row] == 0 {
+        for token in piece.first..piece.first + piece.count {
+            answer(token).fill(0.0);
+        }
+    } else if piece.count == 1 {
+        one::<FUSED>(keys, piece.position, query(piece.first), &mut scratch.values, answer(piece.first));
+    } else {
+        many::<FUSED>(keys, piece, query, scratch, answer);
+    }
+}
+
+/// Keys and values of one head in the pages of one row.
+#[derive(Clone, Copy)]
+struct Keys<'a, S> {
+    table: &'a [i32],
+    store: S,
+    attention: &'a Attention,
+    kv_head: usize,
+}
+
+impl<S: Store> Keys<'_, S> {
+    /// The first key that the token at `position` sees.
+    #[inline(always)]
+    fn first_of(&self, position: usize) -> usize {
+        if self.attention.window == 0 {
+            0
+        } else {
+            (position + 1).saturating_sub(self.attention.window)
+        }
+    }
+
+    /// The key (0) or value (1) of token `token` of the row's block `block`.
+    #[inline(always)]
+    fn read(&self, kind: usize, block: usize, token: usize, numbers: &mut [f32]) {
+        let place = Place { block: self.table[block] as usize, kind, head: self.kv_head, token };
+        // SAFETY: all writes of this step have returned, and nobody else writes pages.
+        unsafe { self.store.read(self.attention, place, numbers) };
+    }
+}
+
+/// One token, whose heads see the same keys.
+#[inline(always)]
+fn one<const FUSED: bool>(
+    keys: Keys<'_, impl Store>,
+    position: usize,
     queries: &[f32],
     scores: &mut Vec<f32>,
     out: &mut [f32],
 ) {
-    let (dim, size) = (attention.head_dim, attention.block_size);
-    let len = step.seq_lens[row] as usize;
-    out.fill(0.0);
-    let first = if attention.window == 0 { 0 } else { len.saturating_sub(attention.window) };
-    let keys = len - first;
-    if keys == 0 {
-        return;
-    }
-    let table = &step.table[step.row_slots[row] as usize * step.table_width..][..step.table_width];
-    // The page of keys (0) or values (1), and which of its places are seen.
-    let part_of = |block: usize, kind: usize| {
-        let from = first.max(block * size) - block * size;
-        let to = len.min((block + 1) * size) - block * size;
-        let start = ((table[block] as usize * 2 + kind) * attention.kv_heads + kv_head) * size * dim;
-        // SAFETY: all writes of this step have returned, and nobody else writes pages.
-        unsafe { &*pages.part(start + from * dim, (to - from) * dim) }
-    };
+    let (dim, size) = (keys.attention.head_dim, keys.attention.block_size);
+    let (first, len) = (keys.first_of(position), position + 1);
+    let seen = len - first;
+    let places = |block: usize| (first.max(block * size) - block * size, len.min((block + 1) * size) - block * size);
     let group = queries.len() / dim;
     scores.clear();
-    scores.resize(group * keys, 0.0);
+    scores.resize(group * seen, 0.0);
+    out.fill(0.0);
     let mut wide = [0.0f32; 512];
     let wide = &mut wide[..dim];
     let mut at = 0;
     for block in first / size..len.div_ceil(size) {
-        for key in part_of(block, 0).chunks_exact(dim) {
-            for (wide, number) in wide.iter_mut().zip(key) {
-                *wide = number.widen();
-            }
+        let (from, to) = places(block);
+        for token in from..to {
+            keys.read(0, block, token, wide);
             for (head, query) in queries.chunks_exact(dim).enumerate() {
-                scores[head * keys + at] = dot::<FUSED>(query, wide) * attention.scale;
+                scores[head * seen + at] = dot::<FUSED>(query, wide) * keys.attention.scale;
             }
             at += 1;
         }
     }
-    for scores in scores.chunks_exact_mut(keys) {
+    for scores in scores.chunks_exact_mut(seen) {
         softmax(scores);
     }
     at = 0;
     for block in first / size..len.div_ceil(size) {
-        for value in part_of(block, 1).chunks_exact(dim) {
-            for (wide, number) in wide.iter_mut().zip(value) {
-                *wide = number.widen();
-            }
+        let (from, to) = places(block);
+        for token in from..to {
+            keys.read(1, block, token, wide);
             for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                let weight = scores[head * keys + at];
+                let weight = scores[head * seen + at];
                 for (out, value) in out.iter_mut().zip(&*wide) {
                     *out = multiply_add::<FUSED>(weight, *value, *out);
                 }
             }
             at += 1;
+        }
+    }
+}
+
+/// Several tokens of a row, each of which sees one key more than the one before it.
+#[inline(always)]
+fn many<'a, const FUSED: bool>(
+    keys: Keys<'_, impl Store>,
+    piece: Piece,
+    query: impl Fn(usize) -> &'a [f32],
+    scratch: &mut Scratch,
+    answer: impl Fn(usize) -> &'a mut [f32],
+) {
+    let (dim, size) = (keys.attention.head_dim, keys.attention.block_size);
+    let heads = keys.attention.heads / keys.attention.kv_heads;
+    let padded = dim.next_multiple_of(16);
+    let queries = piece.count * heads;
+    let all = queries.next_multiple_of(RUN);
+    scratch.queries.clear();
+    scratch.queries.resize(all * padded, 0.0);
+    scratch.answers.clear();
+    scratch.answers.resize(all * padded, 0.0);
+    scratch.peaks.clear();
+    scratch.peaks.resize(all, [f32::NEG_INFINITY, 0.0]);
+    scratch.scores.resize(all, [0.0; KEYS]);
+    scratch.keys.clear();
+    scratch.keys.resize(padded, [0.0; KEYS]);
+    scratch.values.clear();
+    scratch.values.resize(KEYS * padded, 0.0);
+    for token in 0..piece.count {
+        let places = scratch.queries[token * heads * padded..].chunks_exact_mut(padded);
+        for (place, head) in places.zip(query(piece.first + token).chunks_exact(dim)) {
+            for (place, number) in place.iter_mut().zip(head) {
+                *place = number * keys.attention.scale;
+            }
+        }
+    }
+    let (begin, end) = (keys.first_of(piece.position), piece.position + piece.count);
+    for first in (begin..end).step_by(KEYS) {
+        let count = KEYS.min(end - first);
+        for lane in 0..KEYS {
+            let value = &mut scratch.values[lane * padded..][..dim];
+            if lane < count {
+                let (block, token) = ((first + lane) / size, (first + lane) % size);
+                keys.read(0, block, token, value);
+                for (numbers, number) in scratch.keys.iter_mut().zip(&*value) {
+                    numbers[lane] = *number;
+                }
+                keys.read(1, block, token, value);
+            } else {
+                // What was there may be no number, and nobody sees it.
+                scratch.keys.iter_mut().for_each(|numbers| numbers[lane] = 0.0);
+                value.fill(0.0);
+            }
+        }
+        let runs = scratch.queries.chunks_exact(RUN * padded).zip(scratch.scores.as_chunks_mut::<RUN>().0);
+        for (queries, scores) in runs {
+            multiply_keys::<FUSED>(&scratch.keys, queries, scores);
+        }
+        for number in 0..queries {
+            let position = piece.position + number / heads;
+            let (from, to) = (keys.first_of(position).max(first) - first, (position + 1).saturating_sub(first));
+            let answer = &mut scratch.answers[number * padded..][..padded];
+            weigh(&mut scratch.scores[number], from, to, &mut scratch.peaks[number], answer);
+        }
+        let runs = scratch.answers.chunks_exact_mut(RUN * padded).zip(scratch.scores.as_chunks::<RUN>().0);
+        for (answers, weights) in runs {
+            add_values::<FUSED>(&scratch.values, weights, answers);
+        }
+    }
+    for token in 0..piece.count {
+        for (head, out) in answer(piece.first + token).chunks_exact_mut(dim).enumerate() {
+            let number = token * heads + head;
+            let inverse = 1.0 / scratch.peaks[number][1];
+            for (out, sum) in out.iter_mut().zip(&scratch.answers[number * padded..]) {
+                *out = sum * inverse;
+            }
+        }
+    }
+}
+
+/// Scores of six queries with sixteen keys.
+#[inline(always)]
+fn multiply_keys<const FUSED: bool>(keys: &[[f32; KEYS]], queries: &[f32], scores: &mut [[f32; KEYS]; RUN]) {
+    let padded = keys.len();
+    let queries: [&[f32]; RUN] = std::array::from_fn(|number| &queries[number * padded..][..padded]);
+    let mut sums = [[0.0f32; KEYS]; RUN];
+    for (at, keys) in keys.iter().enumerate() {
+        for number in 0..RUN {
+            let query = queries[number][at];
+            for lane in 0..KEYS {
+                sums[number][lane] = multiply_add::<FUSED>(query, keys[lane], sums[number][lane]);
+            }
+        }
+    }
+    *scores = sums;
+}
+
+/// Scores become weights, in units of the largest one yet; what was summed before is put into these units.
+/// from, to: the keys that are seen.
+#[inline(always)]
+fn weigh(scores: &mut [f32; KEYS], from: usize, to: usize, state: &mut [f32; 2], answer: &mut [f32]) {
+    for (lane, score) in scores.iter_mut().enumerate() {
+        if lane < from || lane >= to {
+            *score = f32::NEG_INFINITY;
+        }
+    }
+    let mut peak = state[0];
+    for &score in &*scores {
+        peak = if score > peak { score } else { peak };
+    }
+    // Where nothing has been seen yet all weights are 0, unless a score is no number.
+    let unit = if peak == f32::NEG_INFINITY { 0.0 } else { peak };
+    let mut sum = 0.0;
+    for score in scores {
+        *score = exp(*score - unit);
+        sum += *score;
+    }
+    let mut before = state[1];
+    if state[0] < peak {
+        let shrink = exp(state[0] - peak);
+        before *= shrink;
+        for answer in answer {
+            *answer *= shrink;
+        }
+    }
+    *state = [peak, before + sum];
+}
+
+/// answers += weights . values, of six queries and sixteen keys.
+#[inline(always)]
+fn add_values<const FUSED: bool>(values: &[f32], weights: &[[f32; KEYS]; RUN], answers: &mut [f32]) {
+    let padded = values.len() / KEYS;
+    for part in (0..padded).step_by(16) {
+        let mut sums = [[0.0f32; 16]; RUN];
+        for key in 0..KEYS {
+            let values = &values[key * padded + part..][..16];
+            for number in 0..RUN {
+                for lane in 0..16 {
+                    sums[number][lane] = multiply_add::<FUSED>(weights[number][key], values[lane], sums[number][lane]);
+                }
+            }
+        }
+        for (number, sums) in sums.iter().enumerate() {
+            for (answer, sum) in answers[number * padded + part..][..16].iter_mut().zip(sums) {
+                *answer += sum;
+            }
         }
     }
 }

@@ -12,6 +12,7 @@ pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod blocks;
+pub mod codes;
 pub mod float;
 pub mod level;
 mod plain;

@@ -7,12 +7,13 @@ use pyo3::prelude::*;
 
 use crate::cpu::attention::{Attention, Pages, Step};
 use crate::cpu::blocks::Format;
+use crate::cpu::codes::{Codes, Fp8, Int4, Int8};
 use crate::cpu::float::{Brain, Half};
 use crate::cpu::level::Level;
 use crate::cpu::pool;
 use crate::cpu::product::{Matrix, Product};
 use crate::cpu::rows::Input;
-use crate::py::tensor::Tensor;
+use crate::py::tensor::{coded_blocks, Tensor};
 
 /// The levels of instructions that this processor has, from the least to the best.
 #[pyfunction]
@@ -238,7 +239,7 @@ impl BlockProduct {
     }
 }
 
-/// A layer's attention over pages, for rows of one token each.
+/// A layer's attention over pages.
 #[pyclass(frozen, module = "octavo._core")]
 #[derive(Debug)]
 pub struct PagedAttention {
@@ -308,7 +309,10 @@ impl PagedAttention {
         Ok(Self { attention, cos_sin: cos_sin.clone().unbind(), rotary_dim })
     }
 
-    /// Rotates, writes keys and values, and answers the rows that `out` has.
+    /// Rotates, writes keys and values, and answers the tokens of the rows: those from `query_start_loc` on, or
+    /// one each.
+    #[pyo3(signature = (qkv, positions, slot_mapping, kv_cache, block_table, row_slots, seq_lens, out,
+        query_start_loc = None, kv_scales = None))]
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -321,12 +325,16 @@ impl PagedAttention {
         row_slots: &Bound<'_, PyAny>,
         seq_lens: &Bound<'_, PyAny>,
         out: &Bound<'_, PyAny>,
+        query_start_loc: Option<&Bound<'_, PyAny>>,
+        kv_scales: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let mut qkv = Tensor::<f32>::of(qkv, "qkv")?;
         let cos_sin = self.cos_sin.bind(py);
         let table = Tensor::<i32>::of(block_table, "block_table")?;
         let table_rows: usize = block_table.call_method0(pyo3::intern!(py, "__len__"))?.extract()?;
-        let pages = if Tensor::<Brain>::has_dtype(kv_cache)? {
+        let pages = if let Some(scales) = kv_scales {
+            coded_pages(kv_cache, scales)?
+        } else if Tensor::<Brain>::has_dtype(kv_cache)? {
             Pages::Brain(Tensor::of(kv_cache, "kv_cache")?.share())
         } else if Tensor::<Half>::has_dtype(kv_cache)? {
             Pages::Half(Tensor::of(kv_cache, "kv_cache")?.share())
@@ -344,9 +352,26 @@ impl PagedAttention {
             table_width: table.len() / table_rows.max(1),
             row_slots: Tensor::of(row_slots, "row_slots")?.read(),
             seq_lens: Tensor::of(seq_lens, "seq_lens")?.read(),
+            starts: query_start_loc
+                .map(|starts| Ok::<_, PyErr>(Tensor::of(starts, "query_start_loc")?.read()))
+                .transpose()?,
         };
         let mut out = Tensor::<f32>::of(out, "out")?;
         let out = out.write();
         py.detach(|| self.attention.run(&pool::shared(), &step, out)).map_err(PyValueError::new_err)
+    }
+}
+
+/// Pages of codes, by the codes' dtype.
+fn coded_pages<'a>(kv_cache: &'a Bound<'_, PyAny>, scales: &'a Bound<'_, PyAny>) -> PyResult<Pages<'a>> {
+    let (bytes, stride) = coded_blocks(kv_cache, scales)?;
+    if Tensor::<Fp8>::has_dtype(kv_cache)? {
+        Ok(Pages::Fp8(Codes { bytes, stride, coding: Fp8 }))
+    } else if Tensor::<Int8>::has_dtype(kv_cache)? {
+        Ok(Pages::Int8(Codes { bytes, stride, coding: Int8 }))
+    } else if Tensor::<Int4>::has_dtype(kv_cache)? {
+        Ok(Pages::Int4(Codes { bytes, stride, coding: Int4 }))
+    } else {
+        Err(PyValueError::new_err("kv_cache: with kv_scales it has codes, of float8_e4m3fn, int8 or uint8"))
     }
 }

@@ -10,6 +10,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 
+use crate::cpu::codes::{Fp8, Int4, Int8};
 use crate::cpu::float::{Brain, Half};
 use crate::cpu::raw::Writer;
 
@@ -37,6 +38,9 @@ element!(i32, "int32");
 element!(i64, "int64");
 element!(Half, "float16");
 element!(Brain, "bfloat16");
+element!(Fp8, "float8_e4m3fn");
+element!(Int8, "int8");
+element!(Int4, "uint8");
 
 /// A contiguous tensor on the CPU.
 pub(super) struct Tensor<'a, T> {
@@ -96,4 +100,54 @@ impl<'a, T: Element> Tensor<'a, T> {
     pub(super) fn share(&mut self) -> Writer<'a, T> {
         Writer::new(self.write())
     }
+}
+
+/// The bytes of blocks of codes, each followed by its scales, and the bytes from one block to the next.
+/// codes [blocks, ..] of one byte each and scales [blocks, ..] float32 are views into the same memory, as
+/// `kernels/attention/kv_block.py` cuts it.
+pub(super) fn coded_blocks<'a>(
+    codes: &'a Bound<'_, PyAny>,
+    scales: &'a Bound<'_, PyAny>,
+) -> PyResult<(Writer<'a, u8>, usize)> {
+    let py = codes.py();
+    let view = |tensor: &Bound<'_, PyAny>| -> PyResult<(usize, Vec<usize>, Vec<usize>)> {
+        let start = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let strides = tensor.call_method0(intern!(py, "stride"))?.extract()?;
+        Ok((start, tensor.getattr(intern!(py, "shape"))?.extract()?, strides))
+    };
+    if !scales.getattr(intern!(py, "dtype"))?.is(f32::dtype(py)?) {
+        return Err(PyTypeError::new_err("kv_scales: dtype must be torch.float32"));
+    }
+    if !codes.getattr(intern!(py, "is_cpu"))?.is_truthy()? {
+        return Err(PyValueError::new_err("kv_cache: must be on the CPU"));
+    }
+    let ((start, shape, strides), (scales_start, scales_shape, scales_strides)) = (view(codes)?, view(scales)?);
+    let dense = |shape: &[usize], strides: &[usize]| {
+        let mut expected = 1;
+        shape.iter().zip(strides).skip(1).rev().all(|(&size, &stride)| {
+            let fits = size == 1 || stride == expected;
+            expected *= size;
+            fits
+        })
+    };
+    let numbers = |shape: &[usize]| shape.iter().skip(1).product::<usize>();
+    let fits = !shape.is_empty()
+        && scales_shape.first() == shape.first()
+        && dense(&shape, &strides)
+        && dense(&scales_shape, &scales_strides)
+        && (shape[0] < 2 || scales_strides[0] * 4 == strides[0])
+        && scales_start == start + numbers(&shape);
+    if !fits {
+        return Err(PyValueError::new_err("kv_scales: must follow the codes of kv_cache in each block"));
+    }
+    let block = numbers(&shape) + numbers(&scales_shape) * 4;
+    let (stride, len) = match shape[0] {
+        0 => (block, 0),
+        1 => (block, block),
+        blocks => (strides[0], (blocks - 1) * strides[0] + block),
+    };
+    let start = if len == 0 { std::ptr::dangling_mut() } else { start as *mut u8 };
+    // SAFETY: both tensors' memory is there, from the first code to the last scale; what lies between two blocks
+    // is of the same storage. It is an output, which the caller of the op gives to it alone.
+    Ok((Writer::new(unsafe { std::slice::from_raw_parts_mut(start, len) }), stride))
 }

@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 
 from octavo import _core
+from octavo.kernels.attention.kv_block import block_bytes, split_cache
 from octavo.kernels.reference import layers as twins
 
-BLOCK, SLOTS, MOST_BLOCKS, LONGEST = 8, 6, 9, 80
+BLOCK, SLOTS, MOST_BLOCKS, LONGEST = 8, 7, 9, 80
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Whole prompts, later parts of one, drafts behind a long row, one token, padding of three tokens.
+MIXED = {"lengths": (40, 72, 64, 1, 0, 17), "queries": (40, 35, 4, 1, 3, 2)}
 
 
 class Case:
-    """Rows of one token each over scattered pages; what no row sees is NaN."""
+    """Rows over scattered pages, of one token each or of `queries`; what no row sees is NaN."""
 
     def __init__(
         self,
@@ -27,28 +30,33 @@ class Case:
         lengths: tuple[int, ...] = (1, 17, 0, 64, 8),
         tokens_behind: int = 3,
         norms: bool = False,
+        queries: tuple[int, ...] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(18)
         self.shape, self.rows = (heads, kv_heads, dim), len(lengths)
-        tokens = self.rows + tokens_behind
+        counts = queries or (1,) * self.rows
+        self.starts = None if queries is None else torch.tensor([0, *queries]).cumsum(0).int()
+        self.answered = sum(counts)
+        tokens = self.answered + tokens_behind
         blocks = SLOTS * MOST_BLOCKS + 1
         order = torch.randperm(blocks - 1, generator=generator) + 1
         self.block_table = order.view(SLOTS, MOST_BLOCKS).int()
         self.row_slots = torch.randperm(SLOTS, generator=generator)[: self.rows].int()
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32)
         self.kv_cache = torch.full((blocks, 2, kv_heads, BLOCK, dim), float("nan"), dtype=dtype)
-        slots = []
-        for slot, length in zip(self.row_slots.tolist(), lengths, strict=True):
-            for position in range(length - 1):
+        slots, positions = [], []
+        for slot, length, count in zip(self.row_slots.tolist(), lengths, counts, strict=True):
+            for position in range(length - count):
                 block = int(self.block_table[slot, position // BLOCK])
                 known = torch.randn(2, kv_heads, dim, generator=generator)
                 self.kv_cache[block, :, :, position % BLOCK] = known.to(dtype)
-            last = max(length - 1, 0)
-            slots.append(int(self.block_table[slot, last // BLOCK]) * BLOCK + last % BLOCK if length else 0)
+            for position in range(length - count, length) if length else [0] * count:
+                slots.append(int(self.block_table[slot, position // BLOCK]) * BLOCK + position % BLOCK if length else 0)
+                positions.append(position)
         free = int(self.block_table[int(next(s for s in range(SLOTS) if s not in self.row_slots.tolist())), 0])
         slots += [free * BLOCK + place for place in range(tokens_behind)]
         self.slot_mapping = torch.tensor(slots)
-        self.positions = torch.tensor([max(length - 1, 0) for length in lengths] + list(range(tokens_behind)))
+        self.positions = torch.tensor(positions + list(range(tokens_behind)))
         self.qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, generator=generator)
         angles = torch.outer(torch.arange(LONGEST).float(), 0.3 ** torch.arange(dim // 2).float())
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -66,10 +74,17 @@ class Case:
 
     def answers(self, rotated: Tensor, window: int, scale: float) -> Tensor:
         """Of the rows, over the pages as they are."""
-        queries = rotated[: self.rows].double().view(self.rows, self.shape[0], -1)
-        rows = (self.block_table, self.row_slots.long(), self.seq_lens)
-        answers = twins.decode_attention(queries, self.kv_cache.double(), *rows, 1, scale, window)
-        return answers.reshape(self.rows, -1)
+        queries = rotated[: self.answered].double().view(self.answered, self.shape[0], -1)
+        pages, lengths = self.kv_cache.double(), self.seq_lens
+        starts = torch.arange(self.rows + 1) if self.starts is None else self.starts
+        answers = torch.zeros_like(queries)
+        for row in range(self.rows):  # rows of length 0 are answered by zeros
+            if lengths[row]:
+                one = slice(row, row + 1)
+                where = (self.block_table, self.row_slots[one].long(), torch.tensor([0, starts[row + 1] - starts[row]]))
+                part = slice(int(starts[row]), int(starts[row + 1]))
+                answers[part] = twins.prefill_attention(queries[part], pages, *where, lengths[one], 0, scale, window)
+        return answers.reshape(self.answered, -1)
 
     def op(self, window: int, scale: float, level: str | None = None) -> _core.PagedAttention:
         names: dict[str, Any] = dict(zip(("q_norm", "k_norm"), self.norms, strict=True))
@@ -80,8 +95,9 @@ class Case:
 
     def run(self, op: _core.PagedAttention, **changes: Any) -> Tensor:
         names = ("qkv", "positions", "slot_mapping", "kv_cache", "block_table", "row_slots", "seq_lens")
-        out = torch.full((self.rows, self.shape[0] * self.shape[2]), float("nan"))
-        op.run(*(changes.get(name, getattr(self, name)) for name in names), changes.get("out", out))
+        out = torch.full((self.answered, self.shape[0] * self.shape[2]), float("nan"))
+        arguments = (changes.get(name, getattr(self, name)) for name in names)
+        op.run(*arguments, changes.get("out", out), changes.get("starts", self.starts), changes.get("kv_scales"))
         return out
 
 
@@ -104,6 +120,96 @@ def test_other_heads(heads: int, kv_heads: int, dim: int, level: str) -> None:
     rotated, _ = case.twin()
     actual = case.run(case.op(0, dim**-0.5, level))
     torch.testing.assert_close(actual.double(), case.answers(rotated, 0, dim**-0.5), rtol=2e-5, atol=2e-5)
+
+
+KV = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}
+
+
+@pytest.mark.parametrize("kv", KV)
+@pytest.mark.parametrize("gap", [0, 48])
+@pytest.mark.parametrize("window", [0, 5])
+@pytest.mark.parametrize("queries", [None, (40, 35, 4, 1, 3, 2)])
+def test_pages_of_codes(kv: str, gap: int, window: int, queries: tuple[int, ...] | None, level: str) -> None:
+    """What is written are the twin's codes and scales, and answers are those over their numbers; blocks
+    may lie apart.
+    """
+    case = Case(torch.float32, heads=6, kv_heads=2, dim=32, lengths=MIXED["lengths"], queries=queries)
+    case.qkv[1, -32:] = 0.0  # a head of zeros has a scale of zero
+    size = block_bytes(2, BLOCK, 32, KV[kv])
+    caches = []
+    for _ in range(2):
+        blocks = torch.zeros(len(case.kv_cache), size + gap, dtype=torch.uint8)[:, :size]
+        codes, scales = split_cache(blocks, 2, BLOCK, 32, KV[kv])
+        assert scales is not None
+        known, known_scales = twins.quantise_kv(case.kv_cache, KV[kv])
+        codes.view(torch.uint8).copy_(known.view(torch.uint8))
+        scales.copy_(known_scales)  # NaN where nothing is known yet
+        caches.append((codes, scales))
+    (codes, scales), (twin_codes, twin_scales) = caches
+    sizes = [6 * 32, 2 * 32, 2 * 32]
+    q, k, v = (part.reshape(len(case.qkv), -1, 32) for part in case.qkv.clone().split(sizes, dim=-1))
+    where = (case.positions, case.cos_sin, twin_codes, case.slot_mapping)
+    twins.rope_and_cache(q, k, v, *where, kv_scales=twin_scales)
+    actual = case.run(case.op(window, 0.2, level), kv_cache=codes, kv_scales=scales)
+    torch.testing.assert_close(scales, twin_scales, equal_nan=True)
+    # The last bit of a rotation may turn a tie.
+    differ = (codes.view(torch.uint8) != twin_codes.view(torch.uint8)).float().mean()
+    assert differ < 1e-3
+    case.kv_cache = twins.dequantise_kv(codes, scales)
+    answers = case.answers(q.reshape(len(q), -1), window, 0.2)
+    torch.testing.assert_close(actual.double(), answers, rtol=2e-5, atol=2e-5)
+
+
+def test_codes_that_no_scales_follow_are_refused() -> None:
+    case = Case(torch.float32)
+    blocks = torch.zeros(len(case.kv_cache), block_bytes(2, BLOCK, 32, torch.int8), dtype=torch.uint8)
+    codes, scales = split_cache(blocks, 2, BLOCK, 32, torch.int8)
+    assert scales is not None
+    op = case.op(0, 1.0)
+    with pytest.raises(ValueError, match="kv_scales: must follow the codes of kv_cache in each block"):
+        case.run(op, kv_cache=codes, kv_scales=scales.clone())
+    with pytest.raises(ValueError, match="kv_cache: with kv_scales it has codes"):
+        case.run(op, kv_cache=codes.view(torch.bool), kv_scales=scales)
+    with pytest.raises(TypeError, match=r"kv_scales: dtype must be torch.float32"):
+        case.run(op, kv_cache=codes, kv_scales=scales.view(torch.int32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 1, 5, 16, 37])
+def test_rows_of_many_tokens(dtype: str, window: int, level: str) -> None:
+    case = Case(DTYPES[dtype], norms=window == 5, **MIXED)
+    rotated, pages = case.twin()
+    actual = case.run(case.op(window, 0.2, level))
+    torch.testing.assert_close(actual.double(), case.answers(rotated, window, 0.2), rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(case.kv_cache, pages, equal_nan=True)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(1, 1, 6), (8, 8, 80), (4, 1, 256), (9, 3, 64), (200, 1, 2)])
+def test_many_tokens_of_other_heads(heads: int, kv_heads: int, dim: int, level: str) -> None:
+    case = Case(torch.float32, heads, kv_heads, dim, **MIXED)
+    rotated, _ = case.twin()
+    actual = case.run(case.op(0, dim**-0.5, level))
+    torch.testing.assert_close(actual.double(), case.answers(rotated, 0, dim**-0.5), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("shift", [-300.0, 300.0])
+def test_scores_of_any_size_keep_their_order(shift: float, level: str) -> None:
+    """Exponentials are taken of differences, also where the first keys of a row are not seen."""
+    case = Case(torch.float32, heads=2, kv_heads=2, dim=16, **MIXED)
+    case.qkv[:, :16], case.qkv[:, 32:48] = 1.0, shift / 16 + case.qkv[:, 32:48] / 16
+    case.positions.zero_()
+    rotated, _ = case.twin()
+    actual = case.run(case.op(5, 1.0, level))
+    torch.testing.assert_close(actual.double(), case.answers(rotated, 5, 1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("queries", [None, (40, 35, 4, 1, 3, 2)])
+def test_a_query_that_is_no_number_spoils_its_token_alone(queries: tuple[int, ...] | None, level: str) -> None:
+    case = Case(torch.float32, lengths=MIXED["lengths"], queries=queries)
+    case.qkv[0, 3] = float("nan")
+    actual = case.run(case.op(0, 1.0, level)).view(case.answered, 6, 32)
+    assert actual[0, 0].isnan().all()
+    assert actual[0, 1:].isfinite().all() and actual[1:].isfinite().all()
 
 
 def test_large_scores_do_not_overflow(level: str) -> None:
@@ -138,8 +244,13 @@ def test_memory_that_is_not_there_is_refused() -> None:
         case.run(op, slot_mapping=case.slot_mapping[:7])
     with pytest.raises(ValueError, match="qkv: "):
         case.run(op, qkv=torch.zeros(8, 5))
-    with pytest.raises(ValueError, match="out: 4 numbers for 5 rows of 192"):
+    with pytest.raises(ValueError, match="out: 4 numbers for 5 tokens of 192"):
         case.run(op, out=torch.zeros(4))
+    for starts in ([0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 9], [0, 2, 1, 3, 4, 5], [1, 2, 3, 4, 5, 6], [0, -1, 2, 3, 4, 5]):
+        with pytest.raises(ValueError, match="query_start_loc: not where 5 rows of 8 tokens begin"):
+            case.run(op, starts=torch.tensor(starts, dtype=torch.int32))
+    with pytest.raises(ValueError, match="seq_lens: 1 keys of a row of 2 tokens"):
+        case.run(op, starts=torch.tensor([0, 2, 3, 4, 5, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match="q_norm and k_norm: both or none"):
         _core.PagedAttention(
             6, 2, 32, block_size=8, scale=1.0, window=0, cos_sin=case.cos_sin, eps=0.0, q_norm=torch.ones(32)

@@ -87,7 +87,7 @@ class Attention(Layer):
         """
         step = get_context()
         num_tokens = positions.shape[0]
-        if self.on_cpu and self.kv_scales is None and step.decode_query_len == 1:
+        if self.on_cpu:
             attended = self._attend_on_cpu(self.qkv(x), positions, step)
             return self.out(self.out.input_form.from_plain(attended))
         # Views into the fused output: a row of q is followed by its k and v.
@@ -143,7 +143,7 @@ class Attention(Layer):
         )
 
     def _attend_on_cpu(self, qkv: Tensor, positions: Tensor, step: StepContext) -> Tensor:
-        """Answers [num_tokens, heads * head_dim]: all of a decode step in one call of the extension."""
+        """Answers [num_tokens, heads * head_dim]: all of a step in one call of the extension."""
         if self.paged is None:
             self.paged = _core.PagedAttention(
                 self.sizes[0] // self.head_dim,
@@ -164,11 +164,10 @@ class Attention(Layer):
             step.slot_mapping[self.kv_group],
             self.kv_cache,
             step.block_tables[self.kv_group],
-            step.row_slots[: step.num_decodes],
-            step.seq_lens[: step.num_decodes],
-            attended[: step.num_decodes],
+            step.row_slots,
+            step.seq_lens,
+            attended,
+            step.query_start_loc,
+            self.kv_scales,
         )
-        if step.num_prefills:
-            q = qkv[:, : self.sizes[0]].view(qkv.shape[0], -1, self.head_dim)
-            attended[step.num_decodes :] = self._prefill(q, step).view(-1, self.sizes[0])
         return attended
