@@ -6,7 +6,7 @@ use super::float::{exp, Brain, Half, Number};
 use super::level::{by_level, multiply_add, Level};
 use super::pool::Pool;
 use super::raw::Writer;
-use super::rows::{dot, norm};
+use super::rows::{add_lanes, dot, larger, norm};
 
 /// Queries of a row that one piece of work answers, unless the heads that share a key are more.
 const AT_ONCE: usize = 96;
@@ -297,7 +297,7 @@ struct Piece {
 /// What a piece needs besides, kept from one to the next. Heads are padded to whole sixteens, queries to whole runs.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// [queries, padded dim], times the scale.
+    /// [runs, padded dim, queries of a run], times the scale.
     queries: Vec<f32>,
     /// [queries, padded dim]: sums of values, not yet divided.
     answers: Vec<f32>,
@@ -522,10 +522,11 @@ fn many<'a, const FUSED: bool>(
     scratch.values.clear();
     scratch.values.resize(KEYS * padded, 0.0);
     for token in 0..piece.count {
-        let places = scratch.queries[token * heads * padded..].chunks_exact_mut(padded);
-        for (place, head) in places.zip(query(piece.first + token).chunks_exact(dim)) {
-            for (place, number) in place.iter_mut().zip(head) {
-                *place = number * keys.attention.scale;
+        for (head, numbers) in query(piece.first + token).chunks_exact(dim).enumerate() {
+            let number = token * heads + head;
+            let run = &mut scratch.queries[number / RUN * RUN * padded..][..RUN * padded];
+            for (places, number_of) in run.as_chunks_mut::<RUN>().0.iter_mut().zip(numbers) {
+                places[number % RUN] = number_of * keys.attention.scale;
             }
         }
     }
@@ -576,14 +577,11 @@ fn many<'a, const FUSED: bool>(
 /// Scores of six queries with sixteen keys.
 #[inline(always)]
 fn multiply_keys<const FUSED: bool>(keys: &[[f32; KEYS]], queries: &[f32], scores: &mut [[f32; KEYS]; RUN]) {
-    let padded = keys.len();
-    let queries: [&[f32]; RUN] = std::array::from_fn(|number| &queries[number * padded..][..padded]);
     let mut sums = [[0.0f32; KEYS]; RUN];
-    for (at, keys) in keys.iter().enumerate() {
+    for (keys, queries) in keys.iter().zip(queries.as_chunks::<RUN>().0) {
         for number in 0..RUN {
-            let query = queries[number][at];
             for lane in 0..KEYS {
-                sums[number][lane] = multiply_add::<FUSED>(query, keys[lane], sums[number][lane]);
+                sums[number][lane] = multiply_add::<FUSED>(queries[number], keys[lane], sums[number][lane]);
             }
         }
     }
@@ -594,22 +592,27 @@ fn multiply_keys<const FUSED: bool>(keys: &[[f32; KEYS]], queries: &[f32], score
 /// from, to: the keys that are seen.
 #[inline(always)]
 fn weigh(scores: &mut [f32; KEYS], from: usize, to: usize, state: &mut [f32; 2], answer: &mut [f32]) {
-    for (lane, score) in scores.iter_mut().enumerate() {
-        if lane < from || lane >= to {
-            *score = f32::NEG_INFINITY;
+    if from > 0 || to < KEYS {
+        for (lane, score) in scores.iter_mut().enumerate() {
+            if lane < from || lane >= to {
+                *score = f32::NEG_INFINITY;
+            }
         }
     }
-    let mut peak = state[0];
-    for &score in &*scores {
-        peak = if score > peak { score } else { peak };
+    // A score that is no number may get lost here: its exponential does not.
+    let mut peaks = *scores;
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            peaks[lane] = larger(peaks[lane], peaks[lane + width]);
+        }
     }
+    let peak = if peaks[0] > state[0] { peaks[0] } else { state[0] };
     // Where nothing has been seen yet all weights are 0, unless a score is no number.
     let unit = if peak == f32::NEG_INFINITY { 0.0 } else { peak };
-    let mut sum = 0.0;
-    for score in scores {
-        *score = exp(*score - unit);
-        sum += *score;
+    for score in &mut *scores {
+        *score = exp(*score - unit); // apart from the sum, whose order would keep it from being vectorised
     }
+    let sum = add_lanes(*scores);
     let mut before = state[1];
     if state[0] < peak {
         let shrink = exp(state[0] - peak);

@@ -48,10 +48,11 @@ pub fn to_brain(value: f32) -> u16 {
     (bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16) as u16
 }
 
-/// e^x to two units in the last place; 0 below -87.3, and at most 2^127.
+/// e^x to two units in the last place; 0 below -87.3, and at most 2^127. Without a branch or a conversion, so
+/// that loops over it are vectorised.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to a whole number, and leaves it in the low bits
     let wanted = x;
     let x = x.clamp(-87.3, 88.0);
     let turns = x * std::f32::consts::LOG2_E + ROUND;
@@ -62,12 +63,11 @@ pub fn exp(x: f32) -> f32 {
     for coefficient in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         sum = sum * rest + coefficient;
     }
-    let power = f32::from_bits(((whole as i32 + 127) as u32) << 23);
+    let power = f32::from_bits(turns.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23);
+    // NaN stays NaN whatever the power is.
     let value = (sum * rest * rest + rest + 1.0) * power;
     if wanted < -87.3 {
         0.0
-    } else if wanted.is_nan() {
-        wanted
     } else {
         value
     }

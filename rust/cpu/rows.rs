@@ -368,7 +368,7 @@ fn quantise_body<const FUSED: bool>(numbers: &[f32], row: Rounded<'_>) {
 
 /// As the processor's own instruction has it, which `f32::max` is not.
 #[inline(always)]
-fn larger(a: f32, b: f32) -> f32 {
+pub(super) fn larger(a: f32, b: f32) -> f32 {
     if a > b {
         a
     } else {
