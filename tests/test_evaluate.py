@@ -12,28 +12,19 @@ import torch
 from octavo.cli import main
 from octavo.config import EngineConfig
 from octavo.evaluate.measure import Comparison, Quality, Reader, measure, windows
+from tests.models.test_architectures import make
 
 WINDOW = 48
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Two random Llamas over one vocabulary, and one over another; without tokenizers."""
-    transformers = pytest.importorskip("transformers")
+    """Two random models over one vocabulary, and one over another; without tokenizers."""
+    shape = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.02}
     made = []
-    for seed, vocab_size in ((0, 512), (1, 512), (2, 384)):
-        torch.manual_seed(seed)
-        config = transformers.LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=256,
-        )
-        folder = tmp_path_factory.mktemp(f"model{seed}")
-        transformers.LlamaForCausalLM(config).eval().save_pretrained(folder)
+    for number, (case, vocab_size) in enumerate((("llama-gqa-tied", 512), ("llama-mha-untied", 512), ("qwen2", 384))):
+        folder = tmp_path_factory.mktemp(f"model{number}")
+        make(case, folder, vocab_size=vocab_size, **shape)
         made.append(folder)
     return made
 

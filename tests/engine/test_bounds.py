@@ -153,7 +153,7 @@ def test_drafts_change_nothing(options: dict[str, Any]) -> None:
     ) as drafting:
         for name, case in CASES.items():
             assert all_answers(drafting, case) == expected[name], name
-        assert drafting.core.stats()["accepted_tokens"] > 0
+        assert drafting.core.stats()["spec_decode_num_accepted_tokens"] > 0
         drafting.core.check_integrity()
 
 
@@ -193,6 +193,8 @@ def test_parameters_are_checked_when_they_are_made() -> None:
 def test_what_a_model_cannot_do_names_the_prompt(llm: LLM, options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"prompts\[0\]: .*allowed_token_ids\[1\]"):
         answer(llm, "a", allowed_token_ids=[5, 10**6])
-    with LLM(**options | {"reasoning_parser": "none"}, kv_cache_memory=1 << 20) as plain:
-        with pytest.raises(ValueError, match=r"prompts\[0\]: thinking_token_budget = 3"):
-            answer(plain, "a", thinking_token_budget=3)
+    with (
+        LLM(**options | {"reasoning_parser": "none"}, kv_cache_memory=1 << 20) as plain,
+        pytest.raises(ValueError, match=r"prompts\[0\]: thinking_token_budget = 3"),
+    ):
+        answer(plain, "a", thinking_token_budget=3)

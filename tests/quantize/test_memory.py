@@ -51,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux counts a process's peak anew")
-@pytest.mark.parametrize("method", ["rtn", "int8"])
+@pytest.mark.parametrize("method", ["rtn", "int8", "awq", "gptq"])
 def test_the_promise_holds(method: str, folder: Path, tmp_path: Path) -> None:
     options = {"method": method, "num_samples": 4, "sample_length": 64}
     words = [sys.executable, "-c", PROGRAM, str(folder), str(tmp_path / "out"), json.dumps(options)]

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 
 from tests.server.conftest import Served
-from tests.server.scripted_engine import TEMPLATE
 
 GREEDY = {"inputs": "Hi"}
 

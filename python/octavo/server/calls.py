@@ -17,7 +17,7 @@ from aiohttp import HttpVersion11, web
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.pooling import CheckedPooling
-from octavo.sampling_params import OfModel, SamplingParams
+from octavo.sampling_params import SamplingParams
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
     ApiError,
@@ -238,10 +238,10 @@ class CallServer:
 
     async def _core_params(self, call: Call) -> _core.SamplingParams:
         """What the core is asked for; words are tokenised beside the loop."""
-        if not isinstance(call.params, SamplingParams):
-            return call.params.to_core()
-        make = functools.partial(self._engine.answers.of_model, call.params, call.prompts, call.grammar)
         try:
+            if not isinstance(call.params, SamplingParams):
+                return call.params.to_core()
+            make = functools.partial(self._engine.answers.of_model, call.params, call.prompts, call.grammar)
             of_model = await self._engine.run_beside(make) if call.params.bad_words else make()
             return call.params.to_core(of_model, max_tokens_is_default=call.max_tokens is None)
         except ValueError as error:
