@@ -329,12 +329,6 @@ FAULTS = [
         "self.charge(share, f64::from(tokens.min(0)) * PROMPT_COST);",
     ),
     Fault(
-        "a new share with credit for the time before it came",
-        "rust/policy/shares.rs",
-        "sharer.served = sharer.served.max(level.unwrap_or(0.0));",
-        "sharer.served = sharer.served.max(level.unwrap_or(0.0).min(0.0));",
-    ),
-    Fault(
         "a head that those of its own share pass uncounted",
         "rust/scheduler/admit.rs",
         "before.iter().all(|number| queue(number) != queue(&rest[0]))",
