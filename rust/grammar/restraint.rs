@@ -247,7 +247,7 @@ fn fill_all(row: &mut [u32], vocab_size: u32) {
     let whole = vocab_size as usize / 32;
     row[..whole].fill(u32::MAX);
     row[whole..].fill(0);
-    if vocab_size % 32 > 0 {
+    if !vocab_size.is_multiple_of(32) {
         row[whole] = (1 << (vocab_size % 32)) - 1;
     }
 }

@@ -20,6 +20,7 @@ impl ReplyFormat {
         *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None,
         answer = None
     ))]
+    #[allow(clippy::too_many_arguments)] // All are keywords in Python.
     fn openai_chat(
         id: &str,
         model: &str,
@@ -43,6 +44,7 @@ impl ReplyFormat {
     #[pyo3(signature = (
         *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None, echo = None
     ))]
+    #[allow(clippy::too_many_arguments)] // All are keywords in Python.
     fn openai_completion(
         id: &str,
         model: &str,
