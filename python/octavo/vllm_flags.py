@@ -120,7 +120,7 @@ _UNSUPPORTED = """
 --num-gpu-blocks-override --otlp-traces-endpoint --override-generation-config
 --performance-mode --profiler-config --quantization-config
 --reasoning-parser-plugin --return-tokens-as-token-ids --root-path --rope-scaling --rope-theta --scheduler-cls
---show-hidden-metrics-for-version --skip-tokenizer-init --spec-model --ssl-ca-certs --ssl-cert-reqs
+--show-hidden-metrics-for-version --skip-tokenizer-init --ssl-ca-certs --ssl-cert-reqs
 --ssl-certfile --ssl-ciphers --ssl-keyfile --structured-outputs-config --tokens-only --tool-parser-plugin --tool-server
 --uds --worker-cls --worker-extension-cls
 """

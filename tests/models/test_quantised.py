@@ -129,10 +129,10 @@ def check(folder: Path, reference: torch.nn.Module, **options: Any) -> None:
     if not any(module._forward_pre_hooks for module in reference.modules()):
         assert_close(actual, expected)
         return
-    # A sum in another order may move an activation to the next number, which later tokens see: rare,
-    # and up to 12 % of that activation in fp8.
+    # A sum in another order may move an activation to the next number, up to 12 % of it in fp8: rare, but
+    # all later tokens see it. Those before the first such one agree as sums do.
     difference = ((actual - expected).abs() / expected.std()).mean(-1)  # of each token
-    assert difference.median() < 1e-3 and difference.max() < 0.2
+    assert difference[:4].max() < 1e-4 and difference.max() < 0.2
 
 
 @pytest.mark.parametrize("name", CASES)

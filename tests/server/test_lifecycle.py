@@ -14,6 +14,7 @@ import pytest
 
 from octavo.engine.gate import Part, Verdict
 from octavo.server.config import ServerConfig
+from octavo.server.keys import Keys
 from octavo.server.metrics import Metrics
 from octavo.server.serve import open_socket, serve_engine
 from tests.server.conftest import Served, parse_events
@@ -244,7 +245,7 @@ async def test_a_call_that_comes_while_the_engine_dies_is_told(served: Served) -
 
 async def test_retry_after_does_not_count_idle_time(served_narrowly: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that take 2 s one after the other, with an hour between the second and the third."""
-    metrics = Metrics(served_narrowly.engine)
+    metrics = Metrics(served_narrowly.engine, Keys(ServerConfig()))
     clock = iter([102.0, 104.0, 3702.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     for arrival in (100.0, 100.5, 3700.0):
@@ -258,7 +259,7 @@ async def test_retry_after_does_not_count_idle_time(served_narrowly: Served, mon
 
 
 async def test_what_fewer_bits_cost_is_told(served: Served) -> None:
-    metrics = Metrics(served.engine)
+    metrics = Metrics(served.engine, Keys(ServerConfig()))
     assert b"octavo:quality_loss" not in metrics.render()
     kept = {3: 0.5, 7: 0.6}
     parts = (Part("weights", "int4 weights", kept), Part("kv_cache", "int8 keys and values", {}))

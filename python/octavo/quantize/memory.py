@@ -64,10 +64,10 @@ def needs(
         width = 2 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_heads * config.head_dim
         batch = min(tokens, BATCH_TOKENS) * width * 4
         moments = 4 * (max(depths) ** 2 if options.method == "gptq" else 2 * sum(depth**2 for depth in depths))
-        # GPTQ: damped, its factor, the inverse and that one's factor; of the matrix a copy, its numbers
-        # and a product. AWQ: of the matrix what is lost, twice, and what is tried; of the rows that are
+        # GPTQ: in their order, twice on the way, damped, its factor, the inverse and that one's factor;
+        # of the matrix a copy, its numbers and a product. AWQ: of the matrix what is lost, twice, and what is tried; of the rows that are
         # clipped at a time eight copies.
-        work = 4 * max(4 * depth**2 for depth in depths) + 16 * 2 * largest
+        work = 4 * max(6 * depth**2 for depth in depths) + 16 * 2 * largest
         if options.method == "awq":
             work += 8 * 4 * min(2 * largest, PIECE)
         states = tokens * config.hidden_size * state_bytes
