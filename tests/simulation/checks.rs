@@ -300,8 +300,14 @@ impl Fairness {
                 continue;
             }
             let known_len = waiting().find(|sequence| sequence.seq == *seq).map(|sequence| sequence.known_len);
-            let admitted = waiting().filter(|other| phase(other.seq) == Some(Phase::Running));
-            for other in admitted.filter(|other| queues[&other.seq] > 0 && Some(other.known_len) >= known_len) {
+            let admitted = || waiting().filter(|other| phase(other.seq) == Some(Phase::Running));
+            let own = queues[seq];
+            if admitted().any(|other| queues[&other.seq] == own) {
+                // One that needs less went past it, and was its share's first in its place.
+                *first = None;
+                continue;
+            }
+            for other in admitted().filter(|other| queues[&other.seq] > 0 && Some(other.known_len) >= known_len) {
                 let count = passed_by.entry(queues[&other.seq]).or_default();
                 *count += 1;
                 ensure!(*count <= 1, "L11: {seq:?} is the first of its share, and {count} of another went past it");

@@ -65,8 +65,8 @@ def needs(
         batch = min(tokens, BATCH_TOKENS) * width * 4
         moments = 4 * (max(depths) ** 2 if options.method == "gptq" else 2 * sum(depth**2 for depth in depths))
         # GPTQ: in their order, twice on the way, damped, its factor, the inverse and that one's factor;
-        # of the matrix a copy, its numbers and a product. AWQ: of the matrix what is lost, twice, and what is tried; of the rows that are
-        # clipped at a time eight copies.
+        # of the matrix a copy, its numbers and a product. AWQ: of the matrix what is lost, twice, and
+        # what is tried; of the rows that are clipped at a time eight copies.
         work = 4 * max(6 * depth**2 for depth in depths) + 16 * 2 * largest
         if options.method == "awq":
             work += 8 * 4 * min(2 * largest, PIECE)
