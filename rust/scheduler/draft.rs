@@ -13,6 +13,9 @@ impl Scheduler {
     /// but first the steps in flight must be committed.
     pub(super) fn plan_drafts(&mut self) -> bool {
         let Some(speculator) = &mut self.speculator else { return false };
+        for number in &self.running {
+            self.sequences[*number].drafts.clear(); // of a row that had no blocks in the step before
+        }
         // Drafts take blocks that others may be counting on, if only for a step.
         let scarce = self.kv.pool().num_free() < 2 * self.running.len() * self.config.num_groups();
         if scarce {
