@@ -41,17 +41,7 @@ impl OutputSink for Clients {
 fn largest_lead(config: CoreConfig, num_clients: usize, num_steps: u32) -> u32 {
     let mut core = Scheduler::new(config).expect("a valid configuration");
     let config = core.config().clone();
-    let shape = Shape {
-        num_blocks: config.num_blocks,
-        block_size: config.block_size,
-        windows: config.kv_windows.clone(),
-        max_num_seqs: config.max_num_seqs,
-        max_num_batched_tokens: config.max_num_batched_tokens,
-        max_model_len: config.max_model_len,
-        num_draft_tokens: 0,
-        vocab_size: config.vocab_size,
-        drafts_itself: false,
-    };
+    let shape = Shape::of(&config);
     let mut device = Device::new(shape, 1);
     let mut clients = Clients { served: vec![0; num_clients], idle: (0..num_clients).collect(), ..Clients::default() };
     let mut plan_bytes = vec![0; core.plan_bytes()];

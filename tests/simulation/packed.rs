@@ -3,6 +3,8 @@
 //!
 //! It uses none of the core's readers and writers, so a slip in them shows.
 
+use _core::config::CoreConfig;
+
 pub const SAMPLE: u32 = 1;
 pub const PREFILL: u32 = 2;
 pub const LOGPROBS: u32 = 4;
@@ -29,6 +31,20 @@ pub struct Shape {
 }
 
 impl Shape {
+    pub fn of(config: &CoreConfig) -> Self {
+        Self {
+            num_blocks: config.num_blocks,
+            block_size: config.block_size,
+            windows: config.kv_windows.clone(),
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_model_len: config.max_model_len,
+            num_draft_tokens: config.num_draft_tokens,
+            vocab_size: config.vocab_size,
+            drafts_itself: config.speculation.is_some_and(|speculation| speculation.method.is_on_device()),
+        }
+    }
+
     /// Positions that a slot has room for; rejected drafts may lie past the longest sequence.
     pub fn max_positions(&self) -> u32 {
         self.max_model_len + self.num_draft_tokens

@@ -66,17 +66,7 @@ impl World {
     fn new(config: CoreConfig) -> Self {
         let core = Scheduler::new(config).expect("a valid configuration");
         let config = core.config();
-        let shape = Shape {
-            num_blocks: config.num_blocks,
-            block_size: config.block_size,
-            windows: config.kv_windows.clone(),
-            max_num_seqs: config.max_num_seqs,
-            max_num_batched_tokens: config.max_num_batched_tokens,
-            max_model_len: config.max_model_len,
-            num_draft_tokens: 0,
-            vocab_size: config.vocab_size,
-            drafts_itself: false,
-        };
+        let shape = Shape::of(config);
         let plan = vec![0; core.plan_bytes()];
         Self { device: Device::new(shape, 1), served: Served::default(), plan, number: 0, core }
     }

@@ -99,17 +99,7 @@ impl World {
         let scenario = Scenario::new(seed);
         let core = Scheduler::new(scenario.config.clone()).expect("the scenario makes valid configurations");
         let config = core.config();
-        let shape = Shape {
-            num_blocks: config.num_blocks,
-            block_size: config.block_size,
-            windows: config.kv_windows.clone(),
-            max_num_seqs: config.max_num_seqs,
-            max_num_batched_tokens: config.max_num_batched_tokens,
-            max_model_len: config.max_model_len,
-            num_draft_tokens: config.num_draft_tokens,
-            vocab_size: config.vocab_size,
-            drafts_itself: config.speculation.is_some_and(|speculation| speculation.method.is_on_device()),
-        };
+        let shape = Shape::of(config);
         World {
             rng: StdRng::seed_from_u64(mix(seed)),
             device: Device::new(shape.clone(), seed),
