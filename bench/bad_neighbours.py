@@ -10,6 +10,7 @@ stream, which is about 10 ms by itself.
 
 import argparse
 import asyncio
+import contextlib
 import gzip
 import json
 import multiprocessing
@@ -96,8 +97,17 @@ async def _stream(http: aiohttp.ClientSession, url: str, stop: asyncio.Event) ->
     return longest
 
 
+async def _until_it_listens(http: aiohttp.ClientSession, url: str) -> None:
+    for _ in range(300):  # 30 s
+        with contextlib.suppress(aiohttp.ClientConnectorError):
+            return (await http.get(url + "/health")).release()
+        await asyncio.sleep(0.1)
+    raise SystemExit(f"nothing listens at {url}")
+
+
 async def _measure(url: str, names: list[str]) -> None:
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as http:
+        await _until_it_listens(http, url)
         print(f"{'body':28} {'got':>24} {'after':>9} {'longest gap':>12}")
         for name in names or BODIES:
             path, make, packed = BODIES[name]
