@@ -141,6 +141,22 @@ def test_what_a_precision_says(ratio: float, bound: float, said: str) -> None:
     assert verdict(ratio, bound, None) is None
 
 
+def test_speculative(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the acceptance set, what it was set to is what is found."""
+    words = ["--text", "random", "--streams", "2", "--repeat", "2", "--input-len", "20", "--output-len", "80"]
+    words += ["--method", "draft_model", "self", "--acceptance", "0.5", "1"]
+    speculation = {"method": "draft_model", "model": "tiny", "num_speculative_tokens": 1, "adaptive": False}
+    rows = bench(capsys, "speculative", *words, *ENGINE, "--speculative-config", json.dumps(speculation))
+    assert [row["method"] for row in rows] == ["off", "draft_model", "self"] * 2
+    for row in rows:
+        if row["method"] == "off":
+            assert row["acceptance"] is row["draft_ms"] is row["verify_ms"] is None and row["speed_up"] == 1
+            continue
+        assert row["acceptance"] == pytest.approx(row["acceptance_set_to"], abs=0.15)
+        assert row["draft_ms"] > 0 and row["verify_ms"] > 0 and row["plain_ms"] > 0
+        assert row["tokens_per_step"] > 2
+
+
 def test_memory(capsys: pytest.CaptureFixture[str]) -> None:
     mha, gqa, windowed, *pages = bench(capsys, "memory", "--kv-gib", "2", "--max-model-len", "2048")
     # Keys and values of 32 layers, 128 elements a head, two bytes each.
@@ -209,6 +225,8 @@ def test_a_bar_is_drawn_on_a_terminal_and_nothing_is_left_of_it() -> None:
         ("latency --repeat 0", "argument --repeat: 0 must be at least 1"),
         ("throughput --num 0", "argument --num: 0 must be at least 1"),
         ("throughput --num -5", "argument --num: -5 must be at least 1"),
+        ("speculative --method ngrm", "argument --method: invalid choice: 'ngrm'"),
+        ("speculative --method self --acceptance 1.5", "argument --acceptance: 1.5 must be at most 1"),
         ("throughput --rate nan", "argument --rate: nan must be at least 0"),
         ("throughput --rate=-1", "argument --rate: -1 must be at least 0"),
         ("batching --input-len 0", "argument --input-len: 0 must be at least 1"),

@@ -20,6 +20,7 @@ from octavo.bench.progress import progress
 from octavo.bench.workloads import NAMES, Item, known_workload, workload
 from octavo.config import EngineConfig
 from octavo.options import at_least, parse_with
+from octavo.speculation import METHODS, TEXT_METHODS
 
 Rows = list[dict[str, Any]]
 
@@ -99,6 +100,21 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
     speculative.add_argument(
         "--streams", nargs="+", default=[1], type=count, metavar="N", help="requests at once [default: 1]"
     )
+    speculative.add_argument(
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        help=f"ways to draft [default: that of --speculative-config, else {' '.join(TEXT_METHODS)}]",
+    )
+    speculative.add_argument(
+        "--acceptance",
+        nargs="+",
+        type=parse_with(chance),
+        metavar="P",
+        help="each draft of a model is right with this chance, whatever the model proposes, and every answer is one "
+        "token again and again: what drafts cost is measured where weights are random. The rows say so "
+        "[default: as the models draw]",
+    )
     speculative.add_argument("--repeat", type=count, default=3, help="runs of each; medians are reported [default: 3]")
     speculative.add_argument("--input-len", type=count, default=256, help="tokens of a prompt [default: 256]")
     speculative.add_argument("--output-len", type=count, default=128, help="tokens of an answer [default: 128]")
@@ -149,6 +165,14 @@ def add_commands(parser: argparse.ArgumentParser, add_engine_flags: Callable[[ar
         default=32000,
         help="prompts are random ids below it [default: 32000]",
     )
+
+
+def chance(text: str) -> float:
+    """A number from 0 to 1."""
+    value = at_least(0.0)(text)
+    if value > 1:
+        raise ValueError(f"{value:g} must be at most 1")
+    return value
 
 
 def server_url(text: str) -> str:

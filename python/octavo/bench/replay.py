@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from octavo import _core
 from octavo.bench.statistics import percentile
@@ -55,11 +56,14 @@ def replay(
     items: list[Item],
     arrivals: list[float] | None = None,
     *,
+    sampling: Mapping[str, Any] | None = None,
     finished: Callable[[], object] = lambda: None,
+    stepped: Callable[[], object] = lambda: None,
 ) -> Summary:
     """Greedy, to the exact output lengths. The scheduler knows no request before it has arrived.
 
-    `finished` is called after each request.
+    sampling: further parameters of every request, as the core takes them. `finished` is called after
+    each request, `stepped` after each turn of the engine that did something.
     """
     arrivals = arrivals or [0.0] * len(items)
     order = sorted(range(len(items)), key=arrivals.__getitem__)
@@ -75,7 +79,12 @@ def replay(
             number = waiting.pop()
             prompt, length = items[number]
             params = _core.SamplingParams(
-                temperature=0.0, max_tokens=length, min_tokens=length, ignore_eos=True, detokenize=False
+                temperature=0.0,
+                max_tokens=length,
+                min_tokens=length,
+                ignore_eos=True,
+                detokenize=False,
+                **sampling or {},
             )
             request = engine.core.add_call([_core.Prompt(prompt)], params, now=now)
             arrived_at[request] = started + arrivals[number]
@@ -84,6 +93,7 @@ def replay(
                 time.sleep(max(0.0, min(0.001, started + arrivals[waiting[-1]] - time.monotonic())))
             continue
         steps.append(time.monotonic() - now)
+        stepped()
         for request in engine.core.take_news():
             delta = engine.core.take(request)
             if delta is None or not delta.finished:

@@ -23,6 +23,7 @@ from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.kernels import ops
 from octavo.kernels.step import plan_format as fmt
 from octavo.kernels.step.plan_format import Plan
+from octavo.layers.context import StepContext
 from octavo.model_config import KvGroup
 from octavo.models.registry import Model
 
@@ -147,6 +148,13 @@ class Proposer:
             assert self._graphs is not None
             self._graphs.capture(shape)
 
+    def rehearse(self) -> None:
+        """The largest pass over rows of padding, for the memory that it takes."""
+        rows = self.sizes[-1]
+        self._inputs.rehearse([1] * rows, [], slot=self._state.padding_slot)
+        hidden = hidden_states(self.draft.model, self._inputs, self._context(StepShape(rows, rows)))
+        ops.sample_peak_rehearsal(self.draft.model.compute_logits(hidden))
+
     def propose(self, plan: Plan, plan_device: Tensor) -> None:
         """Fills the plan's `drafts` on the device, and the places of `target_inputs` that wait for them.
         `prepare` has run, so slots have entered and tables hold the step's blocks.
@@ -165,7 +173,7 @@ class Proposer:
             takes_part = wanted > place
             own[:, fmt.ROW_SLOT] = torch.where(takes_part, slots, self._state.padding_slot)
             own[:, fmt.ROW_FLAGS] = torch.where(takes_part, fmt.SAMPLE, fmt.PADDING)
-            self._proposed[place, :num_rows] = self._pass(step)[:num_rows]
+            self._proposed[place, :num_rows] = self.draw(step)[:num_rows]
         # Each row before a draft's has one token that is no draft.
         first = rows[:, fmt.ROW_QUERY_START].long() - self._numbers[:num_rows]
         number = self._numbers[: plan.num_drafts]
@@ -175,8 +183,11 @@ class Proposer:
         words[start : start + plan.num_drafts] = drafts
         self._target_inputs.token_ids[number + row + 1] = drafts
 
-    def _pass(self, step: Plan) -> Tensor:
-        """Draws a token for each row that takes part # [rows] int32; whatever in the others."""
+    def draw(self, step: Plan) -> Tensor:
+        """One pass: a token for each row that takes part # [rows] int32; whatever in the others.
+
+        step: the header of a plan whose rows are those of the pass.
+        """
         words = self._rows.view(torch.uint8).view(-1)
         if self._clamps:
             self._state.last_token.clamp_(max=self._state.vocab_size - 1)
@@ -184,18 +195,15 @@ class Proposer:
         if self._graphs is not None and self._graphs.fits(step):
             hidden = self._graphs.replay(step)
         else:
-            context = step_context(
-                self._inputs,
-                self._state,
-                StepShape.of(step),
-                max_decode_len=1,
-                max_query_len=1,
-                max_seq_len=self._max_seq_len,
-            )
-            hidden = hidden_states(self.draft.model, self._inputs, context)
+            hidden = hidden_states(self.draft.model, self._inputs, self._context(StepShape.of(step)))
         logits = self.draft.model.compute_logits(hidden)
         ops.sample(logits, step, words, self._state, self._inputs, self._result.view(-1))
         return self._result[: step.padded_rows, fmt.RESULT_TOKENS].clamp(min=0)  # -1: its logits were NaN
+
+    def _context(self, shape: StepShape) -> StepContext:
+        return step_context(
+            self._inputs, self._state, shape, max_decode_len=1, max_query_len=1, max_seq_len=self._max_seq_len
+        )
 
 
 _RESULT_WIDTH = fmt.RESULT_TOKENS + 1

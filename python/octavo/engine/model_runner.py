@@ -129,7 +129,8 @@ class ModelRunner:
         """Device memory in use at the peak of the largest step, in bytes (CUDA only).
 
         The step has `max_num_batched_tokens` prompt tokens in as many rows as the budget allows,
-        over a pool of one block: every block table entry is the null block, which is safe to write.
+        over a pool of one block: every block table entry is the null block, which is safe to write. A
+        draft model's passes come before such a step, and have let go of their memory by then.
         """
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self.device)
@@ -156,6 +157,9 @@ class ModelRunner:
             hidden = hidden.repeat_interleave(self.max_decode_len, dim=0)[:tokens]
         logits = self.model.compute_logits(hidden)
         ops.sample_peak_rehearsal(logits)
+        if self.proposer is not None:
+            del hidden, logits
+            self.proposer.rehearse()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device)
         self.kv_caches = []
