@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu clients schemathesis simulate planted-faults fuzz lint fmt bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu clients schemathesis simulate planted-faults fuzz asan lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -65,6 +65,13 @@ fuzz: ## fuzz the GGUF reader and the chat templates for 60 s each (SECONDS_=...
 		target/fuzz/$(FUZZ_HOST)/release/$$target target/fuzz/corpus/$$target fuzz/corpus/$$target -dict=fuzz/$$target.dict \
 			-artifact_prefix=target/fuzz/findings/$$target- -max_total_time=$(or $(SECONDS_),60) $(FUZZ_LIMITS) || exit 1; \
 	done
+
+# The stable compiler ships the runtime of the sanitizer, but takes its flag only when it is told that it may.
+asan: ## the CPU's own code (rust/cpu, all its unsafe blocks) by its tests under AddressSanitizer
+	@mkdir -p target/asan
+	RUSTC_BOOTSTRAP=1 rustc --edition 2021 --test -Zsanitizer=address -Copt-level=2 -Cdebuginfo=1 -Ccodegen-units=16 -Awarnings \
+		tests/cpu/alone.rs -o target/asan/cpu
+	target/asan/cpu
 
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves

@@ -1,19 +1,21 @@
 //! Attention over pages: rotary and the write of keys and values, then the answers of rows: of one
-//! token each key by key, of more (prompts, drafts) by sixteen keys and six queries at a time.
+//! token each key by key, of more (prompts, drafts) sixteen queries and thirty-two keys at a time.
 
 use super::codes::{Codes, Fp8, Int4, Int8};
 use super::float::{exp, Brain, Half, Number};
 use super::level::{by_level, multiply_add, Level};
 use super::pool::Pool;
 use super::raw::Writer;
-use super::rows::{add_lanes, dot, larger, norm};
+use super::rows::{dot, larger, norm};
+#[cfg(target_arch = "x86_64")]
+use super::{avx512, level::Tier};
 
 /// Queries of a row that one piece of work answers, unless the heads that share a key are more.
-const AT_ONCE: usize = 96;
-/// Keys that are taken from their pages and turned at a time.
-const KEYS: usize = 16;
-/// Queries that are multiplied with them at a time: with AVX2 their sums still fit into registers.
-const RUN: usize = 6;
+const AT_ONCE: usize = 192;
+/// Keys that are taken from their pages at a time: with their values and sixteen queries they fit into L1.
+const KEYS: usize = 32;
+/// Queries that are multiplied with them at a time, each a lane: so maxima and sums need no turning.
+const LANES: usize = 16;
 /// Up to so many tokens the caller rotates himself: waking threads takes longer.
 const ALONE: usize = 4;
 
@@ -294,21 +296,48 @@ struct Piece {
     position: usize,
 }
 
-/// What a piece needs besides, kept from one to the next. Heads are padded to whole sixteens, queries to whole runs.
-#[derive(Debug, Default)]
+/// What a piece needs besides, kept from one to the next. Heads are padded to whole sixteens, and so are queries.
+#[derive(Debug)]
 struct Scratch {
-    /// [runs, padded dim, queries of a run], times the scale.
-    queries: Vec<f32>,
-    /// [queries, padded dim]: sums of values, not yet divided.
-    answers: Vec<f32>,
-    /// [queries]: the largest score, and the sum of exponentials.
-    peaks: Vec<[f32; 2]>,
-    /// [queries, 16]
-    scores: Vec<[f32; KEYS]>,
-    /// [padded dim]: sixteen keys' numbers beside each other.
-    keys: Vec<[f32; KEYS]>,
-    /// [16, padded dim]
-    values: Vec<f32>,
+    /// [tiles, padded dim]: sixteen queries' numbers beside each other, times the scale.
+    queries: Vec<[f32; LANES]>,
+    /// [tiles, padded dim]: sums of values, not yet divided.
+    answers: Vec<[f32; LANES]>,
+    /// [tiles]
+    states: Vec<State>,
+    scores: [[f32; LANES]; KEYS],
+    /// Keys and values, [32, padded dim] each.
+    heads: [Vec<f32>; 2],
+    /// [heads, keys] of a single token
+    row: Vec<f32>,
+}
+
+/// What sixteen queries have seen: their largest scores, and the sums of exponentials in units of these.
+#[derive(Debug, Clone, Copy)]
+struct State {
+    peaks: [f32; LANES],
+    sums: [f32; LANES],
+    /// By which what was summed before comes into the units of `peaks`.
+    shrinks: [f32; LANES],
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self { peaks: [f32::NEG_INFINITY; LANES], sums: [0.0; LANES], shrinks: [0.0; LANES] }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self {
+            queries: Vec::new(),
+            answers: Vec::new(),
+            states: Vec::new(),
+            scores: [[0.0; LANES]; KEYS],
+            heads: [Vec::new(), Vec::new()],
+            row: Vec::new(),
+        }
+    }
 }
 
 thread_local! {
@@ -412,7 +441,7 @@ fn attend_of<const FUSED: bool>(
             answer(token).fill(0.0);
         }
     } else if piece.count == 1 {
-        one::<FUSED>(keys, piece.position, query(piece.first), &mut scratch.values, answer(piece.first));
+        one::<FUSED>(keys, piece.position, query(piece.first), &mut scratch.row, answer(piece.first));
     } else {
         many::<FUSED>(keys, piece, query, scratch, answer);
     }
@@ -505,145 +534,212 @@ fn many<'a, const FUSED: bool>(
     scratch: &mut Scratch,
     answer: impl Fn(usize) -> &'a mut [f32],
 ) {
-    let (dim, size) = (keys.attention.head_dim, keys.attention.block_size);
+    let (dim, size, level) = (keys.attention.head_dim, keys.attention.block_size, keys.attention.level);
     let heads = keys.attention.heads / keys.attention.kv_heads;
     let padded = dim.next_multiple_of(16);
     let queries = piece.count * heads;
-    let all = queries.next_multiple_of(RUN);
+    let tiles = queries.div_ceil(LANES);
     scratch.queries.clear();
-    scratch.queries.resize(all * padded, 0.0);
+    scratch.queries.resize(tiles * padded, [0.0; LANES]);
     scratch.answers.clear();
-    scratch.answers.resize(all * padded, 0.0);
-    scratch.peaks.clear();
-    scratch.peaks.resize(all, [f32::NEG_INFINITY, 0.0]);
-    scratch.scores.resize(all, [0.0; KEYS]);
-    scratch.keys.clear();
-    scratch.keys.resize(padded, [0.0; KEYS]);
-    scratch.values.clear();
-    scratch.values.resize(KEYS * padded, 0.0);
+    scratch.answers.resize(tiles * padded, [0.0; LANES]);
+    scratch.states.clear();
+    scratch.states.resize(tiles, State::default());
+    for kind in &mut scratch.heads {
+        kind.clear();
+        kind.resize(KEYS * padded, 0.0);
+    }
     for token in 0..piece.count {
         for (head, numbers) in query(piece.first + token).chunks_exact(dim).enumerate() {
             let number = token * heads + head;
-            let run = &mut scratch.queries[number / RUN * RUN * padded..][..RUN * padded];
-            for (places, number_of) in run.as_chunks_mut::<RUN>().0.iter_mut().zip(numbers) {
-                places[number % RUN] = number_of * keys.attention.scale;
+            let tile = &mut scratch.queries[number / LANES * padded..][..padded];
+            for (lanes, query) in tile.iter_mut().zip(numbers) {
+                lanes[number % LANES] = query * keys.attention.scale;
             }
         }
     }
     let (begin, end) = (keys.first_of(piece.position), piece.position + piece.count);
     for first in (begin..end).step_by(KEYS) {
         let count = KEYS.min(end - first);
-        for lane in 0..KEYS {
-            let value = &mut scratch.values[lane * padded..][..dim];
-            if lane < count {
-                let (block, token) = ((first + lane) / size, (first + lane) % size);
-                keys.read(0, block, token, value);
-                for (numbers, number) in scratch.keys.iter_mut().zip(&*value) {
-                    numbers[lane] = *number;
+        for (kind, numbers) in scratch.heads.iter_mut().enumerate() {
+            for (place, numbers) in numbers.chunks_exact_mut(padded).enumerate() {
+                if place < count {
+                    keys.read(kind, (first + place) / size, (first + place) % size, &mut numbers[..dim]);
+                } else {
+                    numbers.fill(0.0); // what was there may be no number, and nobody sees it
                 }
-                keys.read(1, block, token, value);
-            } else {
-                // What was there may be no number, and nobody sees it.
-                scratch.keys.iter_mut().for_each(|numbers| numbers[lane] = 0.0);
-                value.fill(0.0);
             }
         }
-        let runs = scratch.queries.chunks_exact(RUN * padded).zip(scratch.scores.as_chunks_mut::<RUN>().0);
-        for (queries, scores) in runs {
-            multiply_keys::<FUSED>(&scratch.keys, queries, scores);
-        }
-        for number in 0..queries {
-            let position = piece.position + number / heads;
-            let (from, to) = (keys.first_of(position).max(first) - first, (position + 1).saturating_sub(first));
-            let answer = &mut scratch.answers[number * padded..][..padded];
-            weigh(&mut scratch.scores[number], from, to, &mut scratch.peaks[number], answer);
-        }
-        let runs = scratch.answers.chunks_exact_mut(RUN * padded).zip(scratch.scores.as_chunks::<RUN>().0);
-        for (answers, weights) in runs {
-            add_values::<FUSED>(&scratch.values, weights, answers);
+        let tiles = scratch.queries.chunks_exact(padded).zip(scratch.answers.chunks_exact_mut(padded));
+        for (tile, ((queries, answers), state)) in tiles.zip(&mut scratch.states).enumerate() {
+            // Lanes without a query have what the last one sees.
+            let position = |lane: usize| piece.position + ((tile * LANES + lane) / heads).min(piece.count - 1);
+            if position(LANES - 1) < first || keys.first_of(position(0)) >= first + count {
+                continue;
+            }
+            let place = |key: usize| key.saturating_sub(first).min(KEYS) as i32;
+            let from = std::array::from_fn(|lane| place(keys.first_of(position(lane))));
+            let to = std::array::from_fn(|lane| place(position(lane) + 1));
+            let [key_heads, value_heads] = &scratch.heads;
+            scores(level, key_heads, queries, &mut scratch.scores);
+            weigh(level, &mut scratch.scores, [&from, &to], state);
+            add_values(level, value_heads, &scratch.scores, &state.shrinks, answers);
         }
     }
     for token in 0..piece.count {
         for (head, out) in answer(piece.first + token).chunks_exact_mut(dim).enumerate() {
             let number = token * heads + head;
-            let inverse = 1.0 / scratch.peaks[number][1];
-            for (out, sum) in out.iter_mut().zip(&scratch.answers[number * padded..]) {
-                *out = sum * inverse;
+            let inverse = 1.0 / scratch.states[number / LANES].sums[number % LANES];
+            let answers = &scratch.answers[number / LANES * padded..];
+            for (out, lanes) in out.iter_mut().zip(answers) {
+                *out = lanes[number % LANES] * inverse;
             }
         }
     }
 }
 
-/// Scores of six queries with sixteen keys.
-#[inline(always)]
-fn multiply_keys<const FUSED: bool>(keys: &[[f32; KEYS]], queries: &[f32], scores: &mut [[f32; KEYS]; RUN]) {
-    let mut sums = [[0.0f32; KEYS]; RUN];
-    for (keys, queries) in keys.iter().zip(queries.as_chunks::<RUN>().0) {
-        for number in 0..RUN {
-            for lane in 0..KEYS {
-                sums[number][lane] = multiply_add::<FUSED>(queries[number], keys[lane], sums[number][lane]);
-            }
-        }
-    }
-    *scores = sums;
+/// scores [32 keys, 16 queries] = keys [32, padded dim] . queries [padded dim, 16].
+fn scores(level: Level, keys: &[f32], queries: &[[f32; LANES]], scores: &mut [[f32; LANES]; KEYS]) {
+    let factors = Factors { numbers: keys, row: queries.len(), column: 1 };
+    scores.fill([0.0; LANES]);
+    add_products(level, factors, queries, &[1.0; LANES], scores);
 }
 
-/// Scores become weights, in units of the largest one yet; what was summed before is put into these units.
-/// from, to: the keys that are seen.
-#[inline(always)]
-fn weigh(scores: &mut [f32; KEYS], from: usize, to: usize, state: &mut [f32; 2], answer: &mut [f32]) {
-    if from > 0 || to < KEYS {
-        for (lane, score) in scores.iter_mut().enumerate() {
-            if lane < from || lane >= to {
-                *score = f32::NEG_INFINITY;
-            }
-        }
-    }
-    // A score that is no number may get lost here: its exponential does not.
-    let mut peaks = *scores;
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            peaks[lane] = larger(peaks[lane], peaks[lane + width]);
-        }
-    }
-    let peak = if peaks[0] > state[0] { peaks[0] } else { state[0] };
-    // Where nothing has been seen yet all weights are 0, unless a score is no number.
-    let unit = if peak == f32::NEG_INFINITY { 0.0 } else { peak };
-    for score in &mut *scores {
-        *score = exp(*score - unit); // apart from the sum, whose order would keep it from being vectorised
-    }
-    let sum = add_lanes(*scores);
-    let mut before = state[1];
-    if state[0] < peak {
-        let shrink = exp(state[0] - peak);
-        before *= shrink;
-        for answer in answer {
-            *answer *= shrink;
-        }
-    }
-    *state = [peak, before + sum];
+/// answers [padded dim, 16 queries] = answers * shrinks + values [32 keys, padded dim] turned . weights [32, 16].
+fn add_values(
+    level: Level,
+    values: &[f32],
+    weights: &[[f32; LANES]; KEYS],
+    shrinks: &[f32; LANES],
+    answers: &mut [[f32; LANES]],
+) {
+    let factors = Factors { numbers: values, row: 1, column: answers.len() };
+    add_products(level, factors, weights, shrinks, answers);
 }
 
-/// answers += weights . values, of six queries and sixteen keys.
+/// sums = sums * shrinks + factors . lanes, as many rows at a time as the level has registers for.
+fn add_products(
+    level: Level,
+    factors: Factors<'_>,
+    lanes: &[[f32; LANES]],
+    shrinks: &[f32; LANES],
+    sums: &mut [[f32; LANES]],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if level.tier() == Tier::Avx512 {
+        // SAFETY: a `Level` can only be had where the processor has its instructions.
+        return unsafe { avx512::add_products(factors, lanes, shrinks, sums) };
+    }
+    add_products_by_four(level, factors, lanes, shrinks, sums);
+}
+
+/// A matrix by which lanes are multiplied: numbers from one row to the next, and from one column to the next.
+#[derive(Clone, Copy)]
+pub(super) struct Factors<'a> {
+    pub(super) numbers: &'a [f32],
+    row: usize,
+    column: usize,
+}
+
+impl Factors<'_> {
+    /// Where a number is.
+    #[inline(always)]
+    pub(super) fn place(&self, row: usize, column: usize) -> usize {
+        row * self.row + column * self.column
+    }
+
+    /// There are so many columns and rows, and these are whole parts of `part` rows.
+    ///
+    /// # Panics
+    /// If not.
+    #[inline(always)]
+    pub(super) fn check(&self, columns: usize, rows: usize, part: usize) {
+        assert!(columns > 0 && rows > 0 && rows.is_multiple_of(part));
+        assert!(self.place(rows - 1, columns - 1) < self.numbers.len());
+    }
+}
+
+by_level! {
+    fn add_products_by_four(
+        factors: Factors<'_>,
+        lanes: &[[f32; LANES]],
+        shrinks: &[f32; LANES],
+        sums: &mut [[f32; LANES]],
+    ) = add_products_body
+}
+
+by_level! {
+    fn weigh(
+        scores: &mut [[f32; LANES]; KEYS],
+        seen: [&[i32; LANES]; 2],
+        state: &mut State,
+    ) = weigh_body
+}
+
 #[inline(always)]
-fn add_values<const FUSED: bool>(values: &[f32], weights: &[[f32; KEYS]; RUN], answers: &mut [f32]) {
-    let padded = values.len() / KEYS;
-    for part in (0..padded).step_by(16) {
-        let mut sums = [[0.0f32; 16]; RUN];
-        for key in 0..KEYS {
-            let values = &values[key * padded + part..][..16];
-            for number in 0..RUN {
-                for lane in 0..16 {
-                    sums[number][lane] = multiply_add::<FUSED>(weights[number][key], values[lane], sums[number][lane]);
+fn add_products_body<const FUSED: bool>(
+    factors: Factors<'_>,
+    lanes: &[[f32; LANES]],
+    shrinks: &[f32; LANES],
+    sums: &mut [[f32; LANES]],
+) {
+    const ROWS: usize = 4; // with AVX2 their sums fill half of the registers
+    factors.check(lanes.len(), sums.len(), ROWS);
+    for (part, sums) in sums.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let mut kept = *sums;
+        for kept in &mut kept {
+            for lane in 0..LANES {
+                kept[lane] *= shrinks[lane];
+            }
+        }
+        for (at, lanes) in lanes.iter().enumerate() {
+            for (number, kept) in kept.iter_mut().enumerate() {
+                // SAFETY: `check` says that it is inside.
+                let factor = unsafe { *factors.numbers.get_unchecked(factors.place(part * ROWS + number, at)) };
+                for lane in 0..LANES {
+                    kept[lane] = multiply_add::<FUSED>(factor, lanes[lane], kept[lane]);
                 }
             }
         }
-        for (number, sums) in sums.iter().enumerate() {
-            for (answer, sum) in answers[number * padded + part..][..16].iter_mut().zip(sums) {
-                *answer += sum;
+        *sums = kept;
+    }
+}
+
+/// Scores become weights, in units of the largest one yet.
+/// from, to: of each query the first key that it sees, and the first after those.
+#[inline(always)]
+fn weigh_body<const FUSED: bool>(scores: &mut [[f32; LANES]; KEYS], [from, to]: [&[i32; LANES]; 2], state: &mut State) {
+    let all_seen = *from == [0; LANES] && *to == [KEYS as i32; LANES];
+    let mut peaks = state.peaks;
+    for (key, scores) in scores.iter_mut().enumerate() {
+        if !all_seen {
+            for lane in 0..LANES {
+                let is_seen = (from[lane]..to[lane]).contains(&(key as i32));
+                scores[lane] = if is_seen { scores[lane] } else { f32::NEG_INFINITY };
             }
         }
+        for lane in 0..LANES {
+            // A score that is no number may get lost here: its exponential does not.
+            peaks[lane] = larger(scores[lane], peaks[lane]);
+        }
     }
+    // Where nothing has been seen yet all weights are 0, unless a score is no number.
+    let units = peaks.map(|peak| if peak == f32::NEG_INFINITY { 0.0 } else { peak });
+    let mut shrinks = [0.0f32; LANES];
+    let mut sums = [0.0f32; LANES];
+    for lane in 0..LANES {
+        shrinks[lane] = exp(state.peaks[lane] - units[lane]);
+        sums[lane] = state.sums[lane] * shrinks[lane];
+    }
+    for scores in scores {
+        for lane in 0..LANES {
+            scores[lane] = exp(scores[lane] - units[lane]);
+        }
+        for lane in 0..LANES {
+            sums[lane] += scores[lane];
+        }
+    }
+    *state = State { peaks, sums, shrinks };
 }
 
 #[inline(always)]

@@ -7,6 +7,7 @@
 #[allow(clippy::wildcard_imports)] // some fifty instructions
 use std::arch::x86_64::*;
 
+use super::attention::Factors;
 use super::blocks::{unpack, Format, CODEBOOK, MAX_GROUPS};
 use super::rows::{Row, Tile, TILE};
 
@@ -597,5 +598,41 @@ impl Panel {
             }
         }
         sums
+    }
+}
+
+/// sums = sums * shrinks + factors . lanes, eight rows at a time.
+///
+/// # Panics
+/// sums: no whole eights, or more than the factors have rows; lanes: none, or more than columns.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn add_products(
+    factors: Factors<'_>,
+    lanes: &[[f32; LANES]],
+    shrinks: &[f32; LANES],
+    sums: &mut [[f32; LANES]],
+) {
+    const ROWS: usize = 8;
+    factors.check(lanes.len(), sums.len(), ROWS);
+    let numbers = factors.numbers.as_ptr();
+    for (part, sums) in sums.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        let mut kept = [_mm512_setzero_ps(); ROWS];
+        // SAFETY: sixteen numbers are read and written where an array has them, and factors are inside (`check`).
+        unsafe {
+            let shrinks = _mm512_loadu_ps(shrinks.as_ptr());
+            for (kept, sums) in kept.iter_mut().zip(&*sums) {
+                *kept = _mm512_mul_ps(_mm512_loadu_ps(sums.as_ptr()), shrinks);
+            }
+            for (at, lanes) in lanes.iter().enumerate() {
+                let lanes = _mm512_loadu_ps(lanes.as_ptr());
+                for (number, kept) in kept.iter_mut().enumerate() {
+                    let factor = *numbers.add(factors.place(part * ROWS + number, at));
+                    *kept = _mm512_fmadd_ps(_mm512_set1_ps(factor), lanes, *kept);
+                }
+            }
+            for (kept, sums) in kept.iter().zip(sums) {
+                _mm512_storeu_ps(sums.as_mut_ptr(), *kept);
+            }
+        }
     }
 }

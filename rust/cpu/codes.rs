@@ -146,33 +146,45 @@ fn to_fp8(value: f32) -> u8 {
     code as u8 | (value.to_bits() >> 24) as u8 & 0x80
 }
 
-impl Coding for Fp8 {
+/// Codes of a byte each.
+pub trait Byte: Copy + Send + Sync + 'static {
+    /// The value of the largest code, in units of the scale.
+    const LARGEST: f32;
+    /// Of a code.
+    fn value(code: u8) -> f32;
+    /// The code of the nearest value.
+    fn nearest(step: f32) -> u8;
+}
+
+impl Byte for Fp8 {
+    const LARGEST: f32 = 448.0;
+
     #[inline(always)]
-    fn bytes(dim: usize) -> usize {
-        dim
+    fn value(code: u8) -> f32 {
+        FP8_VALUES[usize::from(code)]
     }
 
     #[inline(always)]
-    fn decode(codes: &[u8], numbers: &mut [f32]) {
-        for (number, code) in numbers.iter_mut().zip(codes) {
-            *number = FP8_VALUES[usize::from(*code)];
-        }
-    }
-
-    #[inline(always)]
-    fn scale(numbers: &[f32]) -> f32 {
-        extreme(numbers).abs() / 448.0
-    }
-
-    #[inline(always)]
-    fn encode(steps: impl Fn(usize) -> f32, codes: &mut [u8]) {
-        for (at, code) in codes.iter_mut().enumerate() {
-            *code = to_fp8(steps(at));
-        }
+    fn nearest(step: f32) -> u8 {
+        to_fp8(step)
     }
 }
 
-impl Coding for Int8 {
+impl Byte for Int8 {
+    const LARGEST: f32 = 127.0;
+
+    #[inline(always)]
+    fn value(code: u8) -> f32 {
+        f32::from(code.cast_signed())
+    }
+
+    #[inline(always)]
+    fn nearest(step: f32) -> u8 {
+        ((step + 0.5).floor().clamp(-127.0, 127.0) as i8).cast_unsigned()
+    }
+}
+
+impl<B: Byte> Coding for B {
     #[inline(always)]
     fn bytes(dim: usize) -> usize {
         dim
@@ -181,19 +193,19 @@ impl Coding for Int8 {
     #[inline(always)]
     fn decode(codes: &[u8], numbers: &mut [f32]) {
         for (number, code) in numbers.iter_mut().zip(codes) {
-            *number = f32::from(code.cast_signed());
+            *number = B::value(*code);
         }
     }
 
     #[inline(always)]
     fn scale(numbers: &[f32]) -> f32 {
-        extreme(numbers).abs() / 127.0
+        extreme(numbers).abs() / B::LARGEST
     }
 
     #[inline(always)]
     fn encode(steps: impl Fn(usize) -> f32, codes: &mut [u8]) {
         for (at, code) in codes.iter_mut().enumerate() {
-            *code = ((steps(at) + 0.5).floor().clamp(-127.0, 127.0) as i8).cast_unsigned();
+            *code = B::nearest(steps(at));
         }
     }
 }

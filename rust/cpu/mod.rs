@@ -20,3 +20,5 @@ pub mod pool;
 pub mod product;
 pub mod raw;
 pub mod rows;
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
 """Weights in the blocks of a GGUF file, multiplied where they are: the file's own mapped bytes.
 
 The product is the extension's (`rust/cpu`). It takes what its input is made of, computes a norm or
-a gate itself, and rounds the result to 8 bits, 32 numbers a scale, as llama.cpp does. So a decoder
-layer crosses into it once for each product and once for attention.
+a gate itself, and rounds the result to 16 bits, 32 numbers a scale. So a decoder layer crosses into
+it once for each product and once for attention.
 """
 
 from collections.abc import Callable, Iterable
