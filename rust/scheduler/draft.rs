@@ -94,9 +94,9 @@ impl Scheduler {
 
     /// A decode row has been committed: so many of its drafts were right, and became output.
     pub(super) fn count_drafts(&mut self, number: u32, num_drafts: u32, num_accepted: u32) {
-        if self.speculator.as_ref().is_some_and(|speculator| speculator.config.method.is_on_device()) {
+        if let Some(speculator) = self.speculator.as_mut().filter(|one| one.config.method.is_on_device()) {
             if let Some(drafter) = &mut self.sequences[number].drafter {
-                drafter.tested(num_drafts, num_accepted);
+                speculator.tested(drafter, num_drafts, num_accepted);
             }
         }
         if num_drafts == 0 {

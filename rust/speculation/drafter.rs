@@ -5,15 +5,68 @@ use super::history::{History, Match};
 use super::store::{until_end, Store};
 use crate::config::{Speculation, SpeculationMethod};
 
-/// Weight of what is believed of a sequence before any of its drafts has been tested, in tests.
-const PRIOR_TESTS: f32 = 2.0;
-/// The part of the drafts that is believed to be right then.
+/// The part of drafts that is believed to be right before any has been tested.
 const PRIOR_HITS: f32 = 0.5;
-/// What an old test still counts after one more, and after a step in which nothing was tested.
+/// How many tests that counts as, of a sequence that tests all it is offered, and of one whose drafts
+/// cost something: the others' tests stand for its own then.
+const PRIOR_TESTS: f32 = 2.0;
+const PRIOR_TESTS_SHARED: f32 = 8.0;
+/// What an old test still counts after one more: of a sequence's own, of those of all, and of its own
+/// after a step in which nothing was tested.
 const MEMORY: f32 = 0.95;
-const MEMORY_IDLE: f32 = 0.995;
+const MEMORY_SHARED: f32 = 0.99;
+const MEMORY_IDLE: f32 = 0.98;
 /// Stands in a plan for a draft that the device makes.
 const MADE_LATER: u32 = 0;
+
+/// How often drafts were right; old ones count less.
+#[derive(Debug, Default)]
+struct Hits {
+    hits: f32,
+    /// The sum of how sure they and the wrong ones were.
+    tests: f32,
+}
+
+impl Hits {
+    fn add(&mut self, is_hit: bool, sure: f32, memory: f32) {
+        self.hits = self.hits * memory + f32::from(u8::from(is_hit));
+        self.tests = self.tests * memory + sure;
+    }
+
+    /// Of `drafted` tokens the first `accepted` were right, and the next was wrong.
+    fn add_run(&mut self, drafted: u32, accepted: u32, memory: f32) {
+        for place in 0..drafted.min(accepted + 1) {
+            self.add(place < accepted, 1.0, memory);
+        }
+    }
+
+    fn fade(&mut self, memory: f32) {
+        self.hits *= memory;
+        self.tests *= memory;
+    }
+
+    /// The part that is right, by these tests and by so many others of which the part `prior` was.
+    fn rate(&self, prior: f32, prior_tests: f32) -> f32 {
+        (self.hits + prior_tests * prior) / (self.tests + prior_tests)
+    }
+}
+
+/// How often the device's own drafts were right, of all sequences: what a new one is believed to be
+/// worth, since its drafts cost a pass each and are not tested for nothing.
+#[derive(Debug, Default)]
+pub(crate) struct Shared(Hits);
+
+impl Shared {
+    /// The device has drafted `drafted` tokens for some sequence, of which the first `accepted` were
+    /// right.
+    pub fn tested(&mut self, drafted: u32, accepted: u32) {
+        self.0.add_run(drafted, accepted, MEMORY_SHARED);
+    }
+
+    pub fn rate(&self) -> f32 {
+        self.0.rate(PRIOR_HITS, PRIOR_TESTS)
+    }
+}
 
 /// Foretells one sequence's tokens, and keeps count of how often it is right, whether or not
 /// anybody has the drafts verified: so it is known at no cost what drafting would gain.
@@ -25,10 +78,10 @@ pub(crate) struct Drafter {
     /// part of the earlier occurrences that went on so.
     foretold: Vec<u32>,
     sure: Vec<f32>,
-    /// Foretold tokens that were right, and the sum of how sure they and the wrong ones were; old
-    /// ones count less.
-    hits: f32,
-    tests: f32,
+    /// Tests of what was foretold, and what was believed before them: the part that is right, and how
+    /// many tests that counts as.
+    own: Hits,
+    prior: (f32, f32),
 }
 
 impl Drafter {
@@ -39,8 +92,8 @@ impl Drafter {
             root,
             foretold: Vec::new(),
             sure: Vec::new(),
-            hits: 0.0,
-            tests: 0.0,
+            own: Hits::default(),
+            prior: (PRIOR_HITS, PRIOR_TESTS),
         }
     }
 
@@ -53,8 +106,7 @@ impl Drafter {
     pub fn follow(&mut self, tokens: &[u32]) {
         for ((token, foretold), sure) in tokens.iter().zip(&self.foretold).zip(&self.sure) {
             let is_hit = token == foretold;
-            self.hits = self.hits * MEMORY + f32::from(u8::from(is_hit));
-            self.tests = self.tests * MEMORY + sure;
+            self.own.add(is_hit, *sure, MEMORY);
             if !is_hit {
                 break;
             }
@@ -63,26 +115,23 @@ impl Drafter {
     }
 
     /// The device has drafted `drafted` tokens of its own, of which the first `accepted` were right.
-    /// Without any, what was found earlier is believed a little less: times change.
+    /// Without any, what was found earlier is believed a little less, and what others found more.
     pub fn tested(&mut self, drafted: u32, accepted: u32) {
         if drafted == 0 {
-            self.hits *= MEMORY_IDLE;
-            self.tests *= MEMORY_IDLE;
+            self.own.fade(MEMORY_IDLE);
         }
-        for place in 0..drafted.min(accepted + 1) {
-            self.hits = self.hits * MEMORY + f32::from(u8::from(place < accepted));
-            self.tests = self.tests * MEMORY + 1.0;
-        }
+        self.own.add_run(drafted, accepted, MEMORY);
     }
 
-    /// Foretells the next tokens, at most `most`.
-    pub fn foretell(&mut self, config: &Speculation, most: usize, store: &Store) {
+    /// Foretells the next tokens, at most `most`. shared: what the device's drafts for others were.
+    pub fn foretell(&mut self, config: &Speculation, most: usize, store: &Store, shared: &Shared) {
         self.foretold.clear();
         self.sure.clear();
         match config.method {
             SpeculationMethod::Ngram => self.copy(config, most),
             SpeculationMethod::Suffix => self.vote(config, most, store),
             SpeculationMethod::Model => {
+                self.prior = (shared.rate(), PRIOR_TESTS_SHARED);
                 self.foretold.resize(most, MADE_LATER);
                 self.sure.resize(most, 1.0);
             }
@@ -92,7 +141,7 @@ impl Drafter {
     /// What is foretold, at most `most` tokens, each with the chance that it and all before it are
     /// right.
     pub fn chances(&self, most: usize) -> impl Iterator<Item = f32> + '_ {
-        let rate = (self.hits + PRIOR_TESTS * PRIOR_HITS) / (self.tests + PRIOR_TESTS);
+        let rate = self.own.rate(self.prior.0, self.prior.1);
         let mut chance = 1.0;
         self.sure.iter().take(most).map(move |sure| {
             chance *= (rate * sure).min(0.99);
@@ -164,7 +213,7 @@ mod tests {
         }
         let mut drafter = Drafter::new(config, 0);
         drafter.read(text);
-        drafter.foretell(config, most, &store);
+        drafter.foretell(config, most, &store, &Shared::default());
         assert_eq!(drafter.chances(9).count(), drafter.foretold.len());
         drafter.foretold
     }
@@ -190,25 +239,29 @@ mod tests {
     }
 
     #[test]
-    fn learns_what_the_device_drafts_and_forgets_it() {
+    fn learns_what_the_device_drafts_and_forgets_it_for_what_others_found() {
         let config = Speculation { method: SpeculationMethod::Model, ..Speculation::default() };
         let mut drafter = Drafter::new(&config, 0);
-        drafter.foretell(&config, 3, &Store::new(2, 0));
+        let mut shared = Shared::default();
+        let foretell = |drafter: &mut Drafter, shared: &Shared| drafter.foretell(&config, 3, &Store::new(2, 0), shared);
+        foretell(&mut drafter, &shared);
         let chance = |drafter: &Drafter| drafter.chances(9).next().expect("as many as may be");
         assert_eq!((drafter.chances(9).count(), drafter.foretold(3)), (3, [MADE_LATER; 3].as_slice()));
         assert!((chance(&drafter) - PRIOR_HITS).abs() < 1e-6);
         for _ in 0..50 {
             drafter.tested(3, 3);
         }
-        assert!(chance(&drafter) > 0.9);
+        assert!(chance(&drafter) > 0.8);
         for _ in 0..100 {
             drafter.tested(3, 0);
+            shared.tested(3, 1);
         }
-        assert!(chance(&drafter) < 0.1);
+        assert!(chance(&drafter) < 0.2);
+        foretell(&mut drafter, &shared);
         for _ in 0..1000 {
             drafter.tested(0, 0);
         }
-        assert!(chance(&drafter) > 0.4);
+        assert!((chance(&drafter) - shared.rate()).abs() < 0.01 && (0.4..0.6).contains(&shared.rate()));
     }
 
     #[test]
@@ -217,13 +270,13 @@ mod tests {
         let mut drafter = Drafter::new(&config, 0);
         let store = Store::new(2, 1000);
         drafter.read(&[1, 2, 3, 4, 1, 2]);
-        drafter.foretell(&config, 4, &store);
+        drafter.foretell(&config, 4, &store, &Shared::default());
         let first = drafter.chances(1).next().expect("a match");
         assert!((first - PRIOR_HITS).abs() < 1e-6);
         for _ in 0..100 {
             for token in [3, 4, 1, 2] {
                 drafter.follow(&[token]);
-                drafter.foretell(&config, 4, &store);
+                drafter.foretell(&config, 4, &store, &Shared::default());
             }
         }
         assert!(drafter.chances(1).next().expect("a match") > 0.9);
@@ -231,7 +284,7 @@ mod tests {
             drafter.follow(&[token]);
             drafter.follow(&[2]);
             drafter.follow(&[3]);
-            drafter.foretell(&config, 4, &store);
+            drafter.foretell(&config, 4, &store, &Shared::default());
         }
         assert!(drafter.chances(1).next().expect("a match") < 0.3);
     }

@@ -20,6 +20,12 @@ const HOPE_KEPT: f64 = 0.99;
 const HOPE_KEPT_IDLE: f64 = 0.9995;
 /// A draft with less than this chance is not looked at.
 const LEAST_CHANCE: f32 = 0.05;
+/// The part of the time that goes into trying drafts of a model where they do not pay, since only what
+/// is verified is known; and how many tries come before any time has been saved for them.
+const TRIED_PART: f64 = 0.005;
+const FIRST_TRIES: u32 = 16;
+/// No more than so many seconds are saved for it.
+const MOST_SAVED: f64 = 0.1;
 
 /// Mean time of the steps of one class.
 #[derive(Debug, Clone, Copy)]
@@ -92,23 +98,35 @@ pub(crate) struct Controller {
     drafting: StepTimes,
     /// Of the passes of a model that drafts, by their rows. What they take is in neither of the above.
     passes: StepTimes,
+    /// Whether drafts that nobody verifies tell nothing, so that they must be tried.
+    tries: bool,
+    tries_left: u32,
+    /// Seconds that may go into trying.
+    saved: f64,
     /// Accepted drafts that were expected, and those that there were; old ones count less.
     hoped: f64,
     got: f64,
     /// Of the step being planned. Kept for its memory.
     drafts: Vec<Draft>,
+    /// The chance of each row's first draft; 0 where it has none.
+    firsts: Vec<f32>,
     lens: Vec<u32>,
 }
 
 impl Controller {
-    pub fn new() -> Self {
+    /// tries: drafts cost something, so nothing is known of those that are not verified.
+    pub fn new(tries: bool) -> Self {
         Self {
+            tries,
+            tries_left: FIRST_TRIES,
+            saved: 0.0,
             plain: StepTimes::new(),
             drafting: StepTimes::new(),
             passes: StepTimes::new(),
             hoped: 0.0,
             got: 0.0,
             drafts: Vec::new(),
+            firsts: Vec::new(),
             lens: Vec::new(),
         }
     }
@@ -118,6 +136,9 @@ impl Controller {
         if seconds > 0.0 {
             let times = if has_drafts { &mut self.drafting } else { &mut self.plain };
             times.add(tokens, seconds, step);
+            if !has_drafts {
+                self.saved = (self.saved + TRIED_PART * seconds).min(MOST_SAVED);
+            }
         }
     }
 
@@ -140,6 +161,7 @@ impl Controller {
     /// Forgets the offers of the step before.
     pub fn open(&mut self) {
         self.drafts.clear();
+        self.firsts.clear();
         self.lens.clear();
     }
 
@@ -147,6 +169,8 @@ impl Controller {
     pub fn offer(&mut self, chances: impl Iterator<Item = f32>) {
         let row = self.lens.len() as u32;
         self.lens.push(0);
+        let mut chances = chances.peekable();
+        self.firsts.push(chances.peek().copied().unwrap_or(0.0));
         let likely = chances.take_while(|chance| *chance >= LEAST_CHANCE);
         self.drafts.extend((1..).zip(likely).map(|(place, chance)| Draft { chance, place, row }));
     }
@@ -155,13 +179,14 @@ impl Controller {
     /// be right; None where there should be none.
     pub fn choose(&mut self, step: u64) -> Option<(&[u32], f64)> {
         let rows = self.lens.len() as u32;
-        if self.drafts.is_empty() {
+        if self.drafts.is_empty() && !self.tries {
             return None;
         }
         let class = &self.plain.0[class_of(rows)];
         if !StepTimes::is_fresh(class, step) {
             return None; // a step without drafts will tell
         }
+        let class = *class;
         let plain_rate = f64::from(rows) / class.seconds;
         // Unknown, it is held to be nothing: the first drafts will tell.
         let (below, above) = self.passes.around(rows, step);
@@ -176,7 +201,7 @@ impl Controller {
             passes = passes.max(draft.place);
             let tokens = f64::from(rows) + hoped * fulfilled;
             let drafting = f64::from(passes) * pass;
-            let rate = tokens / (drafting + self.expected(rows, rows + index as u32 + 1, class, step));
+            let rate = tokens / (drafting + self.expected(rows, rows + index as u32 + 1, &class, step));
             if rate > best_rate {
                 (best, best_hope, best_rate) = (index + 1, hoped, rate);
             }
@@ -184,7 +209,29 @@ impl Controller {
         for draft in &self.drafts[..best] {
             self.lens[draft.row as usize] += 1;
         }
-        (best > 0).then_some((self.lens.as_slice(), best_hope))
+        if best == 0 && self.tries {
+            best_hope = self.try_one_each(rows, pass, &class, step);
+        }
+        (best_hope > 0.0).then_some((self.lens.as_slice(), best_hope))
+    }
+
+    /// One draft for each row that has any, if the time for it has been saved: how many are hoped to be
+    /// right, or 0.0.
+    fn try_one_each(&mut self, rows: u32, pass: f64, class: &StepTime, step: u64) -> f64 {
+        let count = self.firsts.iter().filter(|chance| **chance > 0.0).count() as u32;
+        let cost = pass + (self.expected(rows, rows + count, class, step) - class.seconds).max(0.0);
+        if count == 0 || (self.tries_left == 0 && self.saved < cost) {
+            return 0.0;
+        }
+        if self.tries_left > 0 {
+            self.tries_left -= 1;
+        } else {
+            self.saved -= cost;
+        }
+        for (len, chance) in self.lens.iter_mut().zip(&self.firsts) {
+            *len = u32::from(*chance > 0.0);
+        }
+        self.firsts.iter().map(|chance| f64::from(*chance)).sum()
     }
 
     /// All that were offered, in the form of `choose`.
@@ -229,7 +276,7 @@ mod tests {
     /// with drafts of one chance on every row: the tokens a second in the end, as a part of those
     /// without drafts.
     fn speed_up(rows: u32, chance: f32, most: u32, pass: f64, seconds: impl Fn(u32) -> f64) -> f64 {
-        let mut controller = Controller::new();
+        let mut controller = Controller::new(false);
         let (mut tokens, mut time) = (0.0, 0.0);
         for step in 1..=4000 {
             controller.open();
@@ -284,7 +331,7 @@ mod tests {
 
     #[test]
     fn hopes_that_come_to_nothing_are_noticed_and_forgotten() {
-        let mut controller = Controller::new();
+        let mut controller = Controller::new(false);
         let mut drafted = Vec::new();
         for step in 1..=4000 {
             controller.open();
@@ -301,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_device_that_becomes_slow_with_drafts_is_noticed() {
-        let mut controller = Controller::new();
+        let mut controller = Controller::new(false);
         let mut drafted = 0;
         for step in 1..=1000 {
             controller.open();

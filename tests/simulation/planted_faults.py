@@ -215,6 +215,37 @@ FAULTS = [
         "self.stats.draft_tokens += u64::from(num_drafts + num_accepted);",
     ),
     Fault(
+        "blocks of a row without room for its drafts",
+        "rust/scheduler/schedule.rs",
+        "self.extend(number, start + len);\n                    self.push_row(number, start, len);",
+        "self.extend(number, start + if is_prompt { len } else { 1 });\n"
+        "                    self.push_row(number, start, len);",
+    ),
+    Fault(
+        "drafts past the longest sequence",
+        "rust/scheduler/sequence.rs",
+        "{ 0 } else { max_model_len - self.most_len - 1 };",
+        "{ 0 } else { max_model_len - self.most_len + 1 };",
+    ),
+    Fault(
+        "drafts of a model for a row under a grammar",
+        "rust/scheduler/draft.rs",
+        "let unknown = on_device && sequence.traits.has_grammar;",
+        "let unknown = on_device && sequence.traits.has_grammar && left > 5;",
+    ),
+    Fault(
+        "drafts of a row that had no blocks beside the next ones",
+        "rust/scheduler/draft.rs",
+        "self.sequences[*number].drafts.clear(); // of a row that had no blocks in the step before",
+        "let _ = number;",
+    ),
+    Fault(
+        "drafts of a model that the core takes from the text",
+        "rust/scheduler/draft.rs",
+        "let reads_text = !speculator.config.method.is_on_device();",
+        "let reads_text = true;",
+    ),
+    Fault(
         "drafts behind a token that is still in flight",
         "rust/scheduler/draft.rs",
         "if !self.in_flight.is_empty() && !on_device {",
