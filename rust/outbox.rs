@@ -18,13 +18,11 @@ use crate::request::{Progress, RequestId, SamplingParams, SeqRef};
 use crate::text::Tokenizer;
 
 mod choice;
-mod prompt;
 mod reply;
 #[cfg(test)]
 mod tests;
 
 pub use choice::{ChoiceDelta, ChoiceProgress, TokenGap};
-pub use prompt::PromptLogprobs;
 use reply::Reply;
 pub use reply::{ReplyDelta, RequestProgress};
 

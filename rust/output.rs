@@ -4,6 +4,11 @@
 use crate::plan::TokenLogprobs;
 use crate::request::{Progress, RequestId, SeqRef};
 
+mod prompt;
+
+pub(crate) use prompt::entries_of;
+pub use prompt::PromptLogprobs;
+
 /// Why a sequence ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {

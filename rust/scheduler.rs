@@ -116,6 +116,19 @@ struct Targets {
     len: u32,
 }
 
+/// A row that has been decided on; its blocks are allocated.
+#[derive(Debug, Clone, Copy)]
+struct PlannedRow {
+    sequence: u32,
+    /// Tokens before it (at most, for a decode row).
+    start: u32,
+    len: u32,
+    /// It ends with the last known token: one is drawn behind it, unless an embedding is wanted.
+    sample: bool,
+    /// The sequence takes its slot in this step.
+    enters: bool,
+}
+
 /// One row of a step in flight.
 #[derive(Debug, Clone, Copy)]
 struct StepRow {
@@ -181,8 +194,8 @@ impl Step {
 /// memory.
 #[derive(Debug, Default)]
 struct PlannedStep {
-    decodes: Vec<schedule::PlannedRow>,
-    prefills: Vec<schedule::PlannedRow>,
+    decodes: Vec<PlannedRow>,
+    prefills: Vec<PlannedRow>,
     copies: Vec<(BlockId, BlockId)>,
     /// Tokens of all decode rows, and of the longest: more than one where it has drafts.
     num_decode_tokens: u32,

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use super::prompt::{entries_of, PromptLogprobs};
-use crate::output::{Finish, FinishReason, SampledToken, Token, TokenLogprob};
+use crate::output::{entries_of, Finish, FinishReason, PromptLogprobs, SampledToken, Token, TokenLogprob};
 use crate::protocol::Delta;
 use crate::request::{Pooling, SamplingParams};
 use crate::text::{Detokenizer, StopMatcher, StopPatterns, Tokenizer};

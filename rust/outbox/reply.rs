@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use super::choice::{Choice, ChoiceDelta, ChoiceProgress, TokenGap};
-use super::prompt::PromptLogprobs;
-use crate::output::{Failure, FinishReason, PromptToken, SampledToken};
+use crate::output::{Failure, FinishReason, PromptLogprobs, PromptToken, SampledToken};
 use crate::protocol::{Delta, ReplyFormat, Usage};
 use crate::request::{Progress, SamplingParams};
 use crate::text::Tokenizer;

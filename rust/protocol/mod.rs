@@ -22,8 +22,7 @@ mod tgi;
 
 use std::sync::Arc;
 
-use crate::outbox::PromptLogprobs;
-use crate::output::{Failure, Finish, Token, TokenLogprob};
+use crate::output::{Failure, Finish, PromptLogprobs, Token, TokenLogprob};
 use crate::text::answer::AnswerFormat;
 use crate::text::Tokenizer;
 

@@ -1,7 +1,6 @@
 //! A waiting sequence joins the running ones.
 
-use super::schedule::PlannedRow;
-use super::{NothingFits, Scheduler, State};
+use super::{NothingFits, PlannedRow, Scheduler, State};
 use crate::block_table::BlockTable;
 use crate::policy::{Lane, HEAD_BYPASS_LIMIT, LOOKAHEAD};
 use crate::request::{Pooling, PoolingKind};
@@ -117,7 +116,7 @@ impl Scheduler {
         if sequence.decoding {
             return 0;
         }
-        self.kv.footprint(sequence.known_len()).saturating_sub(num_live(&sequence.tables))
+        self.kv.footprint(sequence.known_len()).saturating_sub(sequence.num_live())
     }
 
     /// The same of all that come before a waiting sequence.
@@ -310,8 +309,4 @@ impl Scheduler {
         let place = self.running.partition_point(|other| self.sequences[*other].order < order);
         self.running.insert(place, number);
     }
-}
-
-pub(super) fn num_live(tables: &[BlockTable]) -> usize {
-    tables.iter().map(BlockTable::num_live).sum()
 }

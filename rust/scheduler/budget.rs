@@ -9,7 +9,6 @@
 //! Peers: vLLM caps every chunk (`long_prefill_token_threshold`) and the number of long prompts at
 //! work, whether anybody waits or not.
 
-use super::admit::num_live;
 use super::Scheduler;
 use crate::config::SchedulingPolicy;
 use crate::policy::Lane;
@@ -182,7 +181,7 @@ impl Scheduler {
                 break;
             }
             let sequence = &self.sequences[*running];
-            would_be_there += num_live(&sequence.tables).saturating_sub(sequence.num_shared);
+            would_be_there += sequence.num_live().saturating_sub(sequence.num_shared);
             victims += 1;
         }
         if would_be_there >= needed {

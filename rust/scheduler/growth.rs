@@ -8,7 +8,6 @@
 //! keeps `max_tokens` free for everyone; `SGLang` keeps a part of that free, which it adapts by what it
 //! had to take back; `LightLLM` draws lengths from the last requests.
 
-use super::admit::num_live;
 use super::lengths::{Ending, Lengths};
 use super::{Scheduler, Sequence, MAX_STEPS_IN_FLIGHT};
 use crate::kv_cache::KvCache;
@@ -137,7 +136,7 @@ impl Scheduler {
             let number = self.running[place];
             let sequence = &self.sequences[number];
             // What it gives back when it ends.
-            self.forecast.capacity += num_live(&sequence.tables).saturating_sub(sequence.num_shared) as f64;
+            self.forecast.capacity += sequence.num_live().saturating_sub(sequence.num_shared) as f64;
             self.forecast_one(number);
         }
     }

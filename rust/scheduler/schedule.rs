@@ -5,23 +5,10 @@ use std::ops::Range;
 
 use super::budget::PromptBudget;
 use super::masks::MaskedRow;
-use super::{Scheduler, State, Step, StepRow, Targets, MAX_STEPS_IN_FLIGHT};
+use super::{PlannedRow, Scheduler, State, Step, StepRow, Targets, MAX_STEPS_IN_FLIGHT};
 use crate::error::Error;
 use crate::plan::{BlockEntry, Enter, PlanInfo, Pool, Row, ROW_LOGPROBS, ROW_PENALTIES, ROW_PREFILL};
 use crate::request::PoolingKind;
-
-/// A row that has been decided on; its blocks are allocated.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct PlannedRow {
-    pub sequence: u32,
-    /// Tokens before it (at most, for a decode row).
-    pub start: u32,
-    pub len: u32,
-    /// It ends with the last known token: one is drawn behind it, unless an embedding is wanted.
-    pub sample: bool,
-    /// The sequence takes its slot in this step.
-    pub enters: bool,
-}
 
 /// What came of asking for blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

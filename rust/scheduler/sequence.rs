@@ -141,6 +141,11 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
+    /// Blocks in its tables.
+    pub fn num_live(&self) -> usize {
+        self.tables.iter().map(BlockTable::num_live).sum()
+    }
+
     /// Tokens that are known: prompt and outputs.
     pub fn known_len(&self) -> u32 {
         (self.prompt.len() + self.outputs.len()) as u32

@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import json
-import platform
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from octavo.bench.engine import described, step_thread
 from octavo.bench.progress import progress
 from octavo.bench.workloads import NAMES, Item, known_workload, workload
 from octavo.config import EngineConfig
@@ -348,36 +347,6 @@ def memory_rows(kv_gib: float, max_model_len: int, seed: int) -> Rows:
         bar.update()
     bar.close()
     return rows
-
-
-@contextlib.contextmanager
-def step_thread(config: EngineConfig) -> Iterator[Any]:
-    """The thread of an engine whose queue holds any workload. The engine is closed at the end: the
-    next one needs its memory.
-    """
-    from octavo.engine.engine import Engine
-    from octavo.engine.step_thread import StepThread
-
-    thread = StepThread(Engine.from_config(dataclasses.replace(config, max_waiting=2**20)))
-    try:
-        yield thread
-    finally:
-        thread.close()
-
-
-def described(engine: Any, name: str) -> dict[str, Any]:
-    """What a figure needs beside it."""
-    import torch
-
-    return {
-        "workload": name,
-        "model": engine.parts.model_name,
-        "device": engine.parts.report.device,
-        "dtype": engine.parts.report.dtype,
-        "kv_dtype": engine.parts.report.kv_dtype,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from octavo.bench.engine import step_thread
 from octavo.bench.progress import progress
 from octavo.bench.replay import replay
 from octavo.bench.workloads import Item, workload
@@ -102,8 +103,6 @@ def _quality(precision: Precision, config: EngineConfig, plain: EngineConfig, nu
 
 
 def _measure(precision: Precision, config: EngineConfig, plain: dict[str, Any] | None, options: Any) -> dict[str, Any]:
-    from octavo.bench.commands import step_thread  # which imports this
-
     row: dict[str, Any] = {"precision": precision.name}
     with step_thread(config) as thread:
         report, model = thread.engine.parts.report, thread.engine.runner.model

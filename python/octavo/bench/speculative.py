@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.bench.engine import described, step_thread
 from octavo.bench.progress import progress
 from octavo.bench.replay import Summary, replay
 from octavo.bench.workloads import Item
@@ -82,8 +83,6 @@ class Measured:
 
 def speculative_rows(options: argparse.Namespace, config: EngineConfig) -> list[dict[str, Any]]:
     """A row for each acceptance that is set, text, number of streams and method."""
-    from octavo.bench.commands import step_thread
-
     base = dataclasses.replace(config, speculative_config=None, spec_method=None, spec_model=None, spec_tokens=None)
     configs = {OFF: base}
     for method, speculation in speculations(options, config.speculation).items():
@@ -105,8 +104,6 @@ def compare(
     threads: Mapping[str, StepThread], text: str, streams: int, acceptance: float | None, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The engines, by method, in turns: a row for each. `speed_up` is the median over the pairs."""
-    from octavo.bench.commands import described
-
     measured = {name: Measured() for name in threads}
     times = {name: StepTimes(thread.engine) for name, thread in threads.items()}
     sampling = None if acceptance is None else ALWAYS_SAID

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::output::{PromptToken, TokenLogprob};
+use super::{PromptToken, TokenLogprob};
 use crate::plan::TokenLogprobs;
 
 /// Log probabilities of a prompt's tokens.
@@ -16,18 +16,18 @@ pub struct PromptLogprobs {
 
 impl PromptLogprobs {
     /// Of `top` tokens beside each of the prompt's own; none are there yet.
-    pub(super) fn new(tokens: &Arc<[u32]>, top: u32) -> Self {
+    pub(crate) fn new(tokens: &Arc<[u32]>, top: u32) -> Self {
         let width = 1 + top as usize;
         let entries = Vec::with_capacity(tokens.len().saturating_sub(1) * width);
         Self { tokens: Arc::clone(tokens), entries, width }
     }
 
-    pub(super) fn push(&mut self, token: &PromptToken<'_>) {
+    pub(crate) fn push(&mut self, token: &PromptToken<'_>) {
         self.entries.extend(entries_of(token.id, &token.logprobs));
     }
 
     /// Those of all tokens have come.
-    pub(super) fn is_complete(&self) -> bool {
+    pub(crate) fn is_complete(&self) -> bool {
         self.entries.len() == self.tokens.len().saturating_sub(1) * self.width
     }
 
@@ -54,7 +54,7 @@ impl PromptLogprobs {
 }
 
 /// A token's own log probability, then the top ones.
-pub(super) fn entries_of<'a>(id: u32, logprobs: &TokenLogprobs<'a>) -> impl Iterator<Item = TokenLogprob> + 'a {
+pub(crate) fn entries_of<'a>(id: u32, logprobs: &TokenLogprobs<'a>) -> impl Iterator<Item = TokenLogprob> + 'a {
     let own = TokenLogprob { token: id, logprob: logprobs.logprob(), rank: logprobs.rank() };
     let top = (1..).zip(logprobs.top()).map(|(rank, (token, logprob))| TokenLogprob { token, logprob, rank });
     std::iter::once(own).chain(top)
