@@ -1,18 +1,25 @@
 """`/openapi.json` and `/docs`."""
 
+import functools
+
 import msgspec
 from aiohttp import web
 
 from octavo.server.openapi.document import PAGE_HEADERS, openapi, page
 
 
+@functools.cache
+def written() -> tuple[bytes, str]:
+    """The document and its page, made once a process: no flag and no request changes them."""
+    document = openapi()
+    return msgspec.json.encode(document) + b"\n", page(document)
+
+
 class OpenApiRoutes:
-    """The handlers. The document is made once: no request changes it."""
+    """The handlers."""
 
     def __init__(self) -> None:
-        document = openapi()
-        self._document = msgspec.json.encode(document) + b"\n"
-        self._page = page(document)
+        self._document, self._page = written()
 
     def routes(self) -> list[web.RouteDef]:
         """What to add to the application."""
