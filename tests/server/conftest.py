@@ -42,11 +42,20 @@ class Served:
 
     async def metric(self, name: str) -> float:
         """The value of a metric, summed over its labels."""
+        return (await self.metrics(name))[0]
+
+    async def metrics(self, *names: str) -> list[float]:
+        """The same of several, at one time."""
         async with self.http.get(self.url + "/metrics") as response:
             lines = (await response.text()).splitlines()
-        return sum(
-            float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ", name + ","))
-        )
+        return [
+            sum(
+                float(line.rpartition(" ")[2])
+                for line in lines
+                if line.startswith((name + "{", name + " ", name + ","))
+            )
+            for name in names
+        ]
 
     async def events(self, path: str, body: dict[str, Any]) -> list[Any]:
         """The `data:` lines of a stream, parsed; the last is `[DONE]`."""
