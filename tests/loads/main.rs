@@ -95,6 +95,25 @@ fn the_first_open_ended_chats_run_together() {
     machine.run(&H100_7B);
 }
 
+/// Eight prompts share 320 tokens, in a pool where a second one does not fit beside the first until those
+/// are computed. Then it does, though nobody comes or leaves.
+#[test]
+fn waiting_prompts_enter_when_what_runs_has_made_them_cheap() {
+    let config =
+        CoreConfig { num_blocks: 41, block_size: 16, max_model_len: 512, enable_prefix_caching: true, ..card() };
+    let mut machine = Machine::new(config);
+    for number in 0..8 {
+        let prompt = [prompt(320, 1), prompt(8, 50 + number)].concat();
+        machine.add(&Asked { prompt, max_tokens: Some(33), stops_after: None, priority: 0 });
+    }
+    machine.run(&H100_7B);
+    // The first runs alone while its prompt is computed: one step, and the one that was planned meanwhile. A
+    // sequence takes 3 blocks of its own, so six run together, and the other two after them.
+    let running: Vec<u64> = machine.seen.iter().map(|step| step.running).collect();
+    assert!(running[2..].iter().take(30).all(|count| *count >= 5), "{running:?}");
+    assert!(running.len() <= 2 * 33 + 10, "{} steps: {running:?}", running.len());
+}
+
 /// A machine for prompts of 100,000 tokens.
 fn for_long_prompts(scheduling_policy: SchedulingPolicy) -> Machine {
     let config = CoreConfig { num_blocks: 8000, max_model_len: 131_072, max_num_seqs: 16, scheduling_policy, ..card() };

@@ -209,6 +209,16 @@ def test_files_that_compressed_tensors_wrote(name: str) -> None:
     assert difference.median() < (0.05 if name == "w8a8" else 1e-3) and difference.max() < 0.2
 
 
+@pytest.mark.parametrize("name", ["gptq", "gptq-act-order", "awq"])
+def test_files_that_gptqmodel_wrote(name: str) -> None:
+    """`gptqmodel/make.py` says how; the logits are those of the weights that the library reads."""
+    folder = Path(__file__).parent / "gptqmodel" / name
+    expected = load_file(folder / "expected.safetensors")["logits"]
+    # Those of AWQ it has rounded to float16.
+    tolerance = 2e-3 if name == "awq" else 1e-4
+    torch.testing.assert_close(logits(folder, dtype="float32"), expected, atol=tolerance, rtol=tolerance)
+
+
 class LikeGpu(QuantisedSchemes):
     """A GPU's products on a CPU, where their ops are the twins."""
 
@@ -391,7 +401,7 @@ def group(args: dict[str, Any], form: str = "pack-quantized") -> dict[str, Any]:
         (GPTQ | {"dynamic": {"+:a": {"bits": 5}}}, "quantization_config.dynamic.+:a.bits: 5 is not supported"),
         (AWQ | {"version": "gemv"}, "quantization_config.version: 'gemv' is not supported; supported: gemm"),
         (AWQ | {"bits": 8}, "quantization_config.bits: 8 is not supported"),
-        (AWQ | {"zero_point": False}, "quantization_config.zero_point: False is not supported"),
+        (AWQ | {"zero_point": 0}, "quantization_config.zero_point: 0 is not supported"),
         (AWQ | {"modules_to_not_convert": "x"}, "modules_to_not_convert: 'x' is not a list"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size: [128, 128]: block-wise"),
         ({"quant_method": "fp8", "activation_scheme": "none"}, "activation_scheme: 'none' is not supported"),

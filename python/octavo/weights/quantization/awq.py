@@ -9,7 +9,7 @@ from octavo.weights.quantization.recipe import Names, Recipe, one_of, read_group
 def read_awq(fields: Fields) -> Recipe:
     """Raises `ModelError` that names the field."""
     one_of(fields, "bits" if fields.get("w_bit") is None else "w_bit", (4,))
-    one_of(fields, "zero_point", (True,), True)
+    one_of(fields, "zero_point", (True, False), True)  # False: the zeros stand in the file all the same, at the middle
     version = fields.text("version", "gemm")
     if version.lower() != "gemm":
         raise fields.error("version", f"{version!r} is not supported; supported: gemm")
