@@ -4,8 +4,8 @@
 
 Without a URL it serves the tests' scripted engine in a process of its own: a token every 10 ms, and
 the real front. For each kind of body one stream runs while it is sent three times or more, and
-the line says what the body got, after how long, and the longest time between two events of the
-stream, which is about 10 ms by itself.
+the line says what the body got, after how long, the longest time between two events of the stream,
+which is about 10 ms by itself, and by how much the server's memory grew at most.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -105,10 +106,17 @@ async def _until_it_listens(http: aiohttp.ClientSession, url: str) -> None:
     raise SystemExit(f"nothing listens at {url}")
 
 
-async def _measure(url: str, names: list[str]) -> None:
+def _resident(pid: int, which: str) -> float:
+    """MiB that the process holds (VmRSS), or has held at most since it was last asked to forget (VmHWM)."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
+
+
+async def _measure(url: str, names: list[str], pid: int | None = None) -> None:
+    """pid: of the server, where it is ours."""
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300)) as http:
         await _until_it_listens(http, url)
-        print(f"{'body':28} {'got':>24} {'after':>9} {'longest gap':>12}")
+        print(f"{'body':28} {'got':>24} {'after':>9} {'longest gap':>12} {'memory':>10}")
         for name in names or BODIES:
             path, make, packed = BODIES[name]
             data = await asyncio.get_running_loop().run_in_executor(None, make)
@@ -120,6 +128,10 @@ async def _measure(url: str, names: list[str]) -> None:
             stop = asyncio.Event()
             streaming = asyncio.ensure_future(_stream(http, url, stop))
             await asyncio.sleep(1.0)
+            before = 0.0
+            if pid is not None:
+                Path(f"/proc/{pid}/clear_refs").write_text("5")  # forgets the peak
+                before = _resident(pid, "VmRSS")
             started, sent = time.perf_counter(), 0
             while sent < 3 or time.perf_counter() - started < 1.0:
                 sent += 1
@@ -139,7 +151,8 @@ async def _measure(url: str, names: list[str]) -> None:
                 code = json.loads(answer).get("error", {}).get("code", "an answer")
             except ValueError:
                 code = "no answer"
-            print(f"{name:28} {code:>24} {seconds:8.2f}s {1000 * longest:9.0f} ms", flush=True)
+            memory = "-" if pid is None else f"{_resident(pid, 'VmHWM') - before:.0f} MiB"
+            print(f"{name:28} {code:>24} {seconds:8.2f}s {1000 * longest:9.0f} ms {memory:>10}", flush=True)
 
 
 def _serve(port: Connection) -> None:
@@ -171,7 +184,7 @@ def main() -> None:
     server = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
     server.start()
     try:
-        asyncio.run(_measure(f"http://127.0.0.1:{ours.recv()}", args.only))
+        asyncio.run(_measure(f"http://127.0.0.1:{ours.recv()}", args.only, server.pid))
     finally:
         server.terminate()
         server.join()
