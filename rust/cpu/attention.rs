@@ -106,9 +106,7 @@ impl<N: Number> Store for Writer<'_, N> {
         let start = (place.block * heads + place.in_block(attention)) * attention.head_dim;
         // SAFETY: the caller's.
         let stored = unsafe { self.part(start, attention.head_dim) };
-        for (number, stored) in numbers.iter_mut().zip(stored) {
-            *number = stored.widen();
-        }
+        N::widen_all(attention.level, stored, numbers);
     }
 
     #[inline(always)]

@@ -93,8 +93,18 @@ impl Matrix {
         self.rows * self.format.row_bytes(self.columns)
     }
 
+    /// Its blocks, of all rows.
+    fn blocks(&self) -> &[u8] {
+        &(*self.bytes).as_ref()[self.start..][..self.num_bytes()]
+    }
+
     /// The blocks of row `row`.
     pub fn row(&self, row: usize) -> &[u8] {
+        self.row_of(self.blocks(), row)
+    }
+
+    /// The same of its blocks, for who asks for many rows.
+    fn row_of<'a>(&self, blocks: &'a [u8], row: usize) -> &'a [u8] {
         let row = match self.interleaved_heads {
             None => row,
             Some(heads) => {
@@ -104,7 +114,7 @@ impl Matrix {
             }
         };
         let len = self.format.row_bytes(self.columns);
-        &(*self.bytes).as_ref()[self.start + row * len..][..len]
+        &blocks[row * len..][..len]
     }
 
     /// Rows as float32: `out` has a row for each index.
@@ -127,9 +137,7 @@ impl Matrix {
 
     /// Whether every number is finite: all scales are, since codes are.
     pub fn is_finite(&self, pool: &Pool) -> bool {
-        let row_bytes = self.format.row_bytes(self.columns);
-        let bytes = &(*self.bytes).as_ref()[self.start..][..self.rows * row_bytes];
-        let pieces: Vec<_> = bytes.chunks(PIECE_BYTES / self.format.bytes() * self.format.bytes()).collect();
+        let pieces: Vec<_> = self.blocks().chunks(PIECE_BYTES / self.format.bytes() * self.format.bytes()).collect();
         let odd = AtomicBool::new(false);
         pool.run(pieces.len(), &|piece| {
             if !self.format.is_finite(pieces[piece]) {
@@ -258,10 +266,11 @@ impl Product {
             return self.few(matrix, piece, made, rows, out, scratch);
         }
         scratch.column.resize(rows, 0.0);
+        let blocks = matrix.blocks();
         for number in 0..piece.rows {
-            let (weights, column) = (matrix.row(piece.first + number), &mut scratch.column);
+            let (weights, column) = (matrix.row_of(blocks, piece.first + number), &mut scratch.column);
             multiply(self.level, matrix.format, weights, made, self.columns, &mut scratch.unpacked, column);
-            self.store(piece.first_output + number, 0, column, out);
+            self.store(piece.first_output + number, column, out);
         }
     }
 
@@ -281,19 +290,20 @@ impl Product {
             *input = made.row(row);
         }
         scratch.column.resize(LANES * rows, 0.0);
+        let blocks = matrix.blocks();
         for first in (0..piece.rows).step_by(LANES) {
             let count = LANES.min(piece.rows - first);
             let mut weights = [&[][..]; LANES];
             for (lane, weights) in weights[..count].iter_mut().enumerate() {
-                *weights = matrix.row(piece.first + first + lane);
+                *weights = matrix.row_of(blocks, piece.first + first + lane);
             }
             let products = &mut scratch.column[..count * rows];
             // SAFETY: a `Level` can only be had where the processor has its instructions.
             unsafe {
                 avx512::few(matrix.format, &weights[..count], &inputs[..rows], self.columns, products);
             }
-            for (lane, products) in products.chunks_exact(rows).enumerate() {
-                self.store(piece.first_output + first + lane, 0, products, out);
+            for row in 0..rows {
+                self.store_lanes(row, piece.first_output + first, count, |lane| products[lane * rows + row], out);
             }
         }
     }
@@ -310,10 +320,11 @@ impl Product {
         scratch: &mut Scratch,
     ) {
         let mut lanes = [[0.0; LANES]; TILE];
+        let blocks = matrix.blocks();
         for first in (0..piece.rows).step_by(LANES) {
             let count = LANES.min(piece.rows - first);
             // Lanes without a row have the last one.
-            let weights = std::array::from_fn(|lane| matrix.row(piece.first + first + lane.min(count - 1)));
+            let weights = std::array::from_fn(|lane| matrix.row_of(blocks, piece.first + first + lane.min(count - 1)));
             // SAFETY: a `Level` can only be had where the processor has its instructions.
             unsafe {
                 scratch.panel.fill(matrix.format, &weights, self.columns);
@@ -326,23 +337,38 @@ impl Product {
                     scratch.panel.multiply(made.tile(first_row / TILE), many, &mut lanes);
                 }
                 for (row, lanes) in lanes[..many].iter().enumerate() {
-                    // SAFETY: outputs of one piece are written by the thread that has it.
-                    let out = unsafe { out.part((first_row + row) * self.outputs + output, count) };
-                    out.copy_from_slice(&lanes[..count]);
-                    if let Some(bias) = &self.bias {
-                        out.iter_mut().zip(&bias[output..]).for_each(|(out, bias)| *out += bias);
-                    }
+                    self.store_lanes(first_row + row, output, count, |lane| lanes[lane], out);
                 }
             }
         }
     }
 
-    /// Output `output` of the rows from `first_row` on.
-    fn store(&self, output: usize, first_row: usize, products: &[f32], out: Writer<'_, f32>) {
+    /// Outputs `first` to `first + count` of a row.
+    #[cfg(target_arch = "x86_64")]
+    fn store_lanes(
+        &self,
+        row: usize,
+        first: usize,
+        count: usize,
+        product: impl Fn(usize) -> f32,
+        out: Writer<'_, f32>,
+    ) {
+        // SAFETY: outputs of one piece are written by the thread that has it.
+        let out = unsafe { out.part(row * self.outputs + first, count) };
+        for (lane, out) in out.iter_mut().enumerate() {
+            *out = product(lane);
+        }
+        if let Some(bias) = &self.bias {
+            out.iter_mut().zip(&bias[first..]).for_each(|(out, bias)| *out += bias);
+        }
+    }
+
+    /// Output `output` of all rows.
+    fn store(&self, output: usize, products: &[f32], out: Writer<'_, f32>) {
         let bias = self.bias.as_ref().map_or(0.0, |bias| bias[output]);
         for (row, product) in products.iter().enumerate() {
             // SAFETY: an output is of one piece, and written by the thread that has it.
-            let out = unsafe { out.part((first_row + row) * self.outputs + output, 1) };
+            let out = unsafe { out.part(row * self.outputs + output, 1) };
             out[0] = product + bias;
         }
     }
