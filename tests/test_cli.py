@@ -245,6 +245,15 @@ def test_bad_flags(words: list[str], said: str, capsys: pytest.CaptureFixture[st
         (["serve", "-q", "marlin"], "quantization = 'marlin': must be one of fp8, int8, int4, gptq"),
         (["serve", "--port", "70000"], "port = 70000"),
         (["serve", "--gpu-memory-utilization", "1.5"], "gpu_memory_utilization = 1.5"),
+        (["serve", "--spec-method", "ngram", "--spec-tokens", "0"], "num_speculative_tokens = 0"),
+        (["serve", "--spec-method", "self", "--spec-tokens", "100"], "num_speculative_tokens = 100"),
+        (["serve", "--spec-method", "draft_model"], "speculative_config: model = None"),
+        (["serve", "--speculative-config", '{"method": "ngarm"}'], "speculative_config: method = 'ngarm'"),
+        (["serve", "--speculative-config", "{"], "speculative_config = '{': is not JSON"),
+        (
+            ["serve", "--speculative-config", '{"method": "ngram", "prompt_lookup_min": 5, "prompt_lookup_max": 4}'],
+            "speculative_config: prompt_lookup_max = 4: must be an integer from 5",
+        ),
     ],
 )
 def test_bad_values_end_with_2_and_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -234,16 +234,10 @@ FAULTS = [
         "let unknown = on_device && sequence.traits.has_grammar && left > 5;",
     ),
     Fault(
-        "drafts of a row that had no blocks beside the next ones",
-        "rust/scheduler/draft.rs",
-        "self.sequences[*number].drafts.clear(); // of a row that had no blocks in the step before",
-        "let _ = number;",
-    ),
-    Fault(
-        "drafts of a model that the core takes from the text",
-        "rust/scheduler/draft.rs",
-        "let reads_text = !speculator.config.method.is_on_device();",
-        "let reads_text = true;",
+        "tokens of the core's own where a model drafts",
+        "rust/speculation/drafter.rs",
+        "const MADE_LATER: u32 = 0;",
+        "const MADE_LATER: u32 = 1;",
     ),
     Fault(
         "drafts behind a token that is still in flight",

@@ -76,6 +76,7 @@ class Measured:
     """The runs of one engine on one text."""
 
     runs: list[Summary] = dataclasses.field(default_factory=list)
+    steps: float = 0.0
     drafts: float = 0.0
     draft_tokens: float = 0.0
     accepted: float = 0.0
@@ -175,6 +176,7 @@ def set_acceptance(runner: ModelRunner, acceptance: float, seed: int) -> Iterato
 def add(measured: Measured, summary: Summary, before: dict[str, float], after: dict[str, float]) -> None:
     """Takes in one run, and what the core counted meanwhile."""
     measured.runs.append(summary)
+    measured.steps += after["steps"] - before["steps"]
     measured.drafts += after["spec_decode_num_drafts"] - before["spec_decode_num_drafts"]
     measured.draft_tokens += after["spec_decode_num_draft_tokens"] - before["spec_decode_num_draft_tokens"]
     measured.accepted += after["spec_decode_num_accepted_tokens"] - before["spec_decode_num_accepted_tokens"]
@@ -186,13 +188,13 @@ def figures(one: Measured, off: Measured) -> dict[str, Any]:
         run.output_tokens_per_second / plain.output_tokens_per_second
         for run, plain in zip(one.runs, off.runs, strict=True)
     ]
-    tokens, steps = sum(run.output_tokens for run in one.runs), sum(run.steps for run in one.runs)
+    tokens = sum(run.output_tokens for run in one.runs)
     return {
         "tokens_per_second": statistics.median(run.output_tokens_per_second for run in one.runs),
         "speed_up": statistics.median(ratios),
         "acceptance": one.accepted / one.draft_tokens if one.draft_tokens else None,
         "accepted_per_draft": one.accepted / one.drafts if one.drafts else None,
-        "tokens_per_step": tokens / steps,
+        "tokens_per_step": tokens / one.steps,
         "step_ms": statistics.median((run.step_p50 or 0.0) * 1e3 for run in one.runs),
     }
 
