@@ -43,3 +43,4 @@ pub mod scheduler;
 mod slab;
 mod speculation;
 pub mod text;
+pub mod timeline;

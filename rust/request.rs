@@ -60,6 +60,8 @@ pub struct Progress {
     pub num_accepted_tokens: u32,
     /// See `num_accepted_tokens`.
     pub num_rejected_tokens: u32,
+    /// How often one of its choices gave its place back, to be computed again.
+    pub num_preemptions: u32,
     /// When the request was added.
     pub added: f64,
     /// When it first got a place in a step.

@@ -24,6 +24,7 @@ use crate::prefix_cache::PrefixHasher;
 use crate::request::{check_tokens, BlockId, Request, RequestId, SeqRef};
 use crate::slab::Slab;
 use crate::speculation::Speculator;
+use crate::timeline::Timeline;
 
 mod admit;
 mod arrive;
@@ -37,12 +38,17 @@ mod masks;
 mod padding;
 mod schedule;
 mod sequence;
+mod waits;
 
 use growth::Forecast;
 use lengths::Lengths;
 pub use masks::MaskWork;
 use masks::MaskedRow;
 use sequence::{Sequence, State, Traits};
+use waits::Waits;
+
+/// Events and requests that are kept of what happened: 3 MB.
+const TIMELINE: (usize, usize) = (32_768, 8_192);
 
 /// Most steps in flight.
 pub const MAX_STEPS_IN_FLIGHT: usize = 2;
@@ -250,6 +256,8 @@ pub struct Scheduler {
     nothing_fits: Option<NothingFits>,
     /// The sequences that did not fit then.
     too_big: Vec<u32>,
+    waits: Waits,
+    timeline: Timeline,
     lengths: Lengths,
     forecast: Forecast,
     speculator: Option<Speculator>,
@@ -305,6 +313,8 @@ impl Scheduler {
             held_slots: [Vec::new(), Vec::new()],
             nothing_fits: None,
             too_big: Vec::with_capacity(LOOKAHEAD),
+            waits: Waits::default(),
+            timeline: Timeline::new(TIMELINE.0, TIMELINE.1),
             lengths: Lengths::new(config.max_model_len),
             forecast: Forecast::default(),
             speculator: config
@@ -464,6 +474,7 @@ impl Scheduler {
         sequence.lane = lane;
         self.ready.insert(sequence.order, lane, number);
         self.nothing_fits = None;
+        self.begins_to_wait(number);
     }
 }
 

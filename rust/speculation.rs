@@ -55,10 +55,10 @@ impl Speculator {
         drafter.foretell(&self.config, self.most, &self.store, &self.shared);
     }
 
-    /// The device has drafted for a sequence: `drafted` tokens, of which the first `accepted` were right.
-    pub fn tested(&mut self, drafter: &mut Drafter, drafted: u32, accepted: u32) {
-        drafter.tested(drafted, accepted);
-        self.shared.tested(drafted, accepted);
+    /// The device has drafted for a sequence: `tried` tokens, of which the first `accepted` were right.
+    pub fn tested(&mut self, drafter: &mut Drafter, tried: u32, accepted: u32) {
+        drafter.tested(tried, accepted);
+        self.shared.tested(tried, accepted);
     }
 
     /// An output has ended: others of its tenant may resemble it.

@@ -497,10 +497,12 @@ class ReplyFormat:
         continuous_usage: bool = False,
         token_ids: TokenIds | None = None,
         answer: AnswerFormat | None = None,
+        timing: bool = False,
     ) -> ReplyFormat:
         """OpenAI's chat completions. A stream has an event a token, the last of a choice with
         `finish_reason`, then (include_usage) an event with empty `choices` and the usage, then
-        `data: [DONE]`. continuous_usage: every event has the usage so far.
+        `data: [DONE]`. continuous_usage: every event has the usage so far. timing: the usage tells where
+        the time went.
         """
     @staticmethod
     def openai_completion(
@@ -513,8 +515,13 @@ class ReplyFormat:
         continuous_usage: bool = False,
         token_ids: TokenIds | None = None,
         echo: Echo | None = None,
+        timing: bool = False,
+        best_of: tuple[int, int, bool] | None = None,
     ) -> ReplyFormat:
-        """OpenAI's text completions; the same events. echo: they begin with their prompts."""
+        """OpenAI's text completions; the same events. echo: they begin with their prompts. best_of: of so
+        many choices of each prompt so many are answered, those with the highest mean log probability
+        (whole answers alone); and whether log probabilities are shown.
+        """
     @staticmethod
     def tgi(
         *,
@@ -531,11 +538,20 @@ class ReplyFormat:
         a list, as `POST /` answers. prompt: put before the text, for `return_full_text`.
         """
     @staticmethod
-    def anthropic(*, id: str, model: str, stream: bool, answer: AnswerFormat | None = None) -> ReplyFormat:
+    def anthropic(
+        *, id: str, model: str, stream: bool, answer: AnswerFormat | None = None, timing: bool = False
+    ) -> ReplyFormat:
         """Anthropic's messages; a stream has named events."""
     @staticmethod
     def responses(
-        *, id: str, model: str, created: int, request: str, stream: bool, answer: AnswerFormat | None = None
+        *,
+        id: str,
+        model: str,
+        created: int,
+        request: str,
+        stream: bool,
+        answer: AnswerFormat | None = None,
+        timing: bool = False,
     ) -> ReplyFormat:
         """OpenAI's responses; a stream has named and numbered events. request: an object of JSON, not
         empty, with what a response says of its request.
@@ -809,6 +825,12 @@ class EngineCore:
     def take(self, reply_id: int) -> ReplyDelta | None:
         """What the reply gained since the last call; forgets one that has finished. None for one
         that is not there.
+        """
+    def story(self, request_id: int, now: float) -> dict[str, Any] | None:
+        """What happened to a request of a call (its reply's id, and those that follow: one a prompt) up
+        to `now`: counts, `has_ended`, `added`, and `events`, each with `event`, `choice`, `from` and
+        `until` in seconds of the caller's clock. None where its beginning has been overwritten in the
+        ring, or there is no such request.
         """
     def has_unfinished(self) -> bool: ...
     def stats(self) -> dict[str, float]: ...

@@ -16,6 +16,9 @@ from octavo.sampling_params import OfModel, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+_NO_BUDGET = 2**32 - 1
+"""More tokens than any answer has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ToolUse:
@@ -86,6 +89,15 @@ class ModelAnswers:
         if format is None or not any(marker in special for marker in format.markers):
             return params
         return dataclasses.replace(params, skip_special_tokens=False)
+
+    def leaves_room(self, prompt: _core.Prompt, params: SamplingParams) -> SamplingParams:
+        """The parameters of a chat. What its answer must look like counts behind the reasoning, where the
+        prompt opens that: it ends where the model ends it, unless there is a budget.
+        """
+        is_bound = params.structured_outputs is not None and params.thinking_token_budget is None
+        if not is_bound or not self._begins_in_reasoning(prompt):
+            return params
+        return dataclasses.replace(params, thinking_token_budget=_NO_BUDGET)
 
     def of_model(
         self, params: SamplingParams, prompts: Sequence[_core.Prompt], grammar: _core.Grammar | None

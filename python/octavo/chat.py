@@ -93,8 +93,10 @@ class _Conversation(msgspec.Struct, frozen=True):
     tools: list[msgspec.Raw] | None = None
 
 
-def template_messages(messages: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[msgspec.Raw], max_parts: int = MAX_PARTS) -> list[dict[str, Any]]:
     """The conversation for the template. Keys of a message that nobody checks stay as they are.
+
+    max_parts: of a message's content.
 
     Raises `ChatError`, and `msgspec.ValidationError` whose path begins with `$.messages`.
     """
@@ -102,7 +104,7 @@ def template_messages(messages: Sequence[msgspec.Raw]) -> list[dict[str, Any]]:
         raise ChatError("messages: must not be empty.")
     if len(messages) > MAX_MESSAGES:
         raise ChatError(f"messages: {len(messages)} messages, at most {MAX_MESSAGES} are allowed.")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return [_message(message, f"messages[{index}]", max_parts) for index, message in enumerate(messages)]
 
 
 def template_tools(tools: Sequence[msgspec.Raw] | None, takes_tools: bool) -> str | None:
@@ -150,7 +152,7 @@ def _bad_tools(message: str, code: str = "invalid_value") -> ChatError:
     return ChatError(message, "tools", code)
 
 
-def _message(raw: msgspec.Raw, where: str) -> dict[str, Any]:
+def _message(raw: msgspec.Raw, where: str, max_parts: int) -> dict[str, Any]:
     message = _decode(raw, Message, where)
     if message.role not in ROLES:
         raise ChatError(f"{where}.role: must be one of {', '.join(ROLES)}.")
@@ -159,7 +161,7 @@ def _message(raw: msgspec.Raw, where: str) -> dict[str, Any]:
     if message.content is None and message.role != "assistant":
         raise ChatError(f"{where}.content: required when role is {message.role}.", code="missing_required_parameter")
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-    result["content"] = _text(message, where)
+    result["content"] = _text(message, where, max_parts)
     if message.reasoning_content is not None:
         result["reasoning_content"] = message.reasoning_content
     if message.name is not None:
@@ -174,12 +176,12 @@ def _message(raw: msgspec.Raw, where: str) -> dict[str, Any]:
     return result | {key: value for key, value in others.items() if key not in Message.__struct_fields__}
 
 
-def _text(message: Message, where: str) -> str:
+def _text(message: Message, where: str, max_parts: int) -> str:
     """What was said; a refusal is what the assistant said instead."""
     if not isinstance(message.content, list):
         return message.content or message.refusal or ""
-    if len(message.content) > MAX_PARTS:
-        raise ChatError(f"{where}.content: {len(message.content)} parts, at most {MAX_PARTS} are allowed.")
+    if len(message.content) > max_parts:
+        raise ChatError(f"{where}.content: {len(message.content)} parts, at most {max_parts} are allowed.")
     texts = []
     for index, part in enumerate(message.content):
         if part.type not in ("text", "refusal"):

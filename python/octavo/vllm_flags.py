@@ -79,7 +79,6 @@ NEUTRAL = {
     "--data-parallel-size": ("1",),
     "--decode-context-parallel-size": ("1",),
     "--long-prefill-token-threshold": ("0",),
-    "--max-logprobs": ("20",),
     "--max-long-partial-prefills": ("1",),
     "--max-num-partial-prefills": ("1",),
     "--model-impl": ("auto", "vllm"),

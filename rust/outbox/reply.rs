@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::choice::{Choice, ChoiceDelta, ChoiceProgress, TokenGap};
 use crate::output::{Failure, FinishReason, PromptLogprobs, PromptToken, SampledToken};
-use crate::protocol::{Delta, ReplyFormat, Usage};
+use crate::protocol::{Delta, ReplyFormat, Timing, Usage};
 use crate::request::{Progress, SamplingParams};
 use crate::text::Tokenizer;
 
@@ -267,13 +267,32 @@ impl Reply {
     }
 
     fn usage(&self) -> Usage {
-        self.requests.iter().fold(Usage::default(), |sum, Request { progress, .. }| Usage {
+        let tokens = self.requests.iter().fold(Usage::default(), |sum, Request { progress, .. }| Usage {
             prompt_tokens: sum.prompt_tokens + u64::from(progress.num_prompt_tokens),
             completion_tokens: sum.completion_tokens + u64::from(progress.num_output_tokens),
             cached_tokens: sum.cached_tokens + u64::from(progress.num_cached_tokens),
             accepted_tokens: sum.accepted_tokens + u64::from(progress.num_accepted_tokens),
             rejected_tokens: sum.rejected_tokens + u64::from(progress.num_rejected_tokens),
-        })
+            timing: None,
+        });
+        Usage { timing: Some(self.timing()), ..tokens }
+    }
+
+    fn timing(&self) -> Timing {
+        let times = |time: fn(&Progress) -> f64| self.requests.iter().map(move |request| time(&request.progress));
+        // What has not happened is at 0.
+        let first = |time| times(time).filter(|time| *time > 0.0).reduce(f64::min);
+        let added = times(|progress| progress.added).fold(f64::INFINITY, f64::min);
+        let scheduled = first(|progress| progress.first_scheduled).unwrap_or(added);
+        let token = first(|progress| progress.first_token).unwrap_or(scheduled);
+        let last = times(|progress| progress.last_token).fold(token, f64::max);
+        let microseconds = |seconds: f64| (seconds * 1e6).round() as u64;
+        Timing {
+            queued: microseconds(scheduled - added),
+            prompt: microseconds(token - scheduled),
+            completion: microseconds(last - token),
+            preemptions: self.requests.iter().map(|request| u64::from(request.progress.num_preemptions)).sum(),
+        }
     }
 }
 

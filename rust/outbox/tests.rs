@@ -116,11 +116,11 @@ impl Script {
     /// Tells the call to an outbox; gives what was written in all, and how much of it before the
     /// end.
     fn run(&self, stream: Option<StreamUsage>) -> (String, usize) {
-        let head = CallHead { id: "x", model: "m", created: 1 };
+        let head = CallHead { id: "x", model: "m", created: 1, timing: false };
         let format = if self.chat {
             ReplyFormat::openai_chat(&head, stream, None, AnswerFormat::default())
         } else {
-            ReplyFormat::openai_completion(&head, stream, None, None)
+            ReplyFormat::openai_completion(&head, stream, None, None, None)
         };
         let mut call = Told::new(&self.prompt_lens, &self.params(), Some(format));
         let mut positions = vec![0; self.outputs.len()];
@@ -385,8 +385,8 @@ proptest! {
 }
 
 fn completion(stream: bool) -> ReplyFormat {
-    let head = CallHead { id: "x", model: "m", created: 1 };
-    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default), None, None)
+    let head = CallHead { id: "x", model: "m", created: 1, timing: false };
+    ReplyFormat::openai_completion(&head, stream.then(StreamUsage::default), None, None, None)
 }
 
 fn params(n: i64) -> SamplingParams {

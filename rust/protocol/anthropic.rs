@@ -5,7 +5,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::json::{write_integer, write_optional_string, write_string};
 use super::split::{write_object, SplitReply};
-use super::{Delta, Protocol, Usage};
+use super::{CallHead, Delta, Protocol, Usage};
 use crate::output::{Failure, Finish, FinishReason};
 use crate::text::answer::{AnswerFormat, Piece};
 use crate::text::Tokenizer;
@@ -15,6 +15,7 @@ use crate::text::Tokenizer;
 pub(super) struct Anthropic {
     id: Box<str>,
     model: Box<str>,
+    timing: bool,
     split: SplitReply,
     streamed: Mutex<Streamed>,
 }
@@ -39,8 +40,15 @@ enum Block {
 }
 
 impl Anthropic {
-    pub(super) fn new(id: &str, model: &str, answer: AnswerFormat) -> Self {
-        Self { id: id.into(), model: model.into(), split: SplitReply::new(answer, id), streamed: Mutex::default() }
+    pub(super) fn new(head: &CallHead<'_>, answer: AnswerFormat) -> Self {
+        let CallHead { id, model, timing, .. } = *head;
+        let split = SplitReply::new(answer, id);
+        Self { id: id.into(), model: model.into(), timing, split, streamed: Mutex::default() }
+    }
+
+    /// What the client is told of the usage.
+    fn shown(&self, usage: Usage) -> Usage {
+        Usage { timing: usage.timing.filter(|_| self.timing), ..usage }
     }
 
     /// Appends the message's fields up to the inside of its content.
@@ -142,7 +150,7 @@ impl Protocol for Anthropic {
             out.extend_from_slice(b",\"message\":");
             self.write_head(out);
             out.extend_from_slice(b"],\"stop_reason\":null,\"stop_sequence\":null,");
-            write_usage(out, Usage { completion_tokens: 0, ..usage });
+            write_usage(out, Usage { completion_tokens: 0, timing: None, ..usage });
             out.push(b'}');
         });
     }
@@ -165,7 +173,7 @@ impl Protocol for Anthropic {
             let (reason, stop) = streamed.end.take().unwrap_or(("end_turn", None));
             write_end(out, reason, stop.as_deref());
             out.extend_from_slice(b"},");
-            write_usage(out, usage);
+            write_usage(out, self.shown(usage));
         });
         event(out, "message_stop", |_| {});
     }
@@ -215,7 +223,7 @@ impl Protocol for Anthropic {
             None => write_end(out, "end_turn", None),
         }
         out.push(b',');
-        write_usage(out, usage);
+        write_usage(out, self.shown(usage));
         out.push(b'}');
     }
 }
@@ -254,12 +262,16 @@ fn write_end(out: &mut Vec<u8>, reason: &str, stop: Option<&str>) {
 
 /// Appends `"usage":{...}`. Anthropic counts cached tokens beside the others.
 fn write_usage(out: &mut Vec<u8>, usage: Usage) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens, .. } = usage;
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, timing, .. } = usage;
     let computed = prompt_tokens.saturating_sub(cached_tokens);
     write!(
         out,
         "\"usage\":{{\"input_tokens\":{computed},\"cache_creation_input_tokens\":0,\
-         \"cache_read_input_tokens\":{cached_tokens},\"output_tokens\":{completion_tokens}}}"
+         \"cache_read_input_tokens\":{cached_tokens},\"output_tokens\":{completion_tokens}"
     )
     .expect("writing to a Vec cannot fail");
+    if let Some(timing) = timing {
+        timing.write(out);
+    }
+    out.push(b'}');
 }

@@ -43,7 +43,7 @@ pub(super) struct Embeddings {
 
 impl Embeddings {
     pub(super) fn new(head: &CallHead<'_>, form: EmbeddingForm) -> Self {
-        let CallHead { id, model, created } = *head;
+        let CallHead { id, model, created, .. } = *head;
         Self { id: id.to_owned(), model: model.to_owned(), created, since: std::time::Instant::now(), form }
     }
 
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
     use serde_json::{json, Value};
 
-    const HEAD: CallHead<'_> = CallHead { id: "embd-1", model: "m", created: 17 };
+    const HEAD: CallHead<'_> = CallHead { id: "embd-1", model: "m", created: 17, timing: false };
 
     fn written(form: EmbeddingForm) -> Value {
         let first = [1.0f32, -0.5, 1.0e-8];

@@ -20,6 +20,7 @@ mod responses;
 mod split;
 mod tgi;
 
+use std::io::Write;
 use std::sync::Arc;
 
 use crate::output::{Failure, Finish, PromptLogprobs, Token, TokenLogprob};
@@ -79,6 +80,43 @@ pub struct Delta<'a> {
     pub vector: Option<&'a [f32]>,
 }
 
+impl Delta<'_> {
+    /// Of its tokens; by this the best of several choices is found.
+    fn mean_logprob(&self) -> f64 {
+        let sum: f64 = self.logprobs.iter().filter_map(|position| Some(f64::from(position.first()?.logprob))).sum();
+        sum / self.tokens.len().max(1) as f64
+    }
+}
+
+/// More choices of each prompt are made than are answered: those with the highest mean log probability
+/// count, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BestOf {
+    /// Choices made of each prompt.
+    pub made: u32,
+    /// Choices answered.
+    pub answered: u32,
+    /// The client asked for log probabilities, too.
+    pub shows_logprobs: bool,
+}
+
+impl BestOf {
+    /// The choices to answer, with their new numbers.
+    fn of<'a>(self, choices: &[Delta<'a>]) -> Vec<Delta<'a>> {
+        let mut best = Vec::new();
+        for (prompt, made) in (0..).zip(choices.chunks(self.made.max(1) as usize)) {
+            let mut ranked = made.to_vec();
+            ranked.sort_by(|one, other| other.mean_logprob().total_cmp(&one.mean_logprob())); // stable
+            best.extend((0..self.answered).zip(ranked).map(|(rank, choice)| Delta {
+                index: prompt * self.answered + rank,
+                logprobs: if self.shows_logprobs { choice.logprobs } else { &[] },
+                ..choice
+            }));
+        }
+        best
+    }
+}
+
 /// Token counts of a call so far, over all its prompts and choices.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
@@ -92,6 +130,40 @@ pub struct Usage {
     pub accepted_tokens: u64,
     /// See `accepted_tokens`.
     pub rejected_tokens: u64,
+    /// Where the time went; those whose head asks for it tell it.
+    pub timing: Option<Timing>,
+}
+
+/// Where the time of a call went, in microseconds. The three follow one another, from the moment when
+/// the engine took the call to its latest token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Timing {
+    /// Until the first of its prompts was admitted.
+    pub queued: u64,
+    /// From then until its first token.
+    pub prompt: u64,
+    /// From then until its latest token.
+    pub completion: u64,
+    /// How often a choice gave its place back, to be computed again.
+    pub preemptions: u64,
+}
+
+impl Timing {
+    /// Appends `,"timing":{...}` to the fields of a usage, in seconds.
+    pub(crate) fn write(self, out: &mut Vec<u8>) {
+        let Self { queued, prompt, completion, preemptions } = self;
+        let seconds = |microseconds: u64| microseconds as f64 * 1e-6;
+        write!(
+            out,
+            ",\"timing\":{{\"queue_time\":{:.6},\"prompt_time\":{:.6},\"completion_time\":{:.6},\"total_time\":{:.6},\
+             \"preemptions\":{preemptions}}}",
+            seconds(queued),
+            seconds(prompt),
+            seconds(completion),
+            seconds(queued + prompt + completion),
+        )
+        .expect("writing to a Vec cannot fail");
+    }
 }
 
 /// How the reply to one call is written.
@@ -120,15 +192,17 @@ impl ReplyFormat {
         Self { protocol, streamed: stream.is_some() }
     }
 
-    /// OpenAI's text completions, with their prompts before them where there is an `echo`.
+    /// OpenAI's text completions, with their prompts before them where there is an `echo`. `best_of` is of
+    /// whole answers alone.
     pub fn openai_completion(
         head: &CallHead<'_>,
         stream: Option<StreamUsage>,
         token_ids: Option<TokenIds>,
         echo: Option<Echo>,
+        best_of: Option<BestOf>,
     ) -> Self {
         let protocol = openai::OpenAi::<openai_completion::Completion>::new(head, stream);
-        let protocol = protocol.with_token_ids(token_ids).with_echo(echo);
+        let protocol = protocol.with_token_ids(token_ids).with_echo(echo).with_best_of(best_of);
         Self { protocol: Arc::new(protocol), streamed: stream.is_some() }
     }
 
@@ -144,7 +218,7 @@ impl ReplyFormat {
 
     /// Anthropic's messages.
     pub fn anthropic(head: &CallHead<'_>, streamed: bool, answer: AnswerFormat) -> Self {
-        Self { protocol: Arc::new(anthropic::Anthropic::new(head.id, head.model, answer)), streamed }
+        Self { protocol: Arc::new(anthropic::Anthropic::new(head, answer)), streamed }
     }
 
     /// OpenAI's responses. `request`: an object of JSON, not empty, with what a response says of its

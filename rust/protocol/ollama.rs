@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use super::json::{write_separated, write_string};
 use super::split::{write_object, SplitReply, WholeAnswer};
-use super::{Delta, Protocol, Usage};
+use super::{Delta, Protocol, Timing, Usage};
 use crate::output::{Failure, FinishReason};
 use crate::text::answer::{AnswerFormat, Piece};
 use crate::text::Tokenizer;
@@ -26,7 +26,6 @@ pub(super) struct Ollama {
 /// What the last line of a stream tells of those before it.
 #[derive(Debug, Default)]
 struct Streamed {
-    began: Option<Instant>,
     /// A call is told whole: its name and arguments so far.
     call: Option<(String, String)>,
     reason: &'static str,
@@ -74,24 +73,19 @@ impl Ollama {
         out.extend_from_slice(b",\"done\":");
     }
 
-    /// Appends the end of the last line, from `"done"`'s value on. When the first token came is
-    /// known of streams alone.
-    fn write_end(&self, out: &mut Vec<u8>, reason: &str, usage: Usage, began: Option<Instant>) {
+    /// Appends the end of the last line, from `"done"`'s value on.
+    fn write_end(&self, out: &mut Vec<u8>, reason: &str, usage: Usage) {
         let total = self.arrived.elapsed().as_nanos();
-        let Usage { prompt_tokens, completion_tokens, .. } = usage;
+        let Usage { prompt_tokens, completion_tokens, timing, .. } = usage;
+        let Timing { prompt, completion, .. } = timing.unwrap_or_default();
+        let (prompt, completion) = (1000 * prompt, 1000 * completion);
         write!(
             out,
             "true,\"done_reason\":\"{reason}\",\"total_duration\":{total},\"load_duration\":0,\
-             \"prompt_eval_count\":{prompt_tokens},\"eval_count\":{completion_tokens}"
+             \"prompt_eval_count\":{prompt_tokens},\"prompt_eval_duration\":{prompt},\"eval_count\":{completion_tokens},\
+             \"eval_duration\":{completion}}}"
         )
         .expect("writing to a Vec cannot fail");
-        if let Some(began) = began {
-            let prompt = began.duration_since(self.arrived).as_nanos();
-            let output = total.saturating_sub(prompt);
-            write!(out, ",\"prompt_eval_duration\":{prompt},\"eval_duration\":{output}")
-                .expect("writing to a Vec cannot fail");
-        }
-        out.push(b'}');
     }
 }
 
@@ -105,7 +99,6 @@ impl Streamed {
 impl Protocol for Ollama {
     fn delta(&self, out: &mut Vec<u8>, delta: &Delta<'_>, _: Usage, _: Option<&Tokenizer>) {
         let mut streamed = self.streamed.lock().unwrap_or_else(PoisonError::into_inner);
-        streamed.began.get_or_insert_with(Instant::now);
         let mut part = WholeAnswer::default();
         for piece in self.split.split(delta).pieces {
             match piece {
@@ -138,7 +131,7 @@ impl Protocol for Ollama {
     fn close(&self, out: &mut Vec<u8>, usage: Usage) {
         let streamed = self.streamed.lock().unwrap_or_else(PoisonError::into_inner);
         self.write_part(out, &WholeAnswer::default());
-        self.write_end(out, streamed.reason, usage, streamed.began);
+        self.write_end(out, streamed.reason, usage);
         out.push(b'\n');
     }
 
@@ -151,7 +144,7 @@ impl Protocol for Ollama {
         let Some(choice) = choices.first() else { return };
         self.write_part(out, &self.split.whole(choice));
         let reason = choice.finish.map_or("stop", |finish| done_reason(finish.reason));
-        self.write_end(out, reason, usage, None);
+        self.write_end(out, reason, usage);
     }
 }
 

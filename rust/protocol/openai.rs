@@ -16,7 +16,7 @@ use std::marker::PhantomData;
 
 use super::json::{write_integer, write_optional_string, write_separated, write_string};
 use super::openai_prompt::{write_prompt_logprobs, Echo, Echoed, TokenIds};
-use super::{Delta, Protocol, Usage};
+use super::{BestOf, Delta, Protocol, Usage};
 use crate::output::{Failure, Finish, StopReason};
 use crate::text::Tokenizer;
 
@@ -29,6 +29,8 @@ pub struct CallHead<'a> {
     pub model: &'a str,
     /// Seconds since 1970.
     pub created: u64,
+    /// The usage tells where the time went.
+    pub timing: bool,
 }
 
 /// What a stream's client wants to see of the usage.
@@ -66,8 +68,10 @@ pub(super) struct OpenAi<S> {
     /// `{...,"choices":[`
     head: Box<[u8]>,
     usage: StreamUsage,
+    timing: bool,
     echo: Option<Echo>,
     token_ids: Option<TokenIds>,
+    best_of: Option<BestOf>,
     shape: PhantomData<S>,
 }
 
@@ -83,7 +87,8 @@ impl<S: Shape> OpenAi<S> {
         head.extend_from_slice(b",\"model\":");
         write_string(&mut head, call.model);
         head.extend_from_slice(b",\"choices\":[");
-        Self { head: head.into(), usage: stream.unwrap_or_default(), echo: None, token_ids: None, shape: PhantomData }
+        let (usage, timing) = (stream.unwrap_or_default(), call.timing);
+        Self { head: head.into(), usage, timing, echo: None, token_ids: None, best_of: None, shape: PhantomData }
     }
 
     /// The same, where each choice begins with its prompt.
@@ -96,8 +101,14 @@ impl<S: Shape> OpenAi<S> {
         Self { token_ids, ..self }
     }
 
+    /// The same, where some of the choices are left out.
+    pub(super) fn with_best_of(self, best_of: Option<BestOf>) -> Self {
+        Self { best_of, ..self }
+    }
+
     /// What the client is told of the usage.
     fn shown(&self, usage: Usage) -> Usage {
+        let usage = Usage { timing: usage.timing.filter(|_| self.timing), ..usage };
         match self.echo {
             Some(Echo { alone: true, .. }) => Usage { completion_tokens: 0, ..usage },
             _ => usage,
@@ -218,7 +229,8 @@ impl<S: Shape> Protocol for OpenAi<S> {
     }
 
     fn body(&self, out: &mut Vec<u8>, choices: &[Delta<'_>], usage: Usage, tokenizer: Option<&Tokenizer>) {
-        self.whole(out, choices, usage, tokenizer, |out, choice| {
+        let best = self.best_of.map(|best_of| best_of.of(choices));
+        self.whole(out, best.as_deref().unwrap_or(choices), usage, tokenizer, |out, choice| {
             S::write_whole(out, choice);
             reason_of(choice)
         });
@@ -300,7 +312,7 @@ fn write_stop_reason(out: &mut Vec<u8>, reason: Option<StopReason<'_>>) {
 
 /// Appends `,"usage":{...}`; what became of drafts stands there if there were any.
 fn write_usage(out: &mut Vec<u8>, usage: Usage) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens, accepted_tokens, rejected_tokens } = usage;
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, accepted_tokens, rejected_tokens, timing } = usage;
     let total = prompt_tokens + completion_tokens;
     write!(
         out,
@@ -316,20 +328,30 @@ fn write_usage(out: &mut Vec<u8>, usage: Usage) {
         )
         .expect("writing to a Vec cannot fail");
     }
+    if let Some(timing) = timing {
+        timing.write(out);
+    }
     out.push(b'}');
 }
 
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::output::FinishReason;
-    use crate::protocol::ReplyFormat;
+    use crate::output::{FinishReason, Token, TokenLogprob};
+    use crate::protocol::{ReplyFormat, Timing};
     use crate::text::answer::AnswerFormat;
     use serde_json::{json, Value};
 
-    pub(in crate::protocol) const HEAD: CallHead<'_> = CallHead { id: "id-1", model: "a \"model\"", created: 17 };
-    const USAGE: Usage =
-        Usage { prompt_tokens: 3, completion_tokens: 4, cached_tokens: 2, accepted_tokens: 1, rejected_tokens: 5 };
+    pub(in crate::protocol) const HEAD: CallHead<'_> =
+        CallHead { id: "id-1", model: "a \"model\"", created: 17, timing: false };
+    const USAGE: Usage = Usage {
+        prompt_tokens: 3,
+        completion_tokens: 4,
+        cached_tokens: 2,
+        accepted_tokens: 1,
+        rejected_tokens: 5,
+        timing: Some(Timing { queued: 1_500_000, prompt: 20, completion: 2_000_001, preemptions: 3 }),
+    };
 
     /// What a protocol writes.
     pub(in crate::protocol) fn written(write: impl FnOnce(&mut Vec<u8>)) -> String {
@@ -401,7 +423,7 @@ pub(super) mod tests {
 
     #[test]
     fn whole_answers_always_have_a_stop_reason() {
-        let protocol = ReplyFormat::openai_completion(&HEAD, None, None, None).protocol;
+        let protocol = ReplyFormat::openai_completion(&HEAD, None, None, None, None).protocol;
         let finishes = [
             (FinishReason::Eos, None, "stop", Value::Null),
             (FinishReason::Length, None, "length", Value::Null),
@@ -415,5 +437,54 @@ pub(super) mod tests {
             let choice = &serde_json::from_str::<Value>(&body).unwrap()["choices"][0];
             assert_eq!((&choice["finish_reason"], &choice["stop_reason"]), (&json!(finish_reason), &stop_reason));
         }
+    }
+
+    #[test]
+    fn where_the_time_went_is_told_where_it_is_asked_for() {
+        let usage = |timing| {
+            let head = CallHead { timing, ..HEAD };
+            let protocol = ReplyFormat::openai_completion(&head, None, None, None, None).protocol;
+            let body: Value = serde_json::from_str(&written(|out| protocol.body(out, &[], USAGE, None))).unwrap();
+            body["usage"].clone()
+        };
+        assert_eq!(usage(false).get("timing"), None);
+        let told = json!({
+            "queue_time": 1.5, "prompt_time": 0.00002, "completion_time": 2.000001, "total_time": 3.500021, "preemptions": 3,
+        });
+        assert_eq!(usage(true)["timing"], told);
+    }
+
+    #[test]
+    fn the_best_of_several_are_answered_in_their_order() {
+        let position = |logprob| vec![TokenLogprob { token: 1, logprob, rank: 1 }];
+        let token = Token { id: 1, text_end: 1, text_offset: 0 };
+        // Means: -2, -1, -3 of the first prompt, -1, -1, -0.5 of the second.
+        let told = [vec![-1.0, -3.0], vec![-1.0], vec![-3.0], vec![-1.0], vec![-1.0, -1.0], vec![-0.5]];
+        let logprobs: Vec<Vec<Vec<TokenLogprob>>> =
+            told.iter().map(|choice| choice.iter().map(|logprob| position(*logprob)).collect()).collect();
+        let tokens: Vec<Vec<Token>> = told.iter().map(|choice| vec![token; choice.len()]).collect();
+        let texts = ["a", "b", "c", "d", "e", "f"];
+        let choices: Vec<Delta<'_>> = (0..6)
+            .map(|index| Delta {
+                index: index as u32,
+                text: texts[index],
+                tokens: &tokens[index],
+                logprobs: &logprobs[index],
+                first: true,
+                ..Delta::default()
+            })
+            .collect();
+        let best_of = |shows_logprobs| BestOf { made: 3, answered: 2, shows_logprobs };
+        let answered = |best_of| {
+            let protocol = ReplyFormat::openai_completion(&HEAD, None, None, None, Some(best_of)).protocol;
+            let body: Value = serde_json::from_str(&written(|out| protocol.body(out, &choices, USAGE, None))).unwrap();
+            let choices = body["choices"].as_array().unwrap().clone();
+            choices.iter().map(|one| (one["index"].clone(), one["text"].clone(), one["logprobs"].clone())).collect()
+        };
+        let plain: Vec<(Value, Value, Value)> = answered(best_of(false));
+        let right = [(0, "b"), (1, "a"), (2, "f"), (3, "d")];
+        assert_eq!(plain, right.map(|(index, text)| (json!(index), json!(text), Value::Null)));
+        let shown: Vec<(Value, Value, Value)> = answered(best_of(true));
+        assert_eq!(shown[0].2["token_logprobs"][0].as_f64(), Some(-1.0));
     }
 }

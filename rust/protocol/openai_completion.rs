@@ -79,7 +79,7 @@ mod tests {
     fn events_hold_text() {
         let finish = Finish { reason: FinishReason::StopToken(7), stop_text: None };
         let last = Delta { text: "é", finish: Some(&finish), first: true, ..Delta::default() };
-        let protocol = ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None, None).protocol;
+        let protocol = ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None, None, None).protocol;
         assert_eq!(
             event(&written(|out| protocol.delta(out, &last, Usage::default(), None))),
             json!({

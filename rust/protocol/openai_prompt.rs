@@ -175,8 +175,14 @@ mod tests {
     use crate::protocol::{ReplyFormat, StreamUsage, Usage};
     use serde_json::{json, Value};
 
-    const USAGE: Usage =
-        Usage { prompt_tokens: 2, completion_tokens: 1, cached_tokens: 0, accepted_tokens: 0, rejected_tokens: 0 };
+    const USAGE: Usage = Usage {
+        prompt_tokens: 2,
+        completion_tokens: 1,
+        cached_tokens: 0,
+        accepted_tokens: 0,
+        rejected_tokens: 0,
+        timing: None,
+    };
 
     fn echo(alone: bool) -> Echo {
         Echo {
@@ -196,13 +202,13 @@ mod tests {
     fn every_choice_begins_with_its_own_prompt_once() {
         let finish = stopped();
         let choice = |index| Delta { index, text: "!", first: true, finish: Some(&finish), ..Delta::default() };
-        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(false))).protocol;
+        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(false)), None).protocol;
         let body = written(|out| whole.body(out, &[choice(1), choice(2)], USAGE, None));
         let body: Value = serde_json::from_str(&body).unwrap();
         assert_eq!([&body["choices"][0]["text"], &body["choices"][1]["text"]], ["one!", "zwei!"]);
 
         let stream =
-            ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None, Some(echo(false))).protocol;
+            ReplyFormat::openai_completion(&HEAD, Some(StreamUsage::default()), None, Some(echo(false)), None).protocol;
         let text = |delta: Delta<'_>| {
             event(&written(|out| stream.delta(out, &delta, USAGE, None)))["choices"][0]["text"].clone()
         };
@@ -214,7 +220,7 @@ mod tests {
     fn a_prompt_alone_has_no_output() {
         let finish = stopped();
         let choice = Delta { text: "!", first: true, finish: Some(&finish), ..Delta::default() };
-        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(true))).protocol;
+        let whole = ReplyFormat::openai_completion(&HEAD, None, None, Some(echo(true)), None).protocol;
         let body: Value = serde_json::from_str(&written(|out| whole.body(out, &[choice], USAGE, None))).unwrap();
         assert_eq!(
             body["choices"],

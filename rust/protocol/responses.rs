@@ -22,6 +22,7 @@ pub(super) struct Responses {
     id: Box<str>,
     created: u64,
     model: Box<str>,
+    timing: bool,
     /// What the response says of its request: fields of an object, without its brackets.
     request: Box<[u8]>,
     split: SplitReply,
@@ -123,6 +124,7 @@ impl Responses {
             id: head.id.into(),
             created: head.created,
             model: head.model.into(),
+            timing: head.timing,
             request: fields.into(),
             split: SplitReply::new(answer, head.id),
             streamed: Mutex::default(),
@@ -167,7 +169,10 @@ impl Responses {
         out.extend_from_slice(&self.request);
         out.extend_from_slice(b",\"usage\":");
         match usage {
-            Some((usage, reasoning)) => write_usage(out, usage, reasoning),
+            Some((usage, reasoning)) => {
+                let timing = usage.timing.filter(|_| self.timing);
+                write_usage(out, Usage { timing, ..usage }, reasoning);
+            }
             None => out.extend_from_slice(b"null"),
         }
         out.push(b'}');
@@ -418,13 +423,17 @@ fn write_text(out: &mut Vec<u8>, name: &str, text: &str) {
 
 /// Appends the usage's object. `reasoning`: tokens of the output that were reasoning.
 fn write_usage(out: &mut Vec<u8>, usage: Usage, reasoning: u64) {
-    let Usage { prompt_tokens, completion_tokens, cached_tokens, .. } = usage;
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, timing, .. } = usage;
     let total = prompt_tokens + completion_tokens;
     write!(
         out,
         "{{\"input_tokens\":{prompt_tokens},\"input_tokens_details\":{{\"cached_tokens\":{cached_tokens},\
          \"cache_write_tokens\":0}},\"output_tokens\":{completion_tokens},\
-         \"output_tokens_details\":{{\"reasoning_tokens\":{reasoning}}},\"total_tokens\":{total}}}"
+         \"output_tokens_details\":{{\"reasoning_tokens\":{reasoning}}},\"total_tokens\":{total}"
     )
     .expect("writing to a Vec cannot fail");
+    if let Some(timing) = timing {
+        timing.write(out);
+    }
+    out.push(b'}');
 }

@@ -227,10 +227,7 @@ fn logprob(delta: &Delta<'_>, number: usize) -> Option<f32> {
 
 /// The choice with the highest mean log probability.
 fn best_of(choices: &[Delta<'_>]) -> usize {
-    let mean = |choice: &Delta<'_>| {
-        let sum: f64 = choice.logprobs.iter().filter_map(|position| Some(f64::from(position.first()?.logprob))).sum();
-        sum / choice.tokens.len().max(1) as f64
-    };
+    let mean = Delta::mean_logprob;
     let by_mean =
         choices.iter().enumerate().max_by(|(a, one), (b, other)| mean(one).total_cmp(&mean(other)).then(b.cmp(a)));
     by_mean.map_or(0, |(number, _)| number)

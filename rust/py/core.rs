@@ -25,6 +25,7 @@ use crate::py::event_fd::EventFd;
 use crate::py::params::SamplingParams;
 use crate::py::protocol::ReplyFormat;
 use crate::py::text::{Prompt, Tokenizer};
+use crate::py::timeline;
 use crate::request::RequestId;
 use crate::scheduler::{Scheduler, MAX_STEPS_IN_FLIGHT};
 
@@ -315,6 +316,11 @@ impl EngineCore {
             self.ring(); // a failure may have aborted others
         }
         delta.map(|delta| ReplyDelta::new(py, delta)).transpose()
+    }
+
+    fn story<'py>(&self, py: Python<'py>, request_id: u64, now: f64) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let story = self.lock().scheduler.story(RequestId(request_id), now);
+        story.map(|story| timeline::story(py, &story)).transpose()
     }
 
     fn has_unfinished(&self) -> bool {

@@ -17,6 +17,7 @@ mod plan;
 mod protocol;
 mod tensor;
 mod text;
+mod timeline;
 
 /// The extension module.
 #[pyo3::pymodule]

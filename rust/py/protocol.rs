@@ -7,7 +7,7 @@ use pyo3::types::PyBytes;
 use super::answer::AnswerFormat;
 use super::text::Prompt;
 use crate::output::Failure;
-use crate::protocol::{self, CallHead, EmbeddingForm, StreamUsage, TgiCall, VectorForm};
+use crate::protocol::{self, BestOf, CallHead, EmbeddingForm, StreamUsage, TgiCall, VectorForm};
 
 /// How the reply to one call is written: by which protocol, as a stream or in one piece.
 #[pyclass(frozen, module = "octavo._core")]
@@ -18,9 +18,9 @@ impl ReplyFormat {
     #[staticmethod]
     #[pyo3(signature = (
         *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None,
-        answer = None
+        answer = None, timing = false
     ))]
-    #[allow(clippy::too_many_arguments)] // All are keywords in Python.
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn openai_chat(
         id: &str,
         model: &str,
@@ -30,10 +30,11 @@ impl ReplyFormat {
         continuous_usage: bool,
         token_ids: Option<&TokenIds>,
         answer: Option<&AnswerFormat>,
+        timing: bool,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
         Self(protocol::ReplyFormat::openai_chat(
-            &CallHead { id, model, created },
+            &CallHead { id, model, created, timing },
             stream,
             token_ids.map(|ids| ids.0.clone()),
             answer.map(AnswerFormat::format).unwrap_or_default(),
@@ -42,9 +43,10 @@ impl ReplyFormat {
 
     #[staticmethod]
     #[pyo3(signature = (
-        *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None, echo = None
+        *, id, model, created, stream, include_usage = false, continuous_usage = false, token_ids = None, echo = None,
+        timing = false, best_of = None
     ))]
-    #[allow(clippy::too_many_arguments)] // All are keywords in Python.
+    #[allow(clippy::too_many_arguments, clippy::fn_params_excessive_bools)] // All are keywords in Python.
     fn openai_completion(
         id: &str,
         model: &str,
@@ -54,11 +56,15 @@ impl ReplyFormat {
         continuous_usage: bool,
         token_ids: Option<&TokenIds>,
         echo: Option<&Echo>,
+        timing: bool,
+        best_of: Option<(u32, u32, bool)>,
     ) -> Self {
         let stream = stream.then_some(StreamUsage { at_end: include_usage, in_every_event: continuous_usage });
         let echo = echo.map(|echo| echo.0.clone());
         let token_ids = token_ids.map(|ids| ids.0.clone());
-        Self(protocol::ReplyFormat::openai_completion(&CallHead { id, model, created }, stream, token_ids, echo))
+        let head = CallHead { id, model, created, timing };
+        let best_of = best_of.map(|(made, answered, shows_logprobs)| BestOf { made, answered, shows_logprobs });
+        Self(protocol::ReplyFormat::openai_completion(&head, stream, token_ids, echo, best_of))
     }
 
     #[staticmethod]
@@ -81,18 +87,18 @@ impl ReplyFormat {
                 return Err(PyValueError::new_err(format!("form is {other:?}, but {expected}")));
             }
         };
-        Ok(Self(protocol::ReplyFormat::embeddings(&CallHead { id, model, created }, form)))
+        Ok(Self(protocol::ReplyFormat::embeddings(&CallHead { id, model, created, timing: false }, form)))
     }
 
     #[staticmethod]
-    #[pyo3(signature = (*, id, model, stream, answer = None))]
-    fn anthropic(id: &str, model: &str, stream: bool, answer: Option<&AnswerFormat>) -> Self {
+    #[pyo3(signature = (*, id, model, stream, answer = None, timing = false))]
+    fn anthropic(id: &str, model: &str, stream: bool, answer: Option<&AnswerFormat>, timing: bool) -> Self {
         let answer = answer.map(AnswerFormat::format).unwrap_or_default();
-        Self(protocol::ReplyFormat::anthropic(&CallHead { id, model, created: 0 }, stream, answer))
+        Self(protocol::ReplyFormat::anthropic(&CallHead { id, model, created: 0, timing }, stream, answer))
     }
 
     #[staticmethod]
-    #[pyo3(signature = (*, id, model, created, request, stream, answer = None))]
+    #[pyo3(signature = (*, id, model, created, request, stream, answer = None, timing = false))]
     fn responses(
         id: &str,
         model: &str,
@@ -100,9 +106,10 @@ impl ReplyFormat {
         request: &str,
         stream: bool,
         answer: Option<&AnswerFormat>,
+        timing: bool,
     ) -> Self {
         let answer = answer.map(AnswerFormat::format).unwrap_or_default();
-        Self(protocol::ReplyFormat::responses(&CallHead { id, model, created }, request, stream, answer))
+        Self(protocol::ReplyFormat::responses(&CallHead { id, model, created, timing }, request, stream, answer))
     }
 
     #[staticmethod]
@@ -116,7 +123,7 @@ impl ReplyFormat {
         answer: Option<&AnswerFormat>,
     ) -> Self {
         let answer = answer.map(AnswerFormat::format).unwrap_or_default();
-        let head = CallHead { id, model, created: 0 };
+        let head = CallHead { id, model, created: 0, timing: false };
         Self(protocol::ReplyFormat::ollama(&head, created_at, chat, stream, answer))
     }
 

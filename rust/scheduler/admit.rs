@@ -4,6 +4,7 @@ use super::{NothingFits, PlannedRow, Scheduler, State};
 use crate::block_table::BlockTable;
 use crate::policy::{Lane, HEAD_BYPASS_LIMIT, LOOKAHEAD};
 use crate::request::{Pooling, PoolingKind};
+use crate::timeline::Cause;
 
 /// A look into the queue costs about as much as this many running sequences cost a step, so it is
 /// taken again after as many steps as this fits into what runs: it costs a few percent of a plan,
@@ -43,30 +44,42 @@ struct Brought {
 }
 
 impl Scheduler {
-    /// Admits waiting sequences in order, as long as budget, slots and blocks last.
+    /// Admits waiting sequences, and notes what those who are left wait for.
+    pub(super) fn admit(&mut self) {
+        let Some(cause) = self.admit_in_order() else { return };
+        let is_next = matches!(cause, Cause::Slots | Cause::Budget);
+        let next = self.ready.first(None).filter(|_| is_next).map_or(0, |(order, _)| order.share());
+        self.waits.found(cause, next, self.now);
+    }
+
+    /// Admits waiting sequences in order, as long as budget, slots and blocks last. Returns which of
+    /// them did not; None: nobody looked.
     ///
     /// One that does not fit lets others pass, but only [`HEAD_BYPASS_LIMIT`] of them; then
     /// everything waits for it.
-    pub(super) fn admit(&mut self) {
+    fn admit_in_order(&mut self) -> Option<Cause> {
+        if self.ready.is_empty() {
+            return Some(Cause::Step);
+        }
         // A step that took blocks away from someone does not give them to another.
-        if self.planned.preempted || self.ready.is_empty() {
-            return;
+        if self.planned.preempted {
+            return Some(Cause::Blocks);
         }
         let free = self.kv.pool().num_free();
         let as_before = |seen: NothingFits| free <= seen.free && self.next_step < seen.until;
         if !self.running.is_empty() && self.nothing_fits.is_some_and(as_before) {
-            return;
+            return None;
         }
         self.too_big.clear();
         self.forecast.is_made = false;
         let mut promised: usize = self.running.iter().map(|number| self.promised(*number)).sum();
         let mut has_tokens_for_long = true;
         self.ready.start_look();
-        while self.planned.budget > 0 && self.running.len() < self.config.max_running() && !self.free_slots.is_empty() {
+        while self.planned.budget > 0 && self.has_slot() {
             let lane = if has_tokens_for_long { None } else { Some(Lane::Short) };
             let Some((order, number)) = self.ready.next(lane) else { break };
             if self.planned.admits_before.is_some_and(|limit| order >= limit) {
-                return;
+                return Some(Cause::Rank);
             }
             match self.try_admit(number, promised) {
                 Admission::Admitted => {
@@ -78,7 +91,7 @@ impl Scheduler {
                         }
                     }
                 }
-                Admission::NextStep => return,
+                Admission::NextStep => return Some(Cause::Step),
                 Admission::NoTokens => {
                     self.ready.pass(order);
                     has_tokens_for_long = false;
@@ -100,6 +113,19 @@ impl Scheduler {
             let until = self.next_step + (self.running.len() / RUNNING_PER_LOOK) as u64;
             self.nothing_fits = Some(NothingFits { free: self.kv.pool().num_free(), until });
         }
+        Some(if self.ready.is_empty() {
+            Cause::Step
+        } else if !self.has_slot() {
+            Cause::Slots
+        } else if self.planned.budget == 0 || self.too_big.is_empty() {
+            Cause::Budget
+        } else {
+            Cause::Blocks
+        })
+    }
+
+    fn has_slot(&self) -> bool {
+        self.running.len() < self.config.max_running() && !self.free_slots.is_empty()
     }
 
     /// Whether `too_big[place]` is the head of its queue, of which there is one for each share.
@@ -249,6 +275,7 @@ impl Scheduler {
 
     /// Moves a sequence from the queue into a slot, with the blocks it starts from.
     fn enter(&mut self, number: u32, start: Start, len: u32) {
+        self.tell_admission(number, len);
         let (num_groups, step, now) = (self.config.num_groups(), self.next_step, self.now);
         let sequence = &mut self.sequences[number];
         let mut tables = std::mem::take(&mut sequence.tables);

@@ -5,12 +5,14 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::masks::Following;
+use super::waits::Spell;
 use super::{Request, Scheduler, Sequence, State, Traits};
 use crate::config::{Batching, CoreConfig, SchedulingPolicy};
 use crate::error::Error;
 use crate::policy::shares::Share;
 use crate::policy::{Lane, Order};
 use crate::request::{check_tokens, Progress, RequestId, SamplingParams, SeqRef};
+use crate::timeline::Cause;
 
 impl Scheduler {
     /// Adds a request for each prompt, or none of them. One of them stands in the waiting queue at a
@@ -103,6 +105,7 @@ impl Scheduler {
         if self.config.batching == Batching::Continuous {
             self.make_ready(first);
         } else {
+            self.sequences[first].spell.before = Cause::Batch;
             self.gated.insert(self.sequences[first].order, Lane::Short, first);
         }
     }
@@ -136,6 +139,7 @@ impl Scheduler {
             progress,
         });
         self.by_id.insert(id, request);
+        self.timeline.begin(id);
         for index in 0..params.n {
             let sequence = self.sequences.insert(Sequence {
                 name: SeqRef { request: id, index },
@@ -169,6 +173,7 @@ impl Scheduler {
                 num_shared: 0,
                 length_bin: 0,
                 bin_end: self.lengths.last_of(0),
+                spell: Spell::new(if index == 0 { Cause::Call } else { Cause::Prompt }, self.now),
                 bypassed: 0,
                 drafts: Vec::new(),
                 drafter: None,

@@ -6,6 +6,7 @@ use crate::error::Error;
 use crate::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use crate::plan::{RowResult, ROW_LOGPROBS, STATUS_MASKED, STATUS_NAN, STATUS_OK};
 use crate::request::RequestId;
+use crate::timeline::Event;
 
 impl Scheduler {
     /// Takes the result of the oldest step in flight.
@@ -29,7 +30,7 @@ impl Scheduler {
         for (index, row) in step.rows.iter().enumerate() {
             let told = self.tell_prompt(&step, row, result, sink);
             let told = told.and_then(|()| self.tell_vector(&step, row, result, sink));
-            self.commit_row(row, &layout.row(result, step.record_of(index)), told, sink);
+            self.commit_row(row, step.planned_at, &layout.row(result, step.record_of(index)), told, sink);
         }
         self.retire_failed();
         self.drop_left_running();
@@ -173,6 +174,7 @@ impl Scheduler {
     fn commit_row(
         &mut self,
         row: &StepRow,
+        planned_at: f64,
         result: &RowResult<'_>,
         told: Result<Option<FinishReason>, SequenceError>,
         sink: &mut impl OutputSink,
@@ -215,11 +217,13 @@ impl Scheduler {
                 sequence.most_len -= row.len - num_valid;
             }
         }
+        let before = sequence.outputs.len();
         let (mut finish, mut appended) = (told.ok().flatten(), 0);
         while appended < num_valid && finish.is_none() {
             finish = self.append(row.sequence, result, appended as usize, sink);
             appended += 1;
         }
+        self.tell_row(row, planned_at, before);
         self.count_drafts(row.sequence, row.num_drafts, appended.min(num_valid.saturating_sub(1)));
         if still_there {
             self.register_filled(row.sequence);
@@ -236,6 +240,24 @@ impl Scheduler {
         if let Some(reason) = finish {
             self.finish(row.sequence, reason, sink);
         }
+    }
+
+    /// Notes for the sequence's story what a row brought behind the `before` tokens that were out.
+    fn tell_row(&mut self, row: &StepRow, planned_at: f64, before: usize) {
+        let sequence = &mut self.sequences[row.sequence];
+        let drawn = (sequence.outputs.len() - before) as u32;
+        if row.prefill {
+            let event = Event::Computed { from: planned_at, until: self.now, tokens: row.len, drawn };
+            self.tell(row.sequence, event);
+            return;
+        }
+        let spell = &mut sequence.spell;
+        if spell.steps == 0 {
+            spell.since = planned_at;
+        }
+        spell.steps += 1;
+        spell.tokens += drawn;
+        spell.until = self.now;
     }
 
     /// Appends a token and says whether it ends the sequence.
@@ -349,11 +371,13 @@ impl Scheduler {
     pub(super) fn finish(&mut self, number: u32, reason: FinishReason, sink: &mut impl OutputSink) {
         let sequence = &mut self.sequences[number];
         let (state, order, request, name) = (sequence.state, sequence.order, sequence.request, sequence.name);
+        self.tell_decoded(number);
         match state {
-            State::Forming | State::Behind => {}
+            State::Forming | State::Behind => self.tell_waiting(number),
             State::Waiting => {
                 let queued = self.ready.remove(order) || self.gated.remove(order);
                 assert!(queued, "sequence {name:?} waits in no queue");
+                self.tell_waiting(number);
                 self.nothing_fits = None;
             }
             State::Running => {
@@ -362,6 +386,7 @@ impl Scheduler {
             }
             State::Finished => unreachable!("sequence {name:?} finishes twice"),
         }
+        self.tell(number, Event::Ended { at: self.now, reason });
         let sequence = &mut self.sequences[number];
         sequence.state = State::Finished;
         let in_flight = sequence.in_flight;
@@ -389,6 +414,7 @@ impl Scheduler {
             self.num_queued -= usize::from(!entry.started);
             self.num_behind -= usize::from(state == State::Behind);
             self.batch_left -= usize::from(entry.in_batch);
+            self.timeline.end(name.request, entry.progress);
             self.by_id.remove(&name.request);
             let behind = self.requests.remove(request).behind;
             self.next_of_call(behind);

@@ -227,8 +227,10 @@ impl Scheduler {
     pub(super) fn preempt_last(&mut self) {
         let number = self.running.pop().expect("whoever preempts runs itself");
         self.give_back(number);
+        self.tell_preemption(number);
         let sequence = &mut self.sequences[number];
         sequence.preemptions += 1;
+        self.requests[sequence.request].progress.num_preemptions += 1;
         (sequence.computed_len, sequence.least_len, sequence.most_len) = (0, 0, 0);
         sequence.num_registered = 0;
         self.planned.preempted = true;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::lengths::Ending;
 use super::masks::Following;
+use super::waits::Spell;
 use crate::block_table::BlockTable;
 use crate::plan::{ROW_LOGPROBS, ROW_PENALTIES, ROW_SAMPLE};
 use crate::policy::{Lane, Order};
@@ -130,6 +131,8 @@ pub(super) struct Sequence {
     /// Where its output is in the [`Lengths`](super::lengths::Lengths), and the last length there.
     pub length_bin: u32,
     pub bin_end: u32,
+    /// Its waiting, and what it has put out, as far as its story does not tell it yet.
+    pub spell: Spell,
     /// Sequences admitted past it while it did not fit.
     pub bypassed: u32,
     /// For its next decode row.

@@ -83,7 +83,7 @@ async def serving(engine: AsyncEngine, config: ServerConfig, *, shutdown: bool =
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
-    listening = await listen(runner, app[METRICS], listener, backlog=128)
+    listening = await listen(runner, app[METRICS], listener, backlog=128, limits=config)
     host, port = listener.getsockname()
     async with aiohttp.ClientSession() as http:
         yield Served(engine, f"http://{host}:{port}", http, app[KEYS])

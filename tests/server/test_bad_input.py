@@ -11,11 +11,14 @@ import gc
 import gzip
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.server.conftest import Served
+from octavo.server.config import ServerConfig
+from tests.server.conftest import Served, serving
+from tests.server.scripted_engine import ScriptedEngine
 from tests.server.test_errors import documented
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -62,7 +65,7 @@ JSON_ROWS: list[Row] = [
     *((f"B3 {body!r}", COMPLETIONS, body, 400, "invalid_type", None) for body in (b"[]", b'"x"', b"null", b"1")),
     ("B4 invalid utf-8", COMPLETIONS, b'{"prompt": "\xff"}', 400, "json_invalid", None),
     ("B4 overlong utf-8", COMPLETIONS, b'{"prompt": "\xc0\xaf"}', 400, "json_invalid", None),
-    ("B4 invalid utf-8 in an ignored field", COMPLETIONS, raw(b'"foo": "\xff"'), 400, "json_invalid", None),
+    ("B4 invalid utf-8 in an ignored field", COMPLETIONS, raw(b'"metadata": "\xff"'), 400, "json_invalid", None),
     ("B4 overlong utf-8 in a key", COMPLETIONS, raw(b'"\xc0\xaf": 1'), 400, "json_invalid", None),
     ("B5 utf-16", COMPLETIONS, '{"prompt": "Hi"}'.encode("utf-16"), 400, "json_invalid", None),
     ("B5 byte order mark", COMPLETIONS, b"\xef\xbb\xbf" + b'{"prompt": "Hi"}', 400, "json_invalid", None),
@@ -96,7 +99,7 @@ JSON_ROWS: list[Row] = [
         None,
     ),
     ("B10 brackets inside strings", COMPLETIONS, completion(prompt='\\"' + "[" * 200), 200, None, None),
-    ("B10 depth 64", COMPLETIONS, raw(b'"foo": ' + b"[" * 63 + b"]" * 63), 200, None, None),
+    ("B10 depth 64", COMPLETIONS, raw(b'"metadata": ' + b"[" * 63 + b"]" * 63), 200, None, None),
     ("B10 depth 65", COMPLETIONS, raw(b'"foo": ' + b"[" * 64 + b"]" * 64), 400, "json_too_deep", None),
     (
         "B11 many keys",
@@ -145,10 +148,13 @@ TYPE_ROWS: list[Row] = [
         (f"C3 stream {value!r}", COMPLETIONS, completion(stream=value), 400, "invalid_type", "stream")
         for value in ("yes", 1)
     ),
-    ("C4 unknown field", COMPLETIONS, completion(foo=1), 200, None, None),
+    ("C4 unknown field", COMPLETIONS, completion(foo=1), 400, "unknown_parameter", "foo"),
+    ("C4 unknown field of a chat", CHAT, chat(foo=1), 400, "unknown_parameter", "foo"),
+    ("C4 unknown field that is null", COMPLETIONS, completion(foo=None), 400, "unknown_parameter", "foo"),
     ("C6 no prompt", COMPLETIONS, {"max_tokens": 1}, 400, "missing_required_parameter", "prompt"),
     ("C6 no messages", CHAT, {"max_tokens": 1}, 400, "missing_required_parameter", "messages"),
-    ("C7 both", COMPLETIONS, completion(messages=[USER]), 200, None, None),
+    ("C7 both", COMPLETIONS, completion(messages=[USER]), 400, "unknown_parameter", "messages"),
+    ("C7 both on chat", CHAT, chat(prompt="Hi"), 400, "unknown_parameter", "prompt"),
     ("C9 large user", COMPLETIONS, completion(user="x" * 10_000_000), 400, "invalid_value", "user"),
     ("C9 large suffix", COMPLETIONS, completion(suffix="x" * 10_000_000), 400, ANY, "suffix"),
     ("C9 large metadata", COMPLETIONS, completion(metadata={"a": "x" * 10_000_000}), 400, "invalid_value", "metadata"),
@@ -183,9 +189,14 @@ SAMPLING_ROWS: list[Row] = [
     *(sampling("min_p", value) for value in (-0.1, 1.1)),
     *(sampling("n", value) for value in (0, -1, 129, 10**6)),
     sampling("n", 2**63, code=ANY),
-    sampling("best_of", 2, code="unsupported_parameter"),
-    sampling("best_of", 10**9, code="unsupported_parameter"),
+    sampling("best_of", 2, 200, None),
     sampling("best_of", 2, 200, None, n=2),
+    *(sampling("best_of", value) for value in (0, -1, 129, 10**9)),
+    sampling("best_of", 1, n=2),
+    sampling("best_of", 2, stream=True),
+    sampling("best_of", 2**63, code=ANY),
+    ("D7 on chat", CHAT, chat(best_of=2), 400, "unsupported_parameter", "best_of"),
+    ("D7 times prompts", COMPLETIONS, completion(prompt=["a"] * 1024, best_of=2), 400, "invalid_value", "best_of"),
     ("D8 n times prompts", COMPLETIONS, completion(prompt=["a"] * 1024, n=128), 400, "invalid_value", "n"),
     *(sampling("max_tokens", value) for value in (-1, 0)),
     ("D11 max_tokens", COMPLETIONS, completion(max_tokens=10**9), 400, "context_length_exceeded", ANY),
@@ -205,11 +216,12 @@ SAMPLING_ROWS: list[Row] = [
     sampling("logit_bias", {str(i): 1 for i in range(1025)}),
     *(sampling("stop", value) for value in ("", ["a", ""], ["x"] * 33, "x" * 1_000_000)),
     *(sampling("stop", value, code="invalid_type") for value in ([1], [["a"]], 1)),
-    *(sampling("stop", value, 200, None) for value in ([], None, ["a" * 1024 + str(i) for i in range(32)])),
+    *(sampling("stop", value, 200, None) for value in ([], None, ["a" * 1022 + f"{i:02}" for i in range(32)])),
     sampling("stop_token_ids", [-1]),
     sampling("stop_token_ids", [300], code="token_id_out_of_range"),
     *(sampling("stop_token_ids", value, code=ANY) for value in ([2**32], [2**64], list(range(100_000)))),
     sampling("bad_words", [""]),
+    sampling("bad_words", ["x"] * 100_000, code=ANY),
     sampling("priority", 2**63, code=ANY),
     sampling("priority", "high", code="invalid_type"),
     sampling("seed", 2**64, code=ANY),
@@ -616,9 +628,11 @@ ROWS = [*JSON_ROWS, *TYPE_ROWS, *SAMPLING_ROWS, *STRUCTURE_ROWS, *PROMPT_ROWS, *
 async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -> None:
     _, path, body, status, code, param = row
     caplog.set_level("INFO", "octavo")
-    neighbour = asyncio.ensure_future(served.events(COMPLETIONS, {"prompt": "Hi", "max_tokens": 12}))
     made = body() if callable(body) else body
-    got, answer = await served.post(path, made, headers={"Content-Type": "application/json"})
+    data = made if isinstance(made, bytes) else json.dumps(made).encode()
+    before = resident()
+    neighbour = asyncio.ensure_future(served.events(COMPLETIONS, {"prompt": "Hi", "max_tokens": 12}))
+    got, answer = await served.post(path, data, headers={"Content-Type": "application/json"})
     assert got == status, answer
     if status != 200:
         error = answer["error"]
@@ -633,6 +647,16 @@ async def test_row(served: Served, row: Row, caplog: pytest.LogCaptureFixture) -
     said = [record.getMessage() for record in caplog.records if record.name == "octavo.server.log"]
     assert [line.split(": ")[1].split(" ")[0] for line in said] == ([] if status == 200 else [str(status)]), said
     await assert_unharmed(served, caplog)
+    # The client's copies of a large body are this process's as well: see test_large_bodies_leave_no_memory. A
+    # grammar of 256 KiB is kept for the next request.
+    assert len(data) > 200_000 or resident() - before < 20
+
+
+def resident() -> float:
+    """MiB of this process that are its own."""
+    gc.collect()
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon:"))
 
 
 async def assert_unharmed(served: Served, caplog: pytest.LogCaptureFixture) -> None:
@@ -659,12 +683,51 @@ async def test_large_bodies_leave_no_memory(served: Served) -> None:
     async def refused() -> float:
         for body in bodies:
             assert (await served.post(COMPLETIONS, body))[0] == 400
-        gc.collect()
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("RssAnon:"))
+        return resident()
 
     first = [await refused() for _ in range(2)][1]
     assert [await refused() for _ in range(4)][3] - first < 20
+
+
+async def test_a_thousand_schemas_fill_no_cache_and_no_disk(
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G14: what is compiled is kept within bounds, and in memory alone."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    grown = []
+    for start in range(0, 1000, 100):
+        bodies = [completion(structured_outputs={"json": {"const": f"{number:04}"}}, max_tokens=8)
+                  for number in range(start, start + 100)]  # fmt: skip
+        answers = await asyncio.gather(*(served.post(COMPLETIONS, body) for body in bodies))
+        assert {status for status, _ in answers} == {200}
+        grown.append(resident())
+        kept = served.engine.grammars.stats()
+        assert kept["kept"] <= 256 and kept["kept_bytes"] <= 64 * 2**20
+    assert kept["compiled"] == 1000
+    assert grown[-1] - grown[4] < 20
+    assert not list(tmp_path.iterdir())
+
+
+async def test_one_schema_from_many_clients_is_compiled_once(served: Served) -> None:
+    """G15."""
+    schema = {"properties": {f"p{number}": {"type": "string", "maxLength": 9} for number in range(200)}}
+    body = completion(structured_outputs={"json": schema}, max_tokens=4)
+    answers = await asyncio.gather(*(served.post(COMPLETIONS, body) for _ in range(50)))
+    assert {status for status, _ in answers} == {200}
+    assert served.engine.grammars.stats()["compiled"] == 1
+
+
+async def test_a_long_word_is_tokenised_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E8: 100 KB without a space, inside the limits."""
+    engine = ScriptedEngine(max_model_len=110_000, num_blocks=7_000)
+    beside: list[Any] = []
+    submit = engine._long_text_pool.submit
+    async for served in serving(engine, ServerConfig()):
+        monkeypatch.setattr(engine._long_text_pool, "submit", lambda work: beside.append(work) or submit(work))
+        status, answer = await served.post(COMPLETIONS, completion(prompt="a" * 100_000, max_tokens=2))
+        assert (status, answer["usage"]["prompt_tokens"]) == (200, 100_000)
+        assert len(beside) == 1
 
 
 async def test_a_broken_grammar_between_good_ones(served: Served) -> None:

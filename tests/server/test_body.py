@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from octavo import _core
-from octavo.server.body import MAX_DEPTH, MAX_VALUES, unpack
+from octavo.chat import MAX_DEPTH
+from octavo.server.body import MAX_VALUES, unpack
 from octavo.server.errors import ApiError
+from octavo.server.limits import Limits
 from octavo.server.openai.messages import template_messages
 from octavo.server.openai.schemas import ChatCompletionRequest
 from octavo.server.openai.tool_schema import pattern_fault
@@ -79,10 +81,10 @@ def test_the_arguments_of_a_call_are_measured_too() -> None:
         turn = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
         chat = msgspec.json.decode(json.dumps({"messages": [turn]}), type=ChatCompletionRequest)
         if code is None:
-            assert len(template_messages(chat)) == 1
+            assert len(template_messages(chat, Limits())) == 1
             continue
         with pytest.raises(ApiError) as caught:
-            template_messages(chat)
+            template_messages(chat, Limits())
         assert (caught.value.code, caught.value.param) == (code, "messages")
 
 

@@ -5,6 +5,7 @@ The scripted engine writes its text where the masks let it, and else draws evenl
 allow; its tokens are bytes.
 """
 
+import json
 from typing import Any
 
 import openai
@@ -116,6 +117,53 @@ async def test_a_budget_of_a_prompt_that_opens_the_reasoning(served: Served) -> 
     )
     assert {choice["message"]["content"] for choice in body["choices"]} == {"maybe"}
     assert {choice["message"]["reasoning_content"] for choice in body["choices"]} == {"ab"}
+
+
+OPENS: dict[str, Any] = {"chat_template_kwargs": {"extra": "<think>\n"}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["a"]}
+AS_JSON = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_json_comes_behind_the_reasoning_that_the_prompt_opens(served: Served, n: int) -> None:
+    speaks(served, 'abc</think>{"a": 7}')
+    fields = {"messages": [USER], **OPENS, "response_format": AS_JSON, "n": n, "max_tokens": 60}
+    _, body = await served.post(CHAT, fields)
+    for choice in body["choices"]:
+        assert choice["message"]["reasoning_content"] == "abc"
+        assert choice["message"]["content"] == '{"a": 7}'
+    parts: dict[tuple[int, str], str] = {}
+    for event in (await served.events(CHAT, fields))[:-1]:
+        for choice in event["choices"]:
+            for name in ("reasoning_content", "content"):
+                place = (choice["index"], name)
+                parts[place] = parts.get(place, "") + (choice["delta"].get(name) or "")
+    for index in range(n):
+        assert (parts[index, "reasoning_content"], parts[index, "content"]) == ("abc", '{"a": 7}')
+
+
+async def test_what_follows_the_reasoning_is_held_to_the_schema(served: Served) -> None:
+    speaks(served, "abc</think>No, I will not")
+    _, body = await served.post(CHAT, {"messages": [USER], **OPENS, "response_format": AS_JSON, "max_tokens": 60})
+    message = body["choices"][0]["message"]
+    assert message["reasoning_content"] == "abc" and 0 <= json.loads(message["content"])["a"] <= 9
+
+
+async def test_other_routes_have_json_behind_the_reasoning_too(served: Served) -> None:
+    speaks(served, 'abc</think>{"a": 7}')
+    text = {"format": {"type": "json_schema", "name": "n", "schema": SCHEMA}}
+    _, body = await served.post(RESPONSES, {"input": "Hi", **OPENS, "text": text})
+    assert [item["type"] for item in body["output"]] == ["reasoning", "message"]
+    assert body["output"][1]["content"][0]["text"] == '{"a": 7}'
+
+
+async def test_forced_calls_have_no_reasoning_before_them(served: Served) -> None:
+    speaks(served, 'abc</think>[{"name": "f", "parameters": {}}]')
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    fields = {"messages": [USER], **OPENS, "tools": [tool], "tool_choice": "required", "max_tokens": 200}
+    _, body = await served.post(CHAT, fields)
+    message = body["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"]["name"] == "f" and not message.get("reasoning_content")
 
 
 async def test_budgets_of_anthropics_clients(served: Served) -> None:

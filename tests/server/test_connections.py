@@ -12,10 +12,18 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from octavo.server import body, connections
-from tests.server.conftest import Served
+from octavo.server.config import ServerConfig
+from tests.server.conftest import Served, serving
+from tests.server.scripted_engine import ScriptedEngine
 
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+
+
+@pytest.fixture
+async def served_hastily() -> AsyncIterator[Served]:
+    """Headers and bodies must come at once."""
+    async for one in serving(ScriptedEngine(), ServerConfig(header_timeout=0.3, body_timeout=0.3)):
+        yield one
 
 
 async def exchange(served: Served, *pieces: bytes, pause: float = 0.0) -> tuple[int, dict[str, Any]]:
@@ -170,14 +178,14 @@ async def test_leaving_during_the_upload_is_no_error(
 
 
 @pytest.mark.parametrize("pieces", [[b"GET /hea"], [POST], [b"GET / HT", b"TP/1.1\r\n", b"A: 1\r\n"]])
-async def test_slow_headers_are_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch, pieces: list[bytes]) -> None:
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.3)
+async def test_slow_headers_are_cut_off(served_hastily: Served, pieces: list[bytes]) -> None:
+    served = served_hastily
     status, error = await exchange(served, *pieces, pause=0.05)
     assert (status, error["code"]) == (408, "header_timeout")
 
 
-async def test_slow_headers_of_a_later_request_are_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.3)
+async def test_slow_headers_of_a_later_request_are_cut_off(served_hastily: Served) -> None:
+    served = served_hastily
     url = urlsplit(served.url)
     reader, writer = await asyncio.open_connection(url.hostname, url.port)
     writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
@@ -188,14 +196,14 @@ async def test_slow_headers_of_a_later_request_are_cut_off(served: Served, monke
     writer.close()
 
 
-async def test_a_slow_body_is_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(body, "BODY_TIMEOUT", 0.3)
+async def test_a_slow_body_is_cut_off(served_hastily: Served) -> None:
+    served = served_hastily
     status, error = await exchange(served, POST + b"Content-Length: 100\r\n\r\n{", b'"', b"a", pause=0.05)
     assert (status, error["code"]) == (408, "body_timeout")
 
 
-async def test_a_long_answer_is_not_cut_off(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connections, "HEADER_TIMEOUT", 0.2)
+async def test_a_long_answer_is_not_cut_off(served_hastily: Served) -> None:
+    served = served_hastily
     served.engine.script.first_delay = 0.6
     status, _ = await served.post("/v1/completions", {"prompt": "Hi"})
     assert status == 200

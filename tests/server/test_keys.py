@@ -107,6 +107,10 @@ def test_a_priority_needs_its_policy(tmp_path: Path) -> None:
 async def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere.*No such file"):
         read_keys(ServerConfig(api_key_file=str(tmp_path / "nowhere")))
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(ValueError, match=f"api_key_file = '{special}': not a regular file"):
+            read_keys(ServerConfig(api_key_file=str(special)))
 
 
 async def test_all_keys_of_the_file_open_the_routes(limited: Served) -> None:

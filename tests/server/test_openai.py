@@ -435,9 +435,79 @@ async def test_probes_and_metrics(served: Served) -> None:
     assert buckets[-1].endswith(" 2.0")
 
 
-async def test_unknown_fields_are_accepted_and_counted(served: Served) -> None:
-    assert (await served.post("/v1/completions", {**COMPLETION, "foo": 1, "user": "me"}))[0] == 200
-    assert await served.metric("octavo:unknown_fields_total") == 2
+LABELS = {
+    "user": "me",
+    "metadata": {"a": "b"},
+    "service_tier": "auto",
+    "prompt_cache_key": "k",
+    "safety_identifier": "s",
+    "store": True,
+    "x_anything": {"a": 1},
+    "extra_headers": {},
+    "verbosity": "low",
+    "prediction": {"type": "content", "content": "x"},
+}
+
+
+async def test_labels_are_taken_and_change_nothing(served: Served) -> None:
+    _, plain = await served.post("/v1/completions", COMPLETION)
+    status, labelled = await served.post("/v1/completions", {**COMPLETION, **LABELS})
+    assert (status, labelled["choices"]) == (200, plain["choices"])
+    assert "warnings" not in labelled
+    assert await served.metric("octavo:unknown_fields_total") == 0
+    chat = {"messages": [{"role": "user", "content": "hi"}], **LABELS}
+    assert (await served.post("/v1/chat/completions", chat))[0] == 200
+
+
+UNKNOWN = (
+    ("/v1/completions", {"prompt": "a", "max_token": 1}, "max_token", "max_tokens"),
+    ("/v1/completions", {"prompt": "a", "messages": []}, "messages", None),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "temprature": 0}, "temprature",
+     "temperature"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "prompt": "a"}, "prompt", None),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "qqq\nq": 0}, "qqq\nq", None),
+    ("/v1/responses", {"input": "a", "max_output_token": 1}, "max_output_token", "max_output_tokens"),
+    ("/v1/embeddings", {"input": "a", "dimension": 1}, "dimension", "dimensions"),
+    ("/tokenize", {"prompt": "a", "add_special_token": False}, "add_special_token", "add_special_tokens"),
+    ("/v1/messages", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1, "top_kk": 1}, "top_kk",
+     "top_k"),
+    ("/api/chat", {"model": "org/tiny", "messages": [], "thinks": True}, "thinks", "think"),
+    ("/generate", {"inputs": "a", "parameter": {}}, "parameter", "parameters"),
+    ("/generate", {"inputs": "a", "parameters": {"max_tokens": 1}}, "parameters.max_tokens",
+     "parameters.max_new_tokens"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "body", "field", "near"), UNKNOWN)
+async def test_unknown_fields_are_refused_with_the_nearest_known_one(
+    served: Served, path: str, body: dict[str, Any], field: str, near: str | None
+) -> None:
+    status, answer = await served.post(path, body)
+    assert status == (422 if path == "/generate" else 400)
+    error = answer.get("error") if isinstance(answer.get("error"), dict) else {"message": answer["error"]}
+    assert f"{field}: unknown field." in error["message"]
+    assert near is None or f"Is {near} meant?" in error["message"]
+    if "param" in error:
+        assert (error["param"], error["code"]) == (field, "unknown_parameter")
+    assert served.engine.stats()["requests"] == 0
+
+
+async def test_lenient_servers_warn_of_unknown_fields() -> None:
+    async for served in serving(ScriptedEngine(), ServerConfig(params_mode="lenient")):
+        for path, body, field, _ in UNKNOWN:
+            status, answer = await served.post(path, body)
+            if "/tokenize" in path or body.get("messages") == []:
+                assert status in (200, 400)
+                continue
+            assert status == 200, answer
+            assert answer["warnings"] == [f"{field}: unknown field, ignored"]
+        before = await served.metric("octavo:unknown_fields_total")
+        many = {f"f{number}": 1 for number in range(100)}
+        _, answer = await served.post("/v1/completions", {**COMPLETION, **many})
+        assert len(answer["warnings"]) == 16
+        assert await served.metric("octavo:unknown_fields_total") == before + 100
+        events = await served.events("/v1/completions", {**COMPLETION, "foo": 1})
+        assert events[-1] == "[DONE]" and "warnings" not in str(events)
 
 
 async def test_keep_alive_comments_before_the_first_token(served_slowly: Served) -> None:
@@ -511,3 +581,18 @@ async def test_32_streams_at_once(served: Served) -> None:
             return "".join([chunk.choices[0].text async for chunk in stream])
 
         assert await asyncio.gather(*map(one, range(32))) == ["Hello world"] * 32
+
+
+async def test_the_best_of_several_choices_are_answered(served: Served) -> None:
+    body = {"prompt": ["Hi", "You"], "n": 2, "best_of": 3, "max_tokens": 4}
+    status, answer = await served.post("/v1/completions", body)
+    assert status == 200
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert {choice["text"] for choice in answer["choices"]} == {"Hell"}
+    assert all(choice["logprobs"] is None for choice in answer["choices"])
+    assert answer["usage"]["completion_tokens"] == 24  # of all that were made
+    _, answer = await served.post("/v1/completions", {**body, "logprobs": 1, "echo": True, "return_token_ids": None})
+    assert [choice["text"] for choice in answer["choices"]] == ["HiHell", "HiHell", "YouHell", "YouHell"]
+    assert len(answer["choices"][3]["logprobs"]["tokens"]) == 7
+    _, answer = await served.post("/v1/completions", {**body, "return_token_ids": True})
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]][1:3] == [[72, 105], [89, 111, 117]]

@@ -13,6 +13,7 @@ from octavo.server.app import build_app
 from octavo.server.body import decode
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError
+from octavo.server.limits import Limits
 from octavo.server.openapi.document import openapi
 from octavo.server.openapi.operations import OPERATIONS
 from octavo.server.openapi.schema import Schemas, component_name
@@ -117,7 +118,7 @@ def test_types_are_those_of_the_struct(document: dict[str, Any], form: Any) -> N
     raw = {field.name for field in described.fields if "RawType" in str(field.type)}  # type: ignore[attr-defined]
 
     def read(body: dict[str, Any]) -> None:
-        decode(form, msgspec.json.encode(body), 1000, 1000)
+        decode(form, msgspec.json.encode(body), 1000, 1000, Limits(), strict=True)
 
     read(good)
     for field, kind in schema["properties"].items():

@@ -13,6 +13,7 @@
 //! | `checks.rs` | the rules, recounted after every turn |
 //! | `fairness.rs` | equal clients are served equally |
 //! | `shares.rs` | keys that share the engine are served by their weights |
+//! | `story.rs` | whether a request's story is what happened |
 //! | `world.rs` | drives core and device through a scenario |
 //! | `trace.rs` | events and counts for the reader |
 //! | `planted_faults.py` | breaks the core in known ways and shows that each is found |
@@ -30,6 +31,7 @@ mod oracle;
 mod packed;
 mod scenario;
 mod shares;
+mod story;
 mod toy_grammar;
 mod trace;
 mod world;

@@ -12,6 +12,7 @@ use crate::ledger::{Call, Ledger, PoolNeed};
 use crate::model::mix;
 use crate::packed::{ensure, Header, Shape, View, PADDING, PREFILL, SAMPLE};
 use crate::scenario::{NewRequest, Scenario};
+use crate::story::{self, Accounts};
 use crate::trace::{Event, Totals};
 use _core::config::{Batching, CoreConfig, DecodeShape, SchedulingPolicy};
 use _core::error::Error;
@@ -36,6 +37,8 @@ struct InFlight {
     /// None until it was executed.
     result: Option<Vec<u8>>,
     seqs: Vec<SeqRef>,
+    planned_at: f64,
+    rows: Vec<story::Row>,
     /// Of each row that draws a token: whose it is, and how many drafts it has.
     draws: Vec<(SeqRef, u64)>,
 }
@@ -78,6 +81,7 @@ pub struct World {
     shape: Shape,
     ledger: Ledger,
     fairness: Fairness,
+    accounts: Accounts,
     in_flight: VecDeque<InFlight>,
     plan_bytes: Vec<u8>,
     now: f64,
@@ -106,6 +110,7 @@ impl World {
             shape,
             ledger: Ledger::new(config),
             fairness: Fairness::new(foresees_exactly(config)),
+            accounts: Accounts::default(),
             in_flight: VecDeque::new(),
             plan_bytes: vec![0xee; core.plan_bytes()],
             now: 1000.0,
@@ -156,6 +161,9 @@ impl World {
                 self.settle_oldest()?;
             }
             self.check_state()?;
+            if self.totals.steps % 64 == 9 {
+                self.stories_hold()?;
+            }
             if self.totals.steps > self.work + 100 {
                 return Err(format!("L1, L3: no end after {} steps", self.totals.steps));
             }
@@ -206,6 +214,7 @@ impl World {
                 self.device.fence(step.step_id);
             }
             self.told()?;
+            self.stories_hold()?;
             if self.ledger.has_unfinished() {
                 return Err("fail_all left a request without an end".to_string());
             }
@@ -223,6 +232,7 @@ impl World {
         let NewRequest { params, priority, salt, share, .. } = call[0].clone();
         match self.core.add_call_of(share, &prompts, params, priority, salt.as_deref(), self.now) {
             Ok(first) => {
+                self.accounts.clock(self.now);
                 for (id, asked) in (first.0..).map(RequestId).zip(call) {
                     self.accept(id, first, asked);
                 }
@@ -259,6 +269,9 @@ impl World {
             && params.stop_token_ids.is_empty()
             && stop_string_at.is_none();
         self.fairness.all_lengths_known &= ends_at_max_tokens && params.max_tokens.is_some() && params.n == 1;
+        for index in 0..asked.params.n {
+            self.accounts.came(SeqRef { request: id, index });
+        }
         self.ledger.accept(id, call, asked, stop_string_at);
     }
 
@@ -301,7 +314,9 @@ impl World {
         let before = self.core.inspect();
         let queues = self.queues(&before);
         let has_work = self.core.has_work(self.now);
+        self.accounts.clock(self.now);
         let plan = self.core.schedule(&mut self.plan_bytes, self.now).map_err(|error| error.to_string())?;
+        self.accounts.looked(self.core.config(), &before, &self.core.inspect());
         let Some(step_id) = plan.map(|plan| plan.step_id) else {
             self.trace.push(Event::NoPlan);
             self.fairness.preempted(&before, &self.core.inspect(), &self.core.stats())?;
@@ -338,6 +353,8 @@ impl World {
             after: after.clone(),
             result: None,
             seqs,
+            planned_at: self.accounts.now,
+            rows: rows.iter().map(|row| (row.seq, row.query_len, row.is_prompt())).collect(),
             draws,
         });
         if self.scenario.grammars == 0.0 {
@@ -533,6 +550,10 @@ impl World {
             self.trace.push(Event::Commit(step.step_id));
             let mut draws = step.draws;
             draws.retain(|(seq, _)| self.ledger.choice(*seq).is_some_and(|choice| choice.ended.is_none()));
+            self.accounts.clock(self.now);
+            let ledger = &self.ledger;
+            let went_on = |seq: SeqRef| ledger.requests[&seq.request].choices[seq.index as usize].ended.is_none();
+            self.accounts.committed(step.planned_at, &step.rows, went_on);
             self.ledger.call = Call::Commit { step_id: step.step_id, seqs: step.seqs };
             self.core
                 .commit(step.step_id, &step.result.expect("it was executed"), self.now, &mut self.ledger)
@@ -549,7 +570,16 @@ impl World {
     }
 
     fn told(&mut self) -> Result<(), String> {
+        self.accounts.note_ends(&self.ledger);
         self.ledger.violation.take().map_or(Ok(()), Err)
+    }
+
+    /// In every world some stories are read while they go on.
+    fn stories_hold(&mut self) -> Result<(), String> {
+        let config = self.core.config();
+        let is_continuous = config.batching == Batching::Continuous;
+        let exact_slots = is_continuous && !self.scenario.overlap && config.speculation.is_none();
+        self.accounts.hold(&mut self.core, &self.ledger, exact_slots)
     }
 
     fn check_state(&mut self) -> Result<(), String> {
@@ -571,6 +601,7 @@ impl World {
 
     /// S14, and that all counts agree.
     fn check_end(&mut self) -> Result<(), String> {
+        self.stories_hold()?;
         let stats = self.core.stats();
         let [stop, length, abort, error] = self.ledger.num_ended;
         let counted = [stop, length, abort, error, self.unknown_aborts, self.ledger.num_tokens];

@@ -170,8 +170,10 @@ class LLM:
         tool_use = ToolUse([tool["function"]["name"] for tool in tools or ()])
         formats = [self._answers.format(prompt, tool_use) for prompt in encoded]
         params = [
-            self._answers.params(format, params)
-            for format, params in zip(formats, self._each_params(encoded, sampling_params), strict=True)
+            self._answers.params(format, self._answers.leaves_room(prompt, params))
+            for format, prompt, params in zip(
+                formats, encoded, self._each_params(encoded, sampling_params), strict=True
+            )
         ]
         outputs = self._run(prompts, encoded, params, use_tqdm)
         for format, output in zip(formats, outputs, strict=True):

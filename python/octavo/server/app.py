@@ -31,6 +31,7 @@ from octavo.server.responses.routes import ResponsesRoutes
 from octavo.server.shared import SharedRoutes
 from octavo.server.tgi import errors as tgi_errors
 from octavo.server.tgi.routes import TgiRoutes
+from octavo.server.timelines import Timelines
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -50,8 +51,9 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     """The application over a loaded engine. On start-up it has the engine watch the running loop."""
     keys = Keys(config, has_priorities=engine.config.scheduling_policy == "priority")
     metrics = Metrics(engine, keys)
-    calls = CallServer(engine, config, metrics)
-    bodies = Bodies(config.max_body_size)
+    timelines = Timelines(engine)
+    calls = CallServer(engine, config, metrics, timelines)
+    bodies = Bodies(config)
     intake = Intake(engine, config, bodies, metrics, calls)
     openai = OpenAIRoutes(intake)
     tgi = TgiRoutes(intake, openai)
@@ -88,7 +90,7 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
 
     responses = ResponsesRoutes(intake, openai)
     app.add_routes([*openai.routes(), *embeddings.routes(), *responses.routes()])
-    app.add_routes([*shared.routes(), *OpenApiRoutes().routes()])
+    app.add_routes([*shared.routes(), *timelines.routes(), *OpenApiRoutes().routes()])
     for routes, form in (
         (tgi.routes(), tgi_errors.response),
         (anthropic.routes(), anthropic_errors.response),

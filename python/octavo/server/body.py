@@ -8,9 +8,10 @@ a few milliseconds. Large bodies are worked on beside the loop all the same.
 import asyncio
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -19,18 +20,14 @@ from aiohttp.streams import StreamReader
 
 from octavo import _core
 from octavo.server.errors import ApiError, bad_request, body_refused, prompt_too_long, shutting_down
+from octavo.server.limits import Limits
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
-MAX_DEPTH = 64
 MAX_FIELDS = 1000
 MAX_VALUES = 65_536
 """Keys and values of all fields but a completion's `prompt`: 10 ms of decoding."""
-MAX_FIELD_BYTES = 256 * 1024
-"""Of every field but the ones that carry the prompt."""
-BODY_TIMEOUT = 30.0
-"""Seconds from the headers to the end of the body."""
 
 _SHORT = 32 * 1024
 """Bytes of a body that are not worth the way to another thread."""
@@ -40,8 +37,9 @@ _CLOSE = {"Connection": "close"}
 class Bodies:
     """Reads bodies, and has the large ones worked on by a thread of its own, one after the other."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limits: Limits) -> None:
+        self._limit = limits.max_body_size
+        self._timeout = limits.body_timeout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="octavo-body")
         self._uploads: set[StreamReader] = set()
         self._refuses = False
@@ -80,10 +78,11 @@ class Bodies:
         content = request.content
         if self._refuses and not content.is_eof():
             raise shutting_down(close=True)
-        late = ApiError(408, "body_timeout", f"The body did not arrive within {BODY_TIMEOUT:.0f} s.", headers=_CLOSE)
+        why = f"The body did not arrive within {self._timeout:g} s (body_timeout)."
+        late = ApiError(408, "body_timeout", why, headers=_CLOSE)
         # Whoever ends the upload early does so by an exception at its reader: this one, the
         # connection (bytes that are no HTTP), or `refuse_uploads`.
-        timer = asyncio.get_running_loop().call_later(BODY_TIMEOUT, content.set_exception, late)
+        timer = asyncio.get_running_loop().call_later(self._timeout, content.set_exception, late)
         self._uploads.add(content)
         pieces, size = [], 0
         try:
@@ -149,6 +148,8 @@ class Form(Generic[S]):
     """
     prompt: str = "messages"
     """The field that is named where the prompt is too long."""
+    inner: Mapping[str, type[msgspec.Struct]] = field(default_factory=dict)
+    """Fields that are objects, of which the fields are held to those of a struct as well."""
     apart: str = "prompt"
     """The field that may hold millions of values: `_core.read_prompts` decodes it unless the struct has
     it.
@@ -163,36 +164,82 @@ class Parsed(Generic[S]):
     prompts: tuple[slice, ...]
     """Where in the body the field that is read apart has its value. The last counts."""
     ignored: tuple[str, ...]
-    """Names of the fields that nobody knows."""
+    """Names of the fields that nobody knows; of those inside others with a point between."""
 
 
-def decode(form: Form[S], body: bytes, max_characters: int, max_model_len: int) -> Parsed[S]:
+def decode(
+    form: Form[S], body: bytes, max_characters: int, max_model_len: int, limits: Limits, *, strict: bool
+) -> Parsed[S]:
     """Measures and decodes a body. Raises `ApiError` 400.
 
-    max_characters: of all text that may become part of the prompt.
+    max_characters: of all text that may become part of the prompt. strict: fields that nobody knows are
+    refused.
     """
-    fields = _measure(body, form.apart)
-    text = sum(field.text for field in fields if field.name in form.prompt_text)
+    fields = _measure(body, form.apart, limits.max_json_depth)
+    text = sum(given.text for given in fields if given.name in form.prompt_text)
     if text > max_characters:
         named = " and ".join(sorted(form.bulky))
         what = f"{named} have {text} characters, more than the {max_characters} that are read."
         raise prompt_too_long(max_model_len, what, form.prompt)
-    for field in fields:
-        name = field.name
-        if name not in form.bulky and field.value.stop - field.value.start > MAX_FIELD_BYTES:
-            raise bad_request(f"{name[:100]}: at most {MAX_FIELD_BYTES} bytes are allowed.", name[:100])
-        if name in form.unsupported and not _harmless(_json(body[field.value]), form.unsupported[name]):
+    for given in fields:
+        name = given.name
+        if name not in form.bulky and given.value.stop - given.value.start > limits.max_schema_size:
+            raise bad_request(
+                f"{name[:100]}: at most {limits.max_schema_size} bytes are allowed (max_schema_size).", name[:100]
+            )
+        if name in form.unsupported and not _harmless(_json(body[given.value]), form.unsupported[name]):
             raise bad_request(f"{name}: not supported yet.", name, "unsupported_parameter")
     known = {*form.struct.__struct_fields__, *form.bulky, *form.unsupported}
-    ignored = tuple(field.name for field in fields if field.name not in known)
+    ignored = [given.name for given in fields if given.name not in known and not _may_be_ignored(given.name)]
+    for given in fields:
+        if (struct := form.inner.get(given.name)) is not None:
+            names = _names_in(body[given.value])
+            ignored += [f"{given.name}.{name}" for name in names if name not in struct.__struct_fields__]
+    if ignored and strict:
+        raise _unknown(ignored[0], known, form.inner)
     apart = form.apart in form.bulky and form.apart not in form.struct.__struct_fields__
-    prompts = tuple(field.value for field in fields if apart and field.name == form.apart)
-    return Parsed(_json(_without(body, prompts), form.struct), prompts, ignored)
+    prompts = tuple(given.value for given in fields if apart and given.name == form.apart)
+    return Parsed(_json(_without(body, prompts), form.struct), prompts, tuple(ignored))
 
 
-def field_names(body: bytes) -> list[str]:
+_MAY_BE_IGNORED = frozenset({
+    "user", "store", "metadata", "service_tier", "prediction", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "verbosity", "parallel_tool_calls", "extra_headers", "usage", "keep_alive",
+    "watermark", "adapter_id", "request_id", "session_id",
+})  # fmt: skip
+"""Labels and hints, which change nothing of an answer, on any route; `x_...` as well. Where they do mean
+something, the route's struct has them, or refuses them.
+"""
+
+
+def _may_be_ignored(name: str) -> bool:
+    return name in _MAY_BE_IGNORED or name.startswith("x_")
+
+
+def _names_in(value: bytes) -> list[str]:
+    """Names of the fields of an object; of anything else none, which its struct refuses."""
+    try:
+        return list(msgspec.json.decode(value, type=dict[str, msgspec.Raw]))
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return []
+
+
+def _unknown(name: str, known: Collection[str], inner: Mapping[str, type[msgspec.Struct]]) -> ApiError:
+    outer, _, rest = name.partition(".")
+    struct = inner.get(outer) if rest else None
+    names = known if struct is None else [f"{outer}.{field}" for field in struct.__struct_fields__]
+    near = get_close_matches(name[:50], sorted(names), 1)
+    hint = f" Is {near[0]} meant?" if near else ""
+    return bad_request(
+        f"{name[:100]}: unknown field.{hint} With --params-mode lenient such fields are ignored.",
+        name[:100],
+        "unknown_parameter",
+    )
+
+
+def field_names(body: bytes, limits: Limits) -> list[str]:
     """Names of the fields of a body. Raises `ApiError` 400."""
-    return [field.name for field in _measure(body, "prompt")]
+    return [field.name for field in _measure(body, "prompt", limits.max_json_depth)]
 
 
 @dataclass(frozen=True)
@@ -202,10 +249,10 @@ class _Field:
     text: int
 
 
-def _measure(body: bytes, uncounted: str) -> list[_Field]:
+def _measure(body: bytes, uncounted: str, max_depth: int) -> list[_Field]:
     try:
         measured, _ = _core.measure_body(
-            body, max_depth=MAX_DEPTH, max_fields=MAX_FIELDS, max_values=MAX_VALUES, uncounted=uncounted
+            body, max_depth=max_depth, max_fields=MAX_FIELDS, max_values=MAX_VALUES, uncounted=uncounted
         )
     except _core.RefusedError as error:
         raise body_refused(error) from None

@@ -7,11 +7,13 @@ the answer looks like is the protocol's affair, in Rust: bytes come from there a
 import asyncio
 import functools
 import logging
+import re
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 from aiohttp import HttpVersion11, web
 
 from octavo import _core
@@ -21,6 +23,7 @@ from octavo.sampling_params import SamplingParams
 from octavo.server.config import ServerConfig
 from octavo.server.errors import (
     ApiError,
+    bad_request,
     deadline_exceeded,
     engine_dead,
     from_failure,
@@ -31,6 +34,8 @@ from octavo.server.errors import (
 )
 from octavo.server.keys import CALLER, Caller
 from octavo.server.metrics import CallTimes, Metrics
+from octavo.server.request_id import request_id
+from octavo.server.timelines import Timelines
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine, ReplyStream
@@ -39,8 +44,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-WRITE_TIMEOUT = 60.0
-"""Seconds without progress after which a client that does not read is given up."""
+IGNORED: web.RequestKey[tuple[str, ...]] = web.RequestKey("ignored", tuple)
+"""Fields of a request that had no effect."""
+MAX_WARNINGS = 16
+MAX_DEADLINE_MS = 86_400_000
+DEADLINE_HEADER = "X-Deadline-Ms"
 UNREAD_BYTES = 48 * 1024
 """Less than this in the socket's buffer, and a write cannot block: the transport pauses at 64 KiB."""
 
@@ -64,10 +72,11 @@ JSON_LINES = StreamForm({"Content-Type": "application/x-ndjson", **_UNBUFFERED},
 class EventWriter:
     """Writes server-sent events to one client, as fast as it reads."""
 
-    def __init__(self, request: web.Request, response: web.StreamResponse, keep_alive_interval: float) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse, config: ServerConfig) -> None:
         self._transport = request.transport
         self._response = response
-        self._keep_alive_interval = keep_alive_interval
+        self._keep_alive_interval = config.sse_keep_alive_interval
+        self._write_timeout = config.write_timeout
 
     async def write(self, data: bytes) -> None:
         """Waits while the client does not read. Raises `ConnectionResetError` after a minute
@@ -79,7 +88,7 @@ class EventWriter:
             await self._response.write(data)  # cannot block, so it needs no timer: this is the path of every token
             return
         try:
-            await asyncio.wait_for(self._response.write(data), WRITE_TIMEOUT)
+            await asyncio.wait_for(self._response.write(data), self._write_timeout)
         except asyncio.TimeoutError:
             self._transport.abort()
             raise ConnectionResetError("the client does not read its stream") from None
@@ -115,8 +124,8 @@ class Call:
     """What the client asked for; else that of `params` is a default, which gives way to what fits."""
     reply_format: _core.ReplyFormat
     stream: bool
-    priority: int
-    cache_salt: str | None
+    priority: int = 0
+    cache_salt: str | None = None
     arrival: float
     """On the monotonic clock."""
     deadline_ms: int | None = None
@@ -158,11 +167,29 @@ class Deadline:
         return self.is_over
 
 
+def check_deadline(milliseconds: int | None, field: str = "deadline_ms") -> None:
+    """A deadline lies ahead, and within a day. Raises `ApiError` 400."""
+    if milliseconds is not None and not 1 <= milliseconds <= MAX_DEADLINE_MS:
+        raise bad_request(f"{field} = {milliseconds}: must be from 1 to {MAX_DEADLINE_MS}.", field)
+
+
+def header_deadline(request: web.Request) -> int | None:
+    """`X-Deadline-Ms`, which counts on every route that has an engine answer. Raises `ApiError` 400."""
+    given = request.headers.get(DEADLINE_HEADER)
+    if given is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,12}", given):
+        raise bad_request(f"{DEADLINE_HEADER} = {given[:50]!r}: must be a whole number.", DEADLINE_HEADER)
+    check_deadline(int(given), DEADLINE_HEADER)
+    return int(given)
+
+
 class CallServer:
     """Answers calls. `active` counts those that are being answered."""
 
-    def __init__(self, engine: "AsyncEngine", config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(self, engine: "AsyncEngine", config: ServerConfig, metrics: Metrics, timelines: Timelines) -> None:
         self.active = 0
+        self._timelines = timelines
         self._engine = engine
         self._config = config
         self._metrics = metrics
@@ -174,8 +201,12 @@ class CallServer:
         if self._engine.draining:
             raise shutting_down()
 
-    def check_caller(self, request: web.Request) -> None:
-        """Raises `ApiError` 429 where the key's limits leave nothing, before anything is read."""
+    def check_request(self, request: web.Request) -> None:
+        """What is known before the body is read. Raises `ApiError`: 503, 429 where the key's limits leave
+        nothing, 400 for headers of ours that are none.
+        """
+        self.check_open()
+        header_deadline(request)
         if (caller := request.get(CALLER)) is not None:
             caller.check()
 
@@ -194,6 +225,7 @@ class CallServer:
     async def serve(self, request: web.Request, call: Call) -> web.StreamResponse:
         """Runs the call to its end, whole or as a stream; its requests never outlive this."""
         self.check_open()  # tokenising took time
+        deadline = self._deadline(call, header_deadline(request))
         if isinstance(call.params, SamplingParams) and not self._engine.generates:
             raise ApiError(
                 400,
@@ -201,6 +233,7 @@ class CallServer:
                 "This server makes embeddings alone (/v1/embeddings); to generate, start it with --runner generate.",
                 param="model",
             )
+        warnings = [f"{name[:100]}: unknown field, ignored" for name in request.get(IGNORED, ())[:MAX_WARNINGS]]
         self.active += 1
         caller = request.get(CALLER)
         num_prompt_tokens = sum(len(prompt) for prompt in call.prompts)
@@ -211,16 +244,19 @@ class CallServer:
                 num_choices = len(call.prompts) * call.params.n if isinstance(call.params, SamplingParams) else 0
                 use = caller.begin(num_prompt_tokens, num_choices, call.max_tokens)
             reply = self._submit(call, await self._core_params(call), caller)
+            self._timelines.remember(
+                request, call.id, request_id(request), reply.reply_id, len(call.prompts), call.arrival
+            )
             self._metrics.accepted(len(call.prompts), call.params.n, call.max_tokens)
             times = CallTimes(self._metrics, call.arrival, len(call.prompts))
             try:
-                with Deadline(self._deadline(call)) as deadline:
+                with Deadline(deadline) as timer:
                     if call.stream:
-                        return await self._streamed(request, call, reply, times, deadline)
+                        return await self._streamed(request, call, reply, times, timer)
                     try:
-                        return await self._whole(call, reply, times)
+                        return await self._whole(call, reply, times, warnings)
                     except asyncio.CancelledError:
-                        if deadline.caught():
+                        if timer.caught():
                             raise deadline_exceeded() from None
                         raise
             finally:
@@ -232,8 +268,9 @@ class CallServer:
             if use is not None:
                 use.end(0 if times is None else times.num_tokens)
 
-    def _deadline(self, call: Call) -> float | None:
-        limits = [self._config.request_timeout, None if call.deadline_ms is None else call.deadline_ms / 1000]
+    def _deadline(self, call: Call, of_header: int | None) -> float | None:
+        limits = [self._config.request_timeout]
+        limits += [None if limit is None else limit / 1000 for limit in (call.deadline_ms, of_header)]
         return min((call.arrival + seconds for seconds in limits if seconds is not None), default=None)
 
     async def _core_params(self, call: Call) -> _core.SamplingParams:
@@ -267,13 +304,16 @@ class CallServer:
         times.add(delta)
         return delta
 
-    async def _whole(self, call: Call, reply: "ReplyStream", times: CallTimes) -> web.Response:
+    async def _whole(self, call: Call, reply: "ReplyStream", times: CallTimes, warnings: list[str]) -> web.Response:
         """The answer in one piece; the reply has no news before its end."""
         delta = await self._next(reply, times)
         if delta.error is not None:
             raise from_failure(delta.error)
         headers = {} if call.answer_headers is None else call.answer_headers(delta)
-        return web.Response(body=await self._written(delta), content_type="application/json", headers=headers)
+        body = await self._written(delta)
+        if warnings and body.endswith(b"}"):
+            body = body[:-1] + b',"warnings":' + msgspec.json.encode(warnings) + b"}"
+        return web.Response(body=body, content_type="application/json", headers=headers)
 
     async def _streamed(
         self, request: web.Request, call: Call, reply: "ReplyStream", times: CallTimes, deadline: Deadline
@@ -282,7 +322,7 @@ class CallServer:
         if request.version < HttpVersion11:
             response.force_close()  # without chunks it is the end of the connection that ends a stream
         await response.prepare(request)
-        events = EventWriter(request, response, self._config.sse_keep_alive_interval)
+        events = EventWriter(request, response, self._config)
         try:
             delta = await events.keep_alive(self._next(reply, times), call.stream_form.keep_alive)
             while True:

@@ -4,14 +4,16 @@ import dataclasses
 import json
 from collections.abc import Iterable, Iterator
 
-from octavo.options import option, parse_bytes, parse_count
+from octavo.options import option, parse_count
+from octavo.server.limits import Limits
 
 _LISTS = ("allowed_origins", "allowed_methods", "allowed_headers")
+PARAMS_MODES = ("strict", "lenient")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclasses.dataclass(frozen=True)
-class ServerConfig:
+class ServerConfig(Limits):
     """Where and how to listen. `ValueError` names the field, its value and the limit."""
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 for all interfaces (then set --api-key).")
@@ -29,13 +31,17 @@ class ServerConfig:
     allowed_methods: tuple[str, ...] = option(("*",), "Methods that such pages may use.")
     allowed_headers: tuple[str, ...] = option(("*",), "Headers that such pages may send.")
     allow_credentials: bool = option(False, "Whether such pages may send cookies.")
-    max_body_size: int = option(16 * 2**20, "Largest request body in bytes, after decompression.", parse=parse_bytes)
     max_input_tokens: int | None = option(
         None, "Longest prompt in tokens; default: what the model's length leaves.", parse=parse_count
     )
     max_best_of: int = option(2, "Largest best_of on TGI's routes.", parse=parse_count)
     max_stop_sequences: int = option(4, "Stop sequences of a request on TGI's routes.", parse=parse_count)
     max_top_n_tokens: int = option(5, "Largest top_n_tokens on TGI's routes.", parse=parse_count)
+    params_mode: str = option(
+        "strict",
+        "Request fields that nobody knows are refused (strict), or ignored with warnings.",
+        choices=PARAMS_MODES,
+    )
     trust_request_chat_template: bool = option(
         False, "Take the chat template of a request that brings one (chat_template)."
     )
@@ -54,6 +60,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for field in ("api_key", "allowed_hosts", *_LISTS):
             if isinstance(getattr(self, field), str):  # whose characters are not the entries
                 object.__setattr__(self, field, (getattr(self, field),))
@@ -61,7 +68,6 @@ class ServerConfig:
             object.__setattr__(self, field, tuple(_words(field, getattr(self, field))))
         for field, low, high in (
             ("port", 0, 65535),
-            ("max_body_size", 1024, 2**31),
             ("max_best_of", 1, 128),
             ("max_stop_sequences", 0, 32),
             ("max_top_n_tokens", 0, 20),
@@ -77,6 +83,8 @@ class ServerConfig:
             raise ValueError(f"request_timeout = {self.request_timeout}: must be from 0.001 to 86400 s")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level = {self.log_level!r}: must be one of {', '.join(LOG_LEVELS)}")
+        if self.params_mode not in PARAMS_MODES:
+            raise ValueError(f"params_mode = {self.params_mode!r}: must be one of {', '.join(PARAMS_MODES)}")
         if any(len(key) < 1 for key in self.api_key):
             raise ValueError("api_key: a key must not be empty")
 

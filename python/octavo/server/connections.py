@@ -2,7 +2,7 @@
 of the protocol in the one shape that all errors have.
 
 aiohttp answers what it cannot parse with plain text, and lets headers trickle in for as long as an
-idle connection lives. Bodies have their own limit (`body.BODY_TIMEOUT`), since those of a request
+idle connection lives. Bodies have their own limit (`body_timeout`), since those of a request
 are read by its handler.
 """
 
@@ -17,16 +17,13 @@ from aiohttp.streams import StreamReader
 from aiohttp.web_protocol import _ErrInfo
 
 from octavo.server.errors import ApiError, bad_http, internal_error
+from octavo.server.limits import Limits
 from octavo.server.log import log_refusal
 from octavo.server.metrics import Metrics
 from octavo.server.middleware import from_http
 
 logger = logging.getLogger(__name__)
 
-HEADER_TIMEOUT = 10.0
-"""Seconds from the first byte of a request to the end of its headers."""
-KEEP_ALIVE_SECONDS = 75.0
-"""How long a connection may be idle; longer than proxies keep theirs, so that they close first."""
 LAST_READ_SECONDS = 2.0
 """How long a client may go on sending a body that was given up, unread: a connection that is closed
 before is reset, and its client may not see the answer.
@@ -41,11 +38,13 @@ _PIECE = 16 * 1024  # so many bytes are parsed between two looks at the overhead
 class Connection(web.RequestHandler):
     """aiohttp's connection with a clock on the headers, a limit of chunks, and JSON errors."""
 
-    __slots__ = ("_body", "_body_bytes", "_broken", "_discards", "_header_timer", "_metrics", "_overhead")
+    __slots__ = ("_body", "_body_bytes", "_broken", "_discards", "_header_timer", "_limits", "_metrics",
+                 "_overhead")  # fmt: skip
 
-    def __init__(self, server: web.Server, metrics: Metrics, **options: Any) -> None:
+    def __init__(self, server: web.Server, metrics: Metrics, limits: Limits, **options: Any) -> None:
         super().__init__(server, **options)
         self._metrics = metrics
+        self._limits = limits
         self._header_timer: asyncio.TimerHandle | None = None
         self._body: StreamReader | None = None
         self._body_bytes = 0
@@ -67,7 +66,9 @@ class Connection(web.RequestHandler):
         if not self._awaits_headers():
             self._stop_timer()
         elif self._header_timer is None and data:
-            self._header_timer = asyncio.get_running_loop().call_later(HEADER_TIMEOUT, self._headers_are_late)
+            self._header_timer = asyncio.get_running_loop().call_later(
+                self._limits.header_timeout, self._headers_are_late
+            )
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Nobody is left to be told."""
@@ -86,7 +87,7 @@ class Connection(web.RequestHandler):
             logger.error("a request failed outside of its handler", exc_info=exc)
             error = internal_error()
         elif isinstance(exc, LineTooLong):
-            error = ApiError(431, "headers_too_large", "The request line or a header is too long.")
+            error = ApiError(431, "headers_too_large", "The request line or a header is too long (max_header_size).")
         else:
             # The first line says what is wrong; the others show what the client sent.
             what = (message or "").partition("\n")[0].rstrip(": ")
@@ -158,7 +159,8 @@ class Connection(web.RequestHandler):
         self._header_timer = None
         if self.transport is None or not self._awaits_headers():
             return
-        error = ApiError(408, "header_timeout", f"The headers did not arrive within {HEADER_TIMEOUT:.0f} s.")
+        why = f"The headers did not arrive within {self._limits.header_timeout:g} s (header_timeout)."
+        error = ApiError(408, "header_timeout", why)
         self._note(error)
         body = error.body() + b"\n"
         head = (
@@ -174,7 +176,9 @@ class Connection(web.RequestHandler):
             self._header_timer = None
 
 
-async def listen(runner: web.AppRunner, metrics: Metrics, listener: socket.socket, backlog: int) -> asyncio.Server:
+async def listen(
+    runner: web.AppRunner, metrics: Metrics, listener: socket.socket, backlog: int, limits: Limits
+) -> asyncio.Server:
     """Has the application of a runner that is set up answer on a bound socket. Close the result
     before the runner.
     """
@@ -185,10 +189,14 @@ async def listen(runner: web.AppRunner, metrics: Metrics, listener: socket.socke
         return Connection(
             server,
             metrics,
+            limits,
             loop=loop,
             access_log=None,
             auto_decompress=False,  # see `body.unpack`
-            keepalive_timeout=KEEP_ALIVE_SECONDS,
+            keepalive_timeout=limits.keep_alive_timeout,
+            max_line_size=limits.max_header_size,
+            max_field_size=limits.max_header_size,
+            max_headers=limits.max_headers,
         )
 
     return await loop.create_server(connection, sock=listener, backlog=backlog)

@@ -13,7 +13,7 @@ from aiohttp import web
 from octavo import _core
 from octavo.answers import ToolUse
 from octavo.server.body import Bodies, Form, Parsed, decode, field_names
-from octavo.server.calls import CallServer
+from octavo.server.calls import IGNORED, CallServer
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ApiError, bad_request, prompt_too_long
 from octavo.server.metrics import Metrics
@@ -65,15 +65,13 @@ class Intake:
         """Names of the body's fields, on routes where they say which protocol it is of. The body is
         kept for `read`.
         """
-        self.calls.check_open()
-        self.calls.check_caller(request)
+        self.calls.check_request(request)
         body = request[_BODY] = await self._bodies.read(request)
-        return frozenset(await self._bodies.work(len(body), functools.partial(field_names, body)))
+        return frozenset(await self._bodies.work(len(body), functools.partial(field_names, body, self.config)))
 
     async def read(self, request: web.Request, read: Callable[[bytes], T]) -> T:
         """What `read` makes of the body, which nobody keeps."""
-        self.calls.check_open()
-        self.calls.check_caller(request)
+        self.calls.check_request(request)
         body = request.pop(_BODY, None)
         if body is None:
             body = await self._bodies.read(request)
@@ -81,7 +79,13 @@ class Intake:
 
     def decode(self, form: Form[S], body: bytes) -> Parsed[S]:
         """A body as its route has it. Raises `ApiError` 400."""
-        return decode(form, body, self.max_characters, self.engine.max_model_len)
+        strict = self.config.params_mode == "strict"
+        return decode(form, body, self.max_characters, self.engine.max_model_len, self.config, strict=strict)
+
+    def ignored(self, request: web.Request, fields: tuple[str, ...]) -> None:
+        """The request has fields without an effect, which its answer warns of."""
+        self.metrics.ignored(fields)
+        request[IGNORED] = fields
 
     def check_model(self, name: str | None) -> None:
         """Raises `ApiError` 404 for another model than the one that is served."""

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import re
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -88,6 +89,8 @@ def _check_once(what: str, values: list[Any]) -> None:
 
 def _read_file(path: Path) -> list[Key]:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe or a device may wait or go on for ever
+            raise ValueError(f"api_key_file = {str(path)!r}: not a regular file")
         with path.open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
         text = data.decode()

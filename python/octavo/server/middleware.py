@@ -7,7 +7,6 @@ import ipaddress
 import logging
 import re
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 
 from aiohttp import HttpVersion11, web
@@ -18,6 +17,7 @@ from octavo.server.errors import ApiError, bad_http, error_form, internal_error
 from octavo.server.keys import CALLER, Keys
 from octavo.server.log import log_answer, log_refusal, one_line
 from octavo.server.metrics import Metrics
+from octavo.server.request_id import request_id
 
 logger = logging.getLogger(__name__)
 
@@ -33,17 +33,6 @@ _CODES = {
     413: "body_too_large",
     417: "unknown_expectation",
 }
-
-
-_REQUEST_ID = web.RequestKey("request_id", str)
-
-
-def request_id(request: web.BaseRequest) -> str:
-    """The client's `X-Request-Id`, or one of ours if that is none or odd."""
-    if _REQUEST_ID not in request:
-        given = request.headers.get("X-Request-Id", "")
-        request[_REQUEST_ID] = given if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", given) else uuid.uuid4().hex
-    return request[_REQUEST_ID]
 
 
 async def add_headers(request: web.Request, response: web.StreamResponse) -> None:

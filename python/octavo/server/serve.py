@@ -89,7 +89,7 @@ async def serve_engine(engine: "AsyncEngine", config: ServerConfig, listener: so
     app = build_app(engine, config)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=LAST_WORDS)
     await runner.setup()
-    listening = await listen(runner, app[METRICS], listener, BACKLOG)
+    listening = await listen(runner, app[METRICS], listener, BACKLOG, config)
     signals = Signals(reload=app[KEYS].reload if config.api_key_file is not None else None)
     asyncio.get_running_loop().set_exception_handler(LoopErrors())
     engine.answers.warn()

@@ -10,7 +10,7 @@ from aiohttp import web
 from octavo import _core
 from octavo.server.anthropic.schemas import UNSUPPORTED, CountRequest, MessagesRequest
 from octavo.server.body import Form, Parsed
-from octavo.server.calls import Call
+from octavo.server.calls import check_deadline
 from octavo.server.intake import ChatText, Intake
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.openai.schemas import ChatCompletionRequest
@@ -39,26 +39,23 @@ class AnthropicRoutes:
         """`POST /v1/messages`."""
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_messages)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         read = parsed.request
         prepared = await self._chats.prepare(chat, text, _NAMES)
         call_id = "msg_" + uuid.uuid4().hex
-        call = Call(
+        call = prepared.call(
             id=call_id,
-            prompts=[prepared.prompt],
             names=_NAMES,
-            params=prepared.params,
-            grammar=prepared.grammar,
             max_tokens=read.max_tokens,
             reply_format=_core.ReplyFormat.anthropic(
                 id=call_id,
                 model=self._intake.engine.model_name,
                 stream=bool(read.stream),
                 answer=prepared.answer,
+                timing=bool(read.timing),
             ),
             stream=bool(read.stream),
-            priority=0,
-            cache_salt=None,
+            deadline_ms=read.deadline_ms,
             arrival=arrival,
         )
         return await self._intake.calls.serve(request, call)
@@ -66,13 +63,14 @@ class AnthropicRoutes:
     async def count_tokens(self, request: web.Request) -> web.Response:
         """`POST /v1/messages/count_tokens`."""
         parsed, chat, text = await self._intake.read(request, self._read_count)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         prepared = await self._chats.prepare(chat, text, _NAMES)
         return web.json_response({"input_tokens": len(prepared.prompt)})
 
     def _read_messages(self, body: bytes) -> tuple[Parsed[MessagesRequest], ChatCompletionRequest, ChatText]:
         parsed = self._intake.decode(MESSAGES, body)
         self._intake.check_model(parsed.request.model)
+        check_deadline(parsed.request.deadline_ms)
         chat = parsed.request.to_chat(reasons=self._intake.engine.answers.reasoning is not None)
         return parsed, chat, self._chats.chat_text(chat)
 

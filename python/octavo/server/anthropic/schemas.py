@@ -114,6 +114,8 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     top_k: Count | None = None
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
+    deadline_ms: Count | None = None
+    timing: bool | None = None
 
     def to_chat(self, *, reasons: bool) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400.

@@ -14,7 +14,7 @@ from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.pooling import PoolingParams
 from octavo.server.body import Form, Parsed
-from octavo.server.calls import JSON_LINES, Call
+from octavo.server.calls import JSON_LINES, check_deadline
 from octavo.server.errors import bad_request
 from octavo.server.intake import ChatText, Intake
 from octavo.server.ollama.schemas import (
@@ -73,7 +73,7 @@ class OllamaRoutes:
         """`POST /api/chat`; without messages it asks whether the model is loaded."""
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_chat)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         if text is None:
             return self._loaded({"message": {"role": "assistant", "content": ""}})
         prepared = await self._chats.prepare(chat, text, _CHAT_NAMES)
@@ -82,6 +82,7 @@ class OllamaRoutes:
     def _read_chat(self, body: bytes) -> tuple[Parsed[ChatRequest], ChatCompletionRequest, ChatText | None]:
         parsed = self._intake.decode(CHAT, body)
         self._check_model(parsed.request.model)
+        check_deadline(parsed.request.deadline_ms)
         chat = parsed.request.to_chat()
         return parsed, chat, self._chats.chat_text(chat) if chat.messages else None
 
@@ -91,7 +92,7 @@ class OllamaRoutes:
         """
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_generate)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         read = parsed.request
         if not read.prompt:
             return self._loaded({"response": ""})
@@ -110,6 +111,7 @@ class OllamaRoutes:
     def _read_generate(self, body: bytes) -> tuple[Parsed[GenerateRequest], ChatCompletionRequest, ChatText | None]:
         parsed = self._intake.decode(GENERATE, body)
         self._check_model(parsed.request.model)
+        check_deadline(parsed.request.deadline_ms)
         chat = parsed.request.to_chat()
         return parsed, chat, None if parsed.request.raw else self._chats.chat_text(chat)
 
@@ -123,12 +125,9 @@ class OllamaRoutes:
     ) -> web.StreamResponse:
         is_chat = isinstance(read, ChatRequest)
         call_id = uuid.uuid4().hex
-        call = Call(
+        call = prepared.call(
             id=call_id,
-            prompts=[prepared.prompt],
             names=_CHAT_NAMES if is_chat else _GENERATE_NAMES,
-            params=prepared.params,
-            grammar=prepared.grammar,
             max_tokens=chat.max_tokens,
             reply_format=_core.ReplyFormat.ollama(
                 id=call_id,
@@ -139,8 +138,7 @@ class OllamaRoutes:
                 answer=prepared.answer,
             ),
             stream=read.streams,
-            priority=0,
-            cache_salt=None,
+            deadline_ms=read.deadline_ms,
             arrival=arrival,
             stream_form=JSON_LINES,
         )
@@ -152,7 +150,7 @@ class OllamaRoutes:
         """
         arrival = time.monotonic()
         parsed, given = await self._intake.read(request, self._read_embed)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         read = parsed.request
         if not given:
             return web.json_response({"model": read.model, "embeddings": []})
@@ -176,7 +174,7 @@ class OllamaRoutes:
         """`POST /api/embeddings`: of one text, not normalised, and cut where it is too long."""
         arrival = time.monotonic()
         parsed = await self._intake.read(request, lambda body: self._intake.decode(EMBEDDINGS, body))
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         self._check_model(parsed.request.model)
         self._embeddings.check_served()
         if not parsed.request.prompt:

@@ -76,6 +76,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     think: bool | str | None = None
     format: msgspec.Raw = msgspec.Raw()
     keep_alive: Any = None
+    deadline_ms: Count | None = None
 
     @property
     def streams(self) -> bool:

@@ -19,7 +19,7 @@ from octavo.server.calls import Call
 from octavo.server.errors import ApiError, bad_request, body_refused, prompt_too_long
 from octavo.server.intake import Intake
 from octavo.server.openai.routes import MAX_CALL_CONTEXTS, OpenAIRoutes
-from octavo.server.openai.schemas import MAX_PROMPTS, ChatCompletionRequest, Count
+from octavo.server.openai.schemas import ChatCompletionRequest, Count
 
 _NAMES = {"prompt": "input"}
 _ENCODINGS = ("float", "base64")
@@ -88,7 +88,7 @@ class EmbeddingRoutes:
     async def _answer(self, request: web.Request, form: str, id_prefix: str) -> web.StreamResponse:
         arrival = time.monotonic()
         parsed, given = await self._intake.read(request, self._read)
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         read = parsed.request
         self._intake.check_model(read.model)
         self.check_served()
@@ -137,7 +137,7 @@ class EmbeddingRoutes:
                 body,
                 values[-1].start,
                 values[-1].stop,
-                max_prompts=MAX_PROMPTS,
+                max_prompts=self._intake.config.max_prompts,
                 max_tokens=_ANY_LENGTH if are_cut else self._engine.max_model_len,
                 max_characters=self._intake.max_characters,
             )

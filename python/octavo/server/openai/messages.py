@@ -11,6 +11,7 @@ from octavo import chat
 from octavo.answers import ToolUse
 from octavo.server.body import from_validation
 from octavo.server.errors import bad_request
+from octavo.server.limits import Limits
 from octavo.server.openai.schemas import ChatCompletionRequest, NamedTool
 from octavo.server.openai.tool_schema import check_schema
 
@@ -32,10 +33,13 @@ _RESERVED_KWARGS = frozenset(
 )
 
 
-def template_messages(request: ChatCompletionRequest) -> list[dict[str, Any]]:
-    """The conversation for the template. Raises `ApiError` 400 with param `messages`."""
+def template_messages(request: ChatCompletionRequest, limits: Limits) -> list[dict[str, Any]]:
+    """The conversation for the template. Raises `ApiError` 400 with param `messages`, or `tools` where there
+    are too many.
+    """
+    limits.check_chat(len(request.messages), len(request.tools or ()))
     try:
-        return chat.template_messages(request.messages)
+        return chat.template_messages(request.messages, limits.max_message_parts)
     except chat.ChatError as error:
         raise bad_request(str(error), error.param, error.code) from None
     except msgspec.ValidationError as error:

@@ -18,18 +18,16 @@ from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.sampling_params import SamplingParams
 from octavo.server.body import Form, Parsed
-from octavo.server.calls import Call
+from octavo.server.calls import Call, check_deadline
 from octavo.server.errors import bad_request, body_refused, prompt_too_long
 from octavo.server.intake import ChatText, Intake
 from octavo.server.openai.forced_calls import forced_calls
 from octavo.server.openai.messages import template_kwargs, template_messages, template_tools, tool_use
 from octavo.server.openai.schemas import (
-    MAX_PROMPTS,
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
     ChatCompletionRequest,
     CompletionRequest,
-    check_choices,
     check_prompt_entries,
 )
 from octavo.server.structured import Wanted
@@ -84,6 +82,10 @@ class PreparedChat:
     grammar: _core.Grammar | None
     answer: _core.AnswerFormat | None
 
+    def call(self, **particular: Any) -> Call:
+        """What `calls.py` answers. particular: the other fields of a `Call`."""
+        return Call(prompts=[self.prompt], params=self.params, grammar=self.grammar, **particular)
+
 
 class OpenAIRoutes:
     """The handlers."""
@@ -92,7 +94,6 @@ class OpenAIRoutes:
         self._intake = intake
         self._engine = intake.engine
         self._calls = intake.calls
-        self._metrics = intake.metrics
         self._started = int(time.time())
 
     def routes(self) -> list[web.RouteDef]:
@@ -140,7 +141,7 @@ class OpenAIRoutes:
         """`POST /v1/completions`."""
         arrival = time.monotonic()
         read, given = await self._intake.read(request, self._read_completion)
-        self._metrics.ignored(read.ignored)
+        self._intake.ignored(request, read.ignored)
         parsed = read.request
         wanted = parsed.wanted_structure()
         try:
@@ -151,7 +152,10 @@ class OpenAIRoutes:
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, _names(COMPLETION, parsed, wanted)) from None
-        call = self._call(COMPLETION, parsed, prompts, params, grammar, arrival, echo=echo)
+        more: dict[str, Any] = {"echo": echo}
+        if parsed.makes_more:
+            more["best_of"] = (params.n, parsed.n or 1, parsed.logprobs is not None)
+        call = self._call(COMPLETION, parsed, prompts, params, grammar, arrival, **more)
         return await self._calls.serve(request, call)
 
     def _read_completion(self, body: bytes) -> tuple[Parsed[CompletionRequest], list[str | _core.Prompt]]:
@@ -166,7 +170,7 @@ class OpenAIRoutes:
                     body,
                     value.start,
                     value.stop,
-                    max_prompts=MAX_PROMPTS,
+                    max_prompts=self._intake.config.max_prompts,
                     max_tokens=self._engine.max_model_len
                     if parsed.request.truncate_prompt_tokens is None
                     else _ANY_LENGTH,
@@ -174,7 +178,7 @@ class OpenAIRoutes:
                 )
             except _core.RefusedError as error:
                 raise body_refused(error) from None
-        check_choices(len(prompts), parsed.request.n or 1)
+        self._intake.config.check_fields(parsed.request, num_prompts=len(prompts))
         return parsed, prompts
 
     async def _encode(
@@ -226,7 +230,7 @@ class OpenAIRoutes:
         """`POST /v1/chat/completions`."""
         arrival = time.monotonic()
         read, text = await self._intake.read(request, self._read_chat)
-        self._metrics.ignored(read.ignored)
+        self._intake.ignored(request, read.ignored)
         parsed = read.request
         chat = await self.prepare(parsed, text, _names(CHAT, parsed))
         call = self._call(CHAT, parsed, [chat.prompt], chat.params, chat.grammar, arrival, answer=chat.answer)
@@ -245,6 +249,8 @@ class OpenAIRoutes:
             if forced is not None:
                 params = replace(params, thinking_token_budget=None)  # there is no reasoning
             prompt = await self.encode_chat(chat, text)
+            if forced is None:
+                params = self._engine.answers.leaves_room(prompt, params)
             grammar = await self._engine.compile_grammar(wanted.params)
         except (ValueError, _core.OverloadedError, EngineDeadError) as error:
             raise self._calls.refusal(error, {**(wanted.names or {}), **names}) from None
@@ -257,6 +263,7 @@ class OpenAIRoutes:
 
     def sampling_params(self, request: CompletionRequest | ChatCompletionRequest) -> SamplingParams:
         """With the model's defaults, and what the answer must look like. Raises `ValueError`."""
+        self._intake.config.check_fields(request)
         params = request.to_sampling_params(self._engine.generation_defaults)
         return replace(params, structured_outputs=request.wanted_structure().params)
 
@@ -288,7 +295,7 @@ class OpenAIRoutes:
 
     def chat_text(self, chat: ChatCompletionRequest) -> ChatText:
         """What the template gets of a chat. Raises `ApiError` 400."""
-        messages = msgspec.json.encode(template_messages(chat)).decode()
+        messages = msgspec.json.encode(template_messages(chat, self._intake.config)).decode()
         own = self._own_template(chat.chat_template)
         template = own or self._engine.chat_template
         tools = template_tools(chat, template is None or template.takes_tools)
@@ -316,7 +323,7 @@ class OpenAIRoutes:
         parsed = self._intake.decode(kind.form, body)
         self._intake.check_model(parsed.request.model)
         parsed.request.check_stream_options()
-        parsed.request.check_deadline()
+        check_deadline(parsed.request.deadline_ms)
         return parsed
 
     def _call(
@@ -339,7 +346,8 @@ class OpenAIRoutes:
             stream=bool(parsed.stream),
             include_usage=parsed.include_usage,
             continuous_usage=parsed.continuous_usage,
-            token_ids=_core.TokenIds(prompts, choices_each=params.n) if parsed.return_token_ids else None,
+            timing=bool(parsed.timing),
+            token_ids=_core.TokenIds(prompts, choices_each=parsed.n or 1) if parsed.return_token_ids else None,
             **particular,
         )
         return Call(

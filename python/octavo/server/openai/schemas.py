@@ -3,10 +3,11 @@
 
 Types are strict (no "5", 5.0 or true for a number) and every optional field may be null. Bounds
 here are only those of the integers that Rust can hold; what a value may be is written in Rust,
-once, and its refusals name the field. Fields that nobody knows are accepted.
+once, and its refusals name the field.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Any
 
 import msgspec
@@ -18,9 +19,6 @@ from octavo.server.errors import bad_request
 Count = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Long = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 
-MAX_CHOICES = 1024
-"""Of one call: prompts times `n`."""
-MAX_PROMPTS = 1024
 MAX_TOP_LOGPROBS = 20
 MAX_PROMPT_ENTRIES = 2**22
 """Log probabilities of prompts in one answer: 48 MB as they are kept, some 250 MB as JSON."""
@@ -45,6 +43,7 @@ UNSUPPORTED_CHAT = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "return_token_strs": (False,),
 }
 """Fields that would change the answer, with the values under which ignoring them is right."""
 
@@ -98,6 +97,8 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: Count | None = None
     cache_salt: str | None = None
     deadline_ms: Count | None = None
+    timing: bool | None = None
+    """Whether the usage tells where the time went; a stream then has one."""
     truncate_prompt_tokens: Count | None = None
     response_format: msgspec.Raw = msgspec.Raw()
     structured_outputs: msgspec.Raw = msgspec.Raw()
@@ -139,11 +140,6 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         if self.prompt_logprobs is not None and self.stream:
             raise bad_request("prompt_logprobs: not available when stream is true.", "prompt_logprobs")
 
-    def check_deadline(self) -> None:
-        """A deadline lies ahead, and within a day."""
-        if self.deadline_ms is not None and not 1 <= self.deadline_ms <= 86_400_000:
-            raise bad_request(f"deadline_ms = {self.deadline_ms}: must be from 1 to 86400000.", "deadline_ms")
-
     def prompt_limit(self, max_model_len: int) -> int | None:
         """How many tokens are kept of a prompt, its last ones; None: it must fit as it is."""
         most = self.truncate_prompt_tokens
@@ -169,7 +165,7 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with an event that has the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
+        return bool(self.timing) or (self.stream_options is not None and bool(self.stream_options.include_usage))
 
     @property
     def continuous_usage(self) -> bool:
@@ -182,7 +178,7 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
 
     logprobs: Count | None = None
     echo: bool | None = None
-    best_of: int | None = None
+    best_of: Long | None = None
     add_special_tokens: bool | None = None
     suffix: str | None = None
 
@@ -196,17 +192,27 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
             )
         if self.return_token_ids and self.echo:
             raise bad_request("return_token_ids: not together with echo.", "return_token_ids")
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise bad_request(f"best_of = {self.best_of}: must be at least n = {self.n or 1}.", "best_of")
+        if self.makes_more and self.stream:
+            raise bad_request("best_of: above n it is not available when stream is true.", "best_of")
+
+    @property
+    def makes_more(self) -> bool:
+        """Whether more choices are made than are answered."""
+        return self.best_of is not None and self.best_of > (self.n or 1)
 
     def to_sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         """Output is 16 tokens unless the client or the model's defaults say otherwise, as OpenAI
         has it.
         """
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise bad_request("best_of: only the value of n is supported.", "best_of", "unsupported_parameter")
-        given = {} if self.output_limit is not None or "max_tokens" in defaults else {"max_tokens": 16}
+        given: dict[str, Any] = {} if self.output_limit is not None or "max_tokens" in defaults else {"max_tokens": 16}
         if self.echo and self.logprobs is not None:
             given["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return self.sampling_params(defaults, self.logprobs, **given)
+        params = self.sampling_params(defaults, self.logprobs, **given)
+        if not self.makes_more:
+            return params
+        return replace(params, n=self.best_of or 1, logprobs=self.logprobs or 0)  # by which the best are found
 
     @property
     def is_echo_alone(self) -> bool:
@@ -288,9 +294,3 @@ def check_prompt_entries(num_tokens: int, params: SamplingParams) -> None:
             "in one call, or ask for fewer top tokens.",
             "prompt_logprobs",
         )
-
-
-def check_choices(num_prompts: int, n: int) -> None:
-    """Bounds the work of one call before anything is copied."""
-    if num_prompts * n > MAX_CHOICES:
-        raise bad_request(f"n = {n}: {num_prompts} prompts times n must be at most {MAX_CHOICES}.", "n")

@@ -74,6 +74,7 @@ OPERATIONS = (
     Operation("GET", "/info", "The model and the limits of requests.", errors="tgi"),
     Operation("POST", "/chat_tokenize", "The text and tokens that a chat becomes.", (CHAT.form,), errors="tgi"),
     Operation("GET", "/version", "Octavo's version."),
+    Operation("GET", "/v1/requests/{id}/timeline", "What happened to a request, by the id of its answer."),
     Operation("GET", "/load", "How many calls are being answered."),
     Operation("GET", "/health", "Whether the engine is alive and makes progress.", open=True),
     Operation("GET", "/ready", "Whether new requests are welcome.", open=True),

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from octavo import _core
 from octavo.server.body import Form, Parsed
-from octavo.server.calls import Call
+from octavo.server.calls import check_deadline
 from octavo.server.errors import ApiError
 from octavo.server.intake import ChatText, Intake
 from octavo.server.openai.routes import OpenAIRoutes
@@ -45,17 +45,14 @@ class ResponsesRoutes:
         """`POST /v1/responses`."""
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._reader(RESPONSES, ResponsesRequest.to_chat))
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         with _named():
             prepared = await self._chats.prepare(chat, text, {})
         read = parsed.request
         call_id = "resp_" + uuid.uuid4().hex
-        call = Call(
+        call = prepared.call(
             id=call_id,
-            prompts=[prepared.prompt],
             names=NAMES,
-            params=prepared.params,
-            grammar=prepared.grammar,
             max_tokens=read.max_output_tokens,
             reply_format=_core.ReplyFormat.responses(
                 id=call_id,
@@ -64,10 +61,12 @@ class ResponsesRoutes:
                 request=read.told(prepared.params),
                 stream=bool(read.stream),
                 answer=prepared.answer,
+                timing=bool(read.timing),
             ),
             stream=bool(read.stream),
             priority=read.priority or 0,
             cache_salt=read.cache_salt,
+            deadline_ms=read.deadline_ms,
             arrival=arrival,
         )
         return await self._intake.calls.serve(request, call)
@@ -75,7 +74,7 @@ class ResponsesRoutes:
     async def input_tokens(self, request: web.Request) -> web.Response:
         """`POST /v1/responses/input_tokens`."""
         parsed, chat, text = await self._intake.read(request, self._reader(INPUT, InputRequest.as_chat))
-        self._intake.metrics.ignored(parsed.ignored)
+        self._intake.ignored(request, parsed.ignored)
         with _named():
             prepared = await self._chats.prepare(chat, text, {})
         return web.json_response({"object": "response.input_tokens", "input_tokens": len(prepared.prompt)})
@@ -86,6 +85,8 @@ class ResponsesRoutes:
         def read(body: bytes) -> tuple[Parsed[R], ChatCompletionRequest, ChatText]:
             parsed = self._intake.decode(form, body)
             self._intake.check_model(parsed.request.model)
+            if isinstance(parsed.request, ResponsesRequest):
+                check_deadline(parsed.request.deadline_ms)
             chat = to_chat(parsed.request)
             with _named():
                 return parsed, chat, self._chats.chat_text(chat)

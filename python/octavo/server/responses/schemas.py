@@ -172,6 +172,8 @@ class ResponsesRequest(InputRequest, frozen=True, kw_only=True):
     thinking_token_budget: Long | None = None
     priority: Count | None = None
     cache_salt: str | None = None
+    deadline_ms: Count | None = None
+    timing: bool | None = None
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400 that names the field."""

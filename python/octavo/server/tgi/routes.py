@@ -18,7 +18,7 @@ from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.tgi.schemas import GenerateRequest, Parameters, TokenizeRequest, empty_inputs
 
 _INPUTS = frozenset({"inputs"})
-GENERATE = Form(GenerateRequest, _INPUTS, _INPUTS, {}, "inputs")
+GENERATE = Form(GenerateRequest, _INPUTS, _INPUTS, {}, "inputs", {"parameters": Parameters})
 TOKENIZE = Form(TokenizeRequest, _INPUTS, _INPUTS, {}, "inputs")
 _NAMES = {"prompt": "inputs", "max_tokens": "max_new_tokens", "n": "best_of"}
 
@@ -62,7 +62,7 @@ class TgiRoutes:
         read = parsed.request
         streams = bool(read.stream) if stream is None else stream
         parameters = read.parameters or Parameters()
-        self._intake.metrics.ignored(parsed.ignored + parameters.ignored)
+        self._intake.ignored(request, parsed.ignored + parameters.ignored)
         parameters.check(streams, self._intake.config, self._intake.max_input_tokens)
         if not read.inputs:
             raise empty_inputs()
@@ -90,8 +90,6 @@ class TgiRoutes:
                 prompt=read.inputs if parameters.return_full_text else "",
             ),
             stream=streams,
-            priority=0,
-            cache_salt=None,
             arrival=arrival,
             answer_headers=self._times(arrival, len(read.inputs)),
         )
