@@ -171,14 +171,14 @@ impl Controller {
         self.lens.push(0);
         let mut chances = chances.peekable();
         self.firsts.push(chances.peek().copied().unwrap_or(0.0));
-        let likely = chances.take_while(|chance| *chance >= LEAST_CHANCE);
-        self.drafts.extend((1..).zip(likely).map(|(place, chance)| Draft { chance, place, row }));
+        self.drafts.extend((1..).zip(chances).map(|(place, chance)| Draft { chance, place, row }));
     }
 
     /// How many drafts each row that was offered should carry in step `step`, and how many of all will
     /// be right; None where there should be none.
     pub fn choose(&mut self, step: u64) -> Option<(&[u32], f64)> {
         let rows = self.lens.len() as u32;
+        self.drafts.retain(|draft| draft.chance >= LEAST_CHANCE);
         if self.drafts.is_empty() && !self.tries {
             return None;
         }
@@ -327,6 +327,21 @@ mod tests {
         assert!(speed_up(1, 0.9, 5, 0.3e-3, gpu) > 3.0);
         assert!(speed_up(1, 0.7, 5, 2.24e-3, gpu) > 1.1);
         assert!(speed_up(1, 0.9, 5, 2.24e-3, gpu) > 1.4);
+    }
+
+    #[test]
+    fn unlikely_drafts_are_left_out_only_where_it_chooses() {
+        let mut controller = Controller::new(false);
+        let offer = |controller: &mut Controller| {
+            controller.open();
+            controller.offer([0.9, 0.01].into_iter());
+        };
+        offer(&mut controller);
+        assert_eq!(controller.all().map(|(lens, _)| lens.to_vec()), Some(vec![2]));
+        controller.measured(1, false, 0.01, 1);
+        controller.measured(3, true, 0.01, 2);
+        offer(&mut controller);
+        assert_eq!(controller.choose(3).map(|(lens, _)| lens.to_vec()), Some(vec![1]));
     }
 
     #[test]
