@@ -1,7 +1,7 @@
 """Linear layers with 16-bit weights and up to 64 tokens, where reading the weight once is all the
 work.
 
-One token goes through plain multiply-adds, more through the tensor cores with the weight as left
+One or two tokens go through plain multiply-adds, more through the tensor cores with the weight as left
 operand: in `_slices_kernel` every warp takes its own slice of k of the same rows, in
 `_tiles_kernel` warps take rows and share the activations. Programs may split k (`split_k.py`). More
 tokens than that, and shapes whose rows do not start on 16 bytes, go to cuBLAS.
@@ -22,18 +22,20 @@ from octavo.kernels.linear.split_k import finish
 @triton.jit
 def _row_kernel(
     # pointers
-    x_ptr,  # [K]
+    x_ptr,  # [TOKENS, K]
     weight_ptr,  # [N, K]
     bias_ptr,  # [N], read if BIAS
-    out_ptr,  # [N]
+    out_ptr,  # [TOKENS, N]
     # dimensions
     N,
+    x_stride,
     weight_stride,
     # meta-parameters
     K: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    TOKENS: tl.constexpr,  # 1 or 2
     LAUNCH: tl.constexpr,
 ):
     if LAUNCH == "early":
@@ -46,16 +48,23 @@ def _row_kernel(
     if LAUNCH != "plain":
         tl.extra.cuda.gdc_wait()
     accumulator = tl.zeros((ROWS, DEPTH), tl.float32)
+    accumulator_2 = tl.zeros((ROWS, DEPTH), tl.float32)
     for start in range(0, K, DEPTH):
-        x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
+        k_inside = start + k < K
+        x = tl.load(x_ptr + start + k, mask=k_inside, other=0.0).to(tl.float32)
         more = inside & (start + DEPTH + k < K)[None, :]
         ahead = tl.load(weight_ptrs + start + DEPTH, mask=more, other=0.0, eviction_policy="evict_first")
         accumulator += weights.to(tl.float32) * x[None, :]
+        if TOKENS == 2:
+            x_2 = tl.load(x_ptr + x_stride + start + k, mask=k_inside, other=0.0).to(tl.float32)
+            accumulator_2 += weights.to(tl.float32) * x_2[None, :]
         weights = ahead
-    total = tl.sum(accumulator, 1)
+    bias = tl.zeros((ROWS,), tl.float32)
     if BIAS:
-        total += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row, total.to(out_ptr.dtype.element_ty), mask=row < N)
+        bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row, (tl.sum(accumulator, 1) + bias).to(out_ptr.dtype.element_ty), mask=row < N)
+    if TOKENS == 2:
+        tl.store(out_ptr + N + row, (tl.sum(accumulator_2, 1) + bias).to(out_ptr.dtype.element_ty), mask=row < N)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -175,11 +184,13 @@ def launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, plan: De
             some_bias,
             out,
             rows,
+            x.stride(0),
             weight.stride(0),
             depth,
             bias is not None,
             plan.rows,
             plan.depth,
+            tokens,
             how,
             **options,
         )

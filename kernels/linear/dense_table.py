@@ -12,7 +12,7 @@ from octavo.kernels.linear.shape_table import lines as table_lines
 class DensePlan:
     """How `linear` cuts a product."""
 
-    kernel: str  # "row" (one token), "slices" or "tiles"
+    kernel: str  # "row" (one or two tokens), "slices" or "tiles"
     rows: int  # a program
     tokens: int  # a program, as many as there can be
     splits: int  # of k over programs
@@ -30,17 +30,20 @@ class DensePlan:
 _DENSE: Table[DensePlan] = {
     (12288, 4096): (
         (1, DensePlan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (2, DensePlan("row", 2, 2, 1, 8, 2048, launch="early")),
         (8, DensePlan("slices", 16, 8, 1, 8, 128, 3, launch="late")),
         (16, DensePlan("tiles", 128, 16, 1, 8, 128, 3, launch="late")),
         (32, DensePlan("tiles", 128, 32, 1, 8, 128, 3, launch="late")),
     ),
     (4096, 4096): (
         (1, DensePlan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (2, DensePlan("row", 2, 2, 1, 8, 2048, launch="early")),
         (8, DensePlan("slices", 32, 8, 1, 4, 128, 4, launch="late")),
         (16, DensePlan("tiles", 64, 16, 1, 4, 128, 5, launch="late")),
     ),
     (22016, 4096): (
         (1, DensePlan("row", 2, 1, 1, 4, 2048, launch="early")),
+        (2, DensePlan("row", 2, 2, 1, 8, 2048, launch="early")),
         (8, DensePlan("slices", 16, 8, 1, 8, 128, 3, launch="late")),
         (16, DensePlan("tiles", 64, 16, 1, 4, 128, 3)),
         (32, DensePlan("tiles", 64, 32, 1, 4, 128, 3)),
