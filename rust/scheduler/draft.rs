@@ -116,15 +116,18 @@ impl Scheduler {
 
     /// A step of decodes has been committed. It has taken from the commit before it until now, what
     /// the host does between two steps included, or from its plan if nobody ran before. One that was
-    /// held back for drafts counts as one with drafts, whether or not it got any.
+    /// held back for drafts and got none is of neither kind: it would make steps with few drafts look
+    /// as short as itself. That its hopes came to nothing is noted.
     pub(super) fn measure_step(&mut self, step: &Step) {
         let accepted = std::mem::take(&mut self.accepted_in_step);
         if let (Some(speculator), true) = (&mut self.speculator, step.decode_tokens > 0) {
             let began = self.busy_since.unwrap_or(step.planned_at);
-            let is_plain = step.decode_tokens == step.rows.len() as u32 && step.hoped == 0.0;
+            let has_drafts = step.decode_tokens > step.rows.len() as u32;
             let seconds = self.now - began;
             let drafting = step.draft_seconds.min(seconds);
-            speculator.controller.measured(step.decode_tokens, !is_plain, seconds - drafting, step.id);
+            if has_drafts || step.hoped == 0.0 {
+                speculator.controller.measured(step.decode_tokens, has_drafts, seconds - drafting, step.id);
+            }
             speculator.controller.drafted(step.rows.len() as u32, step.most_drafts(), drafting, step.id);
             speculator.controller.came_to(step.hoped, accepted);
         }

@@ -16,6 +16,10 @@ const PRIOR_TESTS_SHARED: f32 = 8.0;
 const MEMORY: f32 = 0.95;
 const MEMORY_SHARED: f32 = 0.99;
 const MEMORY_IDLE: f32 = 0.98;
+/// Text of which no larger part than this comes as foretold is looked up again only behind so many more
+/// tokens: to look costs more than all else of a drafter, and hardly any draft is missed.
+const SELDOM: f32 = 0.15;
+const TOKENS_UNREAD: u32 = 3;
 /// Stands in a plan for a draft that the device makes.
 const MADE_LATER: u32 = 0;
 
@@ -82,6 +86,10 @@ pub(crate) struct Drafter {
     /// many tests that counts as.
     own: Hits,
     prior: (f32, f32),
+    /// The same tests, however sure each was.
+    plain: Hits,
+    /// So many times more nothing is foretold.
+    pause: u32,
 }
 
 impl Drafter {
@@ -94,6 +102,8 @@ impl Drafter {
             sure: Vec::new(),
             own: Hits::default(),
             prior: (PRIOR_HITS, PRIOR_TESTS),
+            plain: Hits::default(),
+            pause: 0,
         }
     }
 
@@ -104,13 +114,20 @@ impl Drafter {
 
     /// New output: the foretold tokens are tested against it, up to the first that is wrong.
     pub fn follow(&mut self, tokens: &[u32]) {
+        let mut num_right = 0;
         for ((token, foretold), sure) in tokens.iter().zip(&self.foretold).zip(&self.sure) {
             let is_hit = token == foretold;
             self.own.add(is_hit, *sure, MEMORY);
+            self.plain.add(is_hit, 1.0, MEMORY);
             if !is_hit {
                 break;
             }
+            num_right += 1;
         }
+        let is_right = num_right == tokens.len();
+        let gone = if is_right { num_right } else { self.foretold.len() };
+        self.foretold.drain(..gone);
+        self.sure.drain(..gone);
         self.history.extend(tokens);
     }
 
@@ -125,6 +142,20 @@ impl Drafter {
 
     /// Foretells the next tokens, at most `most`. shared: what the device's drafts for others were.
     pub fn foretell(&mut self, config: &Speculation, most: usize, store: &Store, shared: &Shared) {
+        if config.adaptive && !config.method.is_on_device() {
+            if self.foretold.len() > most / 2 {
+                return; // as foretold so far, and goes on
+            }
+            if self.pause > 0 {
+                self.pause -= 1;
+                self.foretold.clear();
+                self.sure.clear();
+                return;
+            }
+            if self.plain.rate(PRIOR_HITS, PRIOR_TESTS) < SELDOM {
+                self.pause = TOKENS_UNREAD;
+            }
+        }
         self.foretold.clear();
         self.sure.clear();
         match config.method {
@@ -157,10 +188,17 @@ impl Drafter {
     /// text, it goes on with itself: a period is repeated.
     fn copy(&mut self, config: &Speculation, most: usize) {
         let text = self.history.tokens();
-        let matches = self.history.matches(text, config.lookup_max as usize);
-        let Some(found) = matches.reduce(|best, other| if other.len > best.len { other } else { best }) else {
-            return;
-        };
+        let longest = config.lookup_max as usize;
+        let mut best: Option<Match> = None;
+        for found in self.history.matches(text, longest) {
+            if best.is_none_or(|best| found.len > best.len) {
+                best = Some(found);
+            }
+            if found.len == longest {
+                break;
+            }
+        }
+        let Some(found) = best else { return };
         for place in found.next..found.next + most {
             let token = match text.get(place) {
                 Some(token) => *token,
@@ -183,14 +221,19 @@ impl Drafter {
         let of_longest = all.iter().filter(|(_, found)| found.len == longest);
         let mut paths: Vec<&[u32]> = of_longest.map(|(tokens, found)| until_end(tokens, found.next, most)).collect();
         let mut chance = 1.0;
+        let mut votes: Vec<(u32, u32)> = Vec::new();
         for depth in 0..most {
             paths.retain(|path| path.len() > depth);
-            let votes = |token: u32| paths.iter().filter(|path| path[depth] == token).count();
+            votes.clear();
+            for path in &paths {
+                match votes.iter_mut().find(|(token, _)| *token == path[depth]) {
+                    Some((_, count)) => *count += 1,
+                    None => votes.push((path[depth], 1)),
+                }
+            }
             // Of equals the first, which is the latest of the sequence's own.
-            let Some(token) = paths.iter().map(|path| path[depth]).rev().max_by_key(|token| votes(*token)) else {
-                return;
-            };
-            let sure = votes(token) as f32 / paths.len() as f32;
+            let Some((token, count)) = votes.iter().rev().copied().max_by_key(|(_, count)| *count) else { return };
+            let sure = count as f32 / paths.len() as f32;
             chance *= sure;
             if chance < config.min_token_prob {
                 return;
@@ -265,8 +308,31 @@ mod tests {
     }
 
     #[test]
-    fn counts_how_often_it_is_right() {
+    fn text_that_seldom_comes_as_foretold_is_looked_up_now_and_then() {
         let config = Speculation::default();
+        let store = Store::new(2, 0);
+        let mut drafter = Drafter::new(&config, 0);
+        drafter.read(&[1, 2, 3, 1, 2]);
+        let mut foretell = |drafter: &mut Drafter, next: [u32; 3]| {
+            let mut count = 0;
+            for token in next {
+                drafter.follow(&[token]);
+                drafter.foretell(&config, 4, &store, &Shared::default());
+                count += usize::from(!drafter.foretold.is_empty());
+            }
+            count
+        };
+        // What follows 1, 2 is another token each time, until it is the same again and again.
+        let wrong: Vec<usize> = (100..300).map(|token| foretell(&mut drafter, [token, 1, 2])).collect();
+        let late: usize = wrong[100..].iter().sum();
+        assert!(wrong[0] == 1 && (15..=35).contains(&late), "{late} of 100");
+        let right: Vec<usize> = (0..60).map(|_| foretell(&mut drafter, [3, 1, 2])).collect();
+        assert_eq!(right[50..], [3; 10]);
+    }
+
+    #[test]
+    fn counts_how_often_it_is_right() {
+        let config = Speculation { adaptive: false, ..Speculation::default() };
         let mut drafter = Drafter::new(&config, 0);
         let store = Store::new(2, 1000);
         drafter.read(&[1, 2, 3, 4, 1, 2]);

@@ -1,7 +1,7 @@
 //! Tokens, and where each short run of them came before.
 
 /// The earlier occurrences that one look goes through, at most: a run of blanks has thousands.
-const MOST_LOOKED_AT: usize = 16;
+const MOST_LOOKED_AT: usize = 8;
 
 /// A place in a [`History`] before which the same tokens stand as at the end of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,7 +12,7 @@ const STALE_AFTER: u64 = 400;
 /// By how much of a step's time each token of a step of unknown size is held to lengthen it.
 const GUESSED_SLOPE: f64 = 0.01;
 /// Drafting must promise this many times the tokens a second.
-const LEAST_GAIN: f64 = 1.03;
+const LEAST_GAIN: f64 = 1.05;
 /// Hopes of so many accepted drafts, all fulfilled, stand beside those that there were; and what an
 /// old hope still counts after a step with drafts, and after one without.
 const PRIOR_HOPE: f64 = 8.0;
