@@ -313,7 +313,7 @@ mod tests {
         let store = Store::new(2, 0);
         let mut drafter = Drafter::new(&config, 0);
         drafter.read(&[1, 2, 3, 1, 2]);
-        let mut foretell = |drafter: &mut Drafter, next: [u32; 3]| {
+        let foretell = |drafter: &mut Drafter, next: [u32; 3]| {
             let mut count = 0;
             for token in next {
                 drafter.follow(&[token]);
