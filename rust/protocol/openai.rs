@@ -449,7 +449,7 @@ pub(super) mod tests {
         };
         assert_eq!(usage(false).get("timing"), None);
         let told = json!({
-            "queue_time": 1.5, "prompt_time": 0.00002, "completion_time": 2.000001, "total_time": 3.500021, "preemptions": 3,
+            "queue_time": 1.5, "prompt_time": 0.00002, "completion_time": 2.000_001, "total_time": 3.500_021, "preemptions": 3,
         });
         assert_eq!(usage(true)["timing"], told);
     }

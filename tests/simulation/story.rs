@@ -140,6 +140,7 @@ impl Accounts {
 }
 
 /// For what a sequence may have waited.
+#[allow(clippy::struct_excessive_bools)] // Independent answers.
 struct Causes {
     share: bool,
     rank: bool,
@@ -170,6 +171,7 @@ impl Account {
         }
     }
 
+    #[allow(clippy::float_cmp)] // A wait is known by when it began, which both have from one clock.
     fn holds(&self, story: &Story, index: u32, received: usize, now: f64, causes: &Causes) -> Result<(), String> {
         let (mut chunks, mut waits) = (Vec::new(), Vec::new());
         let (mut steps, mut tokens, mut preempted, mut ended) = (0, 0, 0, None);
