@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +24,10 @@ import pytest
 from octavo import cli
 from octavo.bench import commands
 from octavo.bench.precision import verdict
+from octavo.bench.replay import replay
 from octavo.bench.workloads import NAMES, workload
+from octavo.config import EngineConfig
+from octavo.engine.engine import Engine
 from tests.conftest import find_shared
 from tests.quantize.checkpoints import small_model
 
@@ -141,9 +145,30 @@ def test_what_a_precision_says(ratio: float, bound: float, said: str) -> None:
     assert verdict(ratio, bound, None) is None
 
 
+def test_streams_ask_again_when_they_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig(
+        model="tiny", load_format="dummy", device="cpu", dtype="float32", max_model_len=64, kv_cache_memory=4 << 20
+    )
+    engine = Engine.from_config(config)
+    there: list[float] = []
+
+    def stepped() -> None:
+        stats = engine.core.stats()
+        there.append(stats["num_requests_running"] + stats["num_requests_waiting"])
+
+    # A clock that counts steps, from one on.
+    monkeypatch.setattr("octavo.bench.replay.time", SimpleNamespace(monotonic=lambda: 1.0 + len(there)))
+    lengths = [3, 9, 5, 4, 8, 6, 20]
+    summary = replay(engine, [([1, 2, 3], length) for length in lengths], at_once=3, stepped=stepped)
+    assert max(there) == 3 and summary.requests == 7 and summary.output_tokens == sum(lengths)
+    # The last, of 20 tokens, begins beside two others and ends alone, which is not in the rate.
+    assert summary.output_tokens / summary.seconds < 2 < summary.output_tokens_per_second <= 3
+    engine.close()
+
+
 def test_speculative(capsys: pytest.CaptureFixture[str]) -> None:
     """With the acceptance set, what it was set to is what is found."""
-    words = ["--text", "random", "--streams", "2", "--repeat", "2", "--input-len", "20", "--output-len", "80"]
+    words = ["--text", "random", "--streams", "2", "--repeat", "2", "--input-len", "20", "--output-len", "24"]
     words += ["--method", "draft_model", "self", "--acceptance", "0.5", "1"]
     speculation = {"method": "draft_model", "model": "tiny", "num_speculative_tokens": 1, "adaptive": False}
     rows = bench(capsys, "speculative", *words, *ENGINE, "--speculative-config", json.dumps(speculation))

@@ -56,26 +56,33 @@ def replay(
     items: list[Item],
     arrivals: list[float] | None = None,
     *,
+    at_once: int | None = None,
     sampling: Mapping[str, Any] | None = None,
     finished: Callable[[], object] = lambda: None,
     stepped: Callable[[], object] = lambda: None,
 ) -> Summary:
     """Greedy, to the exact output lengths. The scheduler knows no request before it has arrived.
 
+    at_once: no more are there than so many, and whoever ends is followed by the next, which arrives then.
+    Output tokens a second are those until the last one begins: behind it fewer and fewer run.
+
     sampling: further parameters of every request, as the core takes them. `finished` is called after
     each request, `stepped` after each turn of the engine that did something.
     """
     arrivals = arrivals or [0.0] * len(items)
     order = sorted(range(len(items)), key=arrivals.__getitem__)
-    preemptions = engine.core.stats()["num_preemptions"]
+    before = engine.core.stats()
     started = time.monotonic()
     arrived_at: dict[int, float] = {}
     waiting = list(reversed(order))
     latency, ttft, tpot, steps = [], [], [], []
     output_tokens = 0
+    busy: tuple[float, int] | None = None  # seconds until the last one began, and output tokens until then
     while waiting or arrived_at:
         now = time.monotonic()
         while waiting and started + arrivals[waiting[-1]] <= now:
+            if at_once is not None and len(arrived_at) == at_once:
+                break
             number = waiting.pop()
             prompt, length = items[number]
             params = _core.SamplingParams(
@@ -87,9 +94,11 @@ def replay(
                 **sampling or {},
             )
             request = engine.core.add_call([_core.Prompt(prompt)], params, now=now)
-            arrived_at[request] = started + arrivals[number]
+            arrived_at[request] = started + arrivals[number] if at_once is None else now
+            if at_once is not None and not waiting and latency:
+                busy = (now - started, int(engine.core.stats()["generation_tokens"] - before["generation_tokens"]))
         if not engine.step():
-            if waiting:
+            if waiting and at_once is None:
                 time.sleep(max(0.0, min(0.001, started + arrivals[waiting[-1]] - time.monotonic())))
             continue
         steps.append(time.monotonic() - now)
@@ -111,11 +120,12 @@ def replay(
             finished()
     seconds = time.monotonic() - started
     prompt_tokens = sum(len(prompt) for prompt, _ in items)
+    busy_seconds, busy_tokens = busy or (seconds, output_tokens)
     return Summary(
         requests=len(items),
         seconds=seconds,
         output_tokens=output_tokens,
-        output_tokens_per_second=output_tokens / seconds,
+        output_tokens_per_second=busy_tokens / busy_seconds,
         total_tokens_per_second=(output_tokens + prompt_tokens) / seconds,
         latency_mean=sum(latency) / len(latency),
         latency_p50=percentile(latency, 50),
@@ -126,5 +136,5 @@ def replay(
         steps=len(steps),
         step_p50=percentile(steps, 50),
         step_p99=percentile(steps, 99),
-        preemptions=int(engine.core.stats()["num_preemptions"] - preemptions),
+        preemptions=int(engine.core.stats()["num_preemptions"] - before["num_preemptions"]),
     )

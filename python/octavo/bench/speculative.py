@@ -36,6 +36,11 @@ from octavo.speculation import DRAFT_MODEL, TEXT_METHODS, SpeculativeConfig
 
 OFF = "off"
 
+ANSWERS = 4
+"""Of each stream in a turn, one after another and of different lengths. Where all begin and end together
+the slowest says how long it takes, and drafts, which make the others faster, seem to cost.
+"""
+
 SAID = 10
 """The one token of every answer where `--acceptance` sets how many drafts are right."""
 ALWAYS_SAID = {"logit_bias": [(SAID, 100.0)]}
@@ -108,17 +113,15 @@ def compare(
     measured = {name: Measured() for name in threads}
     times = {name: StepTimes(thread.engine) for name, thread in threads.items()}
     sampling = None if acceptance is None else ALWAYS_SAID
-    with progress(f"{text}, {streams} streams", (1 + options.repeat) * len(threads) * streams) as bar:
+    with progress(f"{text}, {streams} streams", (1 + options.repeat) * len(threads) * streams * ANSWERS) as bar:
         for turn in range(1 + options.repeat):
             for name, thread in threads.items():
                 engine = thread.engine
                 items = text_items(text, engine, streams, turn, options)
                 before = engine.core.stats()
                 times[name].restart()
-                run = functools.partial(
-                    replay, engine, items, sampling=sampling, finished=bar.update, stepped=times[name]
-                )
-                summary = thread.run(run)
+                run = functools.partial(replay, at_once=streams, sampling=sampling, stepped=times[name])
+                summary = thread.run(functools.partial(run, engine, items, finished=bar.update))
                 if turn == 0:  # caches fill, and the controller learns how long steps take
                     times[name] = StepTimes(engine)
                 else:
@@ -215,22 +218,22 @@ def picture(times: StepTimes, plain: StepTimes) -> dict[str, Any]:
 
 
 def text_items(text: str, engine: Any, streams: int, turn: int, options: argparse.Namespace) -> list[Item]:
-    """Prompts of about `--input-len` tokens, another part of the text for each stream and
-    turn: what was answered before is no help.
+    """Prompts of about `--input-len` tokens, another part of the text for each answer and turn: what was
+    answered before is no help. Answers have half to one and a half times `--output-len` tokens.
     """
     vocab_size, tokenizer = engine.runner.vocab_size, engine.parts.tokenizer
     rng = random.Random(f"{text}/{options.workload_seed}/{turn}")
     if text == "random" or tokenizer is None:
-        ids = [rng.randrange(10, vocab_size - 10) for _ in range(options.input_len * (1 + streams))]
+        ids = [rng.randrange(10, vocab_size - 10) for _ in range(options.input_len * (1 + streams * ANSWERS))]
     else:
         ids = tokenizer.encode_text(source(text)).token_ids
     items = []
-    for _ in range(streams):
+    for _ in range(streams * ANSWERS):
         start = rng.randrange(max(1, len(ids) - options.input_len))
         prompt = ids[start : start + options.input_len]
         if text == "copy":  # it is asked for again: half of it stands there twice already
             prompt = prompt[: options.input_len // 2] * 2
-        items.append((prompt, options.output_len))
+        items.append((prompt, round(options.output_len * rng.uniform(0.5, 1.5))))
     return items
 
 
