@@ -208,7 +208,9 @@ mod tests {
             tokens += rows as u32 + got;
             time += seconds;
             if requests.iter().all(|(babble, _)| babble.text.len() >= 32 + len) {
-                requests.iter_mut().for_each(|request| *request = new(&speculator));
+                for request in &mut requests {
+                    *request = new(&speculator);
+                }
             }
             (waited, hoped, lens) = (early.is_some(), 0.0, vec![0; rows]);
             if let Some((_, early_hope)) = early {

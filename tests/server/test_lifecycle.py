@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -20,7 +21,9 @@ from octavo.server.serve import open_socket, serve_engine
 from tests.server.conftest import Served, parse_events
 from tests.server.scripted_engine import ScriptedEngine
 
-LONG = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"prompt": "Hi", "max_tokens": 400, "ignore_eos": True}
+LONG_CHAT = {**LONG, "messages": [{"role": "user", "content": "Hi"}]}
+del LONG_CHAT["prompt"]
 
 
 async def eventually(condition: Callable[[], bool], timeout: float = 120.0) -> None:
@@ -44,7 +47,7 @@ async def test_a_client_that_leaves_frees_its_request(served: Served, path: str,
     engine.script.step_delay = 0.01
     if when == "queued":
         engine.hold()
-    body = {**LONG, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    body = {**(LONG_CHAT if "chat" in path else LONG), "stream": stream}
     asking = asyncio.ensure_future(served.http.post(served.url + path, json=body))
     await eventually(lambda: engine.num_unfinished == 1)
     if when == "running":
@@ -159,7 +162,7 @@ async def test_text_work_counts_towards_the_queue(served_narrowly: Served, path:
     go = threading.Event()
     pool = served_narrowly.engine._text_pool
     busy = [pool.submit(go.wait, 30) for _ in range(2)]
-    body = {"prompt": "Hi", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    body = {**(LONG_CHAT if "chat" in path else LONG), "max_tokens": 5, "ignore_eos": False}
     calls = [asyncio.ensure_future(served_narrowly.post(path, body)) for _ in range(12)]
     try:
         await eventually(lambda: sum(call.done() for call in calls) == 8)

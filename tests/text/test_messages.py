@@ -14,6 +14,7 @@ from octavo import _core
 from octavo.chat import ChatError, read_chat
 from octavo.server.body import decode
 from octavo.server.errors import ApiError
+from octavo.server.limits import Limits
 from octavo.server.openai.messages import template_messages, template_tools
 from octavo.server.openai.routes import CHAT
 from tests.text import jinja_oracle
@@ -46,8 +47,8 @@ def turn(*calls: dict[str, Any], **fields: Any) -> list[Any]:
 def requested(messages: Any, tools: Any, takes_tools: bool = True, **fields: Any) -> tuple[str, str | None]:
     """What a request's template sees, as JSON."""
     body = json.dumps({"messages": messages, "tools": tools, **fields}).encode()
-    request = decode(CHAT.form, body, 1 << 20, 4096).request
-    return msgspec.json.encode(template_messages(request)).decode(), template_tools(request, takes_tools)
+    request = decode(CHAT.form, body, 1 << 20, 4096, Limits(), strict=True).request
+    return msgspec.json.encode(template_messages(request, Limits())).decode(), template_tools(request, takes_tools)
 
 
 def called(messages: Any, tools: Any) -> tuple[str, str | None]:
@@ -173,8 +174,8 @@ def test_keys_that_nobody_checks_reach_the_template(way: Any) -> None:
 def test_a_message_that_is_not_utf8_is_refused() -> None:
     body = json.dumps({"messages": [{"role": "user", "content": "x", "odd": "y"}]}).encode().replace(b"y", b"\xff")
     with pytest.raises(ApiError) as refused:
-        request = decode(CHAT.form, body, 1 << 20, 4096).request
-        template_messages(request)
+        request = decode(CHAT.form, body, 1 << 20, 4096, Limits(), strict=True).request
+        template_messages(request, Limits())
     assert refused.value.status == 400
 
 

@@ -75,7 +75,8 @@ def replay(
     started = time.monotonic()
     arrived_at: dict[int, float] = {}
     waiting = list(reversed(order))
-    latency, ttft, tpot, steps = [], [], [], []
+    latency: list[float] = []
+    ttft, tpot, steps = [], [], []
     output_tokens = 0
     busy: tuple[float, int] | None = None  # seconds until the last one began, and output tokens until then
     while waiting or arrived_at:
