@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import errno
+import functools
 import os
 import signal
 import socket
@@ -71,8 +72,10 @@ TERMINATE = (signal.SIGTERM, 143, "ended by SIGTERM")
 )
 def test_a_signal_while_loading(start: str, number: signal.Signals, code: int, words: str) -> None:
     command = [sys.executable, "-c", SLOW_LOAD + start]
+    # What ran these tests may ignore the signal, as nohup does, and a process inherits that.
+    heed = functools.partial(signal.signal, number, signal.SIG_DFL)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, preexec_fn=heed
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
