@@ -11,7 +11,7 @@ use crate::request::{Progress, RequestId};
 /// Why a sequence waits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Cause {
-    /// For the next step to be planned, or for the blocks that those in flight give back.
+    /// For the next step to be planned, or for the slots and blocks that those in flight give back.
     Step,
     /// As many run as may.
     Slots,

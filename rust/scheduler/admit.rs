@@ -115,8 +115,10 @@ impl Scheduler {
         }
         Some(if self.ready.is_empty() {
             Cause::Step
-        } else if !self.has_slot() {
+        } else if self.running.len() >= self.config.max_running() {
             Cause::Slots
+        } else if self.free_slots.is_empty() {
+            Cause::Step // those who have left their places are in a step still
         } else if self.planned.budget == 0 || self.too_big.is_empty() {
             Cause::Budget
         } else {

@@ -98,6 +98,10 @@ impl Accounts {
         for (seq, account) in self.by_seq.iter_mut().filter(|(_, account)| account.ended.is_none()) {
             let Some(reason) = ledger.requests[&seq.request].choices[seq.index as usize].ended else { continue };
             account.ended = Some((self.now, reason));
+            // Nobody will look again.
+            if let (Some(since), true) = (account.waits_since, self.was_full) {
+                account.full += (self.now - since).min(self.now - self.looked_at);
+            }
             account.stops_waiting(self.now);
         }
     }
@@ -188,9 +192,11 @@ impl Account {
                     if let Some(cause) = Cause::ALL.into_iter().find(|cause| odd(cause) && !causes.may_be(*cause)) {
                         return Err(format!("it cannot have waited for {cause:?}: {event:?}"));
                     }
-                    let full = self.waits.iter().find(|wait| wait.0 == from).map_or(self.full, |wait| wait.2);
+                    // Where the clock stands still several begin at once.
+                    let is_it = |wait: &&(f64, f64, f64)| wait.0 == from && wait.1 == until;
+                    let full = self.waits.iter().find(is_it).map_or(self.full, |wait| wait.2);
                     let told = f64::from(by[Cause::Slots as usize] + by[Cause::Share as usize]);
-                    if causes.exact_slots && self.waits.iter().any(|wait| wait.0 == from) {
+                    if causes.exact_slots && self.waits.iter().any(|wait| is_it(&wait)) {
                         let early = [Cause::Prompt, Cause::Call, Cause::Batch].map(|cause| by[cause as usize]);
                         let early = f64::from(early.iter().sum::<f32>());
                         let is_right = told <= full + TOLERANCE * scale && full <= told + early + TOLERANCE * scale;
