@@ -97,13 +97,15 @@ impl Scheduler {
             return 0;
         }
         let sequence = &self.sequences[number];
+        // Where keys share, those of another share than the next would not get the tokens.
+        let next_share = self.ready.first(None).map_or(0, |(order, _)| order.share());
         let mut wanted = 0;
         for lane in [Lane::Short, Lane::Long] {
-            for (_, waiting) in self.ready.lane_before(lane, sequence.order) {
+            for (order, waiting) in self.ready.lane_before(lane, sequence.order) {
                 if wanted >= limit {
                     break;
                 }
-                if self.sequences[waiting].priority < sequence.priority {
+                if order.share() == next_share && self.sequences[waiting].priority < sequence.priority {
                     wanted = limit.min(wanted + self.to_compute(waiting));
                 }
             }
