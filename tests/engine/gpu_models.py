@@ -1,9 +1,12 @@
 """Random models that a GPU's kernels take, of transformers: the oracles of the tests on one."""
 
+import random
 from typing import Any
 
 import pytest
 import torch
+
+from octavo import SamplingParams
 
 
 def make(family: str, num_layers: int, **shape: Any) -> torch.nn.Module:
@@ -26,3 +29,17 @@ def make(family: str, num_layers: int, **shape: Any) -> torch.nn.Module:
     else:
         config = getattr(transformers, f"{family}Config")(**shape)
     return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def various(rng: random.Random, longest: int) -> SamplingParams:
+    """Parameters of a request of fewer than `longest` tokens, that reach every kernel of sampling."""
+    return SamplingParams(
+        temperature=rng.choice([0.0, 1.0]),
+        top_k=rng.choice([0, 5]),
+        top_p=rng.choice([0.9, 1.0]),
+        repetition_penalty=rng.choice([1.0, 1.1]),
+        logprobs=rng.choice([None, 3]),
+        n=rng.choice([1, 2]),
+        max_tokens=rng.randrange(1, longest),
+        ignore_eos=True,
+    )

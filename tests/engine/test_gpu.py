@@ -152,19 +152,7 @@ def test_nothing_is_compiled_while_requests_run(folder: Path, monkeypatch: pytes
         prompts = [
             {"prompt_token_ids": [rng.randrange(2048) for _ in range(rng.randrange(1, 300))]} for _ in range(count)
         ]
-        params = [
-            SamplingParams(
-                temperature=rng.choice([0.0, 1.0]),
-                top_k=rng.choice([0, 5]),
-                top_p=rng.choice([0.9, 1.0]),
-                repetition_penalty=rng.choice([1.0, 1.1]),
-                logprobs=rng.choice([None, 3]),
-                n=rng.choice([1, 2]),
-                max_tokens=rng.randrange(1, 20),
-                ignore_eos=True,
-            )
-            for _ in range(count)
-        ]
+        params = [gpu_models.various(rng, 20) for _ in range(count)]
         llm.generate(prompts, params, use_tqdm=False)
         llm.embed(prompts, use_tqdm=False)
     assert compiled == []

@@ -177,19 +177,7 @@ def test_nothing_is_compiled_while_requests_run(llama: Path, method: str, monkey
                 {"prompt_token_ids": [rng.randrange(2048) for _ in range(rng.randrange(1, 150))] * 2}
                 for _ in range(count)
             ]
-            params = [
-                SamplingParams(
-                    temperature=rng.choice([0.0, 1.0]),
-                    top_k=rng.choice([0, 5]),
-                    top_p=rng.choice([0.9, 1.0]),
-                    repetition_penalty=rng.choice([1.0, 1.1]),
-                    logprobs=rng.choice([None, 3]),
-                    n=rng.choice([1, 2]),
-                    max_tokens=rng.randrange(1, 30),
-                    ignore_eos=True,
-                )
-                for _ in range(count)
-            ]
+            params = [gpu_models.various(rng, 30) for _ in range(count)]
             llm.generate(asked, params, use_tqdm=False)
         assert llm.core.stats()["spec_decode_num_draft_tokens"] > 0
     assert compiled == []
