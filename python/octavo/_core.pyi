@@ -115,7 +115,8 @@ def set_cpu_threads(threads: int) -> None: ...
 
 @final
 class BlockMatrix:
-    """A matrix [rows, columns] in the blocks of a GGUF file, where they lie (rust/cpu/product.rs).
+    """A matrix [rows, columns] in the blocks of a GGUF file (rust/cpu/product.rs): where they lie, until
+    a product is made of it, which may put its rows side by side. Its numbers and its order stay.
 
     Tensors (torch's, here and below) must be contiguous, on the CPU, and of the dtype that is
     named; another is refused with `TypeError` or `ValueError`. Ops run without the GIL.
@@ -145,7 +146,7 @@ class BlockProduct:
     """y = x W^T + bias by matrices of one input, whose outputs stand side by side.
 
     Each op computes its input [n, columns] first. By weights that are not quantised it is
-    multiplied in float32, else 32 numbers share a scale and are rounded to 8 bits. All tensors are
+    multiplied in float32, else 32 numbers share a scale and are rounded to 16 bits. All tensors are
     float32; out [n, all rows].
     """
 

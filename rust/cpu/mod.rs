@@ -10,11 +10,15 @@
 
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 pub mod blocks;
 pub mod codes;
 pub mod float;
 pub mod level;
+mod memory;
+mod panels;
 mod plain;
 pub mod pool;
 pub mod product;

@@ -1,24 +1,45 @@
 //! A product by matrices that lie in a file's blocks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use super::blocks::Format;
-use super::level::{Level, Tier};
+use super::level::Level;
+#[cfg(target_arch = "x86_64")]
+use super::level::Tier;
+use super::panels::{Panels, LANES};
 use super::plain::{multiply, numbers, Unpacked};
 use super::pool::Pool;
 use super::raw::Writer;
 use super::rows::{Forms, Input, Rows};
 #[cfg(target_arch = "x86_64")]
 use super::{
-    avx512::{self, Panel, LANES},
+    avx2,
+    avx512::{self, Panel},
     rows::TILE,
 };
 
-/// Bytes that stay where they are: a mapped file's.
-pub type Bytes = Arc<dyn AsRef<[u8]> + Send + Sync>;
+/// Bytes that somebody else keeps: those of a mapped file.
+pub trait Source: Send + Sync {
+    /// All of them.
+    fn bytes(&self) -> &[u8];
 
-/// A matrix [rows, columns] in the blocks of a file.
+    /// These will hardly be read again: they need not stay in memory where they can be had anew.
+    fn release(&self, range: std::ops::Range<usize>) {
+        let _ = range;
+    }
+}
+
+impl Source for Vec<u8> {
+    fn bytes(&self) -> &[u8] {
+        self
+    }
+}
+
+/// What is shared by all who multiply by the same file.
+pub type Bytes = Arc<dyn Source>;
+
+/// A matrix [rows, columns] in the blocks of a file. Clones share what [`Matrix::pack`] makes.
 #[derive(Clone)]
 pub struct Matrix {
     format: Format,
@@ -28,6 +49,8 @@ pub struct Matrix {
     start: usize,
     /// Heads whose two halves the file has row by row in turns; 1 row is as it is.
     interleaved_heads: Option<usize>,
+    /// The same blocks, which are then read instead of the file's.
+    panels: Arc<OnceLock<Panels>>,
 }
 
 impl std::fmt::Debug for Matrix {
@@ -53,11 +76,11 @@ impl Matrix {
             ));
         }
         let wanted = rows.checked_mul(format.row_bytes(columns)).and_then(|len| len.checked_add(start));
-        let len = (*bytes).as_ref().len();
+        let len = bytes.bytes().len();
         if wanted.is_none_or(|wanted| wanted > len) {
             return Err(format!("{rows} rows of {columns} numbers in {} end after byte {len}", format.name()));
         }
-        Ok(Self { format, rows, columns, bytes, start, interleaved_heads: None })
+        Ok(Self { format, rows, columns, bytes, start, interleaved_heads: None, panels: Arc::default() })
     }
 
     /// The same blocks, whose rows the file has so that the two halves of each of `heads` heads
@@ -70,6 +93,7 @@ impl Matrix {
             return Err(format!("{} rows are not two halves of {heads} heads", self.rows));
         }
         self.interleaved_heads = Some(heads);
+        self.panels = Arc::default();
         Ok(self)
     }
 
@@ -93,17 +117,12 @@ impl Matrix {
         self.rows * self.format.row_bytes(self.columns)
     }
 
-    /// Its blocks, of all rows.
+    /// Its blocks in the file, of all rows.
     fn blocks(&self) -> &[u8] {
-        &(*self.bytes).as_ref()[self.start..][..self.num_bytes()]
+        &self.bytes.bytes()[self.start..][..self.num_bytes()]
     }
 
-    /// The blocks of row `row`.
-    pub fn row(&self, row: usize) -> &[u8] {
-        self.row_of(self.blocks(), row)
-    }
-
-    /// The same of its blocks, for who asks for many rows.
+    /// The blocks of row `row` in the file.
     fn row_of<'a>(&self, blocks: &'a [u8], row: usize) -> &'a [u8] {
         let row = match self.interleaved_heads {
             None => row,
@@ -115,6 +134,28 @@ impl Matrix {
         };
         let len = self.format.row_bytes(self.columns);
         &blocks[row * len..][..len]
+    }
+
+    /// Has the blocks' sixteen rows side by side from now on, if that serves their format: a copy, for which
+    /// the file's pages leave memory.
+    pub fn pack(&self, pool: &Pool) {
+        if Panels::take(self.format) {
+            self.panels.get_or_init(|| {
+                let blocks = self.blocks();
+                let row = |row| self.row_of(blocks, row);
+                let panels = Panels::new(self.format, self.rows, self.columns, pool, &row);
+                self.bytes.release(self.start..self.start + self.num_bytes());
+                panels
+            });
+        }
+    }
+
+    /// The blocks of row `row`, in their order in a file. scratch: where they are gathered.
+    fn row<'a>(&'a self, row: usize, scratch: &'a mut Vec<u8>) -> &'a [u8] {
+        let Some(panels) = self.panels.get() else { return self.row_of(self.blocks(), row) };
+        scratch.resize(self.format.row_bytes(self.columns), 0);
+        panels.read(row, scratch);
+        scratch
     }
 
     /// Rows as float32: `out` has a row for each index.
@@ -129,8 +170,9 @@ impl Matrix {
             let indices = &indices[first..(first + at_once).min(indices.len())];
             // SAFETY: these rows of the output are of this piece alone.
             let out = unsafe { out.part(first * self.columns, indices.len() * self.columns) };
+            let mut gathered = Vec::new();
             for (&index, out) in indices.iter().zip(out.chunks_exact_mut(self.columns)) {
-                numbers(level, self.format, self.row(index as usize), out);
+                numbers(level, self.format, self.row(index as usize, &mut gathered), out);
             }
         });
     }
@@ -156,6 +198,7 @@ pub struct Product {
     outputs: usize,
     bias: Option<Vec<f32>>,
     level: Level,
+    pieces: Vec<Piece>,
 }
 
 /// Bytes of weights of one piece of work: some microseconds.
@@ -166,8 +209,10 @@ const PIECE_NUMBERS: usize = 16 << 10;
 #[derive(Default)]
 struct Scratch {
     unpacked: Unpacked,
+    row: Vec<u8>,
     #[cfg(target_arch = "x86_64")]
     panel: Panel,
+    lanes: Vec<[f32; LANES]>,
     column: Vec<f32>,
 }
 
@@ -178,11 +223,11 @@ thread_local! {
 static ROWS: Mutex<Option<Rows>> = Mutex::new(None);
 
 impl Product {
-    /// bias: of all outputs.
+    /// Packs the matrices ([`Matrix::pack`]). bias: of all outputs.
     ///
     /// # Errors
     /// There is no matrix, they have different columns, or the bias does not fit.
-    pub fn new(matrices: Vec<Matrix>, bias: Option<Vec<f32>>, level: Level) -> Result<Self, Misfit> {
+    pub fn new(matrices: Vec<Matrix>, bias: Option<Vec<f32>>, level: Level, pool: &Pool) -> Result<Self, Misfit> {
         let columns = matrices.first().map(Matrix::columns).ok_or("a product without a matrix")?;
         if let Some(other) = matrices.iter().find(|matrix| matrix.columns != columns) {
             return Err(format!("matrices of {columns} and {} columns share no input", other.columns));
@@ -191,7 +236,11 @@ impl Product {
         if let Some(bias) = bias.as_ref().filter(|bias| bias.len() != outputs) {
             return Err(format!("a bias of {} numbers for {outputs} outputs", bias.len()));
         }
-        Ok(Self { matrices, columns, outputs, bias, level })
+        for matrix in &matrices {
+            matrix.pack(pool);
+        }
+        let pieces = Piece::of(&matrices);
+        Ok(Self { matrices, columns, outputs, bias, level, pieces })
     }
 
     /// Numbers of an input row.
@@ -222,93 +271,48 @@ impl Product {
             Err(std::sync::TryLockError::WouldBlock) => &mut own,
         };
         let made = made.get_or_insert_default();
-        let tiles = self.matrices.iter().any(|matrix| self.has_panels(matrix.format, rows));
+        let tiles = self.matrices.iter().any(|matrix| self.by_panels(matrix, rows));
         made.make(self.level, pool, input, rows, self.columns, Forms { codes, tiles, numbers });
         let made = &*made;
         let out = Writer::new(out);
-        let pieces = self.pieces();
-        pool.run(pieces.len(), &|piece| {
-            let piece = &pieces[piece];
+        pool.run(self.pieces.len(), &|piece| {
+            let piece = &self.pieces[piece];
             SCRATCH.with_borrow_mut(|scratch| self.piece(piece, made, rows, out, scratch));
         });
     }
 
     /// Whether sixteen outputs at a time are multiplied by tiles of rows.
-    fn has_panels(&self, format: Format, rows: usize) -> bool {
+    fn by_panels(&self, matrix: &Matrix, rows: usize) -> bool {
         #[cfg(target_arch = "x86_64")]
-        if self.level.tier() == Tier::Avx512 {
-            return avx512::has_panels(format, rows);
+        return match self.level.tier() {
+            // To take sixteen rows apart one by one costs as much as three of them in plain code.
+            Tier::Avx512 => matrix.panels.get().is_some() || matrix.format.is_quantised() && rows > 2,
+            Tier::Avx2 => matrix.panels.get().is_some(),
+            Tier::Portable => false,
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = (matrix, rows);
+            false
         }
-        let _ = (format, rows);
-        false
-    }
-
-    fn pieces(&self) -> Vec<Piece> {
-        let mut pieces = Vec::new();
-        let mut first_output = 0;
-        for (matrix, one) in self.matrices.iter().enumerate() {
-            let size = (PIECE_BYTES / one.format.row_bytes(self.columns)).next_multiple_of(16).max(16);
-            for first in (0..one.rows).step_by(size) {
-                let rows = size.min(one.rows - first);
-                pieces.push(Piece { matrix, first, rows, first_output: first_output + first });
-            }
-            first_output += one.rows;
-        }
-        pieces
     }
 
     fn piece(&self, piece: &Piece, made: &Rows, rows: usize, out: Writer<'_, f32>, scratch: &mut Scratch) {
         let matrix = &self.matrices[piece.matrix];
         #[cfg(target_arch = "x86_64")]
-        if self.has_panels(matrix.format, rows) {
+        if self.by_panels(matrix, rows) {
             return self.panels(matrix, piece, made, rows, out, scratch);
-        } else if self.level.tier() == Tier::Avx512 && avx512::has_few(matrix.format) {
-            return self.few(matrix, piece, made, rows, out, scratch);
         }
         scratch.column.resize(rows, 0.0);
-        let blocks = matrix.blocks();
         for number in 0..piece.rows {
-            let (weights, column) = (matrix.row_of(blocks, piece.first + number), &mut scratch.column);
+            let weights = matrix.row(piece.first + number, &mut scratch.row);
+            let column = &mut scratch.column;
             multiply(self.level, matrix.format, weights, made, self.columns, &mut scratch.unpacked, column);
             self.store(piece.first_output + number, column, out);
         }
     }
 
-    /// Up to `avx512::FEW` rows.
-    #[cfg(target_arch = "x86_64")]
-    fn few(
-        &self,
-        matrix: &Matrix,
-        piece: &Piece,
-        made: &Rows,
-        rows: usize,
-        out: Writer<'_, f32>,
-        scratch: &mut Scratch,
-    ) {
-        let mut inputs = [made.row(0); avx512::FEW];
-        for (row, input) in inputs[..rows].iter_mut().enumerate() {
-            *input = made.row(row);
-        }
-        scratch.column.resize(LANES * rows, 0.0);
-        let blocks = matrix.blocks();
-        for first in (0..piece.rows).step_by(LANES) {
-            let count = LANES.min(piece.rows - first);
-            let mut weights = [&[][..]; LANES];
-            for (lane, weights) in weights[..count].iter_mut().enumerate() {
-                *weights = matrix.row_of(blocks, piece.first + first + lane);
-            }
-            let products = &mut scratch.column[..count * rows];
-            // SAFETY: a `Level` can only be had where the processor has its instructions.
-            unsafe {
-                avx512::few(matrix.format, &weights[..count], &inputs[..rows], self.columns, products);
-            }
-            for row in 0..rows {
-                self.store_lanes(row, piece.first_output + first, count, |lane| products[lane * rows + row], out);
-            }
-        }
-    }
-
-    /// Any number of rows, sixteen outputs at a time.
+    /// Sixteen outputs at a time, by eight rows at a time.
     #[cfg(target_arch = "x86_64")]
     fn panels(
         &self,
@@ -319,47 +323,48 @@ impl Product {
         out: Writer<'_, f32>,
         scratch: &mut Scratch,
     ) {
-        let mut lanes = [[0.0; LANES]; TILE];
-        let blocks = matrix.blocks();
-        for first in (0..piece.rows).step_by(LANES) {
-            let count = LANES.min(piece.rows - first);
-            // Lanes without a row have the last one.
-            let weights = std::array::from_fn(|lane| matrix.row_of(blocks, piece.first + first + lane.min(count - 1)));
-            // SAFETY: a `Level` can only be had where the processor has its instructions.
-            unsafe {
-                scratch.panel.fill(matrix.format, &weights, self.columns);
+        let tiles = || (0..rows.div_ceil(TILE)).map(|number| (number * TILE, made.tile(number)));
+        if let Some(panels) = matrix.panels.get() {
+            let blocks = panels.panels(piece.first / LANES, piece.rows.div_ceil(LANES));
+            for (first_row, tile) in tiles() {
+                let lanes = &mut scratch.lanes;
+                lanes.resize(blocks.count * tile.rows, [0.0; LANES]);
+                let multiply = if self.level.tier() == Tier::Avx512 { avx512::multiply } else { avx2::multiply };
+                // SAFETY: a `Level` can only be had where the processor has its instructions.
+                unsafe { multiply(matrix.format, blocks, tile, lanes) };
+                for (panel, lanes) in lanes.chunks_exact(tile.rows).enumerate() {
+                    self.store_lanes(first_row, piece, panel * LANES, lanes, out);
+                }
             }
-            let output = piece.first_output + first;
-            for first_row in (0..rows).step_by(TILE) {
-                let many = TILE.min(rows - first_row);
+            return;
+        }
+        let blocks = matrix.blocks();
+        let mut lanes = [[0.0; LANES]; TILE];
+        for first in (0..piece.rows).step_by(LANES) {
+            // Lanes without a row have the last one.
+            let row = |lane: usize| matrix.row_of(blocks, piece.first + (first + lane).min(piece.rows - 1));
+            let weights = std::array::from_fn(row);
+            // SAFETY: as above.
+            unsafe { scratch.panel.fill(matrix.format, &weights, self.columns) };
+            for (first_row, tile) in tiles() {
                 // SAFETY: as above.
-                unsafe {
-                    scratch.panel.multiply(made.tile(first_row / TILE), many, &mut lanes);
-                }
-                for (row, lanes) in lanes[..many].iter().enumerate() {
-                    self.store_lanes(first_row + row, output, count, |lane| lanes[lane], out);
-                }
+                unsafe { scratch.panel.multiply(tile, &mut lanes) };
+                self.store_lanes(first_row, piece, first, &lanes[..tile.rows], out);
             }
         }
     }
 
-    /// Outputs `first` to `first + count` of a row.
+    /// Some rows' outputs by the sixteen rows of weights from `first` of the piece on.
     #[cfg(target_arch = "x86_64")]
-    fn store_lanes(
-        &self,
-        row: usize,
-        first: usize,
-        count: usize,
-        product: impl Fn(usize) -> f32,
-        out: Writer<'_, f32>,
-    ) {
-        // SAFETY: outputs of one piece are written by the thread that has it.
-        let out = unsafe { out.part(row * self.outputs + first, count) };
-        for (lane, out) in out.iter_mut().enumerate() {
-            *out = product(lane);
-        }
-        if let Some(bias) = &self.bias {
-            out.iter_mut().zip(&bias[first..]).for_each(|(out, bias)| *out += bias);
+    fn store_lanes(&self, first_row: usize, piece: &Piece, first: usize, lanes: &[[f32; LANES]], out: Writer<'_, f32>) {
+        let (output, count) = (piece.first_output + first, LANES.min(piece.rows - first));
+        for (row, products) in lanes.iter().enumerate() {
+            // SAFETY: outputs of one piece are written by the thread that has it.
+            let out = unsafe { out.part((first_row + row) * self.outputs + output, count) };
+            out.copy_from_slice(&products[..count]);
+            if let Some(bias) = &self.bias {
+                out.iter_mut().zip(&bias[output..]).for_each(|(out, bias)| *out += bias);
+            }
         }
     }
 
@@ -374,10 +379,28 @@ impl Product {
     }
 }
 
-/// Rows of one matrix that one thread multiplies by.
+/// Rows of one matrix that one thread multiplies by: whole panels, the matrix's last one apart.
+#[derive(Debug)]
 struct Piece {
     matrix: usize,
     first: usize,
     rows: usize,
     first_output: usize,
+}
+
+impl Piece {
+    /// All rows of all matrices.
+    fn of(matrices: &[Matrix]) -> Vec<Self> {
+        let mut pieces = Vec::new();
+        let mut first_output = 0;
+        for (number, matrix) in matrices.iter().enumerate() {
+            let size = (PIECE_BYTES / matrix.format.row_bytes(matrix.columns)).next_multiple_of(LANES).max(LANES);
+            for first in (0..matrix.rows).step_by(size) {
+                let rows = size.min(matrix.rows - first);
+                pieces.push(Self { matrix: number, first, rows, first_output: first_output + first });
+            }
+            first_output += matrix.rows;
+        }
+        pieces
+    }
 }

@@ -4,14 +4,14 @@
 //! the weights' bytes are read once for both.
 
 use super::float;
+#[cfg(target_arch = "x86_64")]
+use super::level::Tier;
 use super::level::{by_level, multiply_add, Level};
 use super::pool::Pool;
 use super::raw::Writer;
 
 /// Numbers of one group of activations.
 pub const GROUP: usize = 32;
-/// Rows are padded with zeros to a multiple of this, so that kernels may take four groups at once.
-pub const PADDING: usize = 128;
 /// The largest code: both of its bytes are signed numbers.
 const LARGEST: f32 = 127.0 * 256.0;
 /// Rows that a tile has side by side.
@@ -53,13 +53,12 @@ pub enum Input<'a> {
 /// Rows as kernels take them. The memory is kept from one product to the next.
 #[derive(Debug, Default)]
 pub struct Rows {
-    /// Numbers of a row, and the same with its padding.
+    /// Numbers of a row, the same with its padding, and how many rows there are.
     columns: usize,
     padded: usize,
+    count: usize,
     /// [rows, padded]: `round(x / scale)`, from -32512 to 32512; zeros behind the row.
     codes: Vec<i16>,
-    /// [rows, 2, padded]: the same as 256 * (first half) + (second half).
-    bytes: Vec<i8>,
     /// [rows, padded / 32, 2]: scale, and scale * (sum of the codes).
     scales: Vec<f32>,
     /// [rows, padded / 16]: scale * (sum of 16 codes).
@@ -69,25 +68,28 @@ pub struct Rows {
     tiles: Tiles,
 }
 
-/// The same codes, scales and sums, where eight rows at once are multiplied: theirs side by side.
+/// The same codes, scales and sums for panels of weights: those of up to eight rows side by side, tile after
+/// tile. The last one has the rows that are left.
 #[derive(Debug, Default)]
 struct Tiles {
-    /// [tiles, padded / 4, 8]: four codes' high bytes, and their low ones.
+    /// [padded / 4, rows of the tile] of each tile: four codes, by [`split`].
     codes: Vec<[i32; 2]>,
-    /// [tiles, padded / 32, 8]
+    /// [padded / 32, rows of the tile]
     scales: Vec<[f32; 2]>,
-    /// [tiles, padded / 16, 8]
+    /// [padded / 16, rows of the tile]
     sums: Vec<f32>,
 }
 
 /// Up to eight rows of [`Rows`], side by side.
 #[derive(Debug, Clone, Copy)]
 pub struct Tile<'a> {
-    /// [padded / 4, 8]: four codes' high bytes, and their low ones, as they are in [`Row`]
+    /// How many.
+    pub rows: usize,
+    /// [padded / 4, rows]: four codes, by [`split`]
     pub codes: &'a [[i32; 2]],
-    /// [padded / 32, 8]: scale, and scale * (sum of the codes)
+    /// [padded / 32, rows]: scale, and scale * (sum of the codes)
     pub scales: &'a [[f32; 2]],
-    /// [padded / 16, 8]: scale * (sum of 16 codes)
+    /// [padded / 16, rows]: scale * (sum of 16 codes)
     pub sums: &'a [f32],
 }
 
@@ -96,7 +98,7 @@ pub struct Tile<'a> {
 pub struct Forms {
     /// Codes, for weights that are quantised.
     pub codes: bool,
-    /// Codes eight rows at a time too.
+    /// Codes in tiles too, for panels of weights.
     pub tiles: bool,
     /// Numbers, for weights that are not.
     pub numbers: bool,
@@ -105,7 +107,6 @@ pub struct Forms {
 /// One row of [`Rows`], to be written.
 struct Rounded<'a> {
     codes: &'a mut [i16],
-    bytes: &'a mut [i8],
     scales: &'a mut [f32],
     sums: &'a mut [f32],
 }
@@ -115,10 +116,6 @@ struct Rounded<'a> {
 pub struct Row<'a> {
     /// [padded]
     pub codes: &'a [i16],
-    /// [padded]: their high bytes, such that the low ones have a sign
-    pub high: &'a [i8],
-    /// [padded]
-    pub low: &'a [i8],
     /// [padded / 32, 2]
     pub scales: &'a [f32],
     /// [padded / 16]
@@ -130,15 +127,15 @@ impl Rows {
     pub fn make(&mut self, level: Level, pool: &Pool, input: Input<'_>, rows: usize, columns: usize, forms: Forms) {
         let Forms { codes, tiles, numbers } = forms;
         self.columns = columns;
-        self.padded = columns.div_ceil(PADDING) * PADDING;
+        self.padded = columns.next_multiple_of(GROUP);
         let padded = if codes { self.padded } else { 0 };
         let (groups, numbers_of_row) = (padded / GROUP, if numbers { columns } else { 0 });
         self.codes.resize(rows * padded, 0);
-        self.bytes.resize(rows * 2 * padded, 0);
         self.scales.resize(rows * groups * 2, 0.0);
         self.sums.resize(rows * groups * 2, 0.0);
         self.numbers.resize(rows * numbers_of_row, 0.0);
-        let tiled = if tiles { rows.next_multiple_of(TILE) * padded } else { 0 };
+        self.count = rows;
+        let tiled = if tiles { rows * padded } else { 0 };
         self.tiles.codes.resize(tiled / 4, [0; 2]);
         self.tiles.scales.resize(tiled / GROUP, [0.0; 2]);
         self.tiles.sums.resize(tiled / 16, 0.0);
@@ -146,16 +143,14 @@ impl Rows {
         let tile_scales = Writer::new(&mut self.tiles.scales);
         let tile_sums = Writer::new(&mut self.tiles.sums);
         let all_codes = Writer::new(&mut self.codes);
-        let all_bytes = Writer::new(&mut self.bytes);
         let all_scales = Writer::new(&mut self.scales);
         let all_sums = Writer::new(&mut self.sums);
         let all_numbers = Writer::new(&mut self.numbers);
         let one = |row: usize| {
             // SAFETY: each row is made once, by one thread, and rows do not overlap.
-            let (rounded, row_numbers) = unsafe {
+            let (mut rounded, row_numbers) = unsafe {
                 let rounded = Rounded {
                     codes: all_codes.part(row * padded, padded),
-                    bytes: all_bytes.part(row * 2 * padded, 2 * padded),
                     scales: all_scales.part(row * groups * 2, groups * 2),
                     sums: all_sums.part(row * groups * 2, groups * 2),
                 };
@@ -166,27 +161,16 @@ impl Rows {
                 let made = if numbers { row_numbers } else { &mut scratch[..] };
                 fill(level, input, row, made);
                 if codes {
-                    quantise(level, made, rounded);
-                }
-                if tiles {
-                    // SAFETY: this row has been made, by this thread.
-                    let (bytes, scales, sums) = unsafe {
-                        (
-                            all_bytes.part(row * 2 * padded, 2 * padded),
-                            all_scales.part(row * groups * 2, groups * 2),
-                            all_sums.part(row * groups * 2, groups * 2),
-                        )
-                    };
-                    let (high, low) = bytes.split_at(padded);
-                    beside(
-                        tile_codes,
-                        row,
-                        high.as_chunks().0.iter().zip(low.as_chunks().0).map(|(&a, &b)| four(a, b)),
-                    );
-                    beside(tile_scales, row, scales.as_chunks().0.iter().copied());
-                    beside(tile_sums, row, sums.iter().copied());
+                    quantise(level, made, &mut rounded);
                 }
             });
+            if tiles {
+                let Rounded { codes, scales, sums } = rounded;
+                let place = Place { row, rows };
+                place.write(tile_codes, codes.as_chunks().0.iter().map(|&four| split(level, four)));
+                place.write(tile_scales, scales.as_chunks().0.iter().copied());
+                place.write(tile_sums, sums.iter().copied());
+            }
         };
         if rows <= ALONE {
             (0..rows).for_each(one);
@@ -200,20 +184,20 @@ impl Rows {
         let padded = self.padded;
         Row {
             codes: &self.codes[row * padded..][..padded],
-            high: &self.bytes[row * 2 * padded..][..padded],
-            low: &self.bytes[(row * 2 + 1) * padded..][..padded],
             scales: &self.scales[row * padded / GROUP * 2..][..padded / GROUP * 2],
             sums: &self.sums[row * padded / 16..][..padded / 16],
         }
     }
 
-    /// Rows `8 * number` to `8 * number + 7`, those that are there.
+    /// Rows from `8 * number` on, up to eight.
     pub fn tile(&self, number: usize) -> Tile<'_> {
-        let len = TILE * self.padded;
+        let rows = TILE.min(self.count - number * TILE);
+        let (first, len) = (number * TILE * self.padded, rows * self.padded);
         Tile {
-            codes: &self.tiles.codes[number * len / 4..][..len / 4],
-            scales: &self.tiles.scales[number * len / GROUP..][..len / GROUP],
-            sums: &self.tiles.sums[number * len / 16..][..len / 16],
+            rows,
+            codes: &self.tiles.codes[first / 4..][..len / 4],
+            scales: &self.tiles.scales[first / GROUP..][..len / GROUP],
+            sums: &self.tiles.sums[first / 16..][..len / 16],
         }
     }
 
@@ -223,18 +207,39 @@ impl Rows {
     }
 }
 
-/// High and low bytes of four codes as a tile has them.
-fn four(high: [i8; 4], low: [i8; 4]) -> [i32; 2] {
-    [high, low].map(|bytes| i32::from_ne_bytes(bytes.map(i8::cast_unsigned)))
+/// Four codes as a level multiplies them: with VNNI their high bytes, such that the low ones have a sign,
+/// and their low ones; else the first and third, and the second and fourth.
+#[inline(always)]
+fn split(level: Level, codes: [i16; 4]) -> [i32; 2] {
+    #[cfg(target_arch = "x86_64")]
+    if level.tier() == Tier::Avx512 {
+        let high = codes.map(|code| ((i32::from(code) + 128) >> 8) as u8);
+        return [high, codes.map(|code| code as u8)].map(i32::from_ne_bytes);
+    }
+    let _ = level;
+    let pair = |low: i16, high: i16| i32::from(low.cast_unsigned()) | i32::from(high) << 16;
+    [pair(codes[0], codes[2]), pair(codes[1], codes[3])]
 }
 
-/// Writes what a row has into its place in its tile.
-fn beside<T>(tiles: Writer<'_, T>, row: usize, parts: impl ExactSizeIterator<Item = T>) {
-    let first = row / TILE * TILE * parts.len() + row % TILE;
-    for (at, part) in parts.enumerate() {
-        // SAFETY: each row has places of its own, and is made by one thread.
-        let place = unsafe { tiles.part(first + at * TILE, 1) };
-        place[0] = part;
+/// Where a row is among tiles.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    row: usize,
+    /// Of all tiles.
+    rows: usize,
+}
+
+impl Place {
+    /// Writes what the row has.
+    fn write<T>(self, tiles: Writer<'_, T>, parts: impl ExactSizeIterator<Item = T>) {
+        let tile = self.row / TILE * TILE;
+        let width = TILE.min(self.rows - tile);
+        let first = tile * parts.len() + self.row - tile;
+        for (at, part) in parts.enumerate() {
+            // SAFETY: each row has places of its own, and is made by one thread.
+            let place = unsafe { tiles.part(first + at * width, 1) };
+            place[0] = part;
+        }
     }
 }
 
@@ -249,7 +254,7 @@ by_level! {
 
 by_level! {
     /// Rounds `numbers` to codes, scales and sums of a row of [`Rows`].
-    fn quantise(numbers: &[f32], row: Rounded<'_>) = quantise_body
+    fn quantise(numbers: &[f32], row: &mut Rounded<'_>) = quantise_body
 }
 
 #[inline(always)]
@@ -319,14 +324,11 @@ pub(super) fn add_lanes(mut sums: [f32; 16]) -> f32 {
 }
 
 #[inline(always)]
-#[allow(clippy::needless_pass_by_value)] // a bundle of slices
-fn quantise_body<const FUSED: bool>(numbers: &[f32], row: Rounded<'_>) {
-    let (high, low) = row.bytes.split_at_mut(row.codes.len());
+fn quantise_body<const FUSED: bool>(numbers: &[f32], row: &mut Rounded<'_>) {
     let codes = row.codes.as_chunks_mut::<GROUP>().0.iter_mut();
-    let bytes = high.as_chunks_mut::<GROUP>().0.iter_mut().zip(low.as_chunks_mut::<GROUP>().0);
     let scales = row.scales.as_chunks_mut::<2>().0.iter_mut().zip(row.sums.as_chunks_mut::<2>().0);
     let mut padded = [0.0; GROUP];
-    for (at, ((codes, (high, low)), (scale, sums))) in codes.zip(bytes).zip(scales).enumerate() {
+    for (at, (codes, (scale, sums))) in codes.zip(scales).enumerate() {
         let start = (at * GROUP).min(numbers.len());
         let whole: &[f32; GROUP] = if let Some(whole) = numbers[start..].first_chunk() {
             whole
@@ -356,8 +358,6 @@ fn quantise_body<const FUSED: bool>(numbers: &[f32], row: Rounded<'_>) {
                 let rounded = (whole[half * 16 + lane] * inverse + 12_582_912.0).to_bits() as i32;
                 let code = (rounded - 0x4B40_0000) as i16;
                 codes[half * 16 + lane] = code;
-                high[half * 16 + lane] = ((i32::from(code) + 128) >> 8) as i8;
-                low[half * 16 + lane] = code as i8;
                 totals[half] += i32::from(code);
             }
         }

@@ -8,6 +8,8 @@ use super::blocks::Format;
 use super::codes::{Codes, Fp8, Int4, Int8};
 use super::float::{Brain, Half};
 use super::level::Level;
+use super::memory::Memory;
+use super::panels::Panels;
 use super::pool::Pool;
 use super::product::{Bytes, Matrix, Product};
 use super::raw::Writer;
@@ -91,7 +93,7 @@ fn products_of_every_shape_are_the_portable_ones() {
             let x = random.numbers(rows * columns);
             let run = |level| {
                 let matrix = Matrix::new(format, outputs, columns, Arc::clone(&bytes), start).expect("a matrix");
-                let product = Product::new(vec![matrix], None, level).expect("a product");
+                let product = Product::new(vec![matrix], None, level, &pool).expect("a product");
                 let mut out = vec![f32::NAN; rows * outputs];
                 product.run(&pool, Input::Plain(&x), rows, &mut out);
                 out
@@ -103,6 +105,47 @@ fn products_of_every_shape_are_the_portable_ones() {
                 assert_close(&run(level), &right, 1e-5, &what);
             }
         }
+    }
+}
+
+#[test]
+fn panels_have_every_row_as_it_was() {
+    let mut random = Random(5);
+    for turn in 0..40 {
+        for format in FORMATS.into_iter().filter_map(Format::named).filter(|&format| Panels::take(format)) {
+            let columns = random.from(1, 9) * format.numbers();
+            // Some of them so large that they share memory with others.
+            let rows = if turn % 8 == 0 { random.from(1_000, 2_000) } else { random.from(1, 50) };
+            let len = format.row_bytes(columns);
+            let bytes = random.blocks(format, rows * columns / format.numbers(), 0);
+            let row = |row: usize| &bytes[row * len..][..len];
+            let panels = Panels::new(format, rows, columns, &Pool::new(2), &row);
+            let mut read = vec![0; len];
+            for number in 0..rows {
+                panels.read(number, &mut read);
+                assert_eq!(read, row(number), "{}, row {number} of {rows} of {columns}", format.name());
+            }
+        }
+    }
+}
+
+#[test]
+fn memory_of_any_size_is_apart_and_zero() {
+    let mut random = Random(3);
+    for _ in 0..3 {
+        // The last are more than what is shared, and so are all together.
+        let sizes = [1, 63, 70_000, 65_536, 3 << 20, 12 << 20, 9 << 20, 11 << 20, 17 << 20];
+        let mut all: Vec<(Memory, u8)> = Vec::new();
+        for len in sizes {
+            let (mut memory, mark) = (Memory::new(len), random.from(1, 255) as u8);
+            assert_eq!(memory.bytes().as_ptr().align_offset(64), 0);
+            assert!(memory.bytes().len() == len && memory.bytes().iter().all(|&byte| byte == 0));
+            // SAFETY: nobody else has it.
+            unsafe { memory.writer().part(0, len) }.fill(mark);
+            all.push((memory, mark));
+        }
+        all.remove(4);
+        assert!(all.iter().all(|(memory, mark)| memory.bytes().iter().all(|byte| byte == mark)));
     }
 }
 

@@ -43,7 +43,7 @@ fn level_named(name: Option<&str>) -> PyResult<Level> {
         .ok_or_else(|| PyValueError::new_err(format!("level {name:?}: this processor has {}", cpu_levels().join(", "))))
 }
 
-/// A matrix in the blocks of a file, where they are.
+/// A matrix in the blocks of a file: where they are, until a product has them side by side.
 #[pyclass(frozen, module = "octavo._core")]
 #[derive(Debug)]
 pub struct BlockMatrix {
@@ -143,13 +143,16 @@ impl BlockProduct {
     #[pyo3(signature = (matrices, bias = None, level = None))]
     #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn new(
+        py: Python<'_>,
         matrices: Vec<PyRef<'_, BlockMatrix>>,
         bias: Option<&Bound<'_, PyAny>>,
         level: Option<&str>,
     ) -> PyResult<Self> {
-        let matrices = matrices.iter().map(|one| one.matrix.clone()).collect();
+        let matrices: Vec<_> = matrices.iter().map(|one| one.matrix.clone()).collect();
         let bias = bias.map(|bias| Ok::<_, PyErr>(Tensor::<f32>::of(bias, "bias")?.read().to_vec())).transpose()?;
-        let product = Product::new(matrices, bias, level_named(level)?).map_err(PyValueError::new_err)?;
+        let level = level_named(level)?;
+        let product =
+            py.detach(|| Product::new(matrices, bias, level, &pool::shared())).map_err(PyValueError::new_err)?;
         Ok(Self { product })
     }
 

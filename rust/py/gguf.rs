@@ -1,12 +1,15 @@
 //! `octavo._core.GgufFile`.
 
+use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use memmap2::{Mmap, UncheckedAdvice};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::cpu::blocks::Format;
-use crate::cpu::product::Matrix;
+use crate::cpu::product::{Matrix, Source};
 use crate::gguf::{self, Kind, Value};
 use crate::py::cpu::BlockMatrix;
 
@@ -71,7 +74,7 @@ impl GgufFile {
             .ok_or_else(|| self.file.error(format!("tensor {name:?}: type {} is not supported", tensor.kind.name)))?;
         let rows = tensor.shape.first().copied().unwrap_or(1) as usize;
         let columns = tensor.shape.iter().skip(1).product::<u64>() as usize;
-        let bytes = self.file.shared_bytes();
+        let bytes = Arc::new(Mapped { file: self.file.shared_bytes() });
         let matrix = Matrix::new(format, rows, columns, bytes, tensor.offset as usize)
             .map_err(|problem| self.file.error(format!("tensor {name:?}: {problem}")))?;
         Ok(BlockMatrix { matrix })
@@ -79,6 +82,28 @@ impl GgufFile {
 
     fn check_types(&self) -> PyResult<()> {
         Ok(self.file.check_types()?)
+    }
+}
+
+/// The bytes of an open file.
+struct Mapped {
+    file: Arc<Mmap>,
+}
+
+impl Source for Mapped {
+    fn bytes(&self) -> &[u8] {
+        &self.file
+    }
+
+    /// Takes them out of this process's memory: whoever reads them again has them from the file.
+    #[allow(unsafe_code)]
+    fn release(&self, range: Range<usize>) {
+        const PAGE: usize = 4096; // of a processor with larger ones the kernel refuses, and they stay
+        let (start, end) = (range.start.next_multiple_of(PAGE), range.end / PAGE * PAGE);
+        if start < end {
+            // SAFETY: `GgufFile::open` maps files for reading, so no byte is only here. To fail costs memory.
+            let _ = unsafe { self.file.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+        }
     }
 }
 

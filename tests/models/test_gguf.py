@@ -271,4 +271,4 @@ def test_what_goes_with_the_default_model(
         loaded = load_model(config, device=torch.device("cpu"))
     assert loaded.eos_token_ids == (2, 0)  # <|im_end|>, <|endoftext|>
     assert loaded.generation_defaults == defaults
-    assert "its Q4_1, Q8_0 blocks are used where they are: 0.09 GiB in the file" in caplog.text
+    assert "its Q4_1, Q8_0 blocks are used as they are: 0.09 GiB in the file" in caplog.text

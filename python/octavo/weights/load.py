@@ -163,7 +163,7 @@ def _load_gguf(
     if source is not None and packed:
         kinds, file_gib = ", ".join(packed), sum(Path(part.path).stat().st_size for part in parts) / 2**30
         if loaded.in_blocks:
-            logger.info("%s: its %s blocks are used where they are: %.2f GiB in the file", path, kinds, file_gib)
+            logger.info("%s: its %s blocks are used as they are: %.2f GiB in the file", path, kinds, file_gib)
         else:
             held_gib = loaded.model.weight_bytes() / 2**30
             logger.info(
