@@ -10,11 +10,14 @@ const PRIOR_HITS: f32 = 0.5;
 /// How many tests that counts as, of a sequence that tests all it is offered, and of one whose drafts
 /// cost something: the others' tests stand for its own then.
 const PRIOR_TESTS: f32 = 2.0;
-const PRIOR_TESTS_SHARED: f32 = 8.0;
-/// What an old test still counts after one more: of a sequence's own, of those of all, and of its own
-/// after a step in which nothing was tested.
+const PRIOR_TESTS_SHARED: f32 = 24.0;
+/// What an old test still counts after one more: of a sequence's own, where each is free and where it
+/// costs a pass; of those of all; and of its own after a step in which nothing was tested. Where drafts
+/// cost something, one more or less in ten that is right decides whether they pay: few tests say too
+/// little.
 const MEMORY: f32 = 0.95;
-const MEMORY_SHARED: f32 = 0.99;
+const MEMORY_OF_PASSES: f32 = 0.98;
+const MEMORY_SHARED: f32 = 0.997;
 const MEMORY_IDLE: f32 = 0.98;
 /// Text of which no larger part than this comes as foretold is looked up again only behind so many more
 /// tokens: to look costs more than all else of a drafter, and hardly any draft is missed.
@@ -137,7 +140,7 @@ impl Drafter {
         if drafted == 0 {
             self.own.fade(MEMORY_IDLE);
         }
-        self.own.add_run(drafted, accepted, MEMORY);
+        self.own.add_run(drafted, accepted, MEMORY_OF_PASSES);
     }
 
     /// Foretells the next tokens, at most `most`. shared: what the device's drafts for others were.
@@ -295,7 +298,7 @@ mod tests {
             drafter.tested(3, 3);
         }
         assert!(chance(&drafter) > 0.8);
-        for _ in 0..100 {
+        for _ in 0..300 {
             drafter.tested(3, 0);
             shared.tested(3, 1);
         }

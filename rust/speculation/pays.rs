@@ -11,8 +11,10 @@ const MOST_SURPRISE: f64 = 3.0;
 const STALE_AFTER: u64 = 400;
 /// By how much of a step's time each token of a step of unknown size is held to lengthen it.
 const GUESSED_SLOPE: f64 = 0.01;
-/// Drafting must promise this many times the tokens a second.
+/// Drafting must promise this many times the tokens a second: out of text, where its chances are less
+/// sure, and by a model.
 const LEAST_GAIN: f64 = 1.05;
+const LEAST_GAIN_OF_PASSES: f64 = 1.02;
 /// Hopes of so many accepted drafts, all fulfilled, stand beside those that there were; and what an
 /// old hope still counts after a step with drafts, and after one without.
 const PRIOR_HOPE: f64 = 8.0;
@@ -193,8 +195,12 @@ impl Controller {
         let pass = below.or(above).map_or(0.0, |time| time.seconds);
         // Stable: each row's drafts stay in their order.
         self.drafts.sort_by(|left, right| right.chance.total_cmp(&left.chance));
-        let fulfilled = (self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE);
-        let (mut hoped, mut best, mut best_hope, mut best_rate) = (0.0, 0, 0.0, plain_rate * LEAST_GAIN);
+        // What a model drafts is always verified as planned, and its chances are what came of that.
+        let (fulfilled, least_gain) = match self.tries {
+            true => (1.0, LEAST_GAIN_OF_PASSES),
+            false => ((self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE), LEAST_GAIN),
+        };
+        let (mut hoped, mut best, mut best_hope, mut best_rate) = (0.0, 0, 0.0, plain_rate * least_gain);
         let mut passes = 0;
         for (index, draft) in self.drafts.iter().enumerate() {
             hoped += f64::from(draft.chance);

@@ -44,6 +44,8 @@ the slowest says how long it takes, and drafts, which make the others faster, se
 SAID = 10
 """The one token of every answer where `--acceptance` sets how many drafts are right."""
 ALWAYS_SAID = {"logit_bias": [(SAID, 100.0)]}
+FATES = 4096
+"""Passes after which the same drafts are right and wrong again."""
 
 
 class StepTimes:
@@ -162,12 +164,15 @@ def set_acceptance(runner: ModelRunner, acceptance: float, seed: int) -> Iterato
     """
     assert runner.proposer is not None
     draw = runner.proposer.draw
+    # Drawn beforehand: a step should have no launches that it has not without.
+    rows = runner.proposer.sizes[-1]
     generator = torch.Generator(runner.device).manual_seed(seed)
+    is_wrong = torch.rand((FATES, rows), generator=generator, device=runner.device) >= acceptance
+    fates = itertools.cycle((is_wrong.int() + SAID).unbind())
 
-    def known(step: Plan) -> Tensor:
-        drawn = draw(step)
-        is_wrong = torch.rand(drawn.shape, generator=generator, device=drawn.device) >= acceptance
-        return is_wrong.int() + SAID
+    def known(step: Plan, place: int) -> Tensor:
+        drawn = draw(step, place)
+        return next(fates)[: drawn.numel()]
 
     runner.proposer.draw = known  # type: ignore[method-assign]
     try:

@@ -126,16 +126,16 @@ class Proposer:
             self._graphs = StepGraphs(
                 draft.model, self._inputs, self._state, max_decode_len=1, max_seq_len=self._max_seq_len
             )
-        # The rows of a pass, as a plan has them: the bytes are a whole plan of its own.
+        # The rows of each pass, as a plan has them: the bytes are a whole plan of its own.
         self._idle = torch.zeros((max_num_seqs, fmt.ROW_WORDS), dtype=torch.int32, device=device)
         self._idle[:, fmt.ROW_SLOT] = target_state.padding_slot
         self._idle[:, fmt.ROW_QUERY_START] = torch.arange(max_num_seqs, device=device)
         self._idle[:, fmt.ROW_QUERY_LEN] = 1
         self._idle[:, fmt.ROW_FLAGS] = fmt.PADDING
         self._idle[:, fmt.ROW_MASK_ROW] = -1
-        self._rows = self._idle.clone()
-        self._result = torch.zeros((max_num_seqs, _RESULT_WIDTH), dtype=torch.int32, device=device)
-        self._proposed = torch.zeros((num_draft_tokens, max_num_seqs), dtype=torch.int32, device=device)
+        self._rows = self._idle.repeat(num_draft_tokens, 1, 1)
+        self._results = torch.zeros((num_draft_tokens, max_num_seqs, _RESULT_WIDTH), dtype=torch.int32, device=device)
+        self._places = torch.arange(num_draft_tokens, device=device)[:, None]
         self._numbers = torch.arange(max_num_seqs * num_draft_tokens, device=device)
 
     def shapes(self) -> list[StepShape]:
@@ -167,28 +167,31 @@ class Proposer:
         self._state.catch_up(self._target_state)
         size = self.sizes[bisect.bisect_left(self.sizes, num_rows)]
         step = _pass_plan(size, plan)
-        self._rows[:size] = self._idle[:size]
-        own = self._rows[:num_rows]
-        for place in range(plan.decode_query_len - 1):
-            takes_part = wanted > place
-            own[:, fmt.ROW_SLOT] = torch.where(takes_part, slots, self._state.padding_slot)
-            own[:, fmt.ROW_FLAGS] = torch.where(takes_part, fmt.SAMPLE, fmt.PADDING)
-            self._proposed[place, :num_rows] = self.draw(step)[:num_rows]
+        num_passes = plan.decode_query_len - 1
+        takes_part = wanted > self._places[:num_passes]
+        passes = self._rows[:num_passes]
+        passes[:, :size] = self._idle[:size]
+        passes[:, :num_rows, fmt.ROW_SLOT] = torch.where(takes_part, slots, self._state.padding_slot)
+        passes[:, :num_rows, fmt.ROW_FLAGS] = torch.where(takes_part, fmt.SAMPLE, fmt.PADDING)
+        # Each pass is a few launches and no more: all there is to do for it is done before and after all.
+        drawn = torch.stack([self.draw(step, place)[:num_rows] for place in range(num_passes)])
+        drawn.clamp_(min=0)  # -1: its logits were NaN
         # Each row before a draft's has one token that is no draft.
         first = rows[:, fmt.ROW_QUERY_START].long() - self._numbers[:num_rows]
         number = self._numbers[: plan.num_drafts]
         row = torch.searchsorted(first, number, right=True) - 1
-        drafts = self._proposed[number - first[row], row]
+        drafts = drawn[number - first[row], row]
         start = plan.drafts_offset // 4
         words[start : start + plan.num_drafts] = drafts
         self._target_inputs.token_ids[number + row + 1] = drafts
 
-    def draw(self, step: Plan) -> Tensor:
-        """One pass: a token for each row that takes part # [rows] int32; whatever in the others.
+    def draw(self, step: Plan, place: int) -> Tensor:
+        """The pass for the drafts of one place: a token for each row that takes part # [rows] int32, a view;
+        -1 where its logits were NaN, and whatever in the other rows.
 
         step: the header of a plan whose rows are those of the pass.
         """
-        words = self._rows.view(torch.uint8).view(-1)
+        words = self._rows[place].view(torch.uint8).view(-1)
         if self._clamps:
             self._state.last_token.clamp_(max=self._state.vocab_size - 1)
         ops.prepare(step, words, self._state, self._inputs, block_size=self._block_size)
@@ -197,8 +200,9 @@ class Proposer:
         else:
             hidden = hidden_states(self.draft.model, self._inputs, self._context(StepShape.of(step)))
         logits = self.draft.model.compute_logits(hidden)
-        ops.sample(logits, step, words, self._state, self._inputs, self._result.view(-1))
-        return self._result[: step.padded_rows, fmt.RESULT_TOKENS].clamp(min=0)  # -1: its logits were NaN
+        result = self._results[place]
+        ops.sample(logits, step, words, self._state, self._inputs, result.view(-1))
+        return result[: step.padded_rows, fmt.RESULT_TOKENS]
 
     def _context(self, shape: StepShape) -> StepContext:
         return step_context(
