@@ -30,6 +30,11 @@ impl Level {
         *BEST.get_or_init(|| *Self::all().last().expect("every processor has the portable one"))
     }
 
+    /// What every processor has.
+    pub(super) fn portable() -> Self {
+        Self(Tier::Portable)
+    }
+
     /// Those of this processor, from the least to the best.
     pub fn all() -> Vec<Self> {
         #[allow(unused_mut)]

@@ -16,6 +16,8 @@ mod avx512;
 pub mod blocks;
 pub mod codes;
 pub mod float;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
 pub mod level;
 mod memory;
 mod panels;

@@ -51,7 +51,7 @@ pub struct Panels {
 impl Panels {
     /// Whether blocks of this format can stand side by side.
     pub fn take(format: Format) -> bool {
-        format.numbers() == 32
+        Halves::of(format).is_some()
     }
 
     /// Of `rows` rows of `columns` numbers. row: the blocks of each, as they are in a file.
@@ -106,6 +106,11 @@ impl Panels {
             }
         });
         Self { format, halves, blocks, words, memory, halves_start }
+    }
+
+    /// The format of its blocks.
+    pub fn format(&self) -> Format {
+        self.format
     }
 
     /// `count` panels from number `first` on.

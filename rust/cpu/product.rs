@@ -13,11 +13,7 @@ use super::pool::Pool;
 use super::raw::Writer;
 use super::rows::{Forms, Input, Rows};
 #[cfg(target_arch = "x86_64")]
-use super::{
-    avx2,
-    avx512::{self, Panel},
-    rows::TILE,
-};
+use super::{avx2, avx512, rows::TILE};
 
 /// Bytes that somebody else keeps: those of a mapped file.
 pub trait Source: Send + Sync {
@@ -211,7 +207,6 @@ struct Scratch {
     unpacked: Unpacked,
     row: Vec<u8>,
     #[cfg(target_arch = "x86_64")]
-    panel: Panel,
     lanes: Vec<[f32; LANES]>,
     column: Vec<f32>,
 }
@@ -271,7 +266,7 @@ impl Product {
             Err(std::sync::TryLockError::WouldBlock) => &mut own,
         };
         let made = made.get_or_insert_default();
-        let tiles = self.matrices.iter().any(|matrix| self.by_panels(matrix, rows));
+        let tiles = self.matrices.iter().any(|matrix| self.by_panels(matrix));
         made.make(self.level, pool, input, rows, self.columns, Forms { codes, tiles, numbers });
         let made = &*made;
         let out = Writer::new(out);
@@ -282,26 +277,15 @@ impl Product {
     }
 
     /// Whether sixteen outputs at a time are multiplied by tiles of rows.
-    fn by_panels(&self, matrix: &Matrix, rows: usize) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return match self.level.tier() {
-            // To take sixteen rows apart one by one costs as much as three of them in plain code.
-            Tier::Avx512 => matrix.panels.get().is_some() || matrix.format.is_quantised() && rows > 2,
-            Tier::Avx2 => matrix.panels.get().is_some(),
-            Tier::Portable => false,
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        {
-            let _ = (matrix, rows);
-            false
-        }
+    fn by_panels(&self, matrix: &Matrix) -> bool {
+        self.level != Level::portable() && matrix.panels.get().is_some()
     }
 
     fn piece(&self, piece: &Piece, made: &Rows, rows: usize, out: Writer<'_, f32>, scratch: &mut Scratch) {
         let matrix = &self.matrices[piece.matrix];
         #[cfg(target_arch = "x86_64")]
-        if self.by_panels(matrix, rows) {
-            return self.panels(matrix, piece, made, rows, out, scratch);
+        if let Some(panels) = matrix.panels.get().filter(|_| self.by_panels(matrix)) {
+            return self.panels(panels, piece, made, rows, out, &mut scratch.lanes);
         }
         scratch.column.resize(rows, 0.0);
         for number in 0..piece.rows {
@@ -316,40 +300,22 @@ impl Product {
     #[cfg(target_arch = "x86_64")]
     fn panels(
         &self,
-        matrix: &Matrix,
+        panels: &Panels,
         piece: &Piece,
         made: &Rows,
         rows: usize,
         out: Writer<'_, f32>,
-        scratch: &mut Scratch,
+        lanes: &mut Vec<[f32; LANES]>,
     ) {
-        let tiles = || (0..rows.div_ceil(TILE)).map(|number| (number * TILE, made.tile(number)));
-        if let Some(panels) = matrix.panels.get() {
-            let blocks = panels.panels(piece.first / LANES, piece.rows.div_ceil(LANES));
-            for (first_row, tile) in tiles() {
-                let lanes = &mut scratch.lanes;
-                lanes.resize(blocks.count * tile.rows, [0.0; LANES]);
-                let multiply = if self.level.tier() == Tier::Avx512 { avx512::multiply } else { avx2::multiply };
-                // SAFETY: a `Level` can only be had where the processor has its instructions.
-                unsafe { multiply(matrix.format, blocks, tile, lanes) };
-                for (panel, lanes) in lanes.chunks_exact(tile.rows).enumerate() {
-                    self.store_lanes(first_row, piece, panel * LANES, lanes, out);
-                }
-            }
-            return;
-        }
-        let blocks = matrix.blocks();
-        let mut lanes = [[0.0; LANES]; TILE];
-        for first in (0..piece.rows).step_by(LANES) {
-            // Lanes without a row have the last one.
-            let row = |lane: usize| matrix.row_of(blocks, piece.first + (first + lane).min(piece.rows - 1));
-            let weights = std::array::from_fn(row);
-            // SAFETY: as above.
-            unsafe { scratch.panel.fill(matrix.format, &weights, self.columns) };
-            for (first_row, tile) in tiles() {
-                // SAFETY: as above.
-                unsafe { scratch.panel.multiply(tile, &mut lanes) };
-                self.store_lanes(first_row, piece, first, &lanes[..tile.rows], out);
+        let blocks = panels.panels(piece.first / LANES, piece.rows.div_ceil(LANES));
+        let multiply = if self.level.tier() == Tier::Avx512 { avx512::multiply } else { avx2::multiply };
+        for first_row in (0..rows).step_by(TILE) {
+            let tile = made.tile(first_row / TILE);
+            lanes.resize(blocks.count * tile.rows, [0.0; LANES]);
+            // SAFETY: a `Level` can only be had where the processor has its instructions.
+            unsafe { multiply(panels.format(), blocks, tile, lanes) };
+            for (panel, lanes) in lanes.chunks_exact(tile.rows).enumerate() {
+                self.store_lanes(first_row, piece, panel * LANES, lanes, out);
             }
         }
     }

@@ -1,5 +1,5 @@
-"""Weights in the blocks of a GGUF file, multiplied as they are. Blocks of 32 numbers are put sixteen rows side
-by side when a product is made of them, others stay where the file is mapped.
+"""Weights in the blocks of a GGUF file, multiplied as they are. Rows are put sixteen side by side when a
+product is made of them; a table that is only looked up stays where the file is mapped.
 
 The product is the extension's (`rust/cpu`). It takes what its input is made of, computes a norm or
 a gate itself, and rounds the result to 16 bits, 32 numbers a scale. So a decoder layer crosses into
