@@ -162,8 +162,9 @@ def _message(raw: msgspec.Raw, where: str, max_parts: int) -> dict[str, Any]:
         raise ChatError(f"{where}.content: required when role is {message.role}.", code="missing_required_parameter")
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     result["content"] = _text(message, where, max_parts)
-    if message.reasoning_content is not None:
-        result["reasoning_content"] = message.reasoning_content
+    others = _decode(raw, dict[str, msgspec.Raw], where)
+    if (reasoning := message.reasoning_content or _text_in(others.get("reasoning"))) is not None:
+        result["reasoning_content"] = reasoning
     if message.name is not None:
         result["name"] = message.name
     if message.tool_calls:
@@ -172,8 +173,13 @@ def _message(raw: msgspec.Raw, where: str, max_parts: int) -> dict[str, Any]:
         ]
     if message.tool_call_id is not None:
         result["tool_call_id"] = message.tool_call_id
-    others = _decode(raw, dict[str, msgspec.Raw], where)
     return result | {key: value for key, value in others.items() if key not in Message.__struct_fields__}
+
+
+def _text_in(value: msgspec.Raw | None) -> str | None:
+    """A text, where it is one."""
+    given = None if value is None else msgspec.json.decode(value)
+    return given if isinstance(given, str) else None
 
 
 def _text(message: Message, where: str, max_parts: int) -> str:

@@ -86,6 +86,7 @@ fn measure(value: &Value) -> (usize, usize) {
 /// The schema with what the library is to do about white space and `oneOf` (which it can only treat
 /// as `anyOf`). A schema that brings such options itself keeps them. Objects are closed ([`close`]).
 pub(super) fn with_options(mut schema: Value, whitespace: &Whitespace) -> Value {
+    name_objects(&mut schema);
     if !is_combined(&schema) {
         close(&mut schema);
     }
@@ -116,6 +117,17 @@ fn is_combined(schema: &Value) -> bool {
         || parts(schema).iter().any(|(_, part)| is_combined(part))
 }
 
+/// What has properties is an object, though its type is left out, as TGI's documents have it: to JSON Schema a
+/// list would do, too.
+fn name_objects(schema: &mut Value) {
+    let Value::Object(fields) = schema else { return };
+    let says_more = ["type", "enum", "const"].iter().chain(&COMBINE).any(|key| fields.contains_key(*key));
+    if !says_more && fields.get("properties").is_some_and(Value::is_object) {
+        fields.insert("type".to_owned(), Value::from("object"));
+    }
+    inside(fields, name_objects);
+}
+
 /// Objects whose properties are listed, and which say nothing of others, have no others: a model that
 /// may write more often does, without end. vLLM, TGI and llama.cpp have it so.
 fn close(schema: &mut Value) {
@@ -128,19 +140,24 @@ fn close(schema: &mut Value) {
             fields.entry("additionalProperties").or_insert(Value::Bool(false));
         }
     }
+    inside(fields, close);
+}
+
+/// Does something to the schemas right inside of one.
+fn inside(fields: &mut Map<String, Value>, change: fn(&mut Value)) {
     for key in BY_NAME {
         if let Some(Value::Object(named)) = fields.get_mut(key) {
-            named.values_mut().for_each(close);
+            named.values_mut().for_each(change);
         }
     }
     for key in LIST {
         if let Some(Value::Array(list)) = fields.get_mut(key) {
-            list.iter_mut().for_each(close);
+            list.iter_mut().for_each(change);
         }
     }
     for key in ONE {
         if let Some(part) = fields.get_mut(key) {
-            close(part);
+            change(part);
         }
     }
 }

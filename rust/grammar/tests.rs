@@ -101,6 +101,18 @@ fn objects_have_the_properties_that_are_listed_and_no_others() {
             ),
             vec!["[0]", "[{\"a\":1}]"],
         ),
+        // Its properties make it an object, inside of others too, unless it says what else it may be.
+        (format!("{{{one}, \"required\": [\"a\"]}}"), vec!["{\"a\":1}"]),
+        (
+            format!(r#"{{"properties": {{"b": {{{one}}}}}, "required": ["b"]}}"#),
+            vec!["{\"b\":{\"a\":1}}", "{\"b\":{}}"],
+        ),
+        (
+            r#"{"anyOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"const": 2}]}"#.to_owned(),
+            vec!["2", "{\"a\":1}"],
+        ),
+        (format!("{{{one}, \"type\": [\"null\", \"object\"], \"required\": [\"a\"]}}"), vec!["null", "{\"a\":1}"]),
+        (format!("{{{one}, \"enum\": [3]}}"), vec!["3"]),
         // A property may have any name.
         (
             r#"{"type": "object", "required": ["properties"], "properties": {"properties": {"const": 2}}}"#.to_owned(),

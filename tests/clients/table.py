@@ -25,6 +25,7 @@ CLIENTS = (
     Client("anthropic", ("anthropic==2.14.0",), light=True),
     Client("ollama", ("ollama==0.6.3",), light=True),
     Client("huggingface_hub", ("huggingface_hub==2.4.0",), light=True),
+    Client("open_webui", (), light=True),  # 0.12.4: its requests, without its package
     Client("langchain_openai", ("langchain-openai==1.7.4",)),
     Client("langchain_anthropic", ("langchain-anthropic==1.7.10",)),
     Client("langchain_ollama", ("langchain-ollama==1.1.0",)),

@@ -1,9 +1,10 @@
 """Anthropic's messages, as its own client reads them."""
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
+import pydantic
 import pytest
 
 from octavo.answers import ModelAnswers
@@ -107,6 +108,16 @@ BAD = [
     ("tool of none", asked(tool_choice={"type": "any"}), "tool_choice"),
     ("stop", asked(stop_sequences=[""]), "stop_sequences"),
     ("no JSON", b"{", "JSON"),
+    ("unknown in thinking", asked(thinking={"type": "enabled", "budget": 1}), "thinking.budget"),
+    ("unknown in tool_choice", asked(tools=[TOOL], tool_choice={"type": "any", "nme": "x"}), "tool_choice.nme"),
+    ("unknown in output_config", asked(output_config={"form": {}}), "output_config.form"),
+    ("unknown in format", asked(output_config={"format": {"type": "json_schema", "schema": {}, "a": 1}}), "format.a"),
+    ("no schema", asked(output_config={"format": {"type": "json_schema"}}), "output_config.format.schema"),
+    ("another format", asked(output_config={"format": {"type": "text"}}), "output_config.format"),
+    ("bad schema", asked(output_format={"type": "json_schema", "schema": {"type": "list"}}), "schema"),
+    ("effort", asked(output_config={"effort": "utmost"}), "output_config.effort"),
+    ("hidden thinking", asked(thinking={"type": "adaptive", "display": "omitted"}), "thinking.display"),
+    ("speed", asked(speed="fast"), "speed"),
     ("mcp", asked(mcp_servers=[{}]), "mcp_servers"),
 ]
 
@@ -117,6 +128,26 @@ async def test_bad_requests(served: Served, body: Any, named: str) -> None:
     assert (status, answer["type"], answer["error"]["type"]) == (400, "error", "invalid_request_error")
     assert named in answer["error"]["message"]
     assert (await served.post(ROUTE, asked()))[0] == 200
+
+
+class City(pydantic.BaseModel):
+    """What is asked for."""
+
+    name: Literal["Paris", "Rome"]
+    is_capital: bool
+
+
+async def test_answers_under_a_schema(served: Served) -> None:
+    client = speaks(served)
+    async with client:
+        parsed = await client.messages.parse(**asked(output_format=City))
+        assert isinstance(parsed.parsed_output, City)
+        async with client.messages.stream(**asked(output_format=City)) as stream:
+            assert City.model_validate_json((await stream.get_final_message()).content[0].text)  # type: ignore[union-attr]
+    schema = {"type": "json_schema", "schema": {"enum": [7, 8]}}
+    for fields in ({"output_config": {"format": schema, "effort": "low"}}, {"output_format": schema}):
+        _, body = await served.post(ROUTE, asked(**fields, cache_control={"type": "ephemeral"}, speed="standard"))
+        assert body["content"][0]["text"] in ("7", "8")
 
 
 async def test_another_model(served: Served) -> None:

@@ -151,6 +151,15 @@ TYPE_ROWS: list[Row] = [
     ("C4 unknown field", COMPLETIONS, completion(foo=1), 400, "unknown_parameter", "foo"),
     ("C4 unknown field of a chat", CHAT, chat(foo=1), 400, "unknown_parameter", "foo"),
     ("C4 unknown field that is null", COMPLETIONS, completion(foo=None), 400, "unknown_parameter", "foo"),
+    *(
+        (f"C4 unknown field of {name}", path, {**body, name: {"foo": 1}}, 400, "unknown_parameter", f"{name}.foo")
+        for path, body, names in (
+            (COMPLETIONS, completion(stream=True), ("stream_options",)),
+            (CHAT, chat(stream=True), ("stream_options",)),
+            ("/v1/responses", {"input": "Hi", "stream": True}, ("stream_options", "text", "reasoning")),
+        )
+        for name in names
+    ),
     ("C6 no prompt", COMPLETIONS, {"max_tokens": 1}, 400, "missing_required_parameter", "prompt"),
     ("C6 no messages", CHAT, {"max_tokens": 1}, 400, "missing_required_parameter", "messages"),
     ("C7 both", COMPLETIONS, completion(messages=[USER]), 400, "unknown_parameter", "messages"),

@@ -8,6 +8,7 @@ import pytest
 
 from octavo.answers import ModelAnswers
 from octavo.config import EngineConfig
+from octavo.server.ollama.schemas import Options
 from tests.server.conftest import Served
 
 USER: Any = {"role": "user", "content": "Hi"}
@@ -52,7 +53,7 @@ async def test_tools_and_reasoning(served: Served) -> None:
             assert [(call.name, call.arguments) for call in calls] == [("weather", {"city": "Paris"})]
         turns: Any = [
             USER,
-            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]},
+            {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "weather", "arguments": {}}}]},
             {"role": "tool", "content": "Rain", "tool_name": "weather"},
         ]
         answer = await client.chat("dummy", turns, tools=[TOOL])
@@ -107,10 +108,15 @@ BAD = [
     ("role", "chat", {"model": "dummy", "messages": [{"role": "x", "content": ""}]}, 400, "role"),
     ("option", "chat", {"model": "dummy", "messages": [USER], "options": {"top_p": 2.0}}, 400, "top_p"),
     ("mirostat", "chat", {"model": "dummy", "messages": [USER], "options": {"mirostat": 1}}, 400, "mirostat"),
+    ("unknown option", "chat", {"model": "dummy", "messages": [USER], "options": {"tempreature": 1}}, 400,
+     "options.temperature"),
+    ("unknown option of generate", "generate", {"model": "dummy", "prompt": "Hi", "options": {"a": 1}}, 400,
+     "options.a"),
+    ("unknown option of embed", "embed", {"model": "dummy", "input": "Hi", "options": {"a": 1}}, 400, "options.a"),
     ("suffix", "generate", {"model": "dummy", "prompt": "Hi", "suffix": "x"}, 400, "suffix"),
     ("no JSON", "generate", b"{", 400, "JSON"),
     ("show", "show", {}, 400, "model"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("route", "body", "status", "named"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
@@ -119,6 +125,70 @@ async def test_bad_requests(served: Served, route: str, body: Any, status: int, 
     assert got == status and set(answer) == {"error"}
     assert named in answer["error"]
     assert (await served.post("/api/chat", {"model": "dummy", "messages": [USER], "stream": False}))[0] == 200
+
+
+async def test_options_as_ollama_has_them(served: Served) -> None:
+    """Those of its own engine mean nothing, -1 is no seed, and no number of tokens is as many as fit."""
+    speaks(served)
+    sizes = {
+        "num_ctx": 4096,
+        "num_batch": 8,
+        "num_gpu": 1,
+        "main_gpu": 0,
+        "num_thread": 2,
+        "use_mmap": None,
+        "numa": True,
+    }
+    body = {"model": "dummy", "messages": [USER], "stream": False, "truncate": True, "shift": False, "keep_alive": "5m"}
+
+    async def answered(**options: Any) -> Any:
+        status, answer = await served.post("/api/chat", {**body, "options": options})
+        assert status == 200, answer
+        return answer
+
+    for options in (
+        sizes,
+        {"num_predict": 0},
+        {"num_predict": -2},
+        {"top_p": 0},
+        {"repeat_penalty": 1.3, "repeat_last_n": 0},
+    ):
+        answer = await answered(**options)
+        assert answer["message"]["content"] == "Hello world" and "warnings" not in answer
+    told = await answered(repeat_penalty=1.3, repeat_last_n=64, penalize_newline=False, typical_p=0.5, tfs_z=0.5)
+    assert [warning.split(":")[0] for warning in told["warnings"]] == [
+        f"options.{name}" for name in ("repeat_last_n", "penalize_newline", "typical_p", "tfs_z")
+    ]
+    assert not {"typical_p", "repeat_last_n"} & set(
+        str((await answered(typical_p=1.0, repeat_last_n=64)).get("warnings"))
+    )
+
+
+def test_options_become_those_of_a_chat() -> None:
+    def fields(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in Options(**options).fields().items() if value is not None}
+
+    assert fields(seed=-1) == fields(seed=-5) == {} and fields(seed=0) == {"seed": 0}
+    assert fields(num_predict=0) == fields(num_predict=-1) == {} and fields(num_predict=3) == {"max_tokens": 3}
+    assert fields(top_p=0.0, top_k=40) == {"top_k": 1} and fields(top_p=0.5, top_k=40) == {"top_k": 40, "top_p": 0.5}
+    assert fields(repeat_penalty=1.1, repeat_last_n=0) == {} and fields(repeat_penalty=1.1) == {
+        "repetition_penalty": 1.1
+    }
+
+
+async def test_paths_that_lead_nowhere_have_the_form_of_their_protocol(served: Served) -> None:
+    for method, path, status in (("POST", "/api/pull", 404), ("DELETE", "/api/delete", 404), ("GET", "/api/chat", 405)):
+        async with served.http.request(method, served.url + path) as response:
+            assert response.status == status and set(await response.json()) == {"error"}
+            assert isinstance((await response.json())["error"], str)
+    async with served.http.get(served.url + "/v1/messages/batches") as response:
+        assert response.status == 404 and (await response.json())["type"] == "error"
+    async with served.http.get(served.url + "/v1/messages") as response:
+        assert response.status == 405 and (await response.json())["type"] == "error"
+    async with served.http.put(served.url + "/generate") as response:
+        assert response.status == 405 and set(await response.json()) == {"error", "error_type"}
+    async with served.http.get(served.url + "/apical") as response:
+        assert (await response.json())["error"]["code"] == "route_not_found"
 
 
 async def test_a_failure_is_the_last_line(served: Served) -> None:

@@ -111,7 +111,8 @@ async def test_chat_stream(served: Served) -> None:
 
 
 async def test_include_usage(served: Served) -> None:
-    events = await served.events("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
+    options = {"include_usage": True, "include_obfuscation": False}
+    events = await served.events("/v1/chat/completions", {**CHAT, "stream_options": options})
     assert events[-2]["choices"] == []
     assert events[-2]["usage"]["completion_tokens"] == 12
     assert all(event["usage"] is None for event in events[:-2])

@@ -21,6 +21,8 @@ async def stream(served: Served, path: str, body: dict[str, Any]) -> list[Any]:
 
     async with served.http.post(served.url + path, json=body) as response:
         assert (response.status, response.content_type) == (200, "text/event-stream")
+        names = ("x-compute-type", "x-compute-characters", "x-accel-buffering")
+        assert [response.headers[name] for name in names] == ["cpu", str(len(body["inputs"])), "no"]
         text = (await response.read()).decode()
     assert text.endswith("\n\n") and "[DONE]" not in text
     return [json.loads(line.removeprefix("data:")) for line in text.split("\n\n")[:-1] if line.startswith("data:")]
@@ -103,6 +105,9 @@ async def test_info_and_probes(served: Served) -> None:
     assert info["model_id"] == "org/tiny" and info["max_total_tokens"] == 512 and info["max_input_tokens"] == 511
     for path in ("/", "/ping", "/health"):
         assert (await served.get(path))[0] == 200
+    browser = {"Accept": "text/html,application/xhtml+xml;q=0.9"}
+    async with served.http.get(served.url + "/", headers=browser) as response:
+        assert response.url.path == "/docs" and response.content_type == "text/html"
     assert (await served.get("/load"))[1] == {"server_load": 0}
     assert set((await served.get("/version"))[1]) == {"version"}
 

@@ -114,6 +114,10 @@ def test_refusals_are_what_was_said(way: Any) -> None:
 def test_earlier_thoughts_reach_the_template(way: Any) -> None:
     expected = [USER, {"role": "assistant", "content": "", "reasoning_content": "hm"}]
     assert_seen(way, turn(reasoning_content="hm"), None, expected)
+    for reasoning in ("hm", {"effort": "low"}):  # as answers have it, or as somebody else does
+        seen = expected if reasoning == "hm" else [USER, {"role": "assistant", "content": ""}]
+        seen = [seen[0], {**seen[1], "reasoning": reasoning}]
+        assert_seen(way, turn(reasoning=reasoning), None, seen)
 
 
 @BOTH

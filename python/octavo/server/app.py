@@ -11,7 +11,7 @@ from octavo.server.anthropic.routes import AnthropicRoutes
 from octavo.server.body import Bodies
 from octavo.server.calls import CallServer
 from octavo.server.config import ServerConfig
-from octavo.server.errors import ERROR_FORMS
+from octavo.server.errors import ERROR_FORMS, ERROR_PREFIXES, ErrorForm
 from octavo.server.intake import Intake
 from octavo.server.keys import Keys
 from octavo.server.metrics import Metrics
@@ -74,6 +74,12 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
         healthy = not engine.is_dead and engine.step_age < STUCK_AFTER
         return web.json_response({"status": "ok" if healthy else "dead"}, status=200 if healthy else 503)
 
+    async def root(request: web.Request) -> web.Response:
+        """TGI's health; browsers are shown what there is."""
+        if "text/html" in request.headers.get("Accept", ""):
+            return web.Response(status=302, headers={"Location": "docs"})
+        return await health(request)
+
     async def ready(_: web.Request) -> web.Response:
         """Whether new requests are welcome."""
         status = "ready" if engine.is_ready else "draining" if engine.draining else "not ready"
@@ -98,8 +104,10 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     ):
         app.add_routes(routes)
         app[ERROR_FORMS].update({route.path: form for route in routes})
+    prefixes: dict[str, ErrorForm] = {"/v1/messages/": anthropic_errors.response, "/api/": ollama_errors.response}
+    app[ERROR_PREFIXES] = prefixes
     app.add_routes([web.get("/health", health), web.get("/ready", ready), web.get("/metrics", scrape)])
-    app.add_routes([web.get("/", health), web.get("/ping", health), web.post("/ping", health)])
+    app.add_routes([web.get("/", root), web.get("/ping", health), web.post("/ping", health)])
     app.on_response_prepare.append(add_headers)
     app.on_response_prepare.append(name_origins(config))
     app.on_startup.append(attach)

@@ -80,6 +80,8 @@ ErrorForm = Callable[[ApiError], web.Response]
 
 ERROR_FORMS = web.AppKey("error_forms", dict[str, ErrorForm])
 """Of routes that have another form than OpenAI's, by their path."""
+ERROR_PREFIXES = web.AppKey("error_prefixes", dict[str, ErrorForm])
+"""Of paths that begin so, and lead to no route."""
 
 ERROR_FORM: web.RequestKey[ErrorForm] = web.RequestKey("error_form", Callable)  # type: ignore[arg-type]
 """Of a request whose body says which protocol it is of."""
@@ -90,7 +92,10 @@ def error_form(request: web.BaseRequest) -> ErrorForm:
     form: ErrorForm | None = request.get(ERROR_FORM)
     if form is None and isinstance(request, web.Request):
         resource = request.match_info.route.resource
-        form = None if resource is None else request.app[ERROR_FORMS].get(resource.canonical)
+        form = request.app[ERROR_FORMS].get(request.path if resource is None else resource.canonical)
+        if form is None and resource is None:  # no such route, or not with this method
+            prefixes = request.app[ERROR_PREFIXES].items()
+            form = next((form for prefix, form in prefixes if request.path.startswith(prefix)), None)
     return form or ApiError.response
 
 

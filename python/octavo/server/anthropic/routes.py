@@ -8,7 +8,7 @@ import uuid
 from aiohttp import web
 
 from octavo import _core
-from octavo.server.anthropic.schemas import UNSUPPORTED, CountRequest, MessagesRequest
+from octavo.server.anthropic.schemas import INNER, UNSUPPORTED, CountRequest, MessagesRequest
 from octavo.server.body import Form, Parsed
 from octavo.server.calls import check_deadline
 from octavo.server.intake import ChatText, Intake
@@ -16,9 +16,14 @@ from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.openai.schemas import ChatCompletionRequest
 
 _BULKY = frozenset({"messages", "system", "tools"})
-MESSAGES = Form(MessagesRequest, _BULKY, _BULKY, UNSUPPORTED)
-COUNT = Form(CountRequest, _BULKY, _BULKY, UNSUPPORTED)
-_NAMES = {"prompt": "messages", "stop": "stop_sequences", "thinking_token_budget": "thinking.budget_tokens"}
+MESSAGES = Form(MessagesRequest, _BULKY, _BULKY, UNSUPPORTED, inner=INNER)
+COUNT = Form(CountRequest, _BULKY, _BULKY, UNSUPPORTED, inner=INNER)
+_NAMES = {
+    "prompt": "messages",
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
+    "structured_outputs.json": "output_config.format.schema",
+}
 
 
 class AnthropicRoutes:

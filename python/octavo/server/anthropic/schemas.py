@@ -1,6 +1,6 @@
 """What Anthropic's clients send, as msgspec structs, and its translation to a chat of OpenAI's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -12,10 +12,11 @@ from octavo.server.openai.schemas import ChatCompletionRequest, Count, NamedFunc
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "context_management": (),
+    "inference_geo": (),
     "mcp_servers": ([],),
-    "output_config": ({},),
-    "output_format": (),
+    "speed": ("standard",),
 }
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
 
 
 class Block(msgspec.Struct, frozen=True):
@@ -60,6 +61,22 @@ class Thinking(msgspec.Struct, frozen=True):
 
     type: str
     budget_tokens: Count | None = None
+    display: str | None = None
+
+
+class OutputConfig(msgspec.Struct, frozen=True):
+    """What the answer must look like, and how hard the model tries."""
+
+    effort: str | None = None
+    format: msgspec.Raw = msgspec.Raw()
+
+
+INNER: Mapping[str, type[msgspec.Struct]] = {
+    "thinking": Thinking,
+    "tool_choice": ToolChoice,
+    "output_config": OutputConfig,
+}
+"""Fields that are objects, whose own fields are known as well."""
 
 
 class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +88,11 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: msgspec.Raw = msgspec.Raw()
+    """The older name of `output_config.format`."""
+    cache_control: dict[str, Any] | None = None
+    """What may be cached; every prompt is."""
 
     def as_chat(self, **fields: Any) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
@@ -85,6 +107,8 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
             parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
             chat_template_kwargs=self.template_kwargs(),
             continue_final_message=bool(self.messages) and self.messages[-1].role == "assistant",
+            structured_outputs=self.wanted_structure(),
+            reasoning_effort=self.effort(),
             **fields,
         )
 
@@ -100,7 +124,28 @@ class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
             return None
         if self.thinking.type not in ("enabled", "adaptive", "disabled"):
             raise bad_request("thinking.type: must be enabled, adaptive or disabled.", "thinking")
+        if self.thinking.display not in (None, "summarized"):
+            raise bad_request(
+                "thinking.display: must be summarized; what is thought is told.", "thinking", "unsupported_parameter"
+            )
         return {"enable_thinking": self.thinking.type != "disabled"}
+
+    def effort(self) -> str | None:
+        """What templates know as `reasoning_effort`."""
+        effort = None if self.output_config is None else self.output_config.effort
+        if effort not in (None, *EFFORTS):
+            raise bad_request(f"output_config.effort: must be one of {', '.join(EFFORTS)}.", "output_config")
+        return effort
+
+    def wanted_structure(self) -> msgspec.Raw:
+        """The schema of the answer, as `structured_outputs`. Raises `ApiError` 400."""
+        for name, given in (
+            ("output_config.format", b"" if self.output_config is None else bytes(self.output_config.format)),
+            ("output_format", bytes(self.output_format)),
+        ):
+            if given not in (b"", b"null"):
+                return _structure(given, name)
+        return msgspec.Raw()
 
 
 class MessagesRequest(CountRequest, frozen=True, kw_only=True):
@@ -131,6 +176,17 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
             top_p=self.top_p,
             top_k=self.top_k,
         )
+
+
+def _structure(given: bytes, where: str) -> msgspec.Raw:
+    fields = msgspec.json.decode(given)
+    if not isinstance(fields, dict) or fields.get("type") != "json_schema":
+        raise bad_request(f'{where}: must be {{"type": "json_schema", "schema": {{...}}}}.', where)
+    if unknown := next((name for name in fields if name not in ("type", "schema", "name", "strict")), None):
+        raise bad_request(f"{where}.{unknown[:50]}: unknown field.", f"{where}.{unknown[:50]}", "unknown_parameter")
+    if not isinstance(fields.get("schema"), dict):
+        raise bad_request(f"{where}.schema: must be a JSON schema, which is an object.", where, "invalid_schema")
+    return msgspec.Raw(msgspec.json.encode({"json": fields["schema"]}))
 
 
 def _messages(turn: Turn, where: str) -> Iterator[Message]:

@@ -24,6 +24,7 @@ from octavo.server.ollama.schemas import (
     EmbeddingsRequest,
     EmbedRequest,
     GenerateRequest,
+    Options,
     ShowRequest,
 )
 from octavo.server.openai.embeddings import EmbeddingRoutes
@@ -32,10 +33,11 @@ from octavo.server.openai.schemas import ChatCompletionRequest
 
 _CHAT_TEXT = frozenset({"messages", "tools"})
 _PROMPT_TEXT = frozenset({"prompt", "system"})
-CHAT = Form(ChatRequest, _CHAT_TEXT, _CHAT_TEXT, UNSUPPORTED_CHAT)
-GENERATE = Form(GenerateRequest, _PROMPT_TEXT, _PROMPT_TEXT, UNSUPPORTED_GENERATE, "prompt")
-EMBED = Form(EmbedRequest, frozenset({"input"}), frozenset(), {}, "input", apart="input")
-EMBEDDINGS = Form(EmbeddingsRequest, frozenset({"prompt"}), frozenset({"prompt"}), {}, "prompt")
+_INNER = {"options": Options}
+CHAT = Form(ChatRequest, _CHAT_TEXT, _CHAT_TEXT, UNSUPPORTED_CHAT, inner=_INNER)
+GENERATE = Form(GenerateRequest, _PROMPT_TEXT, _PROMPT_TEXT, UNSUPPORTED_GENERATE, "prompt", _INNER)
+EMBED = Form(EmbedRequest, frozenset({"input"}), frozenset(), {}, "input", _INNER, apart="input")
+EMBEDDINGS = Form(EmbeddingsRequest, frozenset({"prompt"}), frozenset({"prompt"}), {}, "prompt", _INNER)
 SHOW = Form(ShowRequest, frozenset(), frozenset(), {})
 _CHAT_NAMES = {
     "prompt": "messages",
@@ -73,7 +75,7 @@ class OllamaRoutes:
         """`POST /api/chat`; without messages it asks whether the model is loaded."""
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_chat)
-        self._intake.ignored(request, parsed.ignored)
+        self._intake.ignored(request, parsed.ignored + parsed.request.ignored)
         if text is None:
             return self._loaded({"message": {"role": "assistant", "content": ""}})
         prepared = await self._chats.prepare(chat, text, _CHAT_NAMES)
@@ -92,7 +94,7 @@ class OllamaRoutes:
         """
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_generate)
-        self._intake.ignored(request, parsed.ignored)
+        self._intake.ignored(request, parsed.ignored + parsed.request.ignored)
         read = parsed.request
         if not read.prompt:
             return self._loaded({"response": ""})

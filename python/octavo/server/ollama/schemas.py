@@ -14,9 +14,7 @@ UNSUPPORTED_GENERATE = {**_UNSUPPORTED, "context": ([],), "images": ([],), "suff
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How to generate. Options that size Ollama's own engine, such as `num_ctx` and `num_gpu`, have no
-    meaning here.
-    """
+    """How to generate."""
 
     num_predict: Count | None = None
     temperature: float | None = None
@@ -29,15 +27,51 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     mirostat: Count | None = None
+    repeat_last_n: Count | None = None
+    typical_p: float | None = None
+    tfs_z: float | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    penalize_newline: bool | None = None
+    # These size Ollama's own engine, and have no meaning here.
+    num_ctx: Any = None
+    num_batch: Any = None
+    num_keep: Any = None
+    num_gpu: Any = None
+    main_gpu: Any = None
+    num_thread: Any = None
+    use_mmap: Any = None
+    use_mlock: Any = None
+    low_vram: Any = None
+    f16_kv: Any = None
+    numa: Any = None
+    vocab_only: Any = None
+    logits_all: Any = None
+    embedding_only: Any = None
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Options that would change the answer, and have no effect."""
+        is_penalised = self.repeat_penalty not in (None, 1.0)
+        without_effect = (
+            ("repeat_last_n", is_penalised and self.repeat_last_n not in (None, 0, -1)),
+            ("penalize_newline", is_penalised and self.penalize_newline is False),
+            ("typical_p", self.typical_p not in (None, 1.0)),
+            ("tfs_z", self.tfs_z not in (None, 1.0)),
+        )
+        return tuple(f"options.{name}" for name, is_so in without_effect if is_so)
 
     def fields(self) -> dict[str, Any]:
         """As a chat of OpenAI's has them. Raises `ApiError` 400."""
         if self.mirostat:
             raise bad_request("options.mirostat: not supported.", "options", "unsupported_parameter")
-        same = ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
-        endless = self.num_predict is not None and self.num_predict < 0  # -1 and -2: as much as fits
+        same = ("temperature", "min_p", "stop", "presence_penalty", "frequency_penalty")
+        endless = self.num_predict is not None and self.num_predict <= 0  # as much as fits
         return {name: getattr(self, name) for name in same} | {
-            "repetition_penalty": self.repeat_penalty,
+            "top_k": self.top_k if self.top_p != 0 else 1,
+            "top_p": self.top_p if self.top_p != 0 else None,  # which leaves the likeliest alone
+            "seed": None if self.seed is not None and self.seed < 0 else self.seed,  # a new one each time
+            "repetition_penalty": None if self.repeat_last_n == 0 else self.repeat_penalty,
             "max_tokens": None if endless else self.num_predict,
         }
 
@@ -59,7 +93,7 @@ class Turn(msgspec.Struct, frozen=True):
     """A message."""
 
     role: str
-    content: str = ""
+    content: str | None = None
     thinking: str | None = None
     images: list[Any] | None = None
     tool_calls: list[Called] | None = None
@@ -82,6 +116,11 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     def streams(self) -> bool:
         """Unless the client says otherwise."""
         return self.stream is not False
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Options without an effect."""
+        return () if self.options is None else self.options.ignored
 
     def as_chat(self, messages: list[Message], tools: list[msgspec.Raw] | None = None) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
@@ -109,6 +148,11 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
 
     messages: list[Turn] | None = None
     tools: list[msgspec.Raw] | None = None
+    truncate: bool | None = None
+    shift: bool | None = None
+    """Whatever these say, a conversation that is too long is refused, and an answer ends where the
+    context does.
+    """
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
@@ -122,6 +166,8 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
+    truncate: bool | None = None
+    shift: bool | None = None
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
@@ -165,7 +211,7 @@ def _message(turn: Turn, where: str) -> Message:
     ]
     return Message(
         turn.role,
-        turn.content,
+        turn.content or "",
         name=turn.tool_name,
         tool_calls=calls or None,
         tool_call_id=(turn.tool_call_id or "call_0") if turn.role == "tool" else None,

@@ -28,6 +28,7 @@ from octavo.server.openai.schemas import (
     UNSUPPORTED_COMPLETION,
     ChatCompletionRequest,
     CompletionRequest,
+    StreamOptions,
     check_prompt_entries,
 )
 from octavo.server.structured import Wanted
@@ -46,8 +47,10 @@ class Kind(Generic[R]):
     reply_format: Callable[..., _core.ReplyFormat]
 
 
+_INNER = {"stream_options": StreamOptions}
+
 COMPLETION = Kind(
-    Form(CompletionRequest, frozenset({"prompt"}), frozenset(), UNSUPPORTED_COMPLETION),
+    Form(CompletionRequest, frozenset({"prompt"}), frozenset(), UNSUPPORTED_COMPLETION, inner=_INNER),
     "prompt",
     "cmpl-",
     _core.ReplyFormat.openai_completion,
@@ -58,6 +61,7 @@ CHAT = Kind(
         frozenset({"messages", "tools", "documents"}),
         frozenset({"messages", "tools", "chat_template_kwargs", "documents"}),
         UNSUPPORTED_CHAT,
+        inner=_INNER,
     ),
     "messages",
     "chatcmpl-",

@@ -43,7 +43,9 @@ UNSUPPORTED_CHAT = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "return_token_strs": (False,),
+    "web_search_options": (),
 }
 """Fields that would change the answer, with the values under which ignoring them is right."""
 
@@ -60,6 +62,8 @@ class StreamOptions(msgspec.Struct, frozen=True):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None
+    """OpenAI's padding of events against listeners, which says nothing of the answer; there is none."""
 
 
 class _Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -75,6 +75,7 @@ RAW: Mapping[str, type[msgspec.Struct] | dict[str, Any]] = {
     "parameters": _MAYBE_OBJECT,
     "input": OBJECT,
     "input_schema": _MAYBE_OBJECT,
+    "output_format": _MAYBE_OBJECT,
 }
 """Fields that structs keep as bytes, because what checks them comes later: by their names."""
 

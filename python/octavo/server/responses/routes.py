@@ -17,14 +17,14 @@ from octavo.server.errors import ApiError
 from octavo.server.intake import ChatText, Intake
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.openai.schemas import ChatCompletionRequest
-from octavo.server.responses.schemas import NAMES, UNSUPPORTED, InputRequest, ResponsesRequest
+from octavo.server.responses.schemas import INNER, NAMES, UNSUPPORTED, InputRequest, ResponsesRequest
 
 R = TypeVar("R", bound=InputRequest)
 
 _BULKY = frozenset({"input", "instructions", "tools"})
 _PROMPT = _BULKY | {"chat_template_kwargs"}
-RESPONSES = Form(ResponsesRequest, _BULKY, _PROMPT, UNSUPPORTED, "input")
-INPUT = Form(InputRequest, _BULKY, _PROMPT, UNSUPPORTED, "input")
+RESPONSES = Form(ResponsesRequest, _BULKY, _PROMPT, UNSUPPORTED, "input", INNER)
+INPUT = Form(InputRequest, _BULKY, _PROMPT, UNSUPPORTED, "input", INNER)
 
 
 class ResponsesRoutes:

@@ -2,6 +2,7 @@
 what a response says of it.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -49,6 +50,12 @@ class Text(msgspec.Struct, frozen=True):
     verbosity: str | None = None
 
 
+class StreamOptions(msgspec.Struct, frozen=True):
+    """Of a stream's events, which are not padded."""
+
+    include_obfuscation: bool | None = None
+
+
 class Tool(msgspec.Struct, frozen=True):
     """A function that the client runs."""
 
@@ -64,6 +71,10 @@ class ToolChoice(msgspec.Struct, frozen=True):
 
     type: str
     name: str | None = None
+
+
+INNER: Mapping[str, type[msgspec.Struct]] = {"reasoning": Reasoning, "text": Text, "stream_options": StreamOptions}
+"""Fields that are objects, whose own fields are known as well."""
 
 
 class InputRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,7 +153,7 @@ class ResponsesRequest(InputRequest, frozen=True, kw_only=True):
     """`POST /v1/responses`."""
 
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: StreamOptions | None = None
     max_output_tokens: Count | None = None
     max_tool_calls: Count | None = None
     temperature: float | None = None

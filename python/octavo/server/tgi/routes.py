@@ -5,6 +5,7 @@
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from aiohttp import web
 from octavo import _core
 from octavo.errors import EngineDeadError
 from octavo.server.body import Form
-from octavo.server.calls import Call
+from octavo.server.calls import SERVER_SENT_EVENTS, Call
 from octavo.server.intake import Intake
 from octavo.server.openai.routes import OpenAIRoutes
 from octavo.server.tgi.schemas import GenerateRequest, Parameters, TokenizeRequest, empty_inputs
@@ -91,6 +92,9 @@ class TgiRoutes:
             ),
             stream=streams,
             arrival=arrival,
+            stream_form=replace(
+                SERVER_SENT_EVENTS, headers={**SERVER_SENT_EVENTS.headers, **self._computed(len(read.inputs))}
+            ),
             answer_headers=self._times(arrival, len(read.inputs)),
         )
         return await self._intake.calls.serve(request, call)
@@ -101,6 +105,10 @@ class TgiRoutes:
             return await self._intake.encode_text(inputs, "inputs")
         prompt = await self._engine.encode_text(inputs)
         return self._intake.shortened(prompt, truncate)
+
+    def _computed(self, characters: int) -> dict[str, str]:
+        """Headers of every answer: on what, and for how long a text."""
+        return {"x-compute-type": self._engine.config.device, "x-compute-characters": str(characters)}
 
     def _times(self, arrival: float, characters: int) -> Callable[[_core.ReplyDelta], Mapping[str, str]]:
         """Headers of an answer in one piece: whole milliseconds, but for `x-compute-time`."""
@@ -116,9 +124,8 @@ class TgiRoutes:
                 "inference": last - scheduled,
             }
             return {
-                "x-compute-type": self._engine.config.device,
+                **self._computed(characters),
                 "x-compute-time": f"{now - arrival:.6f}",
-                "x-compute-characters": str(characters),
                 **{f"x-{name}-time": str(max(0, round(1000 * span))) for name, span in spans.items()},
                 "x-time-per-token": str(max(0, round(1000 * (last - scheduled) / max(1, tokens)))),
                 "x-prompt-tokens": str(progress.num_prompt_tokens),
