@@ -42,5 +42,6 @@ pub mod request;
 pub mod scheduler;
 mod slab;
 mod speculation;
+pub mod step;
 pub mod text;
 pub mod timeline;

@@ -363,7 +363,11 @@ pub struct PlanView<'a> {
 impl<'a> PlanView<'a> {
     /// A view of the plan at the start of `bytes`.
     pub fn new(bytes: &'a [u8]) -> Self {
-        let info = PlanInfo::read(bytes);
+        Self::with_header(PlanInfo::read(bytes), bytes)
+    }
+
+    /// A view of the sections of `bytes` that `info` says are there.
+    pub fn with_header(info: PlanInfo, bytes: &'a [u8]) -> Self {
         Self { info, bytes: &bytes[..info.num_bytes as usize] }
     }
 
@@ -400,9 +404,14 @@ impl<'a> PlanView<'a> {
         })
     }
 
+    /// The records of sequences that take a slot, as they are.
+    pub fn enter_words(&self) -> impl Iterator<Item = [u32; enter::WORDS]> + 'a {
+        records(self.bytes, self.info.enters_offset, self.info.num_enters)
+    }
+
     /// Sequences that take a slot.
     pub fn enters(&self) -> impl Iterator<Item = Enter> + 'a {
-        records::<{ enter::WORDS }>(self.bytes, self.info.enters_offset, self.info.num_enters).map(|w| Enter {
+        self.enter_words().map(|w| Enter {
             slot: w[enter::SLOT],
             computed_len: w[enter::COMPUTED_LEN],
             output_index: w[enter::OUTPUT_INDEX],

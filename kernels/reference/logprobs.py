@@ -11,25 +11,25 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.step import plan_format as fmt
+from octavo.kernels.step.plan_format import Plan
 
 
-def write_logprobs(
-    logits: Tensor, rows: Tensor, tokens: Tensor, num_valid: Tensor, first: Tensor, top: int, record: Tensor
-) -> None:
+def write_logprobs(logits: Tensor, plan: Plan, rows: Tensor, record: Tensor) -> None:
     """Fills the logprob columns of the result for the valid tokens of rows with `LOGPROBS`; other
     places are left as they were.
 
-    logits [num_logits, vocab]; rows [num_rows, 8]; tokens [num_rows, L]; num_valid [num_rows];
-    first [num_rows]: the row of logits of each row's first place; record [num_rows, width] int32.
-    The top list is in falling order, lowest id first among equals, and a token's rank is its place
-    in that order, from 1; where the vocabulary has fewer than `top` tokens the list ends with id -1
-    and logprob -inf.
+    logits [num_logits, vocab]; rows [num_rows, 8] int32: the plan's; record [num_rows, width] int32,
+    which has the tokens. The top list is in falling order, lowest id first among equals, and a token's
+    rank is its place in that order, from 1; where the vocabulary has fewer than `top` tokens the list
+    ends with id -1 and logprob -inf.
     """
-    length = tokens.shape[1]
+    length, top = plan.decode_query_len, plan.max_logprobs
     _, logprob_at, rank_at, ids_at, tops_at = fmt.result_columns(length, top)
     floats = record.view(torch.float32)
-    host_tokens, host_valid, flags = tokens.tolist(), num_valid.tolist(), rows[:, fmt.ROW_FLAGS].tolist()
-    host_first = first.tolist()
+    host_tokens = record[:, fmt.RESULT_TOKENS : fmt.RESULT_TOKENS + length].tolist()
+    host_valid, flags = record[:, fmt.RESULT_NUM_VALID].tolist(), rows[:, fmt.ROW_FLAGS].tolist()
+    host_first = rows[:, fmt.ROW_QUERY_START].tolist()
+    host_first[plan.padded_decodes :] = range(plan.num_decode_tokens, plan.num_decode_tokens + plan.num_prefills)
     for row in range(rows.shape[0]):
         if not flags[row] & fmt.LOGPROBS:
             continue

@@ -127,7 +127,7 @@ def sample(
     record[:, fmt.RESULT_TOKENS : fmt.RESULT_TOKENS + length] = tokens.where(valid, -1)
     _advance(rows, tokens, valid, num_valid, last, state)
     if plan.max_logprobs >= 0:
-        write_logprobs(logits, rows, tokens, num_valid, first, plan.max_logprobs, record)
+        write_logprobs(logits, plan, rows, record)
 
 
 def sample_peak_rehearsal(logits: Tensor) -> None:

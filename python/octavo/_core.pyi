@@ -44,7 +44,9 @@ __all__ = [
     "measure_body",
     "ollama_error",
     "openai_error",
+    "prepare_step",
     "read_prompts",
+    "sample_step",
     "set_cpu_threads",
     "tgi_error",
 ]
@@ -207,6 +209,48 @@ class PagedAttention:
         (without it each row has one); out [tokens of rows, heads * head_dim] float32. `ValueError`
         names what points to memory that is not there.
         """
+
+def prepare_step(
+    header: Sequence[int],
+    plan: Any,
+    block_size: int,
+    records: Any,
+    last_token: Any,
+    penalty_counts: Any | None,
+    block_table: Any,
+    token_ids: Any,
+    positions: Any,
+    slot_mappings: Any,
+    row_slots: Any,
+    seq_lens: Any,
+    query_start_loc: Any,
+    sample_index: Any,
+    sample_rows: Any,
+) -> None:
+    """`prepare` on a CPU (rust/step/prepare.rs; its twin is that of kernels/reference/step.py).
+
+    header: the words of the plan's header; plan [at least its bytes] uint8; records, last_token,
+    penalty_counts and block_table as `DeviceState` has them, the rest as `StepInputs` has it.
+    `ValueError` where the plan is longer than its bytes.
+    """
+
+def sample_step(
+    header: Sequence[int],
+    plan: Any,
+    logits: Any,
+    records: Any,
+    last_token: Any,
+    vocab_size: int,
+    penalty_counts: Any | None,
+    result: Any,
+    masks: Any | None = None,
+) -> None:
+    """`sample` on a CPU, but for log probabilities (rust/step/sample.rs; its twin is that of
+    kernels/reference/step.py).
+
+    As `prepare_step`; logits [rows of logits, >= vocab_size] float32; result int32, flat, which gets
+    the rows' records; masks [mask rows, >= vocab_size / 32] int32.
+    """
 
 @final
 class GgufFile:

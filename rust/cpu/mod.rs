@@ -15,6 +15,7 @@ mod avx2;
 mod avx512;
 pub mod blocks;
 pub mod codes;
+pub mod draw;
 pub mod float;
 #[cfg(target_arch = "x86_64")]
 mod lanes;

@@ -67,7 +67,8 @@ macro_rules! header {
                 [self.step_id as u32, (self.step_id >> 32) as u32, $(self.$field.to_word()),+]
             }
 
-            pub(super) fn from_words(words: [u32; HEADER.len()]) -> Self {
+            /// Of its words.
+            pub fn from_words(words: [u32; HEADER.len()]) -> Self {
                 let [low, high, ..] = words;
                 let mut rest = words.into_iter().skip(2);
                 let mut next = || rest.next().expect("one word a field");

@@ -15,6 +15,7 @@ mod params;
 mod pattern;
 mod plan;
 mod protocol;
+mod step;
 mod tensor;
 mod text;
 mod timeline;
@@ -44,6 +45,8 @@ mod _core {
     use super::pattern::Pattern;
     #[pymodule_export]
     use super::protocol::{anthropic_error, ollama_error, openai_error, tgi_error, Echo, ReplyFormat, TokenIds};
+    #[pymodule_export]
+    use super::step::{prepare_step, sample_step};
     #[pymodule_export]
     use super::text::{ChatTemplate, Prompt, Tokenizer};
 

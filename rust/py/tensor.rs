@@ -36,6 +36,7 @@ macro_rules! element {
 element!(f32, "float32");
 element!(i32, "int32");
 element!(i64, "int64");
+element!(u8, "uint8");
 element!(Half, "float16");
 element!(Brain, "bfloat16");
 element!(Fp8, "float8_e4m3fn");

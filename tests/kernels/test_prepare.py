@@ -7,6 +7,7 @@ import torch
 from tests.kernels.plan_bytes import PENALTIES, PREFILL, SAMPLE, Enter, Row, write_plan
 from torch import Tensor
 
+from octavo.engine import step_ops
 from octavo.engine.step_buffers import DeviceState, StepBuffers, StepInputs
 from octavo.kernels.reference import step
 from octavo.kernels.step.plan_format import Plan
@@ -15,10 +16,14 @@ BLOCK_SIZE, MAX_BLOCKS, SLOTS, VOCAB = 4, 8, 6, 50
 PADDING_SLOT = SLOTS - 1
 
 
-@pytest.fixture(params=["twin", "triton"])
-def prepare(request):
+@pytest.fixture(params=["twin", "rust", "triton"])
+def prepare(request, device):
     if request.param == "twin":
         return step.prepare
+    if request.param == "rust":
+        if device != "cpu":
+            pytest.skip("Rust's is the CPU's")
+        return step_ops.prepare
     return pytest.importorskip("octavo.kernels.step.prepare").prepare
 
 

@@ -1,5 +1,5 @@
-"""`sample` against definitions in numpy float64 and transformers' own processors, for the twin and
-for Triton.
+"""`sample` against definitions in numpy float64 and transformers' own processors, for the twin, for
+Rust and for Triton.
 """
 
 import math
@@ -11,16 +11,26 @@ import torch
 from tests.kernels.plan_bytes import LOGPROBS, PENALTIES, SAMPLE, Enter, Row
 from tests.kernels.sampling_oracle import Sampler, expected_token
 
+from octavo.engine import step_ops
 from octavo.kernels.reference import step
 
 OK, NAN, MASKED, NO_SAMPLE = 0, 1, 2, 3
 VOCAB = 1500  # no multiple of any tile
 
 
-@pytest.fixture(params=["twin", "triton"])
+def rust(logits: torch.Tensor, *rest) -> None:
+    """The CPU's own, which takes what a CPU's heads give: float32."""
+    step_ops.sample(logits.float(), *rest)
+
+
+@pytest.fixture(params=["twin", "rust", "triton"])
 def sampler(request, device) -> Callable[..., Sampler]:
     if request.param == "twin":
         sample = step.sample
+    elif request.param == "rust":
+        if device != "cpu":
+            pytest.skip("Rust's is the CPU's")
+        sample = rust
     else:
         sample = pytest.importorskip("octavo.kernels.step.sample").sample
     # The twin's prepare: this file is about sample.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo.engine import step_ops
 from octavo.engine.cuda_graph import StepGraphs, decode_ladder
 from octavo.engine.forward import StepShape, hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, StepInputs
@@ -194,14 +195,14 @@ class Proposer:
         words = self._rows[place].view(torch.uint8).view(-1)
         if self._clamps:
             self._state.last_token.clamp_(max=self._state.vocab_size - 1)
-        ops.prepare(step, words, self._state, self._inputs, block_size=self._block_size)
+        step_ops.prepare(step, words, self._state, self._inputs, block_size=self._block_size)
         if self._graphs is not None and self._graphs.fits(step):
             hidden = self._graphs.replay(step)
         else:
             hidden = hidden_states(self.draft.model, self._inputs, self._context(StepShape.of(step)))
         logits = self.draft.model.compute_logits(hidden)
         result = self._results[place]
-        ops.sample(logits, step, words, self._state, self._inputs, result.view(-1))
+        step_ops.sample(logits, step, words, self._state, self._inputs, result.view(-1))
         return result[: step.padded_rows, fmt.RESULT_TOKENS]
 
     def _context(self, shape: StepShape) -> StepContext:

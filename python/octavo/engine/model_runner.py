@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from octavo.engine import step_ops
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
 from octavo.engine.drafting import DraftModel, FollowedModel, Proposer, share_groups
 from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_context
@@ -179,7 +180,7 @@ class ModelRunner:
         if plan.num_copies:
             words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
             ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
-        ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
+        step_ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
         if self.proposer is not None and plan.num_drafts:
             step.buffers.drafting.start()
             self.proposer.propose(plan, plan_device)
@@ -200,7 +201,7 @@ class ModelRunner:
         assert logits is not None, "launch_forward comes before launch_sample"
         step.logits = None  # the stream keeps what the kernels still read
         masks = self.masks.upload(plan.num_mask_rows) if plan.num_mask_rows else None
-        ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device, masks)
+        step_ops.sample(logits, plan, buffers.plan_device, self.state, self.inputs, buffers.result_device, masks)
         buffers.download(plan.result_words * 4)
 
     def forward(self, plan: Plan) -> tuple[Tensor, Tensor]:
