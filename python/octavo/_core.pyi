@@ -18,6 +18,7 @@ __all__ = [
     "Echo",
     "EngineCore",
     "Failure",
+    "Floats",
     "GgufError",
     "GgufFile",
     "Grammar",
@@ -25,6 +26,7 @@ __all__ = [
     "KvCapacityError",
     "OverloadedError",
     "PagedAttention",
+    "PagedRows",
     "Pattern",
     "Prompt",
     "PromptTooLongError",
@@ -38,16 +40,20 @@ __all__ = [
     "TokenIds",
     "Tokenizer",
     "__version__",
+    "add_rms_norm",
     "anthropic_error",
     "cpu_levels",
     "cpu_threads",
+    "gelu_tanh_and_mul",
     "measure_body",
     "ollama_error",
     "openai_error",
     "prepare_step",
     "read_prompts",
+    "rms_norm",
     "sample_step",
     "set_cpu_threads",
+    "silu_and_mul",
     "tgi_error",
 ]
 
@@ -116,12 +122,22 @@ def cpu_threads() -> int:
 def set_cpu_threads(threads: int) -> None: ...
 
 @final
+class Floats:
+    """A matrix of float32 in Rust's memory, made by an op and read by the next; it goes where a float32
+    tensor may go.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+@final
 class BlockMatrix:
     """A matrix [rows, columns] in the blocks of a GGUF file (rust/cpu/product.rs): where they lie, until
     a product is made of it, which may put its rows side by side. Its numbers and its order stay.
 
     Tensors (torch's, here and below) must be contiguous, on the CPU, and of the dtype that is
-    named; another is refused with `TypeError` or `ValueError`. Ops run without the GIL.
+    named; another is refused with `TypeError` or `ValueError`. Ops run without the GIL. They write
+    and return `out`; without one they return `Floats`.
     """
 
     @staticmethod
@@ -137,8 +153,8 @@ class BlockMatrix:
         """The same blocks with their rows in another order: those of each head's halves alternate
         in the file and then stand one half after the other.
         """
-    def take(self, indices: Any, out: Any) -> None:
-        """out [n, columns] float32 = the rows `indices` [n] int64 as numbers."""
+    def take(self, indices: Any, scale: float = 1.0, out: Any | None = None) -> Any:
+        """[n, columns] float32: the rows `indices` [n] int32 as numbers, times `scale`."""
     def read(self, start: int, out: Any) -> None:
         """out [n, columns] float32 = the rows from `start` on."""
     def is_finite(self) -> bool: ...
@@ -156,13 +172,45 @@ class BlockProduct:
         cls, matrices: Sequence[BlockMatrix], bias: Any | None = None, level: str | None = None
     ) -> BlockProduct:
         """bias [all rows]. level: of `cpu_levels()`, for tests; None: the best."""
-    def plain(self, x: Any, out: Any) -> None: ...
-    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any) -> None: ...
-    def add_rms_norm(self, x: Any, residual: Any, weight: Any, eps: float, out: Any) -> None:
+    def plain(self, x: Any, out: Any | None = None) -> Any: ...
+    def rms_norm(self, x: Any, weight: Any, eps: float, out: Any | None = None) -> Any: ...
+    def add_rms_norm(self, x: Any, residual: Any, weight: Any, eps: float, out: Any | None = None) -> Any:
         """residual [n, columns] += x, in place; the input is its norm."""
-    def silu_and_mul(self, x: Any, out: Any) -> None:
+    def silu_and_mul(self, x: Any, out: Any | None = None) -> Any:
         """x [n, 2 * columns] = (gate | up)."""
-    def gelu_tanh_and_mul(self, x: Any, out: Any) -> None: ...
+    def gelu_tanh_and_mul(self, x: Any, out: Any | None = None) -> Any: ...
+
+def rms_norm(x: Any, weight: Any, eps: float, out: Any | None = None) -> Any:
+    """x [n, size] float32 -> its norm. These four are those of a product's input, without a product."""
+
+def add_rms_norm(x: Any, residual: Any, weight: Any, eps: float, out: Any | None = None) -> Any:
+    """residual [n, size] += x, in place -> its norm."""
+
+def silu_and_mul(x: Any, out: Any | None = None) -> Any:
+    """x [n, 2 * size] = (gate | up) -> silu(gate) * up [n, size]."""
+
+def gelu_tanh_and_mul(x: Any, out: Any | None = None) -> Any:
+    """The same with GELU by tanh."""
+
+@final
+class PagedRows:
+    """Rows of a step, for the layers of one KV group. Their tensors are held, and looked at at once for
+    all layers.
+    """
+
+    def __new__(
+        cls,
+        positions: Any,
+        slot_mapping: Any,
+        block_table: Any,
+        row_slots: Any,
+        seq_lens: Any,
+        query_start_loc: Any | None = None,
+    ) -> PagedRows:
+        """positions and slot_mapping [tokens] int64; block_table [slots, most blocks], row_slots and
+        seq_lens [rows] int32; query_start_loc [rows + 1] int32, where each row's tokens begin (without
+        it each row has one).
+        """
 
 @final
 class PagedAttention:
@@ -181,33 +229,22 @@ class PagedAttention:
         window: int,
         cos_sin: Any,
         eps: float,
+        kv_cache: Any,
+        kv_scales: Any | None = None,
         q_norm: Any | None = None,
         k_norm: Any | None = None,
         level: str | None = None,
     ) -> PagedAttention:
-        """cos_sin [positions, rotary_dim] float32; q_norm, k_norm [head_dim] float32: both or none."""
-    def run(
-        self,
-        qkv: Any,
-        positions: Any,
-        slot_mapping: Any,
-        kv_cache: Any,
-        block_table: Any,
-        row_slots: Any,
-        seq_lens: Any,
-        out: Any,
-        query_start_loc: Any | None = None,
-        kv_scales: Any | None = None,
-    ) -> None:
+        """cos_sin [positions, rotary_dim] float32; kv_cache [blocks, 2, kv_heads, block_size, head_dim]
+        float32, float16 or bfloat16, or with kv_scales codes as `split_cache` cuts them; both are held.
+        q_norm, k_norm [head_dim] float32: both or none.
+        """
+    def run(self, qkv: Any, rows: PagedRows, out: Any | None = None) -> Any:
         """Rotates q and k of all tokens, q in place; writes k and v into their pages; and answers
         the tokens of the rows, which are the last of each row's keys.
 
-        qkv [tokens, (heads + 2 * kv_heads) * head_dim] float32; positions and slot_mapping [tokens]
-        int64; kv_cache [blocks, 2, kv_heads, block_size, head_dim] float32, float16 or bfloat16, or
-        with kv_scales codes as `split_cache` cuts them; block_table [slots, most blocks], row_slots
-        and seq_lens [rows] int32; query_start_loc [rows + 1] int32, where each row's tokens begin
-        (without it each row has one); out [tokens of rows, heads * head_dim] float32. `ValueError`
-        names what points to memory that is not there.
+        qkv [tokens, (heads + 2 * kv_heads) * head_dim] float32; out [tokens of rows, heads *
+        head_dim] float32. `ValueError` names what points to memory that is not there.
         """
 
 def prepare_step(

@@ -181,9 +181,11 @@ impl Step<'_> {
         }
     }
 
-    /// Tokens of all rows.
-    fn answered(&self) -> usize {
-        self.row_slots.len().checked_sub(1).map_or(0, |last| self.tokens(last).end)
+    /// Tokens of all rows, no more than the step has.
+    pub fn answered(&self) -> usize {
+        let rows = self.row_slots.len();
+        let end = self.starts.map_or(rows, |starts| starts.get(rows).map_or(0, |&end| end.max(0) as usize));
+        end.min(self.positions.len())
     }
 }
 

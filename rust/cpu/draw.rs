@@ -183,7 +183,7 @@ fn peak_body<const FUSED: bool>(logits: &[f32]) -> Peak {
             peak = Peak { logit: highest, token: group * GROUP };
         }
     }
-    let own = logits.iter().skip(peak.token).take(GROUP).position(|&logit| logit == peak.logit);
+    let own = logits.iter().skip(peak.token).take(GROUP).position(|&logit| logit >= peak.logit);
     peak.token += own.unwrap_or(0);
     peak
 }

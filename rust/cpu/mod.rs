@@ -23,6 +23,7 @@ pub mod level;
 mod memory;
 mod panels;
 mod plain;
+pub mod pointwise;
 pub mod pool;
 pub mod product;
 pub mod raw;

@@ -17,7 +17,7 @@ const LARGEST: f32 = 127.0 * 256.0;
 /// Rows that a tile has side by side.
 pub const TILE: usize = 8;
 /// Up to so many rows the caller makes himself: waking threads takes longer.
-const ALONE: usize = 4;
+pub(super) const ALONE: usize = 4;
 
 /// What the rows of a product are made of. All matrices have the product's rows.
 #[derive(Debug, Clone, Copy)]
@@ -249,7 +249,7 @@ thread_local! {
 
 by_level! {
     /// Row `row` of the input into `made` [columns].
-    fn fill(input: Input<'_>, row: usize, made: &mut [f32]) = fill_body
+    pub(super) fn fill(input: Input<'_>, row: usize, made: &mut [f32]) = fill_body
 }
 
 by_level! {

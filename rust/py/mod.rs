@@ -8,6 +8,7 @@ mod cpu;
 mod delta;
 mod errors;
 mod event_fd;
+mod floats;
 mod gguf;
 mod grammar;
 mod guard;
@@ -30,11 +31,15 @@ mod _core {
     #[pymodule_export]
     use super::core::EngineCore;
     #[pymodule_export]
-    use super::cpu::{cpu_levels, cpu_threads, set_cpu_threads, BlockMatrix, BlockProduct, PagedAttention};
+    use super::cpu::{add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul};
+    #[pymodule_export]
+    use super::cpu::{cpu_levels, cpu_threads, set_cpu_threads, BlockMatrix, BlockProduct, PagedAttention, PagedRows};
     #[pymodule_export]
     use super::delta::{ChoiceDelta, Failure, ReplyDelta, RequestProgress};
     #[pymodule_export]
     use super::errors::{GgufError, KvCapacityError, OverloadedError, PromptTooLongError, RefusedError, TemplateError};
+    #[pymodule_export]
+    use super::floats::Floats;
     #[pymodule_export]
     use super::gguf::GgufFile;
     #[pymodule_export]

@@ -6,25 +6,19 @@ use pyo3::prelude::*;
 use crate::cpu::pool;
 use crate::plan::words::{PlanInfo, HEADER};
 use crate::plan::PlanView;
-use crate::py::tensor::Tensor;
+use crate::py::tensor::{width, Tensor};
 use crate::step::prepare::{prepare, Inputs, Tables};
 use crate::step::sample::{sample, Wide};
 use crate::step::State;
 
-/// The words of a plan's header in order, as Python has them.
-type Header = [i64; HEADER.len()];
-
-fn view<'a>(header: Header, bytes: &'a Tensor<'_, u8>) -> PyResult<PlanView<'a>> {
-    let info = PlanInfo::from_words(header.map(|word| word as u32));
+/// header: the words of the plan's header in order, as Python has them.
+fn view<'a>(header: &Bound<'_, PyAny>, bytes: &'a Tensor<'_, u8>) -> PyResult<PlanView<'a>> {
+    let words: [i64; HEADER.len()] = header.extract()?;
+    let info = PlanInfo::from_words(words.map(|word| word as u32));
     if info.num_bytes as usize > bytes.len() {
         return Err(PyValueError::new_err(format!("plan: {} bytes of {}", bytes.len(), info.num_bytes)));
     }
     Ok(PlanView::with_header(info, bytes.read()))
-}
-
-/// Rows and columns of a tensor of two dimensions, or of the last of more.
-fn width(tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
-    tensor.getattr(pyo3::intern!(tensor.py(), "shape"))?.get_item(-1)?.extract()
 }
 
 /// Fills the inputs of a step; gives slots and tables what the plan has for them.
@@ -32,7 +26,7 @@ fn width(tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
 #[allow(clippy::too_many_arguments)]
 pub(super) fn prepare_step(
     py: Python<'_>,
-    header: Header,
+    header: &Bound<'_, PyAny>,
     plan: &Bound<'_, PyAny>,
     block_size: usize,
     records: &Bound<'_, PyAny>,
@@ -82,7 +76,7 @@ pub(super) fn prepare_step(
 #[allow(clippy::too_many_arguments)]
 pub(super) fn sample_step(
     py: Python<'_>,
-    header: Header,
+    header: &Bound<'_, PyAny>,
     plan: &Bound<'_, PyAny>,
     logits: &Bound<'_, PyAny>,
     records: &Bound<'_, PyAny>,

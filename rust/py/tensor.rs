@@ -13,6 +13,7 @@ use pyo3::sync::PyOnceLock;
 use crate::cpu::codes::{Fp8, Int4, Int8};
 use crate::cpu::float::{Brain, Half};
 use crate::cpu::raw::Writer;
+use crate::py::floats::Floats;
 
 /// A type of numbers that torch has.
 pub(super) trait Element: Copy + Send + Sync + 'static {
@@ -56,9 +57,16 @@ unsafe impl<T: Send + Sync> Send for Tensor<'_, T> {}
 unsafe impl<T: Send + Sync> Sync for Tensor<'_, T> {}
 
 impl<'a, T: Element> Tensor<'a, T> {
-    /// The memory of `tensor`. name: what errors call it.
+    /// The memory of `tensor`, or of [`Floats`] where its type is float32. name: what errors call it.
     pub(super) fn of(tensor: &'a Bound<'_, PyAny>, name: &str) -> PyResult<Self> {
         let py = tensor.py();
+        if let Ok(floats) = tensor.cast_exact::<Floats>() {
+            if T::NAME != f32::NAME {
+                return Err(PyTypeError::new_err(format!("{name}: Floats, must be a tensor of torch.{}", T::NAME)));
+            }
+            let floats = floats.get();
+            return Ok(Self { start: floats.start().cast(), len: floats.len(), life: std::marker::PhantomData });
+        }
         let dtype = tensor.getattr(intern!(py, "dtype"))?;
         if !dtype.is(T::dtype(py)?) {
             return Err(PyTypeError::new_err(format!("{name}: dtype {dtype}, must be torch.{}", T::NAME)));
@@ -103,13 +111,61 @@ impl<'a, T: Element> Tensor<'a, T> {
     }
 }
 
-/// The bytes of blocks of codes, each followed by its scales, and the bytes from one block to the next.
+/// The size of the last dimension of a tensor, or of [`Floats`].
+pub(super) fn width(tensor: &Bound<'_, PyAny>) -> PyResult<usize> {
+    tensor.getattr(intern!(tensor.py(), "shape"))?.get_item(-1)?.extract()
+}
+
+/// A tensor's memory, and the tensor, which is kept for it.
+pub(super) struct Held<T> {
+    start: *mut T,
+    len: usize,
+    _owner: Py<PyAny>,
+}
+
+// SAFETY: it is a tensor that is held, and whose memory is reached by `tensor` alone.
+unsafe impl<T: Send + Sync> Send for Held<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send + Sync> Sync for Held<T> {}
+
+impl<T: Element> Held<T> {
+    /// As [`Tensor::of`].
+    pub(super) fn of(tensor: &Bound<'_, PyAny>, name: &str) -> PyResult<Self> {
+        let Tensor { start, len, .. } = Tensor::<T>::of(tensor, name)?;
+        Ok(Self { start, len, _owner: tensor.clone().unbind() })
+    }
+
+    /// Its memory.
+    pub(super) fn tensor(&self) -> Tensor<'_, T> {
+        Tensor { start: self.start, len: self.len, life: std::marker::PhantomData }
+    }
+}
+
+/// Blocks of codes and their scales, held as [`coded_blocks`] has them.
+pub(super) struct HeldBlocks {
+    bytes: Held<u8>,
+    /// Bytes from one block to the next.
+    pub(super) stride: usize,
+}
+
+impl HeldBlocks {
+    /// As [`coded_blocks`].
+    pub(super) fn of(codes: &Bound<'_, PyAny>, scales: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let (start, len, stride) = coded_blocks(codes, scales)?;
+        Ok(Self { bytes: Held { start, len, _owner: codes.clone().unbind() }, stride })
+    }
+
+    /// All bytes.
+    pub(super) fn share(&self) -> Writer<'_, u8> {
+        self.bytes.tensor().share()
+    }
+}
+
+/// The bytes of blocks of codes, each followed by its scales: the first and how many, and those from one block to
+/// the next.
 /// codes [blocks, ..] of one byte each and scales [blocks, ..] float32 are views into the same memory, as
 /// `kernels/attention/kv_block.py` cuts it.
-pub(super) fn coded_blocks<'a>(
-    codes: &'a Bound<'_, PyAny>,
-    scales: &'a Bound<'_, PyAny>,
-) -> PyResult<(Writer<'a, u8>, usize)> {
+fn coded_blocks(codes: &Bound<'_, PyAny>, scales: &Bound<'_, PyAny>) -> PyResult<(*mut u8, usize, usize)> {
     let py = codes.py();
     let view = |tensor: &Bound<'_, PyAny>| -> PyResult<(usize, Vec<usize>, Vec<usize>)> {
         let start = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
@@ -147,8 +203,7 @@ pub(super) fn coded_blocks<'a>(
         1 => (block, block),
         blocks => (strides[0], (blocks - 1) * strides[0] + block),
     };
-    let start = if len == 0 { std::ptr::dangling_mut() } else { start as *mut u8 };
-    // SAFETY: both tensors' memory is there, from the first code to the last scale; what lies between two blocks
-    // is of the same storage. It is an output, which the caller of the op gives to it alone.
-    Ok((Writer::new(unsafe { std::slice::from_raw_parts_mut(start, len) }), stride))
+    // Both tensors' memory is there, from the first code to the last scale; what lies between two blocks is of the
+    // same storage, which either of them holds.
+    Ok((if len == 0 { std::ptr::dangling_mut() } else { start as *mut u8 }, len, stride))
 }

@@ -130,7 +130,9 @@ impl Places<'_> {
                 }
                 if !draw.is_greedy() {
                     let inverse = 1.0 / draw.temperature;
-                    processed.iter_mut().for_each(|logit| *logit *= inverse);
+                    for logit in &mut processed {
+                        *logit *= inverse;
+                    }
                 }
                 draw.draw(level, &processed)
             };

@@ -86,18 +86,18 @@ class Case:
                 answers[part] = twins.prefill_attention(queries[part], pages, *where, lengths[one], 0, scale, window)
         return answers.reshape(self.answered, -1)
 
-    def op(self, window: int, scale: float, level: str | None = None) -> _core.PagedAttention:
+    def op(self, window: int, scale: float, level: str | None = None, **pages: Tensor) -> _core.PagedAttention:
         names: dict[str, Any] = dict(zip(("q_norm", "k_norm"), self.norms, strict=True))
         return _core.PagedAttention(
             *self.shape, block_size=BLOCK, scale=scale, window=window, cos_sin=self.cos_sin, eps=1e-6, level=level,
-            **names,
+            **{"kv_cache": self.kv_cache, **pages}, **names,
         )  # fmt: skip
 
     def run(self, op: _core.PagedAttention, **changes: Any) -> Tensor:
-        names = ("qkv", "positions", "slot_mapping", "kv_cache", "block_table", "row_slots", "seq_lens")
+        names = ("positions", "slot_mapping", "block_table", "row_slots", "seq_lens", "starts")
+        rows = _core.PagedRows(*(changes.get(name, getattr(self, name)) for name in names))
         out = torch.full((self.answered, self.shape[0] * self.shape[2]), float("nan"))
-        arguments = (changes.get(name, getattr(self, name)) for name in names)
-        op.run(*arguments, changes.get("out", out), changes.get("starts", self.starts), changes.get("kv_scales"))
+        assert op.run(changes.get("qkv", self.qkv), rows, changes.get("out", out)) is changes.get("out", out)
         return out
 
 
@@ -150,7 +150,7 @@ def test_pages_of_codes(kv: str, gap: int, window: int, queries: tuple[int, ...]
     q, k, v = (part.reshape(len(case.qkv), -1, 32) for part in case.qkv.clone().split(sizes, dim=-1))
     where = (case.positions, case.cos_sin, twin_codes, case.slot_mapping)
     twins.rope_and_cache(q, k, v, *where, kv_scales=twin_scales)
-    actual = case.run(case.op(window, 0.2, level), kv_cache=codes, kv_scales=scales)
+    actual = case.run(case.op(window, 0.2, level, kv_cache=codes, kv_scales=scales))
     torch.testing.assert_close(scales[1:], twin_scales[1:], equal_nan=True)  # not the null block
     # The last bit of a rotation may turn a tie.
     differ = (codes[1:].view(torch.uint8) != twin_codes[1:].view(torch.uint8)).float().mean()
@@ -165,13 +165,12 @@ def test_codes_that_no_scales_follow_are_refused() -> None:
     blocks = torch.zeros(len(case.kv_cache), block_bytes(2, BLOCK, 32, torch.int8), dtype=torch.uint8)
     codes, scales = split_cache(blocks, 2, BLOCK, 32, torch.int8)
     assert scales is not None
-    op = case.op(0, 1.0)
     with pytest.raises(ValueError, match="kv_scales: must follow the codes of kv_cache in each block"):
-        case.run(op, kv_cache=codes, kv_scales=scales.clone())
+        case.op(0, 1.0, kv_cache=codes, kv_scales=scales.clone())
     with pytest.raises(ValueError, match="kv_cache: with kv_scales it has codes"):
-        case.run(op, kv_cache=codes.view(torch.bool), kv_scales=scales)
+        case.op(0, 1.0, kv_cache=codes.view(torch.bool), kv_scales=scales)
     with pytest.raises(TypeError, match=r"kv_scales: dtype must be torch.float32"):
-        case.run(op, kv_cache=codes, kv_scales=scales.view(torch.int32))
+        case.op(0, 1.0, kv_cache=codes, kv_scales=scales.view(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -253,5 +252,6 @@ def test_memory_that_is_not_there_is_refused() -> None:
         case.run(op, starts=torch.tensor([0, 2, 3, 4, 5, 6], dtype=torch.int32))
     with pytest.raises(ValueError, match="q_norm and k_norm: both or none"):
         _core.PagedAttention(
-            6, 2, 32, block_size=8, scale=1.0, window=0, cos_sin=case.cos_sin, eps=0.0, q_norm=torch.ones(32)
-        )
+            6, 2, 32, block_size=8, scale=1.0, window=0, cos_sin=case.cos_sin, eps=0.0, kv_cache=case.kv_cache,
+            q_norm=torch.ones(32),
+        )  # fmt: skip

@@ -24,10 +24,12 @@ def test_every_format_has_the_numbers_of_the_gguf_package(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["F16", "Q4_1", "Q6_K"])
 def test_rows_are_taken_by_their_number(kind: str) -> None:
     blocks, values = make(kind, 50, numbers_of_block(kind), seed=2)
-    indices = torch.tensor([49, 0, 7, 7, 31])
+    indices = torch.tensor([49, 0, 7, 7, 31], dtype=torch.int32)
     actual = torch.empty(5, values.shape[1])
-    blocks.take(indices, actual)
+    assert blocks.take(indices, out=actual) is actual
     assert torch.equal(actual, values[indices])
+    blocks.take(indices, 3.0, actual)
+    assert torch.equal(actual, values[indices] * 3.0)
     rest = torch.empty(3, values.shape[1])
     blocks.read(47, rest)
     assert torch.equal(rest, values[47:])
@@ -56,9 +58,9 @@ def test_a_product_leaves_the_numbers_as_they_are(kind: str) -> None:
         actual = torch.empty_like(values)
         form.read(0, actual)
         assert torch.equal(actual, right)
-        indices = torch.tensor([49, 0, 17, 17])
+        indices = torch.tensor([49, 0, 17, 17], dtype=torch.int32)
         taken = torch.empty(4, values.shape[1])
-        form.take(indices, taken)
+        form.take(indices, out=taken)
         assert torch.equal(taken, right[indices])
         assert form.is_finite()
 
@@ -124,7 +126,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
         _core.BlockMatrix.from_bytes("IQ1_S", 1, 256, bytes(50))
     blocks, _ = make("Q8_0", 4, 32)
     with pytest.raises(IndexError, match="indices: 4 is no row of 4"):
-        blocks.take(torch.tensor([0, 4]), torch.empty(2, 32))
+        blocks.take(torch.tensor([0, 4], dtype=torch.int32), out=torch.empty(2, 32))
     with pytest.raises(TypeError, match=r"out: dtype torch.float64, must be torch.float32"):
         blocks.read(0, torch.empty(4, 32, dtype=torch.float64))
     with pytest.raises(ValueError, match="out: must be contiguous"):

@@ -130,9 +130,9 @@ def check(folder: Path, reference: torch.nn.Module, **options: Any) -> None:
         assert_close(actual, expected)
         return
     # A sum in another order may move an activation to the next number, up to 12 % of it in fp8: rare, but
-    # all later tokens see it. Those before the first such one agree as sums do.
+    # all later tokens see it. Those before the first such one, at least two, agree as sums do.
     difference = ((actual - expected).abs() / expected.std()).mean(-1)  # of each token
-    assert difference[:4].max() < 1e-4 and difference.max() < 0.2
+    assert difference[:2].max() < 1e-4 and difference.max() < 0.2
 
 
 @pytest.mark.parametrize("name", CASES)

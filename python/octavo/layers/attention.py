@@ -65,7 +65,7 @@ class Attention(Layer):
     def bind(self, kv_cache: Tensor, kv_scales: Tensor | None) -> None:
         """Takes the pages that it reads and writes from now on."""
         self.kv_cache, self.kv_scales = kv_cache, kv_scales
-        self.paged = None  # is made for their size
+        self.paged = None  # holds them
 
     def unbind(self) -> None:
         """Lets its pages go."""
@@ -76,6 +76,7 @@ class Attention(Layer):
         """Takes positions up to `count`, also those that the model was never trained for."""
         if count > self.cos_sin.shape[0]:
             self.cos_sin = cos_sin_table(self.rope, self.head_dim, count, self.cos_sin.device)
+            self.paged = None
 
     def finish(self) -> None:
         self.q_norm_weight = self.q_norm.weight if self.q_norm else None
@@ -142,8 +143,10 @@ class Attention(Layer):
             kv_scales=self.kv_scales,
         )
 
-    def _attend_on_cpu(self, qkv: Tensor, positions: Tensor, step: StepContext) -> Tensor:
-        """Answers [num_tokens, heads * head_dim]: all of a step in one call of the extension."""
+    def _attend_on_cpu(self, qkv: Any, positions: Tensor, step: StepContext) -> Any:
+        """Answers [num_tokens, heads * head_dim] in the form of `qkv`: all of a step in one call of the
+        extension.
+        """
         if self.paged is None:
             self.paged = _core.PagedAttention(
                 self.sizes[0] // self.head_dim,
@@ -154,20 +157,12 @@ class Attention(Layer):
                 window=self.window,
                 cos_sin=self.cos_sin,
                 eps=self.eps,
+                kv_cache=self.kv_cache,
+                kv_scales=self.kv_scales,
                 q_norm=self.q_norm_weight,
                 k_norm=self.k_norm_weight,
             )
-        attended = torch.empty(qkv.shape[0], self.sizes[0])
-        self.paged.run(
-            qkv,
-            positions,
-            step.slot_mapping[self.kv_group],
-            self.kv_cache,
-            step.block_tables[self.kv_group],
-            step.row_slots,
-            step.seq_lens,
-            attended,
-            step.query_start_loc,
-            self.kv_scales,
-        )
-        return attended
+        rows = step.paged_rows(self.kv_group, positions)
+        if isinstance(qkv, _core.Floats):
+            return self.paged.run(qkv, rows)
+        return self.paged.run(qkv, rows, torch.empty(qkv.shape[0], self.sizes[0]))

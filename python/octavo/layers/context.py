@@ -4,10 +4,12 @@
 One plain global: only the engine thread runs a model. (The idea is nano-vllm's `utils/context.py`.)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
+
+from octavo import _core
 
 
 @dataclass
@@ -25,6 +27,7 @@ class StepContext:
     seq_lens: Tensor  # [rows] int32: computed + query length
     slot_mapping: list[Tensor]  # per KV group [num_tokens] int64: block * block_size + offset
     block_tables: list[Tensor]  # per KV group [max_num_seqs + 1, max_blocks] int32, by request slot
+    _paged_rows: dict[int, _core.PagedRows] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def decode_start_loc(self) -> Tensor | None:
@@ -39,6 +42,22 @@ class StepContext:
         first token.
         """
         return self.query_start_loc[self.num_decodes :] - self.num_decode_tokens
+
+    def paged_rows(self, kv_group: int, positions: Tensor) -> _core.PagedRows:
+        """All rows as the CPU's attention takes them, for the layers of one KV group. positions
+        [num_tokens] int64, the same for all layers of a step.
+        """
+        rows = self._paged_rows.get(kv_group)
+        if rows is None:
+            rows = self._paged_rows[kv_group] = _core.PagedRows(
+                positions,
+                self.slot_mapping[kv_group],
+                self.block_tables[kv_group],
+                self.row_slots,
+                self.seq_lens,
+                self.query_start_loc,
+            )
+        return rows
 
 
 _context: StepContext | None = None

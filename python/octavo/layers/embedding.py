@@ -3,6 +3,7 @@ embedding's).
 """
 
 from collections.abc import Hashable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,13 @@ class Embedding(Layer):
         if self.table is None:
             yield WeightPart(f"{self.name}.weight", self, "weight", tuple(self.weight.shape))
 
-    def __call__(self, input_ids: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor) -> Any:
         """input_ids [num_tokens] -> [num_tokens, size] of `activation_dtype`, which all hidden
         states have.
         """
-        looked_up = F.embedding(input_ids, self.weight) if self.table is None else self.table(input_ids)
-        hidden = looked_up.to(self.activation_dtype)
+        if self.table is not None:
+            return self.table(input_ids, self.scale)
+        hidden = F.embedding(input_ids, self.weight).to(self.activation_dtype)
         return hidden if self.scale == 1.0 else hidden * self.scale
 
 

@@ -24,8 +24,8 @@ class RMSNorm(Layer):
         form: InputForm = PLAIN,
         add_one: bool = False,
     ) -> None:
-        """form: `input_form` of the product that reads the output. add_one: the file keeps weights
-        minus one.
+        """form: `input_form` of the product that reads the output, or where none does one of `schemes`.
+        add_one: the file keeps weights minus one.
 
         Those are held in float32: 1 + w would lose bits of w.
         """

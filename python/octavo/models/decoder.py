@@ -15,14 +15,14 @@ from octavo.layers.embedding import Embedding, LogitsHead, TiedHead
 from octavo.layers.mlp import GatedMLP
 from octavo.layers.norm import RMSNorm
 from octavo.layers.schemes.choice import Schemes
-from octavo.layers.schemes.scheme import PLAIN, InputForm, Matrix
+from octavo.layers.schemes.scheme import InputForm, Matrix
 from octavo.layers.weight import Layer
 from octavo.model_config import KvGroup, ModelConfig, kv_groups
 from octavo.models.config_reader import Fields
 
 
-def hidden_norm(name: str, config: ModelConfig, schemes: Schemes, form: InputForm = PLAIN) -> RMSNorm:
-    """A norm over whole hidden states. form: what reads it, as `Scheme.input_form` says."""
+def hidden_norm(name: str, config: ModelConfig, schemes: Schemes, form: InputForm) -> RMSNorm:
+    """A norm over whole hidden states. form: as `RMSNorm` has it."""
     return RMSNorm(
         name, config.hidden_size, config.rms_norm_eps, schemes=schemes, form=form, add_one=config.norm_add_one
     )
@@ -101,7 +101,7 @@ class Model(Layer):
             if config.tie_word_embeddings
             else LogitsHead(schemes.linear(head), soft_cap=soft_cap)
         )
-        self.norm = hidden_norm("model.norm", config, schemes)
+        self.norm = hidden_norm("model.norm", config, schemes, schemes.leaving)
 
     def bind_kv_caches(self, pages: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Layer j of every KV group reads and writes pages[j]: (`Attention.kv_cache`,

@@ -24,11 +24,11 @@ class Gemma3DecoderLayer(DecoderLayer):
 
     def __init__(self, name: str, config: ModelConfig, layer: int, *, kv_group: int, schemes: Schemes) -> None:
         super().__init__(name, config, layer, kv_group=kv_group, schemes=schemes)
-        self.post_attention_norm = hidden_norm(f"{name}.post_attention_layernorm", config, schemes)
+        self.post_attention_norm = hidden_norm(f"{name}.post_attention_layernorm", config, schemes, schemes.between)
         self.pre_mlp_norm = hidden_norm(
             f"{name}.pre_feedforward_layernorm", config, schemes, self.mlp.gate_up.input_form
         )
-        self.post_mlp_norm = hidden_norm(f"{name}.post_feedforward_layernorm", config, schemes)
+        self.post_mlp_norm = hidden_norm(f"{name}.post_feedforward_layernorm", config, schemes, schemes.between)
 
     @property
     def mlp_norm(self) -> RMSNorm:

@@ -3,13 +3,15 @@ product is made of them; a table that is only looked up stays where the file is 
 
 The product is the extension's (`rust/cpu`). It takes what its input is made of, computes a norm or
 a gate itself, and rounds the result to 16 bits, 32 numbers a scale. So a decoder layer crosses into
-it once for each product and once for attention.
+it once for each product and once for attention. Between these ops hidden states are `Floats`, memory
+of the extension's: a tensor costs some 3 us to make and to look at, five of them a layer. Tensors stand
+at both ends, ids and hidden states that leave the layers.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +21,17 @@ from octavo.layers.schemes.scheme import InputForm, Matrix, Scheme
 from octavo.layers.weight import Layer, WeightPart, zeros
 
 
-@dataclass(frozen=True)
-class Pending:
-    """An input that the product computes: the name of its op, the op's arguments, and how many rows
-    it makes. Whoever has one multiplies by it once, before its tensors change.
+class Pending(NamedTuple):
+    """An input that the product computes: the name of its op, and the op's arguments. Whoever has one
+    multiplies by it once, before what it refers to changes.
     """
 
     op: str
     arguments: tuple[Any, ...]
-    rows: int
 
 
-def _pending(op: str, x: Tensor, *rest: Any) -> Pending:
-    return Pending(op, (x, *rest), x.shape[0])
+def _pending(op: str, *arguments: Any) -> Pending:
+    return Pending(op, arguments)
 
 
 BLOCK_INPUT = InputForm(
@@ -41,6 +41,19 @@ BLOCK_INPUT = InputForm(
     gelu_tanh_and_mul=partial(_pending, "gelu_tanh_and_mul"),
     from_plain=partial(_pending, "plain"),
 )
+
+FLOATS = InputForm(_core.rms_norm, _core.add_rms_norm, _core.silu_and_mul, _core.gelu_tanh_and_mul, lambda x: x)
+"""Of what no product reads."""
+
+
+def _add_rms_norm(x: Any, residual: Any, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty(x.shape)
+    _core.add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+LEAVING = replace(FLOATS, add_rms_norm=_add_rms_norm)
+"""Of the norm whose output leaves the layers."""
 
 
 class BlockScheme(Scheme):
@@ -67,7 +80,7 @@ class BlockScheme(Scheme):
 
     def finish(self) -> None:
         self.product = _core.BlockProduct([self.blocks[name] for name in self.matrix.projections], self.bias)
-        self.multiply: dict[str, Callable[..., None]] = {
+        self.multiply: dict[str, Callable[..., _core.Floats]] = {
             op: getattr(self.product, op)
             for op in ("plain", "rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
         }
@@ -76,10 +89,12 @@ class BlockScheme(Scheme):
         held = sum(blocks.nbytes for blocks in self.blocks.values())
         return held + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Pending) -> Tensor:
-        out = torch.empty(x.rows, self.matrix.out_features)
-        self.multiply[x.op](*x.arguments, out)
-        return out
+    def __call__(self, x: Pending) -> Any:
+        """-> `Floats` [num_tokens, out_features]; logits are a tensor."""
+        if self.matrix.makes_logits:
+            (hidden,) = x.arguments
+            return self.product.plain(hidden, torch.empty(hidden.shape[0], self.matrix.out_features))
+        return self.multiply[x.op](*x.arguments)
 
 
 class BlockTable(Layer):
@@ -101,8 +116,6 @@ class BlockTable(Layer):
     def own_bytes(self) -> int:
         return self.blocks.nbytes
 
-    def __call__(self, indices: Tensor) -> Tensor:
-        """indices [n] -> [n, size] float32."""
-        out = torch.empty(indices.shape[0], self.shape[1])
-        self.blocks.take(indices.long(), out)
-        return out
+    def __call__(self, indices: Tensor, scale: float) -> Any:
+        """indices [n] -> `Floats` [n, size], times `scale`."""
+        return self.blocks.take(indices.int(), scale)

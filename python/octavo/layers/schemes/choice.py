@@ -9,7 +9,7 @@ from torch import Tensor
 
 from octavo.kernels import ops
 from octavo.kernels.linear.int4_layout import DEPTH, ROWS
-from octavo.layers.schemes.blocks import BlockScheme, BlockTable
+from octavo.layers.schemes.blocks import FLOATS, LEAVING, BlockScheme, BlockTable
 from octavo.layers.schemes.cpu import HalfScheme, PackedScheme, has_fbgemm, has_onednn, widens_half
 from octavo.layers.schemes.dense import DenseScheme, PlainScheme
 from octavo.layers.schemes.formats.online import OnlineFormat
@@ -26,6 +26,11 @@ class Schemes:
 
     This one keeps all weights plain.
     """
+
+    between: InputForm = PLAIN
+    """Of norms inside of the layers that no product reads."""
+    leaving: InputForm = PLAIN
+    """Of the norm behind the last layer: it makes tensors."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         """dtype: of plain weights, and of hidden states unless `activation_dtype` says otherwise."""
@@ -61,6 +66,8 @@ class Schemes:
 
 class BlockSchemes(Schemes):
     """Of a GGUF file on a CPU: every matrix stays in the file's blocks."""
+
+    between, leaving = FLOATS, LEAVING
 
     def __init__(self) -> None:
         super().__init__(torch.float32, torch.device("cpu"))

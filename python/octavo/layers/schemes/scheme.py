@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.kernels import ops
+from octavo.layers import pointwise
 from octavo.layers.weight import Layer
 
 
@@ -55,7 +55,13 @@ class InputForm:
     from_plain: Callable[[Tensor], Any]  # of what has no fused op: the output of attention
 
 
-PLAIN = InputForm(ops.rms_norm, ops.add_rms_norm, ops.silu_and_mul, ops.gelu_tanh_and_mul, lambda x: x)
+PLAIN = InputForm(
+    pointwise.rms_norm,
+    pointwise.add_rms_norm,
+    pointwise.silu_and_mul,
+    pointwise.gelu_tanh_and_mul,
+    lambda x: x,
+)
 """A tensor [num_tokens, in_features] of the hidden states' dtype."""
 
 
