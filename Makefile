@@ -7,7 +7,7 @@ UV := $(BIN)/python -m uv
 SOURCES := Cargo.toml Cargo.lock pyproject.toml $(shell find rust -name '*.rs' 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve dev test test-rust test-python test-gpu clients schemathesis simulate planted-faults fuzz asan lint fmt bench dist clean
+.PHONY: help serve dev test test-rust test-python test-gpu clients schemathesis simulate planted-faults fuzz asan sm90 lint fmt bench dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*?## ' $(MAKEFILE_LIST) | awk -F':.*?## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -76,6 +76,11 @@ asan: ## the CPU's own code (rust/cpu, all its unsafe blocks) by its tests under
 test-gpu: dev ## the kernels and the engine on a CUDA device
 	$(BIN)/python -m pytest -q -m gpu tests/engine $(ARGS)  # these need the card for themselves
 	$(BIN)/python -m pytest -q -m gpu tests/kernels -n auto --maxprocesses 16 $(ARGS)
+
+SM90 = $(basename $(notdir $(wildcard tests/kernels/compile_sm90_*.py)))
+
+sm90: dev ## compile all kernels for an H100 anew, and note what came of them (minutes; after a change of kernels)
+	@for module in $(SM90); do PYTHONPATH=python $(BIN)/python -m tests.kernels.$$module --remember || exit 1; done
 
 clients: dev ## real client packages against a server, each in an environment of its own (ARGS="openai dspy" for some)
 	$(BIN)/python -m tests.clients.run $(ARGS)

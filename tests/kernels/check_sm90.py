@@ -22,13 +22,10 @@ patient = pytest.mark.timeout(900)
 
 def check_variants(module: str, at_least: int) -> None:
     """Every variant of a module's cases compiles for an H100, fits its shared memory and keeps its
-    registers; there are `at_least` so many.
+    registers; there are `at_least` so many. What is known of one is not found out again.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(REPOSITORY / "python")
-    # The same code, in an eighth less of a processor's time: no lines for debuggers, and no threads that
-    # share out what is too small for them.
-    environment |= {"TRITON_DISABLE_LINE_INFO": "1", "MLIR_DISABLE_MULTITHREADING": "1"}
     command = [sys.executable, "-m", f"tests.kernels.{module}", "--json"]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
