@@ -1,5 +1,5 @@
 //! Attention over pages: rotary and the write of keys and values, then the answers of rows: of one
-//! token each key by key, of more (prompts, drafts) sixteen queries and thirty-two keys at a time.
+//! token each by thirty-two keys at a time, of more (prompts, drafts) by sixteen queries at a time too.
 
 use super::codes::{Codes, Fp8, Int4, Int8};
 use super::float::{exp, Brain, Half, Number};
@@ -8,7 +8,7 @@ use super::pool::Pool;
 use super::raw::Writer;
 use super::rows::{dot, larger, norm};
 #[cfg(target_arch = "x86_64")]
-use super::{avx512, level::Tier};
+use super::{avx2, avx512, level::Tier};
 
 /// Queries of a row that one piece of work answers, unless the heads that share a key are more.
 const AT_ONCE: usize = 192;
@@ -441,7 +441,7 @@ fn attend_of<const FUSED: bool>(
             answer(token).fill(0.0);
         }
     } else if piece.count == 1 {
-        one::<FUSED>(keys, piece.position, query(piece.first), &mut scratch.row, answer(piece.first));
+        one(keys, piece.position, query(piece.first), scratch, answer(piece.first));
     } else {
         many::<FUSED>(keys, piece, query, scratch, answer);
     }
@@ -474,54 +474,61 @@ impl<S: Store> Keys<'_, S> {
         // SAFETY: all writes of this step have returned, and nobody else writes pages.
         unsafe { self.store.read(self.attention, place, numbers) };
     }
+
+    /// Those of `count` tokens from `first` on, each `width` numbers behind the one before.
+    #[inline(always)]
+    fn read_some(&self, kind: usize, first: usize, count: usize, width: usize, numbers: &mut [f32]) {
+        let (dim, size) = (self.attention.head_dim, self.attention.block_size);
+        let (mut block, mut token) = (first / size, first % size); // once: divisions take longer than to read
+        for numbers in numbers.chunks_exact_mut(width).take(count) {
+            self.read(kind, block, token, &mut numbers[..dim]);
+            token += 1;
+            if token == size {
+                (block, token) = (block + 1, 0);
+            }
+        }
+    }
 }
 
 /// One token, whose heads see the same keys.
 #[inline(always)]
-fn one<const FUSED: bool>(
-    keys: Keys<'_, impl Store>,
-    position: usize,
-    queries: &[f32],
-    scores: &mut Vec<f32>,
-    out: &mut [f32],
-) {
-    let (dim, size) = (keys.attention.head_dim, keys.attention.block_size);
-    let (first, len) = (keys.first_of(position), position + 1);
-    let seen = len - first;
-    let places = |block: usize| (first.max(block * size) - block * size, len.min((block + 1) * size) - block * size);
-    let group = queries.len() / dim;
+fn one(keys: Keys<'_, impl Store>, position: usize, queries: &[f32], scratch: &mut Scratch, out: &mut [f32]) {
+    let (dim, level) = (keys.attention.head_dim, keys.attention.level);
+    let (parts, heads) = (dim.div_ceil(LANES), queries.len() / dim);
+    let (begin, end) = (keys.first_of(position), position + 1);
+    let Scratch { queries: padded, answers, heads: [key_heads, value_heads], row: scores, .. } = scratch;
+    for (sixteens, head) in [(&mut *padded, queries), (&mut *answers, &[])] {
+        sixteens.clear();
+        sixteens.resize(heads * parts, [0.0; LANES]);
+        for (sixteens, head) in sixteens.chunks_exact_mut(parts).zip(head.chunks_exact(dim)) {
+            sixteens.as_flattened_mut()[..dim].copy_from_slice(head);
+        }
+    }
+    for numbers in [&mut *key_heads, &mut *value_heads] {
+        numbers.clear();
+        numbers.resize(KEYS * parts * LANES, 0.0);
+    }
     scores.clear();
-    scores.resize(group * seen, 0.0);
-    out.fill(0.0);
-    let mut wide = [0.0f32; 512];
-    let wide = &mut wide[..dim];
-    let mut at = 0;
-    for block in first / size..len.div_ceil(size) {
-        let (from, to) = places(block);
-        for token in from..to {
-            keys.read(0, block, token, wide);
-            for (head, query) in queries.chunks_exact(dim).enumerate() {
-                scores[head * seen + at] = dot::<FUSED>(query, wide) * keys.attention.scale;
-            }
-            at += 1;
+    scores.resize(heads * (end - begin), 0.0);
+    for first in (begin..end).step_by(KEYS) {
+        let count = KEYS.min(end - first);
+        keys.read_some(0, first, count, parts * LANES, key_heads);
+        for (scores, query) in scores.chunks_exact_mut(end - begin).zip(padded.chunks_exact(parts)) {
+            dots(level, key_heads, query, keys.attention.scale, &mut scores[first - begin..][..count]);
         }
     }
-    for scores in scores.chunks_exact_mut(seen) {
-        softmax(scores);
-    }
-    at = 0;
-    for block in first / size..len.div_ceil(size) {
-        let (from, to) = places(block);
-        for token in from..to {
-            keys.read(1, block, token, wide);
-            for (head, out) in out.chunks_exact_mut(dim).enumerate() {
-                let weight = scores[head * seen + at];
-                for (out, value) in out.iter_mut().zip(&*wide) {
-                    *out = multiply_add::<FUSED>(weight, *value, *out);
-                }
+    for first in (begin..end).step_by(KEYS) {
+        let count = KEYS.min(end - first);
+        keys.read_some(1, first, count, parts * LANES, value_heads);
+        for (scores, answers) in scores.chunks_exact_mut(end - begin).zip(answers.chunks_exact_mut(parts)) {
+            if first == begin {
+                softmax(level, scores);
             }
-            at += 1;
+            add_weighted(level, value_heads, &scores[first - begin..][..count], answers);
         }
+    }
+    for (out, answers) in out.chunks_exact_mut(dim).zip(answers.chunks_exact(parts)) {
+        out.copy_from_slice(&answers.as_flattened()[..dim]);
     }
 }
 
@@ -534,7 +541,7 @@ fn many<'a, const FUSED: bool>(
     scratch: &mut Scratch,
     answer: impl Fn(usize) -> &'a mut [f32],
 ) {
-    let (dim, size, level) = (keys.attention.head_dim, keys.attention.block_size, keys.attention.level);
+    let (dim, level) = (keys.attention.head_dim, keys.attention.level);
     let heads = keys.attention.heads / keys.attention.kv_heads;
     let padded = dim.next_multiple_of(16);
     let queries = piece.count * heads;
@@ -562,13 +569,8 @@ fn many<'a, const FUSED: bool>(
     for first in (begin..end).step_by(KEYS) {
         let count = KEYS.min(end - first);
         for (kind, numbers) in scratch.heads.iter_mut().enumerate() {
-            for (place, numbers) in numbers.chunks_exact_mut(padded).enumerate() {
-                if place < count {
-                    keys.read(kind, (first + place) / size, (first + place) % size, &mut numbers[..dim]);
-                } else {
-                    numbers.fill(0.0); // what was there may be no number, and nobody sees it
-                }
-            }
+            keys.read_some(kind, first, count, padded, numbers);
+            numbers[count * padded..].fill(0.0); // what was there may be no number, and nobody sees it
         }
         let tiles = scratch.queries.chunks_exact(padded).zip(scratch.answers.chunks_exact_mut(padded));
         for (tile, ((queries, answers), state)) in tiles.zip(&mut scratch.states).enumerate() {
@@ -742,17 +744,72 @@ fn weigh_body<const FUSED: bool>(scores: &mut [[f32; LANES]; KEYS], [from, to]: 
     *state = State { peaks, sums, shrinks };
 }
 
+by_level! {
+    /// Scores become weights, whose sum is one.
+    fn softmax(scores: &mut [f32]) = softmax_body
+}
+
 #[inline(always)]
-fn softmax(scores: &mut [f32]) {
-    let mut peak = f32::NEG_INFINITY;
-    for &score in &*scores {
-        peak = if score > peak { score } else { peak };
+fn softmax_body<const FUSED: bool>(scores: &mut [f32]) {
+    let mut peaks = [f32::NEG_INFINITY; LANES];
+    let (sixteens, rest) = scores.as_chunks::<LANES>();
+    for scores in sixteens {
+        for lane in 0..LANES {
+            // A score that is no number may get lost here: its exponential does not.
+            peaks[lane] = larger(scores[lane], peaks[lane]);
+        }
     }
-    for score in &mut *scores {
+    let peak = rest.iter().chain(&peaks).fold(f32::NEG_INFINITY, |peak, &score| larger(score, peak));
+    let mut sums = [0.0f32; LANES];
+    let (sixteens, rest) = scores.as_chunks_mut::<LANES>();
+    for scores in sixteens {
+        for score in scores.iter_mut() {
+            *score = exp(*score - peak);
+        }
+        for lane in 0..LANES {
+            sums[lane] += scores[lane];
+        }
+    }
+    for (score, sum) in rest.iter_mut().zip(&mut sums) {
         *score = exp(*score - peak);
+        *sum += *score;
     }
-    let sum: f32 = scores.iter().sum();
+    let inverse = 1.0 / sums.iter().sum::<f32>();
     for score in scores {
-        *score /= sum;
+        *score *= inverse;
+    }
+}
+
+/// scores [n] = keys [n, padded dim] . query [padded dim] * scale
+fn dots(level: Level, keys: &[f32], query: &[[f32; LANES]], scale: f32, scores: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    match level.tier() {
+        // SAFETY: a `Level` can only be had where the processor has its instructions.
+        Tier::Avx512 => return unsafe { avx512::dots(keys, query, scale, scores) },
+        // SAFETY: as above.
+        Tier::Avx2 => return unsafe { avx2::dots(keys, query, scale, scores) },
+        Tier::Portable => {}
+    }
+    let _ = level;
+    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(query.len() * LANES)) {
+        *score = dot::<false>(key, query.as_flattened()) * scale;
+    }
+}
+
+/// answers [padded dim] += weights [n] . values [n, padded dim]
+fn add_weighted(level: Level, values: &[f32], weights: &[f32], answers: &mut [[f32; LANES]]) {
+    #[cfg(target_arch = "x86_64")]
+    match level.tier() {
+        // SAFETY: a `Level` can only be had where the processor has its instructions.
+        Tier::Avx512 => return unsafe { avx512::add_weighted(values, weights, answers) },
+        // SAFETY: as above.
+        Tier::Avx2 => return unsafe { avx2::add_weighted(values, weights, answers) },
+        Tier::Portable => {}
+    }
+    let _ = level;
+    for (weight, values) in weights.iter().zip(values.chunks_exact(answers.len() * LANES)) {
+        for (answer, value) in answers.as_flattened_mut().iter_mut().zip(values) {
+            *answer += weight * value;
+        }
     }
 }

@@ -247,3 +247,76 @@ unsafe fn side_of<L: Lanes, const R: usize>(
     }
     sums
 }
+
+/// scores [n] = keys [n, padded dim] . query [padded dim] * scale
+///
+/// # Panics
+/// There are fewer keys than scores.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn dots(keys: &[f32], query: &[[f32; LANES]], scale: f32, scores: &mut [f32]) {
+    let query = query.as_flattened();
+    assert!(keys.len() >= scores.len() * query.len());
+    for (number, score) in scores.iter_mut().enumerate() {
+        let mut sum = _mm256_setzero_ps();
+        for at in (0..query.len()).step_by(8) {
+            // SAFETY: both have whole sixteens of numbers, the keys as many as there are scores (checked above).
+            unsafe {
+                let key = _mm256_loadu_ps(keys.as_ptr().add(number * query.len() + at));
+                sum = _mm256_fmadd_ps(key, _mm256_loadu_ps(query.as_ptr().add(at)), sum);
+            }
+        }
+        *score = sum_of(sum) * scale;
+    }
+}
+
+/// answers [padded dim] += weights [n] . values [n, padded dim]
+///
+/// # Panics
+/// There are fewer values than weights.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn add_weighted(values: &[f32], weights: &[f32], answers: &mut [[f32; LANES]]) {
+    let width = answers.len() * LANES;
+    assert!(values.len() >= weights.len() * width);
+    for (part, answers) in answers.chunks_mut(4).enumerate() {
+        match answers {
+            [_, _, _, _] => weighted::<8>(&values[part * 4 * LANES..], width, weights, answers.as_flattened_mut()),
+            _ => {
+                for (number, answer) in answers.iter_mut().enumerate() {
+                    weighted::<2>(&values[(part * 4 + number) * LANES..], width, weights, answer);
+                }
+            }
+        }
+    }
+}
+
+/// N vectors of answers, which stay in registers.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn weighted<const N: usize>(values: &[f32], width: usize, weights: &[f32], answers: &mut [f32]) {
+    assert!(answers.len() == N * 8 && values.len() + width >= weights.len() * width + N * 8);
+    let mut sums = [_mm256_setzero_ps(); N];
+    // SAFETY: answers are so many, and values of each weight are inside (checked above).
+    unsafe {
+        for (at, sum) in sums.iter_mut().enumerate() {
+            *sum = _mm256_loadu_ps(answers.as_ptr().add(at * 8));
+        }
+        for (number, &weight) in weights.iter().enumerate() {
+            for (at, sum) in sums.iter_mut().enumerate() {
+                let values = _mm256_loadu_ps(values.as_ptr().add(number * width + at * 8));
+                *sum = _mm256_fmadd_ps(_mm256_set1_ps(weight), values, *sum);
+            }
+        }
+        for (at, sum) in sums.iter().enumerate() {
+            _mm256_storeu_ps(answers.as_mut_ptr().add(at * 8), *sum);
+        }
+    }
+}
+
+/// The sum of eight numbers.
+#[target_feature(enable = "avx2,fma,f16c")]
+#[inline]
+fn sum_of(numbers: Numbers) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(numbers), _mm256_extractf128_ps::<1>(numbers));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+}

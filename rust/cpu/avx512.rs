@@ -258,3 +258,67 @@ pub(super) fn add_products(
         }
     }
 }
+
+/// scores [n] = keys [n, padded dim] . query [padded dim] * scale
+///
+/// # Panics
+/// There are fewer keys than scores.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn dots(keys: &[f32], query: &[[f32; LANES]], scale: f32, scores: &mut [f32]) {
+    let query = query.as_flattened();
+    assert!(keys.len() >= scores.len() * query.len());
+    for (number, score) in scores.iter_mut().enumerate() {
+        let mut sum = _mm512_setzero_ps();
+        for at in (0..query.len()).step_by(16) {
+            // SAFETY: both have whole sixteens of numbers, the keys as many as there are scores (checked above).
+            unsafe {
+                let key = _mm512_loadu_ps(keys.as_ptr().add(number * query.len() + at));
+                sum = _mm512_fmadd_ps(key, _mm512_loadu_ps(query.as_ptr().add(at)), sum);
+            }
+        }
+        *score = _mm512_reduce_add_ps(sum) * scale;
+    }
+}
+
+/// answers [padded dim] += weights [n] . values [n, padded dim]
+///
+/// # Panics
+/// There are fewer values than weights.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) fn add_weighted(values: &[f32], weights: &[f32], answers: &mut [[f32; LANES]]) {
+    let width = answers.len() * LANES;
+    assert!(values.len() >= weights.len() * width);
+    for (part, answers) in answers.chunks_mut(4).enumerate() {
+        match answers {
+            [_, _, _, _] => weighted::<4>(&values[part * 4 * LANES..], width, weights, answers.as_flattened_mut()),
+            _ => {
+                for (number, answer) in answers.iter_mut().enumerate() {
+                    weighted::<1>(&values[(part * 4 + number) * LANES..], width, weights, answer);
+                }
+            }
+        }
+    }
+}
+
+/// N vectors of answers, which stay in registers.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+fn weighted<const N: usize>(values: &[f32], width: usize, weights: &[f32], answers: &mut [f32]) {
+    assert!(answers.len() == N * 16 && values.len() + width >= weights.len() * width + N * 16);
+    let mut sums = [_mm512_setzero_ps(); N];
+    // SAFETY: answers are so many, and values of each weight are inside (checked above).
+    unsafe {
+        for (at, sum) in sums.iter_mut().enumerate() {
+            *sum = _mm512_loadu_ps(answers.as_ptr().add(at * 16));
+        }
+        for (number, &weight) in weights.iter().enumerate() {
+            for (at, sum) in sums.iter_mut().enumerate() {
+                let values = _mm512_loadu_ps(values.as_ptr().add(number * width + at * 16));
+                *sum = _mm512_fmadd_ps(_mm512_set1_ps(weight), values, *sum);
+            }
+        }
+        for (at, sum) in sums.iter().enumerate() {
+            _mm512_storeu_ps(answers.as_mut_ptr().add(at * 16), *sum);
+        }
+    }
+}
