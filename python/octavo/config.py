@@ -7,6 +7,7 @@ reports it at start-up.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -318,7 +319,7 @@ class EngineConfig:
         if self.wanted_runner == "pooling" and self.speculation is not None:
             raise ValueError("speculative_config: makes no sense with runner = 'pooling', which generates nothing")
 
-    @property
+    @functools.cached_property
     def speculation(self) -> SpeculativeConfig | None:
         """What `speculative_config` and its short forms ask for together."""
         short = {"method": self.spec_method, "model": self.spec_model, "num_speculative_tokens": self.spec_tokens}
