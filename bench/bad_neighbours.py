@@ -1,11 +1,12 @@
 """The longest pause of a stream while others send what is refused, or is hard to take.
 
-    python -m bench.bad_neighbours [--url http://127.0.0.1:8000] [--only NAME ...]
+    python -m bench.bad_neighbours [--url http://127.0.0.1:8000] [--only NAME ...] [--max-model-len 512]
 
 Without a URL it serves the tests' scripted engine in a process of its own: a token every 10 ms, and
 the real front. For each kind of body one stream runs while it is sent three times or more, and
 the line says what the body got, after how long, the longest time between two events of the stream,
-which is about 10 ms by itself, and by how much the server's memory grew at most.
+which is about 10 ms by itself, and by how much the server's memory grew at most. To a model of 16
+million tokens no text is too long to be read: it is decoded and tokenised before it is too long.
 """
 
 import argparse
@@ -75,6 +76,19 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], bool]] = {
     ),
     "letters": (COMPLETIONS, lambda: json.dumps({"prompt": "a" * 15 * MIB}).encode(), False),
     "escapes": (COMPLETIONS, lambda: b'{"prompt":"' + b"\\u00e9" * (15 * MIB // 6) + b'"}', False),
+    "escapes in a message": (
+        CHAT,
+        lambda: b'{"messages":[{"role":"user","content":"' + b"\\u00e9" * (15 * MIB // 6) + b'"}]}',
+        False,
+    ),
+    "escapes in arguments": (CHAT, lambda: _call('{"a":"' + "\\u00e9" * (14 * MIB // 7) + '"}'), False),
+    "escapes in a tool": (CHAT, lambda: _tool('{"description":"' + "\\u00e9" * (15 * MIB // 6) + '"}'), False),
+    "escapes in an input": (
+        "/v1/responses",
+        lambda: b'{"input":"' + b"\\u00e9" * (15 * MIB // 6) + b'"}',
+        False,
+    ),
+    "escapes in inputs of TGI": ("/generate", lambda: b'{"inputs":"' + b"\\u00e9" * (15 * MIB // 6) + b'"}', False),
     "nested lists": (COMPLETIONS, lambda: b'{"prompt":"Hi","x":' + b"[" * 15 * MIB, False),
     "gzip of lists": (COMPLETIONS, lambda: _fill(b'{"prompt":"Hi","x":[', b"[]", b"]}"), True),
     "gzip of numbers in a tool": (CHAT, lambda: _tool(_zeros("0")), True),
@@ -148,21 +162,22 @@ async def _measure(url: str, names: list[str], pid: int | None = None) -> None:
             longest = await streaming
             os.unlink(file.name)
             try:
-                code = json.loads(answer).get("error", {}).get("code", "an answer")
+                told = json.loads(answer).get("error", {})
+                code = told.get("code", "an answer") if isinstance(told, dict) else "an error"
             except ValueError:
                 code = "no answer"
             memory = "-" if pid is None else f"{_resident(pid, 'VmHWM') - before:.0f} MiB"
             print(f"{name:28} {code:>24} {seconds:8.2f}s {1000 * longest:9.0f} ms {memory:>10}", flush=True)
 
 
-def _serve(port: Connection) -> None:
+def _serve(port: Connection, max_model_len: int) -> None:
     from tests.server.scripted_engine import ScriptedEngine
 
     from octavo.server.config import ServerConfig
     from octavo.server.serve import open_socket, serve_engine
 
     async def main() -> None:
-        engine, config = ScriptedEngine(), ServerConfig(port=0)
+        engine, config = ScriptedEngine(max_model_len=max_model_len), ServerConfig(port=0)
         engine.script.step_delay = 0.01
         listener = open_socket(config)
         port.send(listener.getsockname()[1])
@@ -176,12 +191,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The longest pause of a stream beside bad requests.")
     parser.add_argument("--url", help="a server that runs [default: the tests' scripted engine]")
     parser.add_argument("--only", nargs="+", default=[], choices=list(BODIES), metavar="NAME")
+    parser.add_argument("--max-model-len", type=int, default=512, help="of the scripted engine [default: 512]")
     args = parser.parse_args()
     if args.url:
         asyncio.run(_measure(args.url.rstrip("/"), args.only))
         return
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
-    server = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
+    server = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, args.max_model_len), daemon=True)
     server.start()
     try:
         asyncio.run(_measure(f"http://127.0.0.1:{ours.recv()}", args.only, server.pid))

@@ -173,6 +173,8 @@ class Embeddings:
     is_matryoshka: bool = False
     matryoshka_dimensions: tuple[int, ...] = ()
     """The sizes to which vectors may be cut; none: any."""
+    longest: int | None = None
+    """Tokens of an input, where the model's files say; it may have been trained for more."""
 
     def checked(self, params: PoolingParams) -> CheckedPooling:
         """The parameters of a request, completed. Raises `ValueError` that names the field."""

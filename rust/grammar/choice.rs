@@ -22,6 +22,7 @@ pub(super) fn grammar(text: &str) -> Result<TopLevelGrammar> {
     if let Some(place) = choices.iter().position(String::is_empty) {
         return Err(kind.invalid(format!("[{place}] is empty: an answer has at least one token")));
     }
+    choices.iter().try_for_each(|choice| kind.check_literal(choice.len()))?;
     let mut rule = String::with_capacity(2 * text.len() + 16);
     rule.push_str("start: ");
     for (number, choice) in choices.iter().enumerate() {

@@ -20,8 +20,11 @@ use crate::text::Tokenizer;
 
 /// Most grammars kept.
 const MAX_KEPT: usize = 256;
-/// Most bytes of kept grammars, as far as they can be counted.
-const MAX_KEPT_BYTES: usize = 64 << 20;
+/// Most bytes of kept grammars, as they are counted.
+const MAX_KEPT_BYTES: usize = 256 << 20;
+/// What is compiled of a byte of a text takes at most about so many, most of which the library does not count. It
+/// is as much for a long text, and less for many short ones.
+const BYTES_OF_A_BYTE: usize = 400;
 
 /// What one constraint came to; filled in by the first who asks.
 type Outcome = Arc<OnceLock<Result<Arc<dyn Grammar>>>>;
@@ -47,7 +50,7 @@ struct Cache {
 pub struct CompilerStats {
     /// Grammars that are kept.
     pub kept: usize,
-    /// Their bytes, as far as they can be counted.
+    /// Their bytes: what the library counts, and at most what their texts come to.
     pub kept_bytes: usize,
     /// Counter: constraints compiled.
     pub compiled: u64,
@@ -168,7 +171,7 @@ impl Compiler {
             let place = if kind == ConstraintKind::Json { schema::locate(&constraint.text, factory) } else { None };
             refusal(kind, &reason, place.as_deref())
         })?;
-        let bytes = constraint.text.len() + parser.parser.lexer_stats().num_bytes;
+        let bytes = BYTES_OF_A_BYTE * constraint.text.len() + parser.parser.lexer_stats().num_bytes;
         let mut matcher = Matcher::new(Ok(parser));
         matcher.compute_mask_or_eos().map_err(|error| refusal(kind, &error.to_string(), None))?;
         Ok((Arc::new(Compiled::new(matcher)), bytes.max(1)))

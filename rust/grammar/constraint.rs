@@ -45,6 +45,7 @@ impl Constraint {
             }
             ConstraintKind::Regex => {
                 check_nesting(kind, &self.text)?;
+                kind.check_literal(self.text.len())?;
                 if self.text.is_empty() {
                     return Err(kind.invalid("is empty: no answer but the empty one would match"));
                 }
@@ -53,6 +54,7 @@ impl Constraint {
             ConstraintKind::Choice => choice::grammar(&self.text),
             ConstraintKind::Grammar => {
                 check_nesting(kind, &self.text)?;
+                self.text.split('"').try_for_each(|piece| kind.check_literal(piece.len()))?;
                 if self.text.trim().is_empty() {
                     return Err(kind.invalid("is empty"));
                 }

@@ -1,6 +1,6 @@
 //! The kinds of constraints, by the names that users know, and how their faults are told.
 
-use crate::error::Error;
+use crate::error::{Error, Result};
 
 /// What kind of text a constraint is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -45,6 +45,16 @@ impl ConstraintKind {
     pub(super) fn invalid(self, reason: impl std::fmt::Display) -> Error {
         let code = if self == Self::Json { "invalid_schema" } else { "invalid_grammar" };
         Error::Constraint { code, field: self.field(), message: tidy(&reason.to_string()) }
+    }
+
+    /// Checks the length of one text that answers must have, or one expression: what is compiled of a byte takes
+    /// some 400.
+    pub(super) fn check_literal(self, bytes: usize) -> Result<()> {
+        const MOST: usize = 16 * 1024;
+        if bytes > MOST {
+            return Err(self.too_complex(format!("has a text of {bytes} bytes, but one may have at most {MOST}")));
+        }
+        Ok(())
     }
 
     /// An error of one that is over a limit.

@@ -68,7 +68,21 @@ pub(super) fn read(text: &str) -> Result<Value> {
     if values > MAX_VALUES {
         return Err(kind.too_complex(format!("has {values} values, but must have at most {MAX_VALUES}")));
     }
+    check_literals(&schema)?;
     Ok(schema)
+}
+
+/// Checks the texts that answers must have.
+fn check_literals(schema: &Value) -> Result<()> {
+    let check = |value: &Value| ConstraintKind::Json.check_literal(value.to_string().len());
+    for key in ["const", "pattern"] {
+        schema.get(key).map_or(Ok(()), check)?;
+    }
+    schema.get("enum").and_then(Value::as_array).map_or(Ok(()), |list| list.iter().try_for_each(check))?;
+    if let Some(Value::Object(properties)) = schema.get("properties") {
+        properties.keys().try_for_each(|name| ConstraintKind::Json.check_literal(name.len()))?;
+    }
+    parts(schema).iter().try_for_each(|(_, part)| check_literals(part))
 }
 
 /// Number of values, and levels. The reader has bounded the levels, so this may go down by

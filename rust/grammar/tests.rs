@@ -223,6 +223,12 @@ fn hostile_texts_cost_little() {
         (Json, format!(r#"{{"enum": [{}]}}"#, listed(20_000))),
         (Json, format!(r#"{{"properties": {{{}}}}}"#, properties.join(","))),
         (Json, format!(r#"{{"const": "{}"}}"#, "x".repeat(256 * 1024))),
+        (Json, format!(r#"{{"items": {{"enum": [1, "{}"]}}}}"#, "x".repeat(16 * 1024))),
+        (Json, format!(r#"{{"anyOf": [{{"type": "string", "pattern": "{}"}}]}}"#, "x".repeat(16 * 1024))),
+        (Json, format!(r#"{{"properties": {{"{}": true}}}}"#, "x".repeat(17 * 1024))),
+        (Regex, format!("abcdefghijklmnopqrstuvwxyzabcdefghijklmnop{}", "x".repeat(16 * 1024))),
+        (Choice, format!(r#"["abcdefghijklmnopqrstuvwxyzabcdefghijklmnop", "{}"]"#, "x".repeat(17 * 1024))),
+        (Grammar, format!("start: \"abcdefghijklmnopqrstuvwxyzabcdefghijklmnop{}\"", "x".repeat(16 * 1024))),
         (Regex, nested("(", ")", 20_000)),
         (Grammar, format!("start: {}", nested("(", ")", 20_000))),
         (Grammar, format!("root ::= {}\"a\"{}", "(".repeat(20_000), ")".repeat(20_000))),
@@ -296,4 +302,11 @@ fn what_is_kept_is_bounded_and_faults_are_not_kept() {
     assert_eq!((stats.compiled, stats.refused, stats.kept), (1000, 1000, 256));
     assert!(stats.kept_bytes < 64 << 20);
     assert!(compiler.find(&numbered(0)).is_some() && compiler.find(&numbered(1)).is_none());
+    // Long texts take what a few hundred short ones do, and are kept in less number.
+    for number in 0..60 {
+        let text = format!("{number}{}", "x".repeat(16_000));
+        compiler.compile(&constraint(ConstraintKind::Regex, &text)).unwrap();
+    }
+    let stats = compiler.stats();
+    assert!((20..=42).contains(&stats.kept) && (128 << 20..=256 << 20).contains(&stats.kept_bytes), "{stats:?}");
 }

@@ -252,6 +252,33 @@ def test_an_embedder_with_a_head_is_one_and_matryoshka_is_cut_first(tmp_path: Pa
         torch.testing.assert_close(found, mean / mean.norm(), atol=TOLERANCE, rtol=TOLERANCE)
 
 
+def test_the_longest_input_is_what_the_files_say(tmp_path: Path) -> None:
+    """Sentence-transformers cuts there; the positions of the model reach further."""
+    model = make("qwen3", tmp_path)
+    save_embedder(tmp_path, modes("lasttoken", model.config.hidden_size), normalize=True)
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_memory": 1 << 24}
+    text = tmp_path / "sentence_bert_config.json"
+    ids = tokens(9)
+    for given, longest in (({"max_seq_length": 8}, 8), ({"max_seq_length": 10**6}, None), ({}, None)):
+        text.write_text(json.dumps(given | {"do_lower_case": False}))
+        with LLM(str(tmp_path), **options) as llm:
+            if longest is None:
+                assert llm.embed(as_prompts(ids), use_tqdm=False)
+                continue
+            with pytest.raises(ValueError, match="8"):
+                llm.embed(as_prompts(ids), use_tqdm=False)
+            cut = vector(llm.embed(as_prompts(ids), use_tqdm=False, truncate_prompt_tokens=-1)[0])
+            right = expected(model, ids[0][:8], "LAST")
+            torch.testing.assert_close(cut, right / right.norm(), atol=TOLERANCE, rtol=TOLERANCE)
+    text.write_text(json.dumps({"max_seq_length": 8}))
+    with LLM(str(tmp_path), **options, max_model_len=16) as llm:  # the user knows better
+        assert llm.embed(as_prompts(ids), use_tqdm=False)
+    for wrong in (0, 8.5, "8", True):
+        text.write_text(json.dumps({"max_seq_length": wrong}))
+        with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length"):
+            LLM(str(tmp_path), **options)
+
+
 REFUSED = {
     "cls": ({}, modes("cls_token", 64), r"1_Pooling/config.json: pooling_mode_cls_token: not supported"),
     "max": ({}, modes("max_tokens", 64), r"pooling_mode_max_tokens"),

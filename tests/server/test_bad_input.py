@@ -305,7 +305,9 @@ STRUCTURE_ROWS: list[Row] = [
     ("G7 over 256 KiB", COMPLETIONS, structured(json='{"const":"' + "x" * 262_144 + '"}'), 400, ANY, ANY),
     ("G12 left recursion", COMPLETIONS, {**structured(grammar='start: start "a" | "b"'), "max_tokens": 4}, 200, None,
      None),
-    ("G7 long", COMPLETIONS, structured(json='{"const":"' + "x" * 262_000 + '"}'), 200, None, None),
+    ("G7 long", COMPLETIONS, structured(json='{"const":"' + "x" * 262_000 + '"}'), 400, "grammar_too_complex",
+     "structured_outputs.json"),
+    ("G7 long, and taken", COMPLETIONS, structured(json='{"const":"' + "x" * 16_000 + '"}'), 200, None, None),
     ("G7 many", CHAT, in_format({"enum": list(range(20_000))}), 400, "grammar_too_complex", SCHEMA_FIELD),
     *(
         (f"G8 {schema}", CHAT, {**in_format(schema), "max_tokens": 8}, 200, None, None)

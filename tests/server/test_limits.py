@@ -19,6 +19,7 @@ from tests.server.test_connections import exchange
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "a"}
 PART = {"type": "text", "text": "a"}
+OLLAMA = {"model": "dummy", "messages": [USER], "stream": False}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
 # limit, its default, a lower one, a body that fits it, one that is over it, and the field that is named
@@ -37,6 +38,11 @@ ROWS: tuple[tuple[str, float, float, str, dict[str, Any], dict[str, Any], str], 
     ("max_n", 128, 2, COMPLETIONS, {"prompt": "a", "n": 2}, {"prompt": "a", "n": 3}, "n"),
     ("max_n", 128, 2, CHAT, {"messages": [USER], "n": 2}, {"messages": [USER], "n": 3}, "n"),
     ("max_choices", 1024, 4, COMPLETIONS, {"prompt": ["a"] * 2, "n": 2}, {"prompt": ["a"] * 2, "n": 3}, "n"),
+    ("max_n", 128, 2, COMPLETIONS, {"prompt": "a", "best_of": 2}, {"prompt": "a", "best_of": 3}, "best_of"),
+    ("max_choices", 1024, 4, COMPLETIONS, {"prompt": ["a"] * 2, "best_of": 2}, {"prompt": ["a"] * 2, "best_of": 3},
+     "best_of"),
+    ("max_stop", 32, 1, "/api/chat", {**OLLAMA, "options": {"stop": ["x"]}},
+     {**OLLAMA, "options": {"stop": ["x", "y"]}}, "stop"),
     ("max_stop", 32, 2, COMPLETIONS, {"prompt": "a", "stop": ["x", "y"]},
      {"prompt": "a", "stop": ["x", "y", "z"]}, "stop"),
     ("max_stop", 32, 1, "/v1/responses", {"input": "a", "stop": ["x"]}, {"input": "a", "stop": ["x", "y"]}, "stop"),
@@ -87,9 +93,10 @@ async def test_over_the_limit_is_refused_before_any_work(row: tuple[Any, ...]) -
         assert status == (413 if name == "max_body_size" else 400)
         assert engine.stats()["requests"] == before and engine.num_unfinished == 0
         error = answer["error"]
-        if field and path != "/v1/messages":
+        if field and path not in ("/v1/messages", "/api/chat"):
             assert error["param"] == field
-        assert field in error["message"] and str(int(lower)) in error["message"]
+        message = error if isinstance(error, str) else error["message"]
+        assert field in message and str(int(lower)) in message
     async for served in serving(ScriptedEngine(num_blocks=200), ServerConfig()):
         status, answer = await served.post(path, over)
         assert status == 200, answer  # it is this limit, and none of the others, that refused

@@ -9,6 +9,7 @@ import aiohttp
 import pytest
 
 from octavo.server.config import ServerConfig
+from octavo.server.timelines import Timelines
 from tests.server.conftest import Served, serving
 from tests.server.scripted_engine import ScriptedEngine
 
@@ -191,6 +192,11 @@ async def test_later_requests_take_the_place_of_a_story(served: Served, monkeypa
         names.append(reply["id"])
     statuses = [(await served.get(f"/v1/requests/{name}/timeline"))[0] for name in names]
     assert statuses == [404, 404, 200, 200]
+    # One whose events are partly overwritten is not told in part, though it is known by name.
+    kept = Timelines._stories
+    monkeypatch.setattr(Timelines, "_stories", lambda *given: [*kept(*given), None])
+    status, answer = await served.get(f"/v1/requests/{names[-1]}/timeline")
+    assert (status, answer["error"]["code"]) == (404, "timeline_not_found")
 
 
 @pytest.mark.parametrize(("path", "body"), CALLS[:4], ids=[path for path, _ in CALLS[:4]])

@@ -120,7 +120,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     gate = Gate(config, device) if Gate.is_for(config) else None
     loaded = load_model(config, device=device, check=refuse_early, judge=gate)
     verdict = None if gate is None else gate.conclude(loaded.model)
-    max_model_len = pick_max_model_len(config, loaded.config)
+    max_model_len = pick_max_model_len(config, loaded.config, None if loaded.generates else loaded.embeddings)
     config = config.for_device(kind, max_model_len)
     max_num_seqs, max_num_batched_tokens = known(config.max_num_seqs), known(config.max_num_batched_tokens)
     block_size = known(config.block_size)
@@ -312,13 +312,15 @@ def known(value: int | None) -> int:
     return value
 
 
-def pick_max_model_len(config: EngineConfig, model_config: ModelConfig) -> int:
+def pick_max_model_len(config: EngineConfig, model_config: ModelConfig, embeddings: Embeddings | None = None) -> int:
     """The model's own length unless the user asks for less. Asking for more is refused: positions
     past it were never trained.
+
+    embeddings: of a model that makes nothing else, whose files may name a length below.
     """
     limit = model_config.max_position_embeddings
     if config.max_model_len is None or config.max_model_len == AUTO_LENGTH:
-        return limit
+        return limit if embeddings is None or embeddings.longest is None else min(limit, embeddings.longest)
     if config.max_model_len > limit:
         raise ValueError(
             f"max_model_len = {config.max_model_len}: must be at most the model's max_position_embeddings = {limit}"

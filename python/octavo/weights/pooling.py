@@ -34,6 +34,8 @@ class ModelPooling:
     """Why embeddings cannot be made as the files say, unless the user says something else."""
     is_matryoshka: bool | None = None
     matryoshka_dimensions: tuple[int, ...] | None = None
+    longest: int | None = None
+    """Tokens of an input that its embedding is made of."""
 
     @property
     def is_embedder(self) -> bool:
@@ -53,14 +55,14 @@ def read_folder(folder: Path, hidden_size: int) -> ModelPooling:
     path = folder / MODULES
     if not path.exists():
         return ModelPooling(**matryoshka)
-    pooling, normalize, source = None, False, str(path)
+    pooling, normalize, source, longest = None, False, str(path), None
     for place, module in enumerate(_modules(path)):
         kind = module["type"].rpartition(".")[2]
         where = f"{path}: {place}: {module['type'][:100]!r}"
         if kind == "Transformer":
             if place != 0 or module["path"] not in ("", "0_Transformer") or (folder / module["path"]) != folder:
                 raise ModelError(f"{where} must be the first module, in the folder itself")
-            _check_text(folder / TEXT)
+            longest = _read_text(folder / TEXT)
         elif kind == "Pooling" and place == 1:
             source = str(folder / module["path"] / CONFIG)
             pooling = _read_pooling(folder / module["path"] / CONFIG, hidden_size)
@@ -74,7 +76,7 @@ def read_folder(folder: Path, hidden_size: int) -> ModelPooling:
                              "generate")  # fmt: skip
     if pooling is None:
         return ModelPooling(**matryoshka)
-    return ModelPooling(pooling.pooling, normalize, source, **matryoshka)
+    return ModelPooling(pooling.pooling, normalize, source, longest=longest, **matryoshka)
 
 
 def read_gguf(metadata: Mapping[str, Any], path: str) -> ModelPooling:
@@ -114,6 +116,7 @@ def settle(
         dimensions=pooler.dimensions,
         is_matryoshka=bool(sizes) if flag is None else flag,
         matryoshka_dimensions=sizes,
+        longest=files.longest,
     )
     if pooler.dimensions is not None:
         try:
@@ -162,6 +165,14 @@ def _read_pooling(path: Path, hidden_size: int) -> ModelPooling:
     return ModelPooling(known[names[0]])
 
 
-def _check_text(path: Path) -> None:
-    if path.exists() and read_json(path).get("do_lower_case"):
+def _read_text(path: Path) -> int | None:
+    """Tokens of the longest input, where the file says."""
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if values.get("do_lower_case"):
         raise ModelError(f"{path}: do_lower_case: true is not supported")
+    longest = values.get("max_seq_length")
+    if longest is not None and (type(longest) is not int or longest < 1):
+        raise ModelError(f"{path}: max_seq_length: {str(longest)[:50]}, but must be a number of tokens, at least 1")
+    return longest
