@@ -196,9 +196,10 @@ impl Controller {
         // Stable: each row's drafts stay in their order.
         self.drafts.sort_by(|left, right| right.chance.total_cmp(&left.chance));
         // What a model drafts is always verified as planned, and its chances are what came of that.
-        let (fulfilled, least_gain) = match self.tries {
-            true => (1.0, LEAST_GAIN_OF_PASSES),
-            false => ((self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE), LEAST_GAIN),
+        let (fulfilled, least_gain) = if self.tries {
+            (1.0, LEAST_GAIN_OF_PASSES)
+        } else {
+            ((self.got + PRIOR_HOPE) / (self.hoped + PRIOR_HOPE), LEAST_GAIN)
         };
         let (mut hoped, mut best, mut best_hope, mut best_rate) = (0.0, 0, 0.0, plain_rate * least_gain);
         let mut passes = 0;
