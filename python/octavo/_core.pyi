@@ -127,6 +127,9 @@ class Floats:
     tensor may go.
     """
 
+    @staticmethod
+    def of(tensor: Any) -> Floats:
+        """[1, n]: a copy of a tensor [n] float32."""
     @property
     def shape(self) -> tuple[int, int]: ...
 

@@ -7,6 +7,8 @@ use std::sync::{Mutex, PoisonError};
 
 use pyo3::prelude::*;
 
+use crate::py::tensor::Tensor;
+
 /// Numbers before the first that is aligned, at most.
 const LINE: usize = 16;
 /// What is kept for the next of about its size: as many, and none that is larger.
@@ -61,6 +63,16 @@ impl Drop for Floats {
 
 #[pymethods]
 impl Floats {
+    /// A copy of what is read again and again: a tensor of one row.
+    #[staticmethod]
+    fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let numbers = Tensor::<f32>::of(tensor, "tensor")?.read();
+        let floats = Self::new(1, numbers.len());
+        // SAFETY: it has room for so many, and nobody else knows of it yet.
+        unsafe { std::slice::from_raw_parts_mut(floats.start(), numbers.len()) }.copy_from_slice(numbers);
+        Ok(floats)
+    }
+
     #[getter]
     fn shape(&self) -> (usize, usize) {
         (self.rows, self.columns)

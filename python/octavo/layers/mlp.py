@@ -17,8 +17,10 @@ class GatedMLP(Layer):
         hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_up = schemes.linear(Matrix({f"{name}.gate_proj": width, f"{name}.up_proj": width}, hidden, bias))
         self.down = schemes.linear(Matrix({f"{name}.down_proj": hidden}, width, bias))
-        form = self.down.input_form
-        self.activation = form.silu_and_mul if config.activation == "silu" else form.gelu_tanh_and_mul
+        self.gate = "silu_and_mul" if config.activation == "silu" else "gelu_tanh_and_mul"
+
+    def finish(self) -> None:
+        self.activation = getattr(self.down.input_form, self.gate)
 
     def __call__(self, x: Any) -> Tensor:
         """x [num_tokens, hidden_size] in the form of `gate_up` -> [num_tokens, hidden_size]."""

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from octavo.layers.schemes.choice import Schemes
 from octavo.layers.schemes.scheme import PLAIN, InputForm
@@ -34,6 +33,7 @@ class RMSNorm(Layer):
         self.form = form
         self.add_one = add_one
         self.activation_dtype = schemes.activation_dtype
+        self.hold = schemes.hold
         self.weight = torch.empty(size, dtype=torch.float32 if add_one else schemes.dtype, device="meta")
 
     def own_parts(self) -> Iterable[WeightPart]:
@@ -42,10 +42,11 @@ class RMSNorm(Layer):
 
     def finish(self) -> None:
         self.weight = self.weight.to(torch.promote_types(self.weight.dtype, self.activation_dtype))
+        self.operand = self.hold(self.weight)
 
-    def __call__(self, x: Tensor) -> Any:  # x [num_tokens, size]
-        return self.form.rms_norm(x, self.weight, self.eps)
+    def __call__(self, x: Any) -> Any:  # x [num_tokens, size]
+        return self.form.rms_norm(x, self.operand, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> Any:
+    def add(self, x: Any, residual: Any) -> Any:
         """residual += x, in place; returns the norm of the sum. Both [num_tokens, size]."""
-        return self.form.add_rms_norm(x, residual, self.weight, self.eps)
+        return self.form.add_rms_norm(x, residual, self.operand, self.eps)

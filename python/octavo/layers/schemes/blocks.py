@@ -8,10 +8,10 @@ of the extension's: a tensor costs some 3 us to make and to look at, five of the
 at both ends, ids and hidden states that leave the layers.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,28 +19,6 @@ from torch import Tensor
 from octavo import _core
 from octavo.layers.schemes.scheme import InputForm, Matrix, Scheme
 from octavo.layers.weight import Layer, WeightPart, zeros
-
-
-class Pending(NamedTuple):
-    """An input that the product computes: the name of its op, and the op's arguments. Whoever has one
-    multiplies by it once, before what it refers to changes.
-    """
-
-    op: str
-    arguments: tuple[Any, ...]
-
-
-def _pending(op: str, *arguments: Any) -> Pending:
-    return Pending(op, arguments)
-
-
-BLOCK_INPUT = InputForm(
-    rms_norm=partial(_pending, "rms_norm"),
-    add_rms_norm=partial(_pending, "add_rms_norm"),
-    silu_and_mul=partial(_pending, "silu_and_mul"),
-    gelu_tanh_and_mul=partial(_pending, "gelu_tanh_and_mul"),
-    from_plain=partial(_pending, "plain"),
-)
 
 FLOATS = InputForm(_core.rms_norm, _core.add_rms_norm, _core.silu_and_mul, _core.gelu_tanh_and_mul, lambda x: x)
 """Of what no product reads."""
@@ -57,15 +35,17 @@ LEAVING = replace(FLOATS, add_rms_norm=_add_rms_norm)
 
 
 class BlockScheme(Scheme):
-    """A matrix whose projections are in blocks, each of its own format."""
+    """A matrix whose projections are in blocks, each of its own format. Whoever makes its input has
+    multiplied: the ops of `input_form` are the product's.
+    """
 
-    input_form = BLOCK_INPUT
     bias: Tensor | None  # [out_features] float32
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self.blocks: dict[str, _core.BlockMatrix] = {}
         self.bias = torch.empty(matrix.out_features, device="meta") if matrix.bias else None
+        self.input_form = replace(FLOATS)  # its own; `finish` has its ops
 
     def hold(self, name: str, blocks: _core.BlockMatrix) -> None:
         """Takes the blocks of one projection."""
@@ -80,21 +60,23 @@ class BlockScheme(Scheme):
 
     def finish(self) -> None:
         self.product = _core.BlockProduct([self.blocks[name] for name in self.matrix.projections], self.bias)
-        self.multiply: dict[str, Callable[..., _core.Floats]] = {
-            op: getattr(self.product, op)
-            for op in ("plain", "rms_norm", "add_rms_norm", "silu_and_mul", "gelu_tanh_and_mul")
-        }
+        form = self.input_form
+        form.rms_norm, form.add_rms_norm = self.product.rms_norm, self.product.add_rms_norm
+        form.silu_and_mul, form.gelu_tanh_and_mul = self.product.silu_and_mul, self.product.gelu_tanh_and_mul
+        form.from_plain = self._make_logits if self.matrix.makes_logits else self.product.plain
 
     def own_bytes(self) -> int:
         held = sum(blocks.nbytes for blocks in self.blocks.values())
         return held + (0 if self.bias is None else self.bias.nbytes)
 
-    def __call__(self, x: Pending) -> Any:
-        """-> `Floats` [num_tokens, out_features]; logits are a tensor."""
-        if self.matrix.makes_logits:
-            (hidden,) = x.arguments
-            return self.product.plain(hidden, torch.empty(hidden.shape[0], self.matrix.out_features))
-        return self.multiply[x.op](*x.arguments)
+    def _make_logits(self, hidden: Tensor) -> Tensor:
+        out = torch.empty(hidden.shape[0], self.matrix.out_features)
+        self.product.plain(hidden, out)
+        return out
+
+    def __call__(self, x: Any) -> Any:
+        """-> x, `Floats` [num_tokens, out_features]; logits are a tensor."""
+        return x
 
 
 class BlockTable(Layer):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from octavo import _core
 from octavo.kernels import ops
 from octavo.kernels.linear.int4_layout import DEPTH, ROWS
 from octavo.layers.schemes.blocks import FLOATS, LEAVING, BlockScheme, BlockTable
@@ -41,6 +42,10 @@ class Schemes:
         # nothing; rounding around each costs 4 ms of SmolLM2's 28 ms a token (two cores).
         self.activation_dtype = torch.float32 if device.type == "cpu" else dtype
 
+    def hold(self, weight: Tensor) -> Any:
+        """A norm's weight as its op takes it."""
+        return weight
+
     def linear(self, matrix: Matrix) -> Scheme:
         """The scheme of one matrix, its tensors still on the `meta` device."""
         return self.plain(matrix)
@@ -71,6 +76,9 @@ class BlockSchemes(Schemes):
 
     def __init__(self) -> None:
         super().__init__(torch.float32, torch.device("cpu"))
+
+    def hold(self, weight: Tensor) -> Any:
+        return _core.Floats.of(weight)
 
     def linear(self, matrix: Matrix) -> Scheme:
         return BlockScheme(matrix)

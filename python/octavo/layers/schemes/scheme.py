@@ -40,7 +40,7 @@ class Matrix:
             start += rows
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class InputForm:
     """The form in which a scheme takes its input, as the ops that make it.
 
