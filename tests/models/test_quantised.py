@@ -113,26 +113,35 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def logits(folder: Path, **options: Any) -> torch.Tensor:
+def load(folder: Path, **options: Any) -> Runner:
     loaded = load_model(EngineConfig(model=str(folder), **options), device=torch.device("cpu"))
-    return Runner(loaded.model, loaded.dtype).step([], [(Sequence(0), PROMPT)])[0]
+    return Runner(loaded.model, loaded.dtype)
 
 
-def expect(reference: torch.nn.Module) -> torch.Tensor:
+def logits(folder: Path, **options: Any) -> torch.Tensor:
+    return load(folder, **options).step([], [(Sequence(0), PROMPT)])[0]
+
+
+def expect(reference: torch.nn.Module, prompt: list[int] = PROMPT) -> torch.Tensor:
     with torch.inference_mode():
-        result: torch.Tensor = reference(torch.tensor([PROMPT])).logits[0]
+        result: torch.Tensor = reference(torch.tensor([prompt])).logits[0]
     return result
 
 
 def check(folder: Path, reference: torch.nn.Module, **options: Any) -> None:
-    actual, expected = logits(folder, dtype="float32", **options), expect(reference)
+    runner = load(folder, dtype="float32", **options)
     if not any(module._forward_pre_hooks for module in reference.modules()):
-        assert_close(actual, expected)
+        assert_close(runner.step([], [(Sequence(0), PROMPT)])[0], expect(reference))
         return
+
     # A sum in another order may move an activation to the next number, up to 12 % of it in fp8: rare, but
-    # all later tokens see it. Those before the first such one, at least two, agree as sums do.
-    difference = ((actual - expected).abs() / expected.std()).mean(-1)  # of each token
-    assert difference[:2].max() < 1e-4 and difference.max() < 0.2
+    # all later tokens see it. So of ten short prompts one may differ by it, and all others agree as sums do.
+    def difference(prompt: list[int]) -> float:
+        (actual,), expected = runner.step([], [(Sequence(0), prompt)]), expect(reference, prompt)
+        return float(((actual - expected).abs() / expected.std()).mean(-1).max())  # of the token that differs most
+
+    short = sorted(difference(PROMPT[start : start + 4]) for start in range(0, 40, 4))
+    assert short[-2] < 1e-4 and short[-1] < 0.2 and difference(PROMPT) < 0.2
 
 
 @pytest.mark.parametrize("name", CASES)
