@@ -1,5 +1,5 @@
 """A server on a free port whose answers are known (`served.py`), from the real core and server over a
-scripted engine. Prints its address; ends when its input does.
+scripted engine. Prints its address; ends when its input does. An argument is the length of the model.
 """
 
 import asyncio
@@ -19,8 +19,8 @@ from tests.server.scripted_engine import ScriptedEngine
 class Speaker(ScriptedEngine):
     """Calls the first tool of a request, and answers what came of it."""
 
-    def __init__(self) -> None:
-        super().__init__(max_model_len=8192, num_blocks=4096, model=MODEL)
+    def __init__(self, max_model_len: int) -> None:
+        super().__init__(max_model_len=max_model_len, num_blocks=4096, model=MODEL)
         self.answers = ModelAnswers(EngineConfig(model=MODEL, tool_call_parser="hermes"), None, self.tokenizer)
         self.script.answer = SUNNY.encode()
 
@@ -35,7 +35,7 @@ class Speaker(ScriptedEngine):
 
 async def main() -> None:
     """Serves until whoever started this has ended."""
-    async for served in serving(Speaker(), ServerConfig()):
+    async for served in serving(Speaker(int(sys.argv[1]) if sys.argv[1:] else 8192), ServerConfig()):
         print(served.url, flush=True)
         await asyncio.to_thread(sys.stdin.read)
 

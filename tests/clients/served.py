@@ -2,6 +2,7 @@
 standard library: each of them runs in the environment of its client.
 """
 
+import json
 import os
 
 REAL = os.environ.get("OCTAVO_REAL", "")
@@ -10,6 +11,8 @@ SCRIPTED = os.environ.get("OCTAVO_SCRIPTED", "")
 """One that answers `SUNNY` to everything, and with a call of the first tool where there are tools and
 the last message is not a tool's.
 """
+SCRIPTED_COMMAND = json.loads(os.environ.get("OCTAVO_SCRIPTED_COMMAND", "[]"))
+"""What starts another one of that kind: it prints its address, and ends when its input does."""
 MODEL = "smollm2"
 """What both serve."""
 
