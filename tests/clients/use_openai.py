@@ -91,6 +91,16 @@ for choice in ("required", named):
     )  # fmt: skip
     (call,) = forced.choices[0].message.tool_calls
     assert call.function.name == "weather" and json.loads(call.function.arguments)["city"] in ("Paris", "Rome")
+weather_alone = {
+    "type": "allowed_tools",
+    "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "weather"}}]},
+}
+other = {"type": "function", "function": {"name": "other", "parameters": {"type": "object"}}}
+of_those = real.chat.completions.create(
+    model=MODEL, messages=conversation[:1], tools=[other, TOOL], tool_choice=weather_alone, max_tokens=128,
+    parallel_tool_calls=False,
+)  # fmt: skip
+assert [call.function.name for call in of_those.choices[0].message.tool_calls] == ["weather"]
 parsed = real.chat.completions.parse(
     model=MODEL, messages=[{"role": "user", "content": "Is Paris a city?"}], response_format=City, max_tokens=64
 )

@@ -146,6 +146,24 @@ async def test_forced_calls(served: Served, choice: Any) -> None:
     assert json.loads(call.arguments)["city"] in ("Rome", "Oslo")
 
 
+async def test_only_allowed_tools_are_called(served: Served) -> None:
+    """The answer tells the choice as it was given."""
+    other: Any = {"type": "function", "name": "g", "parameters": {"type": "object"}}
+    choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "weather"}]}
+    async with speaks(served, '[{"name": "g", "parameters": {}}]') as client:
+        ask: Any = {"model": "dummy", "input": "Hi", "parallel_tool_calls": False}
+        answer = await client.responses.create(tools=[other, TOOL], tool_choice=choice, **ask)
+        alone = await client.responses.create(tools=[TOOL], tool_choice="required", **ask)
+        (call,) = answer.output
+        assert call.type == "function_call" and call.name == "weather"
+        assert answer.usage is not None and alone.usage is not None
+        assert answer.usage.input_tokens == alone.usage.input_tokens
+        assert answer.to_dict()["tool_choice"] == choice
+        speaks(served, "No.")
+        free = await client.responses.create(tools=[other, TOOL], tool_choice=choice | {"mode": "auto"}, **ask)
+        assert free.output_text == "No."
+
+
 async def test_what_was_answered_is_taken_back(served: Served) -> None:
     """A client sends the output as input, with what its functions gave."""
     async with speaks(served, f"<think>hm</think>So: {CALL}") as client:
@@ -266,6 +284,27 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
     ({"tool_choice": {"type": "function"}}, "tool_choice", "invalid_value"),
     ({"tool_choice": {"type": "mcp"}}, "tool_choice", "unsupported_parameter"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto"}}, "tool_choice", "missing_required_parameter"),
+    ({"tool_choice": {"type": "allowed_tools", "tools": []}}, "tool_choice", "missing_required_parameter"),
+    ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice", "invalid_value"),
+    (
+        {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "mcp"}]}},
+        "tool_choice",
+        "unsupported_parameter",
+    ),
+    (
+        {
+            "tool_choice": {"type": "allowed_tools", "mode": "no", "tools": [{"type": "function", "name": "weather"}]},
+            "tools": [TOOL],
+        },
+        "tool_choice",
+        "invalid_value",
+    ),
+    (
+        {"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}},
+        "tool_choice",
+        "invalid_value",
+    ),
     ({"text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "invalid_value"),
     ({"reasoning": {"effort": "endless"}}, "reasoning", "invalid_value"),

@@ -199,6 +199,73 @@ async def test_a_model_that_wants_something_else_cannot(served: Served, answer: 
     assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
 
 
+OTHER: Any = {"type": "function", "function": {"name": "g", "parameters": {"type": "object"}}}
+
+
+def allowed(mode: str, *names: str) -> Any:
+    """A `tool_choice` that leaves these tools alone."""
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+async def test_the_model_does_not_see_tools_that_are_not_allowed(served: Served) -> None:
+    async with speaks(served, CALL) as client:
+        ask: Any = {"model": "dummy", "messages": [USER], "tool_choice": allowed("auto", "weather")}
+        answer = await client.chat.completions.create(tools=[OTHER, TOOL], **ask)
+        alone = await client.chat.completions.create(tools=[TOOL], model="dummy", messages=[USER])
+        async with client.chat.completions.stream(tools=[TOOL, OTHER], **ask) as stream:
+            final = await stream.get_final_completion()
+        speaks(served, "None.")
+        free = await client.chat.completions.create(tools=[OTHER, TOOL], **ask)
+    for message in (answer.choices[0].message, alone.choices[0].message, final.choices[0].message):
+        assert [call.function.name for call in message.tool_calls or ()] == ["weather"]  # type: ignore[union-attr]
+    assert (free.choices[0].message.content, free.choices[0].finish_reason) == ("None.", "stop")
+    assert answer.usage is not None and alone.usage is not None
+    assert answer.usage.prompt_tokens == alone.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("answer", ["No.", json.dumps([{"name": "g", "parameters": {}}])], ids=["text", "another"])
+async def test_one_of_those_allowed_must_be_called(served: Served, answer: str) -> None:
+    speaks(served, answer)
+    body = {"messages": [USER], "tools": [OTHER, STRICT], "tool_choice": allowed("required", "weather")}
+    status, got = await served.post(CHAT, body | {"parallel_tool_calls": False})
+    assert status == 200
+    (call,) = got["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+
+def without(choice: dict[str, Any], field: str) -> dict[str, Any]:
+    """The same, less a field of its inner object."""
+    return choice | {"allowed_tools": {name: value for name, value in choice["allowed_tools"].items() if name != field}}
+
+
+@pytest.mark.parametrize(
+    ("choice", "code", "named"),
+    [
+        (allowed("auto", "h"), "invalid_value", "'h'"),
+        (allowed("auto"), "invalid_value", "at least one"),
+        (allowed("none", "g"), "invalid_value", "mode must be"),
+        (without(allowed("auto", "g"), "mode"), "missing_required_parameter", "allowed_tools.mode"),
+        (without(allowed("auto", "g"), "tools"), "missing_required_parameter", "allowed_tools.tools"),
+        ({"type": "allowed_tools"}, "missing_required_parameter", "allowed_tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": []}, "unknown_parameter", "tool_choice.mode"),
+        ({"type": "function"}, "missing_required_parameter", "function"),
+        ({"type": "custom", "custom": {"name": "g"}}, "unknown_parameter", "tool_choice.custom"),
+        ({"type": "custom"}, "invalid_value", "type"),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "mcp"}]}},
+            "missing_required_parameter",
+            "function",
+        ),
+    ],
+)
+async def test_choices_that_are_none(served: Served, choice: Any, code: str, named: str) -> None:
+    status, body = await served.post(CHAT, {"messages": [USER], "tools": [TOOL, OTHER], "tool_choice": choice})
+    assert (status, body["error"]["code"]) == (400, code) and named in body["error"]["message"]
+    assert body["error"]["param"].startswith("tool_choice")
+
+
 def test_definitions_of_two_tools_stay_apart() -> None:
     from octavo.server.openai.forced_calls import schema_of_calls
 

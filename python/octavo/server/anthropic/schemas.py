@@ -7,7 +7,8 @@ import msgspec
 
 from octavo.chat import FunctionCall, Message, Part, ToolCall
 from octavo.server.errors import bad_request
-from octavo.server.openai.schemas import ChatCompletionRequest, Count, NamedFunction, NamedTool
+from octavo.server.openai.schemas import ChatCompletionRequest, Count
+from octavo.server.openai.schemas import ToolChoice as ChatToolChoice
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
@@ -252,12 +253,12 @@ def _tool(tool: Tool, place: int) -> msgspec.Raw:
     return msgspec.Raw(msgspec.json.encode({"type": "function", "function": function}))
 
 
-def _choice(choice: ToolChoice) -> str | NamedTool:
+def _choice(choice: ToolChoice) -> str | ChatToolChoice:
     words = {"auto": "auto", "any": "required", "none": "none"}
     if choice.type == "tool":
         if choice.name is None:
             raise bad_request("tool_choice.name: required when type is tool.", "tool_choice")
-        return NamedTool("function", NamedFunction(choice.name))
+        return ChatToolChoice.of(choice.name)
     if choice.type not in words:
         raise bad_request("tool_choice.type: must be auto, any, tool or none.", "tool_choice")
     return words[choice.type]

@@ -22,6 +22,7 @@ def forced_calls(tools: Sequence[msgspec.Raw], use: ToolUse) -> Wanted | None:
     if not use.required and use.named is None:
         return None
     functions = [msgspec.json.decode(tool)["function"] for tool in tools]
+    functions = [function for function in functions if function["name"] in use.names]
     if use.named is not None:
         schema = schema_of_named(functions, use.named)
     else:

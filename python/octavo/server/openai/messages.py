@@ -3,6 +3,7 @@
 What a conversation may be stands in `octavo.chat`.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from octavo.answers import ToolUse
 from octavo.server.body import from_validation
 from octavo.server.errors import bad_request
 from octavo.server.limits import Limits
-from octavo.server.openai.schemas import ChatCompletionRequest, NamedTool
+from octavo.server.openai.schemas import ChatCompletionRequest, NamedFunction, ToolChoice
 from octavo.server.openai.tool_schema import check_schema
 
 _RESERVED_KWARGS = frozenset(
@@ -47,7 +48,8 @@ def template_messages(request: ChatCompletionRequest, limits: Limits) -> list[di
 
 
 def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | None:
-    """The tools as JSON, or None without any. Raises `ApiError` 400 with param `tools`.
+    """The tools that may be called as JSON, or None without any. Raises `ApiError` 400 with param `tools`, or
+    `tool_choice` where it allows one that is not there.
 
     takes_tools: the model's template has a place for them. Where it has none, only tools that must
     not be called may be left out.
@@ -62,31 +64,75 @@ def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | N
         parameters = msgspec.json.decode(tool)["function"].get("parameters")
         if parameters is not None:
             check_schema(parameters, f"tools[{index}].function.parameters")
-    return tools if takes_tools else None
+    if not takes_tools:
+        return None
+    if isinstance(request.tool_choice, ToolChoice) and request.tool_choice.allowed_tools is not None:
+        return "[" + ",".join(bytes(tool).decode() for tool in allowed_tools(request)) + "]"
+    return tools
+
+
+def allowed_tools(request: ChatCompletionRequest) -> list[msgspec.Raw]:
+    """Those of the tools, which are checked, that may be called. Raises `ApiError` 400 with param
+    `tool_choice`.
+    """
+    tools = {msgspec.json.decode(tool)["function"]["name"]: tool for tool in request.tools or ()}
+    if not isinstance(request.tool_choice, ToolChoice) or (allowed := request.tool_choice.allowed_tools) is None:
+        return list(tools.values())
+    names = set()
+    for place, tool in enumerate(allowed.tools):
+        if tool.type != "function":
+            raise bad_request(f"tool_choice: the type of tools[{place}] must be function.", "tool_choice")
+        _check_named(tool.function.name, tools)
+        names.add(tool.function.name)
+    if not names:
+        raise bad_request("tool_choice: tools must have at least one tool.", "tool_choice")
+    return [tool for name, tool in tools.items() if name in names]
 
 
 def tool_use(request: ChatCompletionRequest) -> ToolUse:
     """What the request wants of its tools, which `template_tools` has checked. Raises `ApiError` 400
     with param `tool_choice`.
     """
-    names = [msgspec.json.decode(tool)["function"]["name"] for tool in request.tools or ()]
-    choice = request.tool_choice
-    if isinstance(choice, NamedTool):
-        if choice.type != "function":
-            raise bad_request("tool_choice.type: must be function.", "tool_choice")
-        if choice.function.name not in names:
-            raise bad_request(f"tool_choice: no tool is called {choice.function.name[:64]!r}.", "tool_choice")
-    elif choice not in (None, "none", "auto", "required"):
-        raise bad_request("tool_choice: must be none, auto, required, or name a tool.", "tool_choice")
-    if choice == "required" and not names:
+    names = [msgspec.json.decode(tool)["function"]["name"] for tool in allowed_tools(request)]
+    mode, named = _mode(request.tool_choice)
+    if named is not None:
+        _check_named(named, names)
+    if mode == "required" and not names:
         raise bad_request("tool_choice: needs tools.", "tool_choice")
     return ToolUse(
         names,
-        forbidden=choice == "none",
+        forbidden=mode == "none",
         parallel=request.parallel_tool_calls is not False,
-        required=choice == "required",
-        named=choice.function.name if isinstance(choice, NamedTool) else None,
+        required=mode == "required",
+        named=named,
     )
+
+
+def _mode(choice: str | ToolChoice | None) -> tuple[str | None, str | None]:
+    """Whether tools are called (`none`, `auto`, `required`), or else the name of the one that is."""
+    if not isinstance(choice, ToolChoice):
+        if choice not in (None, "none", "auto", "required"):
+            raise bad_request("tool_choice: must be none, auto, required, or name a tool.", "tool_choice")
+        return choice, None
+    if choice.type not in ("function", "allowed_tools"):
+        raise bad_request("tool_choice.type: must be function or allowed_tools.", "tool_choice")
+    given = choice.function if choice.type == "function" else choice.allowed_tools
+    if given is None:
+        raise bad_request(
+            f"tool_choice.{choice.type}: required when type is {choice.type}.",
+            "tool_choice",
+            "missing_required_parameter",
+        )
+    if isinstance(given, NamedFunction):
+        return None, given.name
+    if given.mode not in ("auto", "required"):
+        raise bad_request("tool_choice: mode must be auto or required.", "tool_choice")
+    return given.mode, None
+
+
+def _check_named(name: str, tools: Collection[str]) -> None:
+    if name not in tools:
+        raise bad_request(f"tool_choice: no tool is called {name[:64]!r}.", "tool_choice")
 
 
 def template_kwargs(request: ChatCompletionRequest) -> str | None:

@@ -29,6 +29,7 @@ from octavo.server.openai.schemas import (
     ChatCompletionRequest,
     CompletionRequest,
     StreamOptions,
+    ToolChoice,
     check_prompt_entries,
 )
 from octavo.server.structured import Wanted
@@ -61,7 +62,7 @@ CHAT = Kind(
         frozenset({"messages", "tools", "documents"}),
         frozenset({"messages", "tools", "chat_template_kwargs", "documents"}),
         UNSUPPORTED_CHAT,
-        inner=_INNER,
+        inner={**_INNER, "tool_choice": ToolChoice},
     ),
     "messages",
     "chatcmpl-",

@@ -235,11 +235,31 @@ class NamedFunction(msgspec.Struct, frozen=True):
     name: str
 
 
-class NamedTool(msgspec.Struct, frozen=True):
-    """A `tool_choice` that names a tool."""
+class AllowedTool(msgspec.Struct, frozen=True):
+    """One of the tools that may be called."""
 
     type: str
     function: NamedFunction
+
+
+class AllowedTools(msgspec.Struct, frozen=True):
+    """Which of a request's tools count, and whether one must be called."""
+
+    mode: str
+    tools: list[AllowedTool]
+
+
+class ToolChoice(msgspec.Struct, frozen=True):
+    """A `tool_choice` that names a tool, or those that may be called."""
+
+    type: str
+    function: NamedFunction | None = None
+    allowed_tools: AllowedTools | None = None
+
+    @classmethod
+    def of(cls, name: str) -> "ToolChoice":
+        """The one that names a function."""
+        return cls("function", NamedFunction(name))
 
 
 class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
@@ -250,7 +270,7 @@ class ChatCompletionRequest(_Request, frozen=True, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: Count | None = None
     tools: list[msgspec.Raw] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

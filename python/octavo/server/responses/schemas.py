@@ -9,7 +9,8 @@ import msgspec
 
 from octavo.sampling_params import SamplingParams
 from octavo.server.errors import bad_request
-from octavo.server.openai.schemas import ChatCompletionRequest, Count, Long, NamedFunction, NamedTool
+from octavo.server.openai.schemas import AllowedTool, AllowedTools, ChatCompletionRequest, Count, Long, NamedFunction
+from octavo.server.openai.schemas import ToolChoice as ChatToolChoice
 from octavo.server.responses.items import Item, messages_of
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -66,14 +67,26 @@ class Tool(msgspec.Struct, frozen=True):
     strict: bool | None = None
 
 
-class ToolChoice(msgspec.Struct, frozen=True):
-    """The function that must be called."""
+class Chosen(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A function, by its name."""
 
     type: str
     name: str | None = None
 
 
-INNER: Mapping[str, type[msgspec.Struct]] = {"reasoning": Reasoning, "text": Text, "stream_options": StreamOptions}
+class ToolChoice(Chosen, frozen=True, omit_defaults=True):
+    """The function that must be called, or those that may be."""
+
+    mode: str | None = None
+    tools: list[Chosen] | None = None
+
+
+INNER: Mapping[str, type[msgspec.Struct]] = {
+    "reasoning": Reasoning,
+    "text": Text,
+    "stream_options": StreamOptions,
+    "tool_choice": ToolChoice,
+}
 """Fields that are objects, whose own fields are known as well."""
 
 
@@ -111,19 +124,24 @@ class InputRequest(msgspec.Struct, frozen=True, kw_only=True):
             **fields,
         )
 
-    def _choice(self) -> str | NamedTool | None:
+    def _choice(self) -> str | ChatToolChoice | None:
         choice = self.tool_choice
         if not isinstance(choice, ToolChoice):
             return choice
-        if choice.type != "function":
-            raise bad_request(
-                f"tool_choice.type: {choice.type[:50]!r} is not supported here; function is.",
-                "tool_choice",
-                "unsupported_parameter",
-            )
-        if choice.name is None:
-            raise bad_request("tool_choice.name: required when type is function.", "tool_choice")
-        return NamedTool("function", NamedFunction(choice.name))
+        if choice.type != "allowed_tools":
+            return ChatToolChoice.of(_chosen(choice, "tool_choice", "function and allowed_tools are"))
+        for field in ("mode", "tools"):
+            if getattr(choice, field) is None:
+                raise bad_request(
+                    f"tool_choice.{field}: required when type is allowed_tools.",
+                    "tool_choice",
+                    "missing_required_parameter",
+                )
+        names = [
+            _chosen(tool, f"tool_choice.tools[{place}]", "function is") for place, tool in enumerate(choice.tools or ())
+        ]
+        tools = [AllowedTool("function", NamedFunction(name)) for name in names]
+        return ChatToolChoice("allowed_tools", allowed_tools=AllowedTools(choice.mode or "", tools))
 
     def _response_format(self) -> msgspec.Raw:
         """`text.format`, whose schema stands beside its type and not below it."""
@@ -228,6 +246,19 @@ class ResponsesRequest(InputRequest, frozen=True, kw_only=True):
             "user": self.user,
         }
         return msgspec.json.encode(fields).decode()
+
+
+def _chosen(choice: Chosen, where: str, supported: str) -> str:
+    """The name of a function. Raises `ApiError` 400 where it is something else."""
+    if choice.type != "function":
+        raise bad_request(
+            f"{where}.type: {choice.type[:50]!r} is not supported here; {supported}.",
+            "tool_choice",
+            "unsupported_parameter",
+        )
+    if choice.name is None:
+        raise bad_request(f"{where}.name: required when type is function.", "tool_choice")
+    return choice.name
 
 
 def _tool(tool: Tool, place: int) -> msgspec.Raw:
