@@ -213,8 +213,6 @@ struct PlannedStep {
     entered_blocks: usize,
     penalty_tokens: usize,
     preempted: bool,
-    /// Tokens are set aside for those that wait.
-    sets_aside: bool,
     /// Somebody gave way: only those that come before this are admitted.
     admits_before: Option<Order>,
 }

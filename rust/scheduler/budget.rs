@@ -117,8 +117,7 @@ impl Scheduler {
     /// places, and the last look has not shown that nothing fits.
     fn may_admit(&self) -> bool {
         let free = self.kv.pool().num_free();
-        self.planned.sets_aside
-            && self.running.len() < self.config.max_running()
+        self.running.len() < self.config.max_running()
             && !self.free_slots.is_empty()
             && self.nothing_fits.is_none_or(|seen| free > seen.free)
     }

@@ -51,7 +51,6 @@ impl Scheduler {
         planned.penalty_tokens = self.capacity.penalty_tokens;
         planned.preempted = false;
         planned.admits_before = None;
-        planned.sets_aside = true;
         self.make_way();
         let has_prompts = self.plan_running();
         self.admit();
@@ -59,8 +58,8 @@ impl Scheduler {
             self.spend_the_rest();
         }
         if has_prompts && self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {
-            // Those for whom tokens were set aside cannot join, and to get on takes preempting.
-            self.planned.sets_aside = false;
+            // Those for whom tokens were set aside cannot join, as `admit` has found, and to get on takes
+            // preempting. Where they can once a step in flight is committed, nobody takes their tokens.
             self.plan_running();
         }
         if self.planned.decodes.is_empty() && self.planned.prefills.is_empty() {

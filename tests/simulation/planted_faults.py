@@ -300,12 +300,6 @@ FAULTS = [
         "self.planned.admits_before.is_some_and(|limit| order > limit && order < limit)",
     ),
     Fault(
-        "tokens set aside for one that cannot join",
-        "rust/scheduler/schedule.rs",
-        "self.planned.sets_aside = false;",
-        "self.planned.sets_aside = true;",
-    ),
-    Fault(
         "a long prompt that gets what short ones leave",
         "rust/scheduler/budget.rs",
         "behind.min((tokens - before) / 2)",
