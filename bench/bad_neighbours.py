@@ -81,6 +81,16 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], bool]] = {
         lambda: b'{"messages":[{"role":"user","content":"' + b"\\u00e9" * (15 * MIB // 6) + b'"}]}',
         False,
     ),
+    "lines in a message": (
+        CHAT,
+        lambda: b'{"messages":[{"role":"user","content":"' + b"\\n" * (15 * MIB // 2) + b'"}]}',
+        False,
+    ),
+    "letters of two kinds": (
+        CHAT,
+        lambda: b'{"messages":[{"role":"user","content":"' + "a\u4e2d".encode() * (15 * MIB // 4) + b'"}]}',
+        False,
+    ),
     "escapes in arguments": (CHAT, lambda: _call('{"a":"' + "\\u00e9" * (14 * MIB // 7) + '"}'), False),
     "escapes in a tool": (CHAT, lambda: _tool('{"description":"' + "\\u00e9" * (15 * MIB // 6) + '"}'), False),
     "escapes in an input": (

@@ -50,6 +50,7 @@ __all__ = [
     "openai_error",
     "prepare_step",
     "read_prompts",
+    "resolve_escapes",
     "rms_norm",
     "sample_step",
     "set_cpu_threads",
@@ -366,11 +367,11 @@ class Tokenizer:
     def encode_chat(
         self,
         template: ChatTemplate,
-        messages_json: str,
+        messages_json: str | bytes,
         *,
-        tools_json: str | None = None,
+        tools_json: str | bytes | None = None,
         add_generation_prompt: bool = True,
-        kwargs_json: str | None = None,
+        kwargs_json: str | bytes | None = None,
         max_characters: int | None = None,
         continue_final_message: bool = False,
     ) -> Prompt:
@@ -412,11 +413,11 @@ class ChatTemplate:
         """The tags around the model's reasoning, "think" or "mistral"; None if it shows none."""
     def render(
         self,
-        messages_json: str,
+        messages_json: str | bytes,
         *,
-        tools_json: str | None = None,
+        tools_json: str | bytes | None = None,
         add_generation_prompt: bool = True,
-        kwargs_json: str | None = None,
+        kwargs_json: str | bytes | None = None,
         now: float | None = None,
     ) -> str: ...
 
@@ -675,6 +676,11 @@ def measure_body(
     the value, and the characters of the value's strings, keys and numbers. The values of fields
     called `uncounted` are not counted. Does not check the JSON. Raises `RefusedError` for what is
     over a limit or does not end. Runs detached.
+    """
+
+def resolve_escapes(body: bytes) -> bytes:
+    """The same JSON with the letters of its strings in place of `\\u....` escapes, but for those that must be
+    escaped. Decoding such escapes takes several times as long as letters. Runs detached.
     """
 
 def read_prompts(

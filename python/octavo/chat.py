@@ -72,6 +72,19 @@ class Message(msgspec.Struct, frozen=True):
     reasoning_content: str | None = None
 
 
+class _ReceivedPart(Part, frozen=True):
+    """A part whose texts stay JSON, which nobody has to decode: they may have millions of letters."""
+
+    text: msgspec.Raw = msgspec.Raw(b"null")  # type: ignore[assignment]
+    refusal: msgspec.Raw = msgspec.Raw(b"null")  # type: ignore[assignment]
+
+
+class _ReceivedMessage(Message, frozen=True):
+    """A message whose content stays JSON."""
+
+    content: msgspec.Raw = msgspec.Raw(b"null")  # type: ignore[assignment]
+
+
 class Function(msgspec.Struct, frozen=True):
     """What of a tool's function is checked."""
 
@@ -107,7 +120,7 @@ def template_messages(messages: Sequence[msgspec.Raw], max_parts: int = MAX_PART
     return [_message(message, f"messages[{index}]", max_parts) for index, message in enumerate(messages)]
 
 
-def template_tools(tools: Sequence[msgspec.Raw] | None, takes_tools: bool) -> str | None:
+def template_tools(tools: Sequence[msgspec.Raw] | None, takes_tools: bool) -> bytes | None:
     """The tools as JSON, every key in its place, or None without any.
 
     takes_tools: the model's template has a place for them. Raises `ChatError`, and
@@ -126,12 +139,12 @@ def template_tools(tools: Sequence[msgspec.Raw] | None, takes_tools: bool) -> st
             "--chat-template.",
             "unsupported_tools",
         )
-    return "[" + ",".join(bytes(tool).decode() for tool in tools) + "]"
+    return b"[" + b",".join(bytes(tool) for tool in tools) + b"]"
 
 
 def read_chat(
     messages: Sequence[Any], tools: Sequence[dict[str, Any]] | None, takes_tools: bool
-) -> tuple[str, str | None]:
+) -> tuple[bytes, bytes | None]:
     """Messages and tools of a caller in Python, checked, as JSON for the template. Raises
     `ChatError`.
     """
@@ -145,7 +158,7 @@ def read_chat(
         raise
     except (ValueError, TypeError, RecursionError) as error:
         raise ChatError(f"messages or tools: {error}", "tools" if "$.tools" in str(error) else "messages") from None
-    return msgspec.json.encode(checked).decode(), tools_json
+    return msgspec.json.encode(checked), tools_json
 
 
 def _bad_tools(message: str, code: str = "invalid_value") -> ChatError:
@@ -153,15 +166,21 @@ def _bad_tools(message: str, code: str = "invalid_value") -> ChatError:
 
 
 def _message(raw: msgspec.Raw, where: str, max_parts: int) -> dict[str, Any]:
-    message = _decode(raw, Message, where)
+    message = _decode(raw, _ReceivedMessage, where)
+    content = bytes(message.content)
+    if not content.startswith((b'"', b"[", b"null")):
+        _decode(raw, Message, where)  # says what is wrong
     if message.role not in ROLES:
         raise ChatError(f"{where}.role: must be one of {', '.join(ROLES)}.")
     if message.role == "tool" and message.tool_call_id is None:
         raise ChatError(f"{where}.tool_call_id: required when role is tool.", code="missing_required_parameter")
-    if message.content is None and message.role != "assistant":
+    if content == b"null" and message.role != "assistant":
         raise ChatError(f"{where}.content: required when role is {message.role}.", code="missing_required_parameter")
     result: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-    result["content"] = _text(message, where, max_parts)
+    if content.startswith(b"["):
+        result["content"] = _joined(raw, content, where, max_parts)
+    else:  # a refusal is what the assistant said instead
+        result["content"] = (message.refusal or "") if content in (b"null", b'""') else message.content
     others = _decode(raw, dict[str, msgspec.Raw], where)
     if (reasoning := message.reasoning_content or _text_in(others.get("reasoning"))) is not None:
         result["reasoning_content"] = reasoning
@@ -182,25 +201,27 @@ def _text_in(value: msgspec.Raw | None) -> str | None:
     return given if isinstance(given, str) else None
 
 
-def _text(message: Message, where: str, max_parts: int) -> str:
-    """What was said; a refusal is what the assistant said instead."""
-    if not isinstance(message.content, list):
-        return message.content or message.refusal or ""
-    if len(message.content) > max_parts:
-        raise ChatError(f"{where}.content: {len(message.content)} parts, at most {max_parts} are allowed.")
+def _joined(raw: msgspec.Raw, content: bytes, where: str, max_parts: int) -> msgspec.Raw:
+    """The texts of a message's parts, a line break between each two."""
+    parts = _decode(msgspec.Raw(content), list[_ReceivedPart], f"{where}.content")
+    if len(parts) > max_parts:
+        raise ChatError(f"{where}.content: {len(parts)} parts, at most {max_parts} are allowed.")
     texts = []
-    for index, part in enumerate(message.content):
+    for index, part in enumerate(parts):
         if part.type not in ("text", "refusal"):
             raise ChatError(
                 f"{where}.content[{index}].type: only text parts are supported.", code="unsupported_content"
             )
-        text = part.text if part.type == "text" else part.refusal
-        if text is None:
+        said, refused = bytes(part.text), bytes(part.refusal)
+        if not (said.startswith((b'"', b"null")) and refused.startswith((b'"', b"null"))):
+            _decode(raw, Message, where)  # says what is wrong
+        text = said if part.type == "text" else refused
+        if text == b"null":
             raise ChatError(
                 f"{where}.content[{index}].{part.type}: this field is required.", code="missing_required_parameter"
             )
-        texts.append(text)
-    return "\n".join(texts)
+        texts.append(text[1:-1])
+    return msgspec.Raw(b'"' + b"\\n".join(texts) + b'"')
 
 
 def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
@@ -215,8 +236,8 @@ def _tool_call(call: ToolCall, where: str) -> dict[str, Any]:
 
 
 def _arguments(given: msgspec.Raw, where: str) -> msgspec.Raw | str:
-    """An object as its JSON was written, so that no number changes. What the model wrote in place of
-    one is text: it may have been wrong, and goes on from there.
+    """An object as its JSON was written, so that no number changes; letters stand for themselves. What
+    the model wrote in place of one is text: it may have been wrong, and goes on from there.
     """
     first = bytes(memoryview(given)[:1])
     if first == b"{":
@@ -226,7 +247,7 @@ def _arguments(given: msgspec.Raw, where: str) -> msgspec.Raw | str:
             return msgspec.Raw(b"{}")
         raise ChatError(f"{where}: must be text or an object.", code="invalid_type")
     text = msgspec.json.decode(given, type=str)
-    encoded = text.encode() or b"{}"
+    encoded = _core.resolve_escapes(text.encode()) or b"{}"
     try:
         _core.measure_body(encoded, max_depth=MAX_DEPTH, max_fields=MAX_VALUES, max_values=MAX_VALUES)
         msgspec.json.decode(encoded, type=dict[str, Any])
@@ -255,12 +276,8 @@ def _check_tool(raw: msgspec.Raw, where: str, names: set[str]) -> None:
 
 
 def _decode(raw: msgspec.Raw, kind: type[T], where: str) -> T:
-    """Raises `ChatError` for what is not UTF-8, which msgspec sees only in the text that it decodes."""
     try:
-        bytes(raw).decode()
         return msgspec.json.decode(raw, type=kind)
-    except UnicodeDecodeError as error:
-        raise ChatError(f"{where}: {error}.", where.partition("[")[0]) from None
     except msgspec.ValidationError as error:
         raise msgspec.ValidationError(_moved(str(error), where)) from None
 

@@ -1,5 +1,5 @@
 //! How replies are written for clients: a [`Protocol`] for each API that is spoken. Beside it what
-//! is read of a request before Python does: the measure of its [`body`], and its [`prompts`].
+//! is read of a request before Python does: the measure of its [`body`], [`escapes`] and [`prompts`].
 //!
 //! The outbox says when something is written and what a choice gained; a protocol knows how it
 //! looks. It sees neither the core's lock nor a socket: what it writes is bytes, made after the
@@ -8,6 +8,7 @@
 mod anthropic;
 pub mod body;
 mod embedding;
+pub mod escapes;
 mod json;
 mod ollama;
 mod openai;

@@ -1,10 +1,14 @@
-//! The bodies of requests: measured before they are decoded, and the prompts in them. Both run
-//! detached.
+//! The bodies of requests: measured before they are decoded, their escapes, and the prompts in them. All
+//! run detached.
+
+use std::borrow::Cow;
 
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use super::text::Prompt;
 use crate::protocol::body::{measure, Field, Limits, Measure};
+use crate::protocol::escapes;
 use crate::protocol::prompts::{self, Given, PromptLimits};
 
 /// Of a field: name and value as (start, end) in the body, and the characters of its text.
@@ -25,6 +29,15 @@ pub(super) fn measure_body(
     let measured =
         |field: Field| ((field.name.start, field.name.end), (field.value.start, field.value.end), field.text);
     Ok((fields.into_iter().map(measured).collect(), values))
+}
+
+#[pyfunction]
+pub(super) fn resolve_escapes<'py>(py: Python<'py>, body: Bound<'py, PyBytes>) -> Bound<'py, PyBytes> {
+    let bytes = body.as_bytes();
+    match py.detach(|| escapes::resolve(bytes)) {
+        Cow::Borrowed(_) => body,
+        Cow::Owned(plain) => PyBytes::new(py, &plain),
+    }
 }
 
 #[pyfunction]

@@ -27,7 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::answer::AnswerFormat;
     #[pymodule_export]
-    use super::body::{measure_body, read_prompts};
+    use super::body::{measure_body, read_prompts, resolve_escapes};
     #[pymodule_export]
     use super::core::EngineCore;
     #[pymodule_export]

@@ -7,6 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use pyo3::exceptions::{PyOverflowError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::pybacked::{PyBackedBytes, PyBackedStr};
 
 use super::gguf::GgufFile;
 use super::guard::detached;
@@ -140,8 +141,7 @@ impl Tokenizer {
         parse_special: bool,
     ) -> PyResult<Prompt> {
         let specials = if parse_special { Specials::Parse } else { Specials::Plain };
-        let ids = detached(py, || self.tokenizer.encode_text(text, add_special_tokens, specials))?;
-        Ok(Prompt { token_ids: ids.into() })
+        detached(py, || Ok(self.tokenizer.encode_text(text, add_special_tokens, specials)?.into()))
     }
 
     #[pyo3(signature = (
@@ -149,27 +149,28 @@ impl Tokenizer {
         max_characters = None, continue_final_message = false
     ))]
     #[allow(clippy::too_many_arguments)] // All are keywords in Python.
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn encode_chat(
         &self,
         py: Python<'_>,
         template: &ChatTemplate,
-        messages_json: &str,
-        tools_json: Option<&str>,
+        messages_json: JsonText,
+        tools_json: Option<JsonText>,
         add_generation_prompt: bool,
-        kwargs_json: Option<&str>,
+        kwargs_json: Option<JsonText>,
         max_characters: Option<usize>,
         continue_final_message: bool,
     ) -> PyResult<Prompt> {
         let options = RenderOptions {
-            tools_json,
+            tools_json: tools_json.as_ref().map(JsonText::bytes),
             add_generation_prompt,
             continue_final_message,
-            kwargs_json,
+            kwargs_json: kwargs_json.as_ref().map(JsonText::bytes),
             max_characters,
             now: unix_time(),
         };
-        let ids = detached(py, || self.tokenizer.encode_chat(&template.template, messages_json, &options))?;
-        Ok(Prompt { token_ids: ids.into() })
+        let messages = messages_json.bytes();
+        detached(py, || Ok(self.tokenizer.encode_chat(&template.template, messages, &options)?.into()))
     }
 
     #[pyo3(signature = (token_ids, skip_special_tokens = true))]
@@ -231,18 +232,43 @@ impl ChatTemplate {
     #[pyo3(signature = (
         messages_json, *, tools_json = None, add_generation_prompt = true, kwargs_json = None, now = None
     ))]
+    #[allow(clippy::needless_pass_by_value)] // extracted from Python
     fn render(
         &self,
         py: Python<'_>,
-        messages_json: &str,
-        tools_json: Option<&str>,
+        messages_json: JsonText,
+        tools_json: Option<JsonText>,
         add_generation_prompt: bool,
-        kwargs_json: Option<&str>,
+        kwargs_json: Option<JsonText>,
         now: Option<f64>,
     ) -> PyResult<String> {
         let now = now.unwrap_or_else(unix_time);
-        let options = RenderOptions { tools_json, add_generation_prompt, kwargs_json, now, ..RenderOptions::default() };
-        detached(py, || self.template.render(messages_json, &options))
+        let options = RenderOptions {
+            tools_json: tools_json.as_ref().map(JsonText::bytes),
+            add_generation_prompt,
+            kwargs_json: kwargs_json.as_ref().map(JsonText::bytes),
+            now,
+            ..RenderOptions::default()
+        };
+        let messages = messages_json.bytes();
+        detached(py, || self.template.render(messages, &options))
+    }
+}
+
+/// JSON as Python's `json.loads` takes it: text, or UTF-8, which for a long text spares two copies under
+/// the interpreter's lock.
+#[derive(FromPyObject)]
+enum JsonText {
+    Text(PyBackedStr),
+    Utf8(PyBackedBytes),
+}
+
+impl JsonText {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Text(text) => text.as_bytes(),
+            Self::Utf8(bytes) => bytes,
+        }
     }
 }
 

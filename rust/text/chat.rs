@@ -29,7 +29,7 @@ impl Tokenizer {
     pub fn encode_chat(
         &self,
         template: &ChatTemplate,
-        messages_json: &str,
+        messages_json: &[u8],
         options: &RenderOptions,
     ) -> Result<Vec<u32>> {
         let mut inputs = Inputs::parse(messages_json, options)?;
@@ -249,7 +249,7 @@ mod tests {
             text in "[ab<é ]{0,8}",
         ) {
             let finder = SpecialFinder::new(specials.iter().map(String::as_str)).unwrap();
-            let inputs = Inputs::parse("[]", &RenderOptions::default()).unwrap();
+            let inputs = Inputs::parse(b"[]", &RenderOptions::default()).unwrap();
             let mut replaced = text.clone();
             if let Some(finder) = finder {
                 finder.replace(&mut replaced, &mut StandIns::new(&inputs)).unwrap();

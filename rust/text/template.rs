@@ -56,7 +56,7 @@ struct Compiled {
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RenderOptions<'a> {
     /// A JSON array of tools.
-    pub tools_json: Option<&'a str>,
+    pub tools_json: Option<&'a [u8]>,
     /// Ends with the head of the assistant's turn.
     pub add_generation_prompt: bool,
     /// Ends with the last message's content, which the model continues: what the template writes
@@ -64,7 +64,7 @@ pub struct RenderOptions<'a> {
     /// looks at it.
     pub continue_final_message: bool,
     /// A JSON object of further variables (`enable_thinking`, `documents`, ...).
-    pub kwargs_json: Option<&'a str>,
+    pub kwargs_json: Option<&'a [u8]>,
     /// Most characters that may come out; none: as many as the fuel makes.
     pub max_characters: Option<usize>,
     /// Seconds since 1970.
@@ -84,9 +84,11 @@ pub(crate) struct Inputs {
 }
 
 impl Inputs {
-    pub fn parse(messages_json: &str, options: &RenderOptions) -> Result<Self> {
-        let parse =
-            |field: &str, json: &str| Json::parse(json).map_err(|error| Error::Template(format!("{field}: {error}")));
+    pub fn parse(messages_json: &[u8], options: &RenderOptions) -> Result<Self> {
+        let parse = |field: &str, json: &[u8]| {
+            let text = std::str::from_utf8(json).map_err(|error| error.to_string());
+            text.and_then(Json::parse).map_err(|error| Error::Template(format!("{field}: {error}")))
+        };
         let messages = parse("messages", messages_json)?;
         let Json::Array(list) = &messages else {
             return Err(Error::Template("messages must be an array".to_owned()));
@@ -103,8 +105,8 @@ impl Inputs {
         if let Some((name, _)) = kwargs.iter().find(|(name, _)| RESERVED.contains(&name.as_str())) {
             return Err(Error::Template(format!("chat_template_kwargs must not set {name}")));
         }
-        let num_bytes =
-            messages_json.len() + options.tools_json.map_or(0, str::len) + options.kwargs_json.map_or(0, str::len);
+        let len = |json: Option<&[u8]>| json.map_or(0, <[u8]>::len);
+        let num_bytes = messages_json.len() + len(options.tools_json) + len(options.kwargs_json);
         let add_generation_prompt = options.add_generation_prompt;
         let RenderOptions { max_characters, now, .. } = *options;
         Ok(Self { messages, tools, kwargs, add_generation_prompt, num_bytes, max_characters, now })
@@ -159,7 +161,7 @@ impl ChatTemplate {
     /// # Errors
     /// [`Error::Template`]: the JSON is wrong, the template refused the messages, or it ran out of
     /// fuel.
-    pub fn render(&self, messages_json: &str, options: &RenderOptions) -> Result<String> {
+    pub fn render(&self, messages_json: &[u8], options: &RenderOptions) -> Result<String> {
         self.render_inputs(&Inputs::parse(messages_json, options)?)
     }
 

@@ -82,7 +82,7 @@ mod tests {
         let compile = move || {
             for source in chains {
                 let template = ChatTemplate::new(Some(&source), None, std::collections::BTreeMap::new());
-                let _ = template.expect("it is within the limits").render("[]", &RenderOptions::default());
+                let _ = template.expect("it is within the limits").render(b"[]", &RenderOptions::default());
             }
         };
         // Half of what threads have by default.

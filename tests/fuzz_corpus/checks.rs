@@ -46,13 +46,13 @@ pub fn template(bytes: &[u8]) {
     let tokens = [("bos_token", "<s>"), ("eos_token", "</s>")].map(|(name, token)| (name.to_owned(), token.to_owned()));
     let Ok(template) = ChatTemplate::new(Some(source), None, tokens.into()) else { return };
     let options = RenderOptions {
-        tools_json: Some(TOOLS),
+        tools_json: Some(TOOLS.as_bytes()),
         add_generation_prompt: true,
-        kwargs_json: Some(r#"{"enable_thinking":false}"#),
+        kwargs_json: Some(br#"{"enable_thinking":false}"#),
         now: 1.7e9,
         ..RenderOptions::default()
     };
-    if let Ok(rendered) = template.render(messages, &options) {
+    if let Ok(rendered) = template.render(messages.as_bytes(), &options) {
         assert!(rendered.len() <= MAX_RENDERED_BYTES + 64 * messages.len(), "made {} bytes", rendered.len());
     }
 }

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from octavo import _core
 from octavo.chat import MAX_DEPTH
-from octavo.server.body import MAX_VALUES, unpack
+from octavo.server.body import MAX_VALUES, decode, unpack
 from octavo.server.errors import ApiError
 from octavo.server.limits import Limits
 from octavo.server.openai.messages import template_messages
+from octavo.server.openai.routes import CHAT, COMPLETION
 from octavo.server.openai.schemas import ChatCompletionRequest
 from octavo.server.openai.tool_schema import pattern_fault
 
@@ -55,6 +56,33 @@ def test_the_measure_of_valid_json(value: object, ascii: bool, indent: int | Non
     for limits in ({"max_depth": max(depth, 1)}, {"max_values": total - 1}, {"max_fields": 1}):
         with pytest.raises(_core.RefusedError):
             measure(body, **limits)
+
+
+@given(JSON)
+def test_escapes_are_resolved_where_they_need_not_be(value: object) -> None:
+    plain = json.dumps(value, ensure_ascii=False).encode()
+    assert _core.resolve_escapes(json.dumps(value).encode()) == plain
+    assert _core.resolve_escapes(plain) is plain
+
+
+@pytest.mark.parametrize("ascii", [False, True])
+def test_a_large_body_is_read_with_and_without_escapes(ascii: bool) -> None:
+    text = 'a"\\ü\n 😀\x7f' * 10_000
+
+    def read(form: Any, more: str = "", **fields: Any) -> Any:
+        body = (json.dumps(fields, ensure_ascii=ascii)[:-1] + more + "}").encode()
+        return decode(form, body, 10**6, 10**6, Limits(), strict=True)
+
+    chat = read(CHAT.form, messages=[{"role": "user", "content": text}])
+    assert [json.loads(bytes(message)) for message in chat.request.messages] == [{"role": "user", "content": text}]
+    completion = read(COMPLETION.form, prompt=text, n=2)
+    (value,) = completion.prompts
+    bounds = {"max_prompts": 1, "max_tokens": 10**6, "max_characters": 10**6}
+    assert _core.read_prompts(completion.body, value.start, value.stop, **bounds) == [text]
+    assert completion.request.n == 2
+    with pytest.raises(ApiError) as error:
+        read(CHAT.form, ', "n": \\u0031', messages=[{"role": "user", "content": text}])
+    assert error.value.code == "json_invalid" and ("(byte " in error.value.message) is not ascii
 
 
 @given(st.binary(max_size=60) | st.text(alphabet='[]{}"\\a:,u', max_size=60).map(str.encode))

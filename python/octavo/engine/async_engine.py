@@ -169,10 +169,10 @@ class AsyncEngine:
 
     async def encode_chat(
         self,
-        messages_json: str,
-        tools_json: str | None = None,
+        messages_json: str | bytes,
+        tools_json: str | bytes | None = None,
         add_generation_prompt: bool = True,
-        kwargs_json: str | None = None,
+        kwargs_json: str | bytes | None = None,
         max_characters: int | None = None,
         continue_final_message: bool = False,
         template: _core.ChatTemplate | None = None,

@@ -161,8 +161,10 @@ class Parsed(Generic[S]):
     """A body that was decoded."""
 
     request: S
+    body: bytes
+    """What was decoded: large bodies without the escapes that they could have done without."""
     prompts: tuple[slice, ...]
-    """Where in the body the field that is read apart has its value. The last counts."""
+    """Where in it the field that is read apart has its value. The last counts."""
     ignored: tuple[str, ...]
     """Names of the fields that nobody knows; of those inside others with a point between."""
 
@@ -176,6 +178,9 @@ def decode(
     refused.
     """
     fields = _measure(body, form.apart, limits.max_json_depth)
+    received = body
+    if len(body) >= _SHORT and (body := _core.resolve_escapes(received)) is not received:
+        fields = _measure(body, form.apart, limits.max_json_depth)
     text = sum(given.text for given in fields if given.name in form.prompt_text)
     if text > max_characters:
         named = " and ".join(sorted(form.bulky))
@@ -199,7 +204,8 @@ def decode(
         raise _unknown(ignored[0], known, form.inner)
     apart = form.apart in form.bulky and form.apart not in form.struct.__struct_fields__
     prompts = tuple(given.value for given in fields if apart and given.name == form.apart)
-    return Parsed(_json(_without(body, prompts), form.struct), prompts, tuple(ignored))
+    rest = _without(body, prompts)
+    return Parsed(_json(rest, form.struct, as_received=rest == received), body, prompts, tuple(ignored))
 
 
 _MAY_BE_IGNORED = frozenset({
@@ -268,13 +274,15 @@ def _without(body: bytes, values: tuple[slice, ...]) -> bytes:
     return b"".join([*pieces, body[at:]])
 
 
-def _json(text: bytes, kind: Any = Any) -> Any:
+def _json(text: bytes, kind: Any = Any, *, as_received: bool = True) -> Any:
+    """as_received: places in it are places in what the client sent."""
     try:
         return msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError as error:
         raise from_validation(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise bad_request(f"The body is not valid JSON: {error}", code="json_invalid") from None
+        what = str(error) if as_received else re.sub(r" \(byte \d+\)$", "", str(error))
+        raise bad_request(f"The body is not valid JSON: {what}", code="json_invalid") from None
 
 
 def _harmless(value: Any, values: tuple[Any, ...]) -> bool:

@@ -35,9 +35,9 @@ _ALWAYS_READ = 64 * 1024
 class ChatText:
     """What the chat template gets, as JSON, and what the answer may hold."""
 
-    messages: str
-    tools: str | None = None
-    kwargs: str | None = None
+    messages: bytes
+    tools: bytes | None = None
+    kwargs: bytes | None = None
     template: _core.ChatTemplate | None = None
     """That of the request, where it brings one."""
     tool_use: ToolUse = field(default_factory=ToolUse)

@@ -168,9 +168,9 @@ class OllamaRoutes:
         parsed = self._intake.decode(EMBED, body)
         self._check_model(parsed.request.model)
         self._embeddings.check_served()
-        if not parsed.prompts or body[parsed.prompts[-1]].split() in ([b'""'], [b"null"], [b"[]"], [b"[", b"]"]):
+        if not parsed.prompts or parsed.body[parsed.prompts[-1]].split() in ([b'""'], [b"null"], [b"[]"], [b"[", b"]"]):
             return parsed, []
-        return parsed, self._embeddings.read_inputs(body, parsed.prompts, parsed.request.truncate is not False)
+        return parsed, self._embeddings.read_inputs(parsed.body, parsed.prompts, parsed.request.truncate is not False)
 
     async def embed_one(self, request: web.Request) -> web.StreamResponse:
         """`POST /api/embeddings`: of one text, not normalised, and cut where it is too long."""

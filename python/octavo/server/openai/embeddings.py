@@ -124,7 +124,7 @@ class EmbeddingRoutes:
             raise bad_request("messages: not together with input; give one of them.", "messages")
         if has_messages:
             return parsed, []
-        return parsed, self.read_inputs(body, parsed.prompts, parsed.request.truncate_prompt_tokens is not None)
+        return parsed, self.read_inputs(parsed.body, parsed.prompts, parsed.request.truncate_prompt_tokens is not None)
 
     def read_inputs(self, body: bytes, values: tuple[slice, ...], are_cut: bool) -> list[str | _core.Prompt]:
         """The texts or token ids of `input`. Raises `ApiError` 400. are_cut: those that are too long

@@ -47,7 +47,7 @@ def template_messages(request: ChatCompletionRequest, limits: Limits) -> list[di
         raise from_validation(str(error)) from None
 
 
-def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | None:
+def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> bytes | None:
     """The tools that may be called as JSON, or None without any. Raises `ApiError` 400 with param `tools`, or
     `tool_choice` where it allows one that is not there.
 
@@ -61,13 +61,13 @@ def template_tools(request: ChatCompletionRequest, takes_tools: bool) -> str | N
     except msgspec.ValidationError as error:
         raise from_validation(str(error)) from None
     for index, tool in enumerate(request.tools or ()):
-        parameters = msgspec.json.decode(tool)["function"].get("parameters")
+        parameters = msgspec.json.decode(msgspec.json.decode(tool, type=chat.Tool).function.parameters)
         if parameters is not None:
             check_schema(parameters, f"tools[{index}].function.parameters")
     if not takes_tools:
         return None
     if isinstance(request.tool_choice, ToolChoice) and request.tool_choice.allowed_tools is not None:
-        return "[" + ",".join(bytes(tool).decode() for tool in allowed_tools(request)) + "]"
+        return b"[" + b",".join(bytes(tool) for tool in allowed_tools(request)) + b"]"
     return tools
 
 
@@ -75,7 +75,7 @@ def allowed_tools(request: ChatCompletionRequest) -> list[msgspec.Raw]:
     """Those of the tools, which are checked, that may be called. Raises `ApiError` 400 with param
     `tool_choice`.
     """
-    tools = {msgspec.json.decode(tool)["function"]["name"]: tool for tool in request.tools or ()}
+    tools = {_name(tool): tool for tool in request.tools or ()}
     if not isinstance(request.tool_choice, ToolChoice) or (allowed := request.tool_choice.allowed_tools) is None:
         return list(tools.values())
     names = set()
@@ -89,11 +89,15 @@ def allowed_tools(request: ChatCompletionRequest) -> list[msgspec.Raw]:
     return [tool for name, tool in tools.items() if name in names]
 
 
+def _name(tool: msgspec.Raw) -> str:
+    return msgspec.json.decode(tool, type=chat.Tool).function.name
+
+
 def tool_use(request: ChatCompletionRequest) -> ToolUse:
     """What the request wants of its tools, which `template_tools` has checked. Raises `ApiError` 400
     with param `tool_choice`.
     """
-    names = [msgspec.json.decode(tool)["function"]["name"] for tool in allowed_tools(request)]
+    names = [_name(tool) for tool in allowed_tools(request)]
     mode, named = _mode(request.tool_choice)
     if named is not None:
         _check_named(named, names)
@@ -135,7 +139,7 @@ def _check_named(name: str, tools: Collection[str]) -> None:
         raise bad_request(f"tool_choice: no tool is called {name[:64]!r}.", "tool_choice")
 
 
-def template_kwargs(request: ChatCompletionRequest) -> str | None:
+def template_kwargs(request: ChatCompletionRequest) -> bytes | None:
     """Further variables of the template. What the renderer itself sets, and Python's own names, are
     refused.
     """
@@ -146,4 +150,4 @@ def template_kwargs(request: ChatCompletionRequest) -> str | None:
     for name in kwargs:
         if name in _RESERVED_KWARGS or name.startswith("_") or not name.isidentifier():
             raise bad_request(f"chat_template_kwargs: {name[:50]!r} cannot be set by clients.", "chat_template_kwargs")
-    return msgspec.json.encode(ours | kwargs).decode() if ours or kwargs else None
+    return msgspec.json.encode(ours | kwargs) if ours or kwargs else None

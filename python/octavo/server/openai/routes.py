@@ -172,7 +172,7 @@ class OpenAIRoutes:
         for value in parsed.prompts:
             try:
                 prompts = _core.read_prompts(
-                    body,
+                    parsed.body,
                     value.start,
                     value.stop,
                     max_prompts=self._intake.config.max_prompts,
@@ -300,7 +300,7 @@ class OpenAIRoutes:
 
     def chat_text(self, chat: ChatCompletionRequest) -> ChatText:
         """What the template gets of a chat. Raises `ApiError` 400."""
-        messages = msgspec.json.encode(template_messages(chat, self._intake.config)).decode()
+        messages = msgspec.json.encode(template_messages(chat, self._intake.config))
         own = self._own_template(chat.chat_template)
         template = own or self._engine.chat_template
         tools = template_tools(chat, template is None or template.takes_tools)
