@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,15 +70,25 @@ def make_admission_hopeful(llm: LLM) -> None:
 
 
 @pytest.fixture(scope="session")
-def reference(smollm2_path: Path) -> Reference:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # transformers' own, while it reads GGUF
-        from transformers import AutoModelForCausalLM
+def reference(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Made of the file by transformers itself, which takes it some 20 s: once for all workers of a run."""
+    from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
-            smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
-        )
-    return Reference(model.eval())
+    run = tmp_path_factory.getbasetemp()
+    folder = (run.parent if "PYTEST_XDIST_WORKER" in os.environ else run) / "reference"
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not folder.exists():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # transformers' own, while it reads GGUF
+                model = AutoModelForCausalLM.from_pretrained(
+                    smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32
+                )
+            model.hf_quantizer = None  # else it would not save what it has expanded
+            del model.config.quantization_config
+            model.save_pretrained(folder.with_suffix(".part"))
+            folder.with_suffix(".part").rename(folder)
+    return Reference(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
 
 
 @pytest.fixture(scope="session")
