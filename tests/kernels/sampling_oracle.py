@@ -50,7 +50,7 @@ def allowed(scaled: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.nd
         keep &= scaled >= np.sort(scaled[keep])[-top_k]
     if top_p < 1:
         weights = np.where(keep, weights, 0)
-        values, place = np.unique(weights, return_inverse=True)  # equals are one value, the least first
+        _, place = np.unique(weights, return_inverse=True)  # equals are one value, the least first
         masses = np.bincount(place, weights)
         above = masses[::-1].cumsum()[::-1] - masses  # of all that weigh more
         keep &= above[place] < top_p * weights.sum()
