@@ -85,6 +85,51 @@ def open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
+_raised: BaseException | None = None
+"""By the last signal that `run_command` has seen."""
+
+
+def raise_again() -> None:
+    """Raises what a signal has raised before: where this is called, somebody has swallowed it."""
+    if _raised is not None:
+        raise _raised
+
+
+def load_torch() -> None:
+    """Imports torch, which takes seconds. Some of its lines swallow whatever is raised in them, so that
+    a process which should end would go on: then it ends here.
+    """
+    import signal
+    import threading
+
+    global _raised
+    takes = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    takes = takes and threading.current_thread() is threading.main_thread()
+    if takes:
+        signal.signal(signal.SIGINT, _interrupt)
+    try:
+        import torch  # noqa: F401
+    finally:
+        if takes:  # asyncio takes interrupts from this one only
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_again()
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    global _raised
+    _raised = KeyboardInterrupt()
+    raise _raised
+
+
+def _end(number: int, _frame: object) -> None:
+    import signal
+
+    global _raised
+    signal.signal(number, signal.SIG_DFL)  # the second one ends at once
+    _raised = Ended(signal.Signals(number).name, 128 + number)
+    raise _raised
+
+
 class _EndingSignals:
     """Inside, SIGTERM and SIGHUP raise `Ended`, once, unless they have another meaning already."""
 
@@ -92,18 +137,14 @@ class _EndingSignals:
         import signal
         import threading
 
+        global _raised
+        _raised = None
         self._taken: list[signal.Signals] = []
         if threading.current_thread() is threading.main_thread():
             wanted = (signal.SIGTERM, signal.SIGHUP)
             self._taken = [number for number in wanted if signal.getsignal(number) is signal.SIG_DFL]
         for number in self._taken:
-            signal.signal(number, self._end)
-
-    def _end(self, number: int, _: object) -> None:
-        import signal
-
-        signal.signal(number, signal.SIG_DFL)  # the second one ends at once
-        raise Ended(signal.Signals(number).name, 128 + number)
+            signal.signal(number, _end)
 
     def __exit__(self, *_: object) -> None:
         import signal

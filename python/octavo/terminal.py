@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from octavo.config import EngineConfig
+from octavo.ending import load_torch
 from octavo.message_input import MessageInput
 from octavo.sampling_params import SamplingParams
 
@@ -57,7 +58,8 @@ def generate(config: EngineConfig, sampling: Sampling, prompt: str) -> int:
 
 
 def _with_engine(config: EngineConfig, run: Callable[["AsyncEngine"], Coroutine[Any, Any, int]]) -> int:
-    from octavo.engine.async_engine import AsyncEngine  # loads torch
+    load_torch()
+    from octavo.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine.from_config(config)
 

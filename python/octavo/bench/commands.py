@@ -18,6 +18,7 @@ from octavo.bench.engine import described, step_thread
 from octavo.bench.progress import progress
 from octavo.bench.workloads import NAMES, Item, known_workload, workload
 from octavo.config import EngineConfig
+from octavo.ending import load_torch
 from octavo.options import at_least, parse_with
 from octavo.speculation import METHODS, TEXT_METHODS
 
@@ -191,6 +192,7 @@ def run(options: argparse.Namespace, config: EngineConfig | None) -> int:
         rows = [asyncio.run(measure_server(options))]
     else:
         assert config is not None
+        load_torch()
         rows = _ENGINE_ROWS[options.bench](options, config)
     print(json.dumps({"bench": options.bench, "rows": rows}) if options.json else table(rows))
     return int(any(row.get("failed") for row in rows))

@@ -12,6 +12,7 @@ from typing import Any
 
 from octavo.bench.progress import progress
 from octavo.config import EngineConfig
+from octavo.ending import load_torch
 from octavo.options import add_flags, at_least, parse_with
 from octavo.texts import EVALUATION, read_text
 
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, config: EngineConfig) -> int:
     """`octavo evaluate`: reads, measures, prints."""
+    load_torch()
     from octavo.evaluate.measure import Reader, check_comparable, measure, tokens_of, windows
 
     text = read_text(args.text or EVALUATION, "--text")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from octavo.config import DEFAULT_MODEL, DEVICES
+from octavo.ending import load_torch
 from octavo.options import at_least, parse_with
 from octavo.quantize.options import GROUPS, METHODS, Options
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns the exit code."""
     names = Options.__dataclass_fields__
     options = Options(**{name: getattr(args, name) for name in names})
+    load_torch()
     from octavo.quantize.run import quantize
 
     return quantize(options)

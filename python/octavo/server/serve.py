@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from octavo.config import EngineConfig
+from octavo.ending import load_torch, raise_again
 from octavo.server.app import BODIES, CALLS, KEYS, METRICS, STUCK_AFTER, build_app
 from octavo.server.config import ServerConfig
 from octavo.server.connections import listen
@@ -45,10 +46,12 @@ def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
     read_keys(config, has_priorities=engine_config.scheduling_policy == "priority")  # said before a model is loaded
     listener = open_socket(config)
     _raise_file_limit()
-    from octavo.engine.async_engine import AsyncEngine  # loads torch
+    load_torch()
+    from octavo.engine.async_engine import AsyncEngine
 
     engine = AsyncEngine.from_config(engine_config)
     try:
+        raise_again()
         return _run(serve_engine(engine, config, listener))
     finally:
         engine.shutdown()
