@@ -23,8 +23,9 @@ ALLOWED = {
     "models": {"models", "layers", "kernels", "model_config"},
     "weights": {"weights", "models", "layers", "model_config"} | LEAVES,
     "engine": {"engine", "models", "layers", "kernels", "weights", "model_config", "texts", "vllm_flags"} | LEAVES,
-    "quantize": {"quantize", "engine", "models", "layers", "kernels", "weights", "model_config", "texts"} | LEAVES,
-    "server": {"server"} | LEAVES,
+    "quantize": {"quantize", "engine", "models", "layers", "kernels", "weights", "model_config", "texts", "ending"}
+    | LEAVES,
+    "server": {"server", "ending"} | LEAVES,
 }
 
 
