@@ -2,20 +2,16 @@
 //! token each by thirty-two keys at a time, of more (prompts, drafts) by sixteen queries at a time too.
 
 use super::codes::{Codes, Fp8, Int4, Int8};
-use super::float::{exp, Brain, Half, Number};
-use super::level::{by_level, multiply_add, Level};
+use super::float::{Brain, Half};
+use super::level::by_level;
+use super::page::{PageShape, Place, Store};
 use super::pool::Pool;
 use super::raw::Writer;
-use super::rows::{dot, larger, norm};
-#[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512, level::Tier};
+use super::rows::norm;
+use super::scores::{add_values, add_weighted, dots, scores, softmax, weigh, State, KEYS, LANES};
 
 /// Queries of a row that one piece of work answers, unless the heads that share a key are more.
 const AT_ONCE: usize = 192;
-/// Keys that are taken from their pages at a time: with their values and sixteen queries they fit into L1.
-const KEYS: usize = 32;
-/// Queries that are multiplied with them at a time, each a lane: so maxima and sums need no turning.
-const LANES: usize = 16;
 /// Up to so many tokens the caller rotates himself: waking threads takes longer.
 const ALONE: usize = 4;
 
@@ -50,88 +46,13 @@ macro_rules! with_store {
     };
 }
 
-/// Where a key or a value is: of the block, keys (0) or values (1), the head of them, the token in the block.
-#[derive(Debug, Clone, Copy)]
-pub struct Place {
-    /// Of the pages.
-    pub block: usize,
-    /// 0: keys, 1: values.
-    pub kind: usize,
-    /// Of keys and values.
-    pub head: usize,
-    /// Of the block.
-    pub token: usize,
-}
-
-impl Place {
-    /// Its number among the heads of its block.
-    pub fn in_block(self, attention: &Attention) -> usize {
-        (self.kind * attention.kv_heads + self.head) * attention.block_size + self.token
-    }
-}
-
-/// Pages of one type of numbers or codes.
-pub trait Store: Copy + Sync {
-    /// How many blocks it has.
-    ///
-    /// # Errors
-    /// It is not made of whole blocks.
-    fn blocks(&self, attention: &Attention) -> Result<usize, String>;
-
-    /// A head as float32: `numbers` [head dim].
-    ///
-    /// # Safety
-    /// Nobody writes there meanwhile.
-    unsafe fn read(&self, attention: &Attention, place: Place, numbers: &mut [f32]);
-
-    /// Keeps a head.
-    ///
-    /// # Safety
-    /// Nobody reads or writes there meanwhile.
-    unsafe fn write(&self, attention: &Attention, place: Place, numbers: &[f32]);
-}
-
-impl<N: Number> Store for Writer<'_, N> {
-    fn blocks(&self, attention: &Attention) -> Result<usize, String> {
-        let block = 2 * attention.kv_heads * attention.block_size * attention.head_dim;
-        if self.len().is_multiple_of(block) {
-            return Ok(self.len() / block);
-        }
-        Err(format!("kv_cache: {} numbers are not blocks of {block}", self.len()))
-    }
-
-    #[inline(always)]
-    unsafe fn read(&self, attention: &Attention, place: Place, numbers: &mut [f32]) {
-        let heads = 2 * attention.kv_heads * attention.block_size;
-        let start = (place.block * heads + place.in_block(attention)) * attention.head_dim;
-        // SAFETY: the caller's.
-        let stored = unsafe { self.part(start, attention.head_dim) };
-        N::widen_all(attention.level, stored, numbers);
-    }
-
-    #[inline(always)]
-    unsafe fn write(&self, attention: &Attention, place: Place, numbers: &[f32]) {
-        let heads = 2 * attention.kv_heads * attention.block_size;
-        let start = (place.block * heads + place.in_block(attention)) * attention.head_dim;
-        // SAFETY: the caller's.
-        let stored = unsafe { self.part(start, attention.head_dim) };
-        for (stored, number) in stored.iter_mut().zip(numbers) {
-            *stored = N::narrow(*number);
-        }
-    }
-}
-
 /// What a layer's attention is, whatever the step.
 #[derive(Debug, Clone)]
 pub struct Attention {
     /// Heads of queries; a multiple of those of keys and values.
     pub heads: usize,
-    /// Heads of keys and values.
-    pub kv_heads: usize,
-    /// Numbers of a head.
-    pub head_dim: usize,
-    /// Tokens of a block.
-    pub block_size: usize,
+    /// Of its keys and values.
+    pub shape: PageShape,
     /// Of queries times keys.
     pub scale: f32,
     /// Keys that a token sees, its own included; 0: all.
@@ -140,8 +61,6 @@ pub struct Attention {
     pub norms: Option<(Vec<f32>, Vec<f32>)>,
     /// Of these norms.
     pub eps: f32,
-    /// The code that runs.
-    pub level: Level,
 }
 
 /// What a step brings.
@@ -191,7 +110,7 @@ impl Step<'_> {
 
 impl Attention {
     fn width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        (self.heads + 2 * self.shape.kv_heads) * self.shape.head_dim
     }
 
     /// Why a step cannot be computed.
@@ -203,16 +122,16 @@ impl Attention {
         if step.qkv.len() != tokens * self.width() {
             return Err(format!("qkv: {} numbers for {tokens} tokens, each has {}", step.qkv.len(), self.width()));
         }
-        let blocks = with_store!(step.pages, store => store.blocks(self))?;
+        let blocks = with_store!(step.pages, store => store.blocks(&self.shape))?;
         let half = step.rotary_dim / 2;
-        if half == 0 || !step.rotary_dim.is_multiple_of(2) || step.rotary_dim > self.head_dim {
-            return Err(format!("cos_sin: rows of {} for heads of {}", step.rotary_dim, self.head_dim));
+        if half == 0 || !step.rotary_dim.is_multiple_of(2) || step.rotary_dim > self.shape.head_dim {
+            return Err(format!("cos_sin: rows of {} for heads of {}", step.rotary_dim, self.shape.head_dim));
         }
         let longest = step.cos_sin.len() / step.rotary_dim;
         if let Some(position) = step.positions.iter().find(|&&position| position < 0 || position as usize >= longest) {
             return Err(format!("positions: {position} of {longest}"));
         }
-        let places = blocks * self.block_size;
+        let places = blocks * self.shape.block_size;
         if step.slots.len() != tokens {
             return Err(format!("slot_mapping: {} for {tokens} tokens", step.slots.len()));
         }
@@ -232,7 +151,7 @@ impl Attention {
             if len > 0 && step.tokens(row).len() > len as usize {
                 return Err(format!("seq_lens: {len} keys of a row of {} tokens", step.tokens(row).len()));
             }
-            let used = (len.max(0) as usize).div_ceil(self.block_size);
+            let used = (len.max(0) as usize).div_ceil(self.shape.block_size);
             let start = slot.max(0) as usize * step.table_width;
             if slot < 0 || len < 0 || used > step.table_width || start + used > step.table.len() {
                 return Err(format!("block_table: has no {used} blocks of slot {slot}"));
@@ -251,11 +170,11 @@ impl Attention {
     /// As [`Self::check`].
     pub fn run(&self, pool: &Pool, step: &Step<'_>, out: &mut [f32]) -> Result<(), String> {
         self.check(step)?;
-        let (tokens, answered, answer) = (step.positions.len(), step.answered(), self.heads * self.head_dim);
+        let (tokens, answered, answer) = (step.positions.len(), step.answered(), self.heads * self.shape.head_dim);
         if out.len() != answered * answer {
             return Err(format!("out: {} numbers for {answered} tokens of {answer}", out.len()));
         }
-        let rotate = |token: usize| rotate(self.level, self, step, token);
+        let rotate = |token: usize| rotate(self.shape.level, self, step, token);
         if tokens <= ALONE {
             (0..tokens).for_each(rotate);
         } else {
@@ -263,16 +182,16 @@ impl Attention {
         }
         let out = Writer::new(out);
         let pieces = self.pieces(step);
-        pool.run(pieces.len() * self.kv_heads, &|number| {
-            let (piece, kv_head) = (pieces[number / self.kv_heads], number % self.kv_heads);
-            SCRATCH.with_borrow_mut(|scratch| attend(self.level, self, step, piece, kv_head, scratch, out));
+        pool.run(pieces.len() * self.shape.kv_heads, &|number| {
+            let (piece, kv_head) = (pieces[number / self.shape.kv_heads], number % self.shape.kv_heads);
+            SCRATCH.with_borrow_mut(|scratch| attend(self.shape.level, self, step, piece, kv_head, scratch, out));
         });
         Ok(())
     }
 
     /// The rows, long ones in parts.
     fn pieces(&self, step: &Step<'_>) -> Vec<Piece> {
-        let at_once = (AT_ONCE / (self.heads / self.kv_heads)).max(1);
+        let at_once = (AT_ONCE / (self.heads / self.shape.kv_heads)).max(1);
         let mut pieces = Vec::new();
         for row in 0..step.row_slots.len() {
             let (tokens, keys) = (step.tokens(row), step.seq_lens[row] as usize);
@@ -312,21 +231,6 @@ struct Scratch {
     row: Vec<f32>,
 }
 
-/// What sixteen queries have seen: their largest scores, and the sums of exponentials in units of these.
-#[derive(Debug, Clone, Copy)]
-struct State {
-    peaks: [f32; LANES],
-    sums: [f32; LANES],
-    /// By which what was summed before comes into the units of `peaks`.
-    shrinks: [f32; LANES],
-}
-
-impl Default for State {
-    fn default() -> Self {
-        Self { peaks: [f32::NEG_INFINITY; LANES], sums: [0.0; LANES], shrinks: [0.0; LANES] }
-    }
-}
-
 impl Default for Scratch {
     fn default() -> Self {
         Self {
@@ -362,11 +266,11 @@ by_level! {
 /// Norms and rotary of one token's q and k, and its k and v into their page.
 #[inline(always)]
 fn rotate_body<const FUSED: bool>(attention: &Attention, step: &Step<'_>, token: usize) {
-    let (width, dim) = (attention.width(), attention.head_dim);
+    let (width, dim) = (attention.width(), attention.shape.head_dim);
     // SAFETY: a token is rotated once, by one thread, and tokens do not overlap.
     let heads = unsafe { step.qkv.part(token * width, width) };
     let table = &step.cos_sin[step.positions[token] as usize * step.rotary_dim..][..step.rotary_dim];
-    let (rotated, values) = heads.split_at_mut((attention.heads + attention.kv_heads) * dim);
+    let (rotated, values) = heads.split_at_mut((attention.heads + attention.shape.kv_heads) * dim);
     for (number, head) in rotated.chunks_exact_mut(dim).enumerate() {
         if let Some((q_norm, k_norm)) = &attention.norms {
             let weight = if number < attention.heads { q_norm } else { k_norm };
@@ -393,11 +297,11 @@ fn norm_in_place<const FUSED: bool>(head: &mut [f32], weight: &[f32], eps: f32) 
 
 #[inline(always)]
 fn write_page(attention: &Attention, store: impl Store, slot: usize, keys: &[f32], values: &[f32]) {
-    let (block, token) = (slot / attention.block_size, slot % attention.block_size);
+    let (block, token) = (slot / attention.shape.block_size, slot % attention.shape.block_size);
     for (kind, heads) in [keys, values].into_iter().enumerate() {
-        for (head, numbers) in heads.chunks_exact(attention.head_dim).enumerate() {
+        for (head, numbers) in heads.chunks_exact(attention.shape.head_dim).enumerate() {
             // SAFETY: a token has a place of its own, but in the null block, whose numbers mean nothing.
-            unsafe { store.write(attention, Place { block, kind, head, token }, numbers) };
+            unsafe { store.write(&attention.shape, Place { block, kind, head, token }, numbers) };
         }
     }
 }
@@ -425,9 +329,9 @@ fn attend_of<const FUSED: bool>(
     scratch: &mut Scratch,
     out: Writer<'_, f32>,
 ) {
-    let group = attention.heads / attention.kv_heads * attention.head_dim;
+    let group = attention.heads / attention.shape.kv_heads * attention.shape.head_dim;
     // SAFETY: a token's heads are one piece's, and one thread has it.
-    let answer = |token: usize| unsafe { out.part(token * attention.kv_heads * group + kv_head * group, group) };
+    let answer = |token: usize| unsafe { out.part(token * attention.shape.kv_heads * group + kv_head * group, group) };
     // SAFETY: queries are only read now.
     let query = |token: usize| unsafe { &*step.qkv.part(token * attention.width() + kv_head * group, group) };
     let keys = Keys {
@@ -472,13 +376,13 @@ impl<S: Store> Keys<'_, S> {
     fn read(&self, kind: usize, block: usize, token: usize, numbers: &mut [f32]) {
         let place = Place { block: self.table[block] as usize, kind, head: self.kv_head, token };
         // SAFETY: all writes of this step have returned, and nobody else writes pages.
-        unsafe { self.store.read(self.attention, place, numbers) };
+        unsafe { self.store.read(&self.attention.shape, place, numbers) };
     }
 
     /// Those of `count` tokens from `first` on, each `width` numbers behind the one before.
     #[inline(always)]
     fn read_some(&self, kind: usize, first: usize, count: usize, width: usize, numbers: &mut [f32]) {
-        let (dim, size) = (self.attention.head_dim, self.attention.block_size);
+        let (dim, size) = (self.attention.shape.head_dim, self.attention.shape.block_size);
         let (mut block, mut token) = (first / size, first % size); // once: divisions take longer than to read
         for numbers in numbers.chunks_exact_mut(width).take(count) {
             self.read(kind, block, token, &mut numbers[..dim]);
@@ -493,7 +397,7 @@ impl<S: Store> Keys<'_, S> {
 /// One token, whose heads see the same keys.
 #[inline(always)]
 fn one(keys: Keys<'_, impl Store>, position: usize, queries: &[f32], scratch: &mut Scratch, out: &mut [f32]) {
-    let (dim, level) = (keys.attention.head_dim, keys.attention.level);
+    let (dim, level) = (keys.attention.shape.head_dim, keys.attention.shape.level);
     let (parts, heads) = (dim.div_ceil(LANES), queries.len() / dim);
     let (begin, end) = (keys.first_of(position), position + 1);
     let Scratch { queries: padded, answers, heads: [key_heads, value_heads], row: scores, .. } = scratch;
@@ -541,8 +445,8 @@ fn many<'a, const FUSED: bool>(
     scratch: &mut Scratch,
     answer: impl Fn(usize) -> &'a mut [f32],
 ) {
-    let (dim, level) = (keys.attention.head_dim, keys.attention.level);
-    let heads = keys.attention.heads / keys.attention.kv_heads;
+    let (dim, level) = (keys.attention.shape.head_dim, keys.attention.shape.level);
+    let heads = keys.attention.heads / keys.attention.shape.kv_heads;
     let padded = dim.next_multiple_of(16);
     let queries = piece.count * heads;
     let tiles = queries.div_ceil(LANES);
@@ -596,220 +500,6 @@ fn many<'a, const FUSED: bool>(
             for (out, lanes) in out.iter_mut().zip(answers) {
                 *out = lanes[number % LANES] * inverse;
             }
-        }
-    }
-}
-
-/// scores [32 keys, 16 queries] = keys [32, padded dim] . queries [padded dim, 16].
-fn scores(level: Level, keys: &[f32], queries: &[[f32; LANES]], scores: &mut [[f32; LANES]; KEYS]) {
-    let factors = Factors { numbers: keys, row: queries.len(), column: 1 };
-    scores.fill([0.0; LANES]);
-    add_products(level, factors, queries, &[1.0; LANES], scores);
-}
-
-/// answers [padded dim, 16 queries] = answers * shrinks + values [32 keys, padded dim] turned . weights [32, 16].
-fn add_values(
-    level: Level,
-    values: &[f32],
-    weights: &[[f32; LANES]; KEYS],
-    shrinks: &[f32; LANES],
-    answers: &mut [[f32; LANES]],
-) {
-    let factors = Factors { numbers: values, row: 1, column: answers.len() };
-    add_products(level, factors, weights, shrinks, answers);
-}
-
-/// sums = sums * shrinks + factors . lanes, as many rows at a time as the level has registers for.
-fn add_products(
-    level: Level,
-    factors: Factors<'_>,
-    lanes: &[[f32; LANES]],
-    shrinks: &[f32; LANES],
-    sums: &mut [[f32; LANES]],
-) {
-    #[cfg(target_arch = "x86_64")]
-    if level.tier() == Tier::Avx512 {
-        // SAFETY: a `Level` can only be had where the processor has its instructions.
-        return unsafe { avx512::add_products(factors, lanes, shrinks, sums) };
-    }
-    add_products_by_four(level, factors, lanes, shrinks, sums);
-}
-
-/// A matrix by which lanes are multiplied: numbers from one row to the next, and from one column to the next.
-#[derive(Clone, Copy)]
-pub(super) struct Factors<'a> {
-    pub(super) numbers: &'a [f32],
-    row: usize,
-    column: usize,
-}
-
-impl Factors<'_> {
-    /// Where a number is.
-    #[inline(always)]
-    pub(super) fn place(&self, row: usize, column: usize) -> usize {
-        row * self.row + column * self.column
-    }
-
-    /// There are so many columns and rows, and these are whole parts of `part` rows.
-    ///
-    /// # Panics
-    /// If not.
-    #[inline(always)]
-    pub(super) fn check(&self, columns: usize, rows: usize, part: usize) {
-        assert!(columns > 0 && rows > 0 && rows.is_multiple_of(part));
-        assert!(self.place(rows - 1, columns - 1) < self.numbers.len());
-    }
-}
-
-by_level! {
-    fn add_products_by_four(
-        factors: Factors<'_>,
-        lanes: &[[f32; LANES]],
-        shrinks: &[f32; LANES],
-        sums: &mut [[f32; LANES]],
-    ) = add_products_body
-}
-
-by_level! {
-    fn weigh(
-        scores: &mut [[f32; LANES]; KEYS],
-        seen: [&[i32; LANES]; 2],
-        state: &mut State,
-    ) = weigh_body
-}
-
-#[inline(always)]
-fn add_products_body<const FUSED: bool>(
-    factors: Factors<'_>,
-    lanes: &[[f32; LANES]],
-    shrinks: &[f32; LANES],
-    sums: &mut [[f32; LANES]],
-) {
-    const ROWS: usize = 4; // with AVX2 their sums fill half of the registers
-    factors.check(lanes.len(), sums.len(), ROWS);
-    for (part, sums) in sums.as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-        let mut kept = *sums;
-        for kept in &mut kept {
-            for lane in 0..LANES {
-                kept[lane] *= shrinks[lane];
-            }
-        }
-        for (at, lanes) in lanes.iter().enumerate() {
-            for (number, kept) in kept.iter_mut().enumerate() {
-                // SAFETY: `check` says that it is inside.
-                let factor = unsafe { *factors.numbers.get_unchecked(factors.place(part * ROWS + number, at)) };
-                for lane in 0..LANES {
-                    kept[lane] = multiply_add::<FUSED>(factor, lanes[lane], kept[lane]);
-                }
-            }
-        }
-        *sums = kept;
-    }
-}
-
-/// Scores become weights, in units of the largest one yet.
-/// from, to: of each query the first key that it sees, and the first after those.
-#[inline(always)]
-fn weigh_body<const FUSED: bool>(scores: &mut [[f32; LANES]; KEYS], [from, to]: [&[i32; LANES]; 2], state: &mut State) {
-    let all_seen = *from == [0; LANES] && *to == [KEYS as i32; LANES];
-    let mut peaks = state.peaks;
-    for (key, scores) in scores.iter_mut().enumerate() {
-        if !all_seen {
-            for lane in 0..LANES {
-                let is_seen = (from[lane]..to[lane]).contains(&(key as i32));
-                scores[lane] = if is_seen { scores[lane] } else { f32::NEG_INFINITY };
-            }
-        }
-        for lane in 0..LANES {
-            // A score that is no number may get lost here: its exponential does not.
-            peaks[lane] = larger(scores[lane], peaks[lane]);
-        }
-    }
-    // Where nothing has been seen yet all weights are 0, unless a score is no number.
-    let units = peaks.map(|peak| if peak == f32::NEG_INFINITY { 0.0 } else { peak });
-    let mut shrinks = [0.0f32; LANES];
-    let mut sums = [0.0f32; LANES];
-    for lane in 0..LANES {
-        shrinks[lane] = exp(state.peaks[lane] - units[lane]);
-        sums[lane] = state.sums[lane] * shrinks[lane];
-    }
-    for scores in scores {
-        for lane in 0..LANES {
-            scores[lane] = exp(scores[lane] - units[lane]);
-        }
-        for lane in 0..LANES {
-            sums[lane] += scores[lane];
-        }
-    }
-    *state = State { peaks, sums, shrinks };
-}
-
-by_level! {
-    /// Scores become weights, whose sum is one.
-    fn softmax(scores: &mut [f32]) = softmax_body
-}
-
-#[inline(always)]
-fn softmax_body<const FUSED: bool>(scores: &mut [f32]) {
-    let mut peaks = [f32::NEG_INFINITY; LANES];
-    let (sixteens, rest) = scores.as_chunks::<LANES>();
-    for scores in sixteens {
-        for lane in 0..LANES {
-            // A score that is no number may get lost here: its exponential does not.
-            peaks[lane] = larger(scores[lane], peaks[lane]);
-        }
-    }
-    let peak = rest.iter().chain(&peaks).fold(f32::NEG_INFINITY, |peak, &score| larger(score, peak));
-    let mut sums = [0.0f32; LANES];
-    let (sixteens, rest) = scores.as_chunks_mut::<LANES>();
-    for scores in sixteens {
-        for score in scores.iter_mut() {
-            *score = exp(*score - peak);
-        }
-        for lane in 0..LANES {
-            sums[lane] += scores[lane];
-        }
-    }
-    for (score, sum) in rest.iter_mut().zip(&mut sums) {
-        *score = exp(*score - peak);
-        *sum += *score;
-    }
-    let inverse = 1.0 / sums.iter().sum::<f32>();
-    for score in scores {
-        *score *= inverse;
-    }
-}
-
-/// scores [n] = keys [n, padded dim] . query [padded dim] * scale
-fn dots(level: Level, keys: &[f32], query: &[[f32; LANES]], scale: f32, scores: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    match level.tier() {
-        // SAFETY: a `Level` can only be had where the processor has its instructions.
-        Tier::Avx512 => return unsafe { avx512::dots(keys, query, scale, scores) },
-        // SAFETY: as above.
-        Tier::Avx2 => return unsafe { avx2::dots(keys, query, scale, scores) },
-        Tier::Portable => {}
-    }
-    let _ = level;
-    for (score, key) in scores.iter_mut().zip(keys.chunks_exact(query.len() * LANES)) {
-        *score = dot::<false>(key, query.as_flattened()) * scale;
-    }
-}
-
-/// answers [padded dim] += weights [n] . values [n, padded dim]
-fn add_weighted(level: Level, values: &[f32], weights: &[f32], answers: &mut [[f32; LANES]]) {
-    #[cfg(target_arch = "x86_64")]
-    match level.tier() {
-        // SAFETY: a `Level` can only be had where the processor has its instructions.
-        Tier::Avx512 => return unsafe { avx512::add_weighted(values, weights, answers) },
-        // SAFETY: as above.
-        Tier::Avx2 => return unsafe { avx2::add_weighted(values, weights, answers) },
-        Tier::Portable => {}
-    }
-    let _ = level;
-    for (weight, values) in weights.iter().zip(values.chunks_exact(answers.len() * LANES)) {
-        for (answer, value) in answers.as_flattened_mut().iter_mut().zip(values) {
-            *answer += weight * value;
         }
     }
 }

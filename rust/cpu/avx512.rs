@@ -4,8 +4,8 @@
 #[allow(clippy::wildcard_imports)] // some forty instructions
 use std::arch::x86_64::*;
 
-use super::attention::Factors;
 use super::blocks::{Format, CODEBOOK};
+use super::factors::Factors;
 use super::lanes::{lanes_of_formats, with_lanes};
 use super::panels::{Blocks, LANES};
 use super::rows::Tile;

@@ -1,7 +1,7 @@
 //! Keys and values as codes of 8 or 4 bits, a scale for each head: `kernels/attention/kv_block.py` and
 //! `kv_quant.py` say how they lie and are rounded.
 
-use super::attention::{Attention, Place, Store};
+use super::page::{PageShape, Place, Store};
 use super::raw::Writer;
 
 /// How the numbers of a head become codes.
@@ -30,16 +30,16 @@ pub struct Codes<'a, C> {
 impl<C: Coding> Codes<'_, C> {
     /// Where a head's codes and its scale are.
     #[inline(always)]
-    fn starts(&self, attention: &Attention, place: Place) -> (usize, usize) {
-        let (block, number) = (place.block * self.stride, place.in_block(attention));
-        let codes = 2 * attention.kv_heads * attention.block_size * C::bytes(attention.head_dim);
-        (block + number * C::bytes(attention.head_dim), block + codes + number * 4)
+    fn starts(&self, shape: &PageShape, place: Place) -> (usize, usize) {
+        let (block, number) = (place.block * self.stride, place.in_block(shape));
+        let codes = 2 * shape.kv_heads * shape.block_size * C::bytes(shape.head_dim);
+        (block + number * C::bytes(shape.head_dim), block + codes + number * 4)
     }
 }
 
 impl<C: Coding> Store for Codes<'_, C> {
-    fn blocks(&self, attention: &Attention) -> Result<usize, String> {
-        let block = 2 * attention.kv_heads * attention.block_size * (C::bytes(attention.head_dim) + 4);
+    fn blocks(&self, shape: &PageShape) -> Result<usize, String> {
+        let block = 2 * shape.kv_heads * shape.block_size * (C::bytes(shape.head_dim) + 4);
         if self.bytes.len() == 0 {
             return Ok(0);
         }
@@ -54,8 +54,8 @@ impl<C: Coding> Store for Codes<'_, C> {
     }
 
     #[inline(always)]
-    unsafe fn read(&self, attention: &Attention, place: Place, numbers: &mut [f32]) {
-        let (codes, scale) = self.starts(attention, place);
+    unsafe fn read(&self, shape: &PageShape, place: Place, numbers: &mut [f32]) {
+        let (codes, scale) = self.starts(shape, place);
         // SAFETY: the caller's.
         let (codes, scale) = unsafe { (self.bytes.part(codes, C::bytes(numbers.len())), self.bytes.part(scale, 4)) };
         let scale = f32::from_ne_bytes([scale[0], scale[1], scale[2], scale[3]]);
@@ -66,8 +66,8 @@ impl<C: Coding> Store for Codes<'_, C> {
     }
 
     #[inline(always)]
-    unsafe fn write(&self, attention: &Attention, place: Place, numbers: &[f32]) {
-        let (codes, scale) = self.starts(attention, place);
+    unsafe fn write(&self, shape: &PageShape, place: Place, numbers: &[f32]) {
+        let (codes, scale) = self.starts(shape, place);
         // SAFETY: the caller's.
         let (codes, stored) = unsafe { (self.bytes.part(codes, C::bytes(numbers.len())), self.bytes.part(scale, 4)) };
         let scale = C::scale(numbers);

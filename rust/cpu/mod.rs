@@ -16,11 +16,13 @@ mod avx512;
 pub mod blocks;
 pub mod codes;
 pub mod draw;
+mod factors;
 pub mod float;
 #[cfg(target_arch = "x86_64")]
 mod lanes;
 pub mod level;
 mod memory;
+pub mod page;
 mod panels;
 mod plain;
 pub mod pointwise;
@@ -28,5 +30,6 @@ pub mod pool;
 pub mod product;
 pub mod raw;
 pub mod rows;
+mod scores;
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,7 @@ use super::codes::{Codes, Fp8, Int4, Int8};
 use super::float::{Brain, Half};
 use super::level::Level;
 use super::memory::Memory;
+use super::page::PageShape;
 use super::panels::Panels;
 use super::pool::Pool;
 use super::product::{Bytes, Matrix, Product};
@@ -188,17 +189,8 @@ fn attention_of_every_shape_is_the_portable_one() {
             .collect();
         let levels = Level::all();
         let run = |level| {
-            let attention = Attention {
-                heads,
-                kv_heads,
-                head_dim: dim,
-                block_size,
-                scale: 0.3,
-                window,
-                norms: None,
-                eps: 0.0,
-                level,
-            };
+            let shape = PageShape { kv_heads, head_dim: dim, block_size, level };
+            let attention = Attention { heads, shape, scale: 0.3, window, norms: None, eps: 0.0 };
             let count = blocks * 2 * kv_heads * block_size * dim;
             with_pages(turn / 5 % 6, count, 2 * kv_heads * block_size, dim, |pages| {
                 let (mut qkv, mut out) = (qkv.clone(), vec![f32::NAN; tokens * heads * dim]);

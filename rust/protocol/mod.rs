@@ -20,6 +20,7 @@ pub mod prompts;
 mod responses;
 mod split;
 mod tgi;
+mod token_text;
 
 use std::io::Write;
 use std::sync::Arc;

@@ -9,7 +9,6 @@
 //! with the first content, so that the first event marks the first token; with `include_usage`
 //! every event has `"usage":null` and one more event with empty `choices` carries the usage.
 
-use std::borrow::Cow;
 use std::fmt::Debug;
 use std::io::Write;
 use std::marker::PhantomData;
@@ -274,14 +273,6 @@ pub(super) fn failure_type(failure: &Failure) -> &'static str {
         Some(_) => "invalid_request_error",
         None if failure.is_of_the_server() => "overloaded_error",
         None => "server_error",
-    }
-}
-
-/// A token by itself: U+FFFD where it is only a part of a character.
-pub(super) fn token_text(token: u32, tokenizer: Option<&Tokenizer>) -> Cow<'_, str> {
-    match tokenizer {
-        Some(tokenizer) => String::from_utf8_lossy(tokenizer.token_bytes(token)),
-        None => format!("token_id:{token}").into(),
     }
 }
 

@@ -1,7 +1,8 @@
 //! OpenAI's chat completions: `message` or `delta` with a role, log probabilities token by token.
 
 use super::json::{write_escaped, write_integer, write_list, write_logprob, write_string};
-use super::openai::{token_text, Shape};
+use super::openai::Shape;
+use super::token_text::token_text;
 use super::Delta;
 use crate::output::TokenLogprob;
 use crate::text::Tokenizer;

@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 
 use super::json::{write_escaped, write_integer, write_list, write_logprob, write_separated, write_string};
-use super::openai::{token_text, Shape};
+use super::openai::Shape;
+use super::token_text::token_text;
 use super::Delta;
 use crate::output::TokenLogprob;
 use crate::text::Tokenizer;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use super::json::{write_integer, write_list, write_logprob, write_separated, write_string};
-use super::openai::token_text;
+use super::token_text::token_text;
 use super::Delta;
 use crate::output::{Finish, FinishReason, PromptLogprobs, Token, TokenLogprob};
 use crate::text::Tokenizer;

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::{Mutex, PoisonError};
 
 use super::json::{write_integer, write_list, write_logprob, write_separated, write_string};
-use super::openai::token_text;
+use super::token_text::token_text;
 use super::{Delta, Protocol, Usage};
 use crate::output::{Failure, Finish, FinishReason, TokenLogprob};
 use crate::text::Tokenizer;

@@ -10,6 +10,7 @@ use crate::cpu::blocks::Format;
 use crate::cpu::codes::{Codes, Fp8, Int4, Int8};
 use crate::cpu::float::{Brain, Half};
 use crate::cpu::level::Level;
+use crate::cpu::page::PageShape;
 use crate::cpu::pointwise::compute;
 use crate::cpu::pool;
 use crate::cpu::product::{Matrix, Product};
@@ -491,17 +492,8 @@ impl PagedAttention {
         if q_norm.is_some() != k_norm.is_some() {
             return Err(PyValueError::new_err("q_norm and k_norm: both or none"));
         }
-        let attention = Attention {
-            heads,
-            kv_heads,
-            head_dim,
-            block_size,
-            scale,
-            window,
-            norms: q_norm.zip(k_norm),
-            eps,
-            level: level_named(level)?,
-        };
+        let shape = PageShape { kv_heads, head_dim, block_size, level: level_named(level)? };
+        let attention = Attention { heads, shape, scale, window, norms: q_norm.zip(k_norm), eps };
         let (rotary_dim, cos_sin) = (width(cos_sin)?, Held::of(cos_sin, "cos_sin")?);
         Ok(Self { attention, cos_sin, rotary_dim, pages: HeldPages::of(kv_cache, kv_scales)? })
     }
@@ -529,7 +521,7 @@ impl PagedAttention {
             seq_lens: rows.seq_lens.tensor().read(),
             starts: rows.query_start_loc.as_ref().map(|starts| starts.tensor().read()),
         };
-        let out = out_or_new(py, out, step.answered(), self.attention.heads * self.attention.head_dim)?;
+        let out = out_or_new(py, out, step.answered(), self.attention.heads * self.attention.shape.head_dim)?;
         let mut written = Tensor::<f32>::of(&out, "out")?;
         let written = written.write();
         py.detach(|| self.attention.run(&pool::shared(), &step, written)).map_err(PyValueError::new_err)?;
