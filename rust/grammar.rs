@@ -9,6 +9,7 @@
 use std::fmt::Debug;
 
 mod choice;
+mod combined;
 mod compiled;
 mod compiler;
 mod constraint;

@@ -3,6 +3,7 @@
 use llguidance::api::TopLevelGrammar;
 
 use super::choice;
+use super::combined;
 use super::gbnf;
 use super::kind::ConstraintKind;
 use super::schema::{self, Whitespace};
@@ -36,6 +37,9 @@ impl Constraint {
         }
         match kind {
             ConstraintKind::Json => {
+                if let Whitespace::Pattern(pattern) = &self.whitespace {
+                    kind.check_literal(pattern.len())?;
+                }
                 let schema = schema::read(&self.text)?;
                 Ok(TopLevelGrammar::from_json_schema(schema::with_options(schema, &self.whitespace)))
             }
@@ -59,7 +63,9 @@ impl Constraint {
                     return Err(kind.invalid("is empty"));
                 }
                 let is_gbnf = gbnf::is_gbnf(&self.text);
-                Ok(TopLevelGrammar::from_lark(if is_gbnf { gbnf::to_lark(&self.text)? } else { self.text.clone() }))
+                let lark = if is_gbnf { gbnf::to_lark(&self.text)? } else { self.text.clone() };
+                combined::check_lark(&lark)?;
+                Ok(TopLevelGrammar::from_lark(lark))
             }
         }
     }

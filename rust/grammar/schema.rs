@@ -5,6 +5,7 @@ use llguidance::api::TopLevelGrammar;
 use llguidance::{JsonCompileOptions, ParserFactory};
 use serde_json::{Map, Value};
 
+use super::combined;
 use super::kind::ConstraintKind;
 use crate::error::Result;
 
@@ -13,6 +14,13 @@ const MAX_DEPTH: usize = 100;
 /// Most objects, lists, texts, numbers of a schema: compiling ten thousand takes a tenth of a
 /// second.
 const MAX_VALUES: usize = 16_384;
+/// Most properties of one object: the time that they take grows with their square, where they may be left out.
+const MAX_OF_AN_OBJECT: usize = 1_000;
+/// Most properties of all objects: five thousand, each with a pattern, take two seconds at most.
+const MAX_PROPERTIES: usize = 5_000;
+/// Most properties that are named by patterns, of which each is compared with all others of its object: sixty-four
+/// take a tenth of a second.
+const MAX_BY_PATTERN: usize = 64;
 /// Most parts of a schema that are compiled on their own to find the fault.
 const MAX_LOOKS: usize = 100;
 
@@ -61,19 +69,36 @@ pub(super) fn read(text: &str) -> Result<Value> {
         Value::Bool(false) => return Err(kind.invalid("is false: no answer would do")),
         _ => return Err(kind.invalid("must be a JSON schema, which is an object")),
     };
-    let (values, depth) = measure(&schema);
+    check_bounds(&schema)?;
+    Ok(schema)
+}
+
+/// Checks what compiling a schema costs.
+pub(super) fn check_bounds(schema: &Value) -> Result<()> {
+    let kind = ConstraintKind::Json;
+    let (values, depth) = measure(schema);
     if depth > MAX_DEPTH {
         return Err(kind.too_complex(format!("is {depth} levels deep, but must be at most {MAX_DEPTH}")));
     }
     if values > MAX_VALUES {
         return Err(kind.too_complex(format!("has {values} values, but must have at most {MAX_VALUES}")));
     }
-    check_literals(&schema)?;
-    Ok(schema)
+    let (properties, by_pattern) = check_parts(schema)?;
+    for (count, most, what) in
+        [(properties, MAX_PROPERTIES, "properties"), (by_pattern, MAX_BY_PATTERN, "patternProperties")]
+    {
+        if count > most {
+            return Err(kind.too_complex(format!("has {count} {what}, but must have at most {most}")));
+        }
+    }
+    combined::check(schema)
 }
 
-/// Checks the texts that answers must have.
-fn check_literals(schema: &Value) -> Result<()> {
+/// Checks the texts that answers must have, and the size of each object. Gives the number of properties, and of
+/// those that a pattern names.
+fn check_parts(schema: &Value) -> Result<(usize, usize)> {
+    let by_pattern = schema.get("patternProperties").and_then(Value::as_object).map_or(0, Map::len);
+    let mut here = (0, by_pattern);
     let check = |value: &Value| ConstraintKind::Json.check_literal(value.to_string().len());
     for key in ["const", "pattern"] {
         schema.get(key).map_or(Ok(()), check)?;
@@ -81,8 +106,18 @@ fn check_literals(schema: &Value) -> Result<()> {
     schema.get("enum").and_then(Value::as_array).map_or(Ok(()), |list| list.iter().try_for_each(check))?;
     if let Some(Value::Object(properties)) = schema.get("properties") {
         properties.keys().try_for_each(|name| ConstraintKind::Json.check_literal(name.len()))?;
+        if properties.len() > MAX_OF_AN_OBJECT {
+            return Err(ConstraintKind::Json.too_complex(format!(
+                "has an object of {} properties, but one may have at most {MAX_OF_AN_OBJECT}",
+                properties.len()
+            )));
+        }
+        here.0 = properties.len();
     }
-    parts(schema).iter().try_for_each(|(_, part)| check_literals(part))
+    parts(schema).iter().try_fold(here, |sum, (_, part)| {
+        let inside = check_parts(part)?;
+        Ok((sum.0 + inside.0, sum.1 + inside.1))
+    })
 }
 
 /// Number of values, and levels. The reader has bounded the levels, so this may go down by

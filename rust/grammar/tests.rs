@@ -310,3 +310,104 @@ fn what_is_kept_is_bounded_and_faults_are_not_kept() {
     let stats = compiler.stats();
     assert!((20..=42).contains(&stats.kept) && (128 << 20..=256 << 20).contains(&stats.kept_bytes), "{stats:?}");
 }
+
+/// Each of these kept a thread busy for more than a minute, most of them for ever.
+#[test]
+fn what_must_hold_at_once_is_bounded() {
+    use ConstraintKind::{Grammar, Json};
+    let pattern =
+        |number: usize| format!(r#"{{"type": "string", "pattern": "[a-z]{{{}}}x{number}[0-9]+"}}"#, number % 7 + 1);
+    let listed = |count: usize, write: &dyn Fn(usize) -> String| (0..count).map(write).collect::<Vec<_>>().join(", ");
+    let patterns = listed(40, &pattern);
+    let of_a = |part: String| format!(r#"{{"type": "object", "properties": {{"a": {part}}}}}"#);
+    let texts = [
+        (Json, format!(r#"{{"allOf": [{patterns}]}}"#)),
+        (Json, format!(r#"{{"items": {{"allOf": [{patterns}]}}}}"#)),
+        (Json, format!(r#"{{"allOf": [{}]}}"#, listed(40, &|number| of_a(pattern(number))))),
+        (
+            Json,
+            format!(
+                r#"{{"allOf": [{}, {}]}}"#,
+                of_a("{}".to_owned()),
+                listed(40, &|number| {
+                    format!(r#"{{"type": "object", "additionalProperties": {}}}"#, pattern(number))
+                })
+            ),
+        ),
+        (
+            Json,
+            format!(
+                r#"{{"allOf": [{}]}}"#,
+                listed(40, &|number| format!(r#"{{"type": "array", "items": {}}}"#, pattern(number)))
+            ),
+        ),
+        (
+            Json,
+            format!(
+                r#"{{"allOf": [{}]}}"#,
+                listed(40, &|number| { format!(r#"{{"anyOf": [{}, {{"type": "null"}}]}}"#, pattern(number)) })
+            ),
+        ),
+        (
+            Json,
+            format!(
+                r##"{{"$ref": "#/$defs/0", "$defs": {{{}, "40": {{"type": "string"}}}}}}"##,
+                listed(40, &|number| format!(
+                    r##""{number}": {{"$ref": "#/$defs/{}", "pattern": "[a-z]x{number}[0-9]"}}"##,
+                    number + 1
+                ))
+            ),
+        ),
+        (
+            Json,
+            format!(r#"{{"patternProperties": {{{}}}}}"#, listed(1_000, &|number| format!(r#""^p{number}_": {{}}"#))),
+        ),
+        (Json, r#"{"type": "integer", "multipleOf": 10000007}"#.to_owned()),
+        (Json, r#"{"type": "number", "multipleOf": 1.0000007e3}"#.to_owned()),
+        (
+            Json,
+            r#"{"allOf": [{"type": "integer", "multipleOf": 10007}, {"type": "integer", "multipleOf": 10009}]}"#
+                .to_owned(),
+        ),
+        (
+            Json,
+            format!(
+                r#"{{"properties": {{{}}}}}"#,
+                listed(3_000, &|number| format!(r#""p{number}": {}"#, pattern(number)))
+            ),
+        ),
+        (Grammar, format!("start: T\nT: {}", vec!["/.*[a-z]x[0-9].*/"; 24].join(" & "))),
+        (Grammar, format!("start: T\nT: /q/ | (/a/ ({}))", vec!["/.*[a-z]x[0-9].*/"; 24].join(" & "))),
+        (Grammar, format!("start: %json {{\"allOf\": [{patterns}]}}")),
+    ];
+    for (kind, text) in texts {
+        let Err(Error::Constraint { code, message, .. }) = compiler().compile(&constraint(kind, &text)) else {
+            panic!("compiled {}", &text[..60]);
+        };
+        assert_eq!(code, "grammar_too_complex", "{}: {message}", &text[..60]);
+    }
+}
+
+/// What people write is not near those bounds.
+#[test]
+fn what_is_put_together_of_a_few_parts_is_compiled() {
+    let both = r#"{"allOf": [{"type": "string", "pattern": "^[a-z]{2,9}$"}, {"type": "string", "pattern": "^(a|b)"}]}"#;
+    let recursive = r##"{"$ref": "#/$defs/node", "$defs": {"node": {"type": "object", "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]+$"}, "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}}}}}"##;
+    let fields: Vec<String> =
+        (0..60).map(|number| format!(r#""f{number}": {{"type": "string", "pattern": "^[a-f]{{8}}$"}}"#)).collect();
+    let parts: Vec<String> = fields
+        .chunks(10)
+        .map(|some| format!(r#"{{"type": "object", "properties": {{{}}}}}"#, some.join(", ")))
+        .collect();
+    let composed = format!(r#"{{"allOf": [{}]}}"#, parts.join(", "));
+    let union: Vec<String> =
+        (0..40).map(|number| format!(r#"{{"type": "string", "pattern": "^k{number}[0-9]{{3}}$"}}"#)).collect();
+    let union = format!(r#"{{"anyOf": [{}]}}"#, union.join(", "));
+    let multiples = r#"{"type": "number", "multipleOf": 0.01}"#;
+    for text in [both, recursive, &composed, &union, multiples, r#"{"type": "integer", "multipleOf": 1000000}"#] {
+        compiler().compile(&constraint(ConstraintKind::Json, text)).unwrap();
+    }
+    let text = "start: T \"&\" \"/\" // a & \"b\nT: /[a-z]&/ & /q.*/ # & &";
+    compiler().compile(&constraint(ConstraintKind::Grammar, text)).unwrap();
+}

@@ -45,6 +45,8 @@ cores busy, and more gain nothing."""
 LONG_TEXT = 64 * 1024
 """Characters from which a text waits for a thread of its own: tokenising takes a second for each one
 or two million, in which short texts must not stand behind it."""
+LONG_GRAMMAR = 16 * 1024
+"""The same of schemas and grammars: the largest that are compiled take a second or two."""
 
 
 class ReplyStream:
@@ -119,6 +121,7 @@ class AsyncEngine:
         self._text_pool = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="octavo-text")
         self._long_text_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-long-text")
         self._grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-grammar")
+        self._long_grammar_pool = ThreadPoolExecutor(1, thread_name_prefix="octavo-long-grammar")
         self._thread = threading.Thread(target=engine.run, name="octavo-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -195,15 +198,16 @@ class AsyncEngine:
         return await self._detached(encode, self._pool_of(size))
 
     async def compile_grammar(self, wanted: StructuredOutputsParams | None) -> _core.Grammar | None:
-        """The grammar of a request's `structured_outputs`; compiled beside the loop, one at a time,
-        unless it has been lately. Raises `ValueError` that says where in it the fault is.
+        """The grammar of a request's `structured_outputs`; compiled beside the loop, one at a time, long ones
+        apart, unless it has been lately. Raises `ValueError` that says where in it the fault is.
         """
         if wanted is None:
             return None
         known = find_grammar(self.grammars, wanted)
         if known is not None:
             return known
-        return await self._detached(functools.partial(compile_grammar, self.grammars, wanted), self._grammar_pool)
+        pool = self._grammar_pool if len(wanted.text) <= LONG_GRAMMAR else self._long_grammar_pool
+        return await self._detached(functools.partial(compile_grammar, self.grammars, wanted), pool)
 
     def submit(
         self,
@@ -373,5 +377,6 @@ class AsyncEngine:
         self._text_pool.shutdown(wait=False)
         self._long_text_pool.shutdown(wait=False)
         self._grammar_pool.shutdown(wait=False)
+        self._long_grammar_pool.shutdown(wait=False)
         if not self._thread.is_alive():  # else a step still uses the memory
             self._engine.close()
