@@ -137,6 +137,30 @@ def test_preempted_ones_begin_anew(pooling: str) -> None:
         torch.testing.assert_close(vector(other), one, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("pooling", ["LAST", "MEAN"])
+def test_the_head_computes_nothing_where_nothing_is_drawn(pooling: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is drawn beside embeddings is as it was."""
+    ids = tokens(41, 1, 90, 17, top=500)
+    pooler = json.dumps({"pooling_type": pooling, "normalize": False})
+    answers = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    with LLM(**TINY, max_num_seqs=4, max_num_batched_tokens=16, pooler_config=pooler) as llm:
+        before = llm.generate(as_prompts(ids), answers, use_tqdm=False)
+        asked: list[int] = []
+        model = llm._engine.runner.model
+        compute = model.compute_logits
+        monkeypatch.setattr(model, "compute_logits", lambda hidden: asked.append(len(hidden)) or compute(hidden))
+        alone = llm.embed(as_prompts(ids), use_tqdm=False)
+        assert asked == []
+        begin(llm, ids[0], max_tokens=40, ignore_eos=True)
+        beside = llm.embed(as_prompts(ids), use_tqdm=False)
+        assert asked
+        after = llm.generate(as_prompts(ids), answers, use_tqdm=False)
+        llm.core.check_integrity()
+    for one, other in zip(alone, beside, strict=True):
+        torch.testing.assert_close(vector(other), vector(one), atol=1e-4, rtol=1e-4)
+    assert [output.outputs[0].token_ids for output in after] == [output.outputs[0].token_ids for output in before]
+
+
 def test_the_longest_prompt_has_an_embedding() -> None:
     with LLM(**TINY, max_num_batched_tokens=64) as llm:
         (output,) = llm.embed({"prompt_token_ids": [5] * 128}, use_tqdm=False)

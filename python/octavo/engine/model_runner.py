@@ -186,7 +186,10 @@ class ModelRunner:
             self.proposer.propose(plan, plan_device)
             step.buffers.drafting.stop()
         hidden, everything = self.forward(plan)
-        step.logits = self.model.compute_logits(hidden)
+        if plan.num_pools and not step.buffers.draws(plan):  # nothing but embeddings: no logits are read
+            step.logits = hidden.new_empty((len(hidden), self.vocab_size), dtype=torch.float32)
+        else:
+            step.logits = self.model.compute_logits(hidden)
         if plan.num_prompt_targets:
             self.describe_prompts(plan, plan_device, everything, step.buffers.result_device)
         if plan.num_pools:

@@ -198,6 +198,12 @@ class StepBuffers:
         """The header of the plan that the core has written."""
         return Plan.read(self.plan_array)
 
+    def draws(self, plan: Plan) -> bool:
+        """Whether some row of the plan that the core has written draws a token."""
+        words = self.plan_array[plan.rows_offset :].view(np.int32)[: plan.padded_rows * plan_format.ROW_WORDS]
+        flags = words.reshape(-1, plan_format.ROW_WORDS)[:, plan_format.ROW_FLAGS]
+        return bool((flags & plan_format.SAMPLE).any())
+
     def upload(self, num_bytes: int) -> Tensor:
         """Enqueues the copy of the plan's first `num_bytes` bytes; returns `plan_device`."""
         if self._on_gpu:
