@@ -52,7 +52,7 @@ fn write_content(out: &mut Vec<u8>, text: &str) {
 }
 
 /// Appends a token's object but for its closing brace.
-fn write_token(out: &mut Vec<u8>, token: TokenLogprob, tokenizer: Option<&Tokenizer>) {
+pub(super) fn write_token(out: &mut Vec<u8>, token: TokenLogprob, tokenizer: Option<&Tokenizer>) {
     out.extend_from_slice(b"{\"token\":");
     write_string(out, &token_text(token.token, tokenizer));
     out.extend_from_slice(b",\"logprob\":");

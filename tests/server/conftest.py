@@ -36,9 +36,10 @@ class Served:
             return response.status, await response.json(content_type="application/json")
 
     async def get(self, path: str, **kwargs: Any) -> tuple[int, Any]:
-        """Status and JSON of one GET."""
+        """Status and JSON of one GET; None of an empty body."""
         async with self.http.get(self.url + path, **kwargs) as response:
-            return response.status, await response.json(content_type="application/json")
+            is_empty = not await response.read()
+            return response.status, None if is_empty else await response.json(content_type="application/json")
 
     async def metric(self, name: str) -> float:
         """The value of a metric, summed over its labels."""

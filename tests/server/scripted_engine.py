@@ -17,6 +17,7 @@ from octavo import _core
 from octavo.config import EngineConfig
 from octavo.engine.async_engine import AsyncEngine
 from octavo.kernels.step.plan_format import Plan
+from octavo.model_config import ModelConfig, RopeConfig
 from octavo.pooling import Embeddings
 
 VOCAB_SIZE = 300
@@ -26,6 +27,24 @@ SAMPLE = 1  # flag of a row that draws a token
 NAN = 1  # status of a row with NaN in its logits
 MASK_WIDTH = 16  # words of a mask
 MASKED = 2  # of one where every token is ruled out
+
+SHAPE = ModelConfig(
+    architecture="LlamaForCausalLM",
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-5,
+    rope=RopeConfig(theta=1e4),
+    layer_windows=(0, 0),
+    tie_word_embeddings=True,
+    checkpoint_dtype="bfloat16",
+)
+"""What it says of the model that it does not have."""
 
 TEMPLATE = (
     "{% if messages[0].role == 'assistant' %}{{ raise_exception('Roles must alternate. ' * 100) }}{% endif %}"
@@ -54,6 +73,7 @@ class Script:
         self.parts = self
         self.config = config.for_device("cpu")
         self.model_name = config.model_name
+        self.model_config = SHAPE
         self.max_model_len = max_model_len
         self.tokenizer = _core.Tokenizer.bytes_only(VOCAB_SIZE)
         self.grammars = _core.GrammarCompiler(self.tokenizer, VOCAB_SIZE, [END])

@@ -264,6 +264,8 @@ def structured(**fields: Any) -> dict[str, Any]:
     return completion(structured_outputs=fields)
 
 
+AT_ONCE: list[Any] = [{"type": "string", "pattern": f"[a-z]{{{i % 7 + 1}}}x{i}[0-9]+"} for i in range(40)]
+"""Of an `allOf`."""
 SCHEMA_FIELD = "response_format.json_schema.schema"
 
 STRUCTURE_ROWS: list[Row] = [
@@ -303,6 +305,26 @@ STRUCTURE_ROWS: list[Row] = [
     ("G7 20,000 properties", COMPLETIONS, structured(json={"properties": {str(i): {} for i in range(20_000)}}), 400,
      "grammar_too_complex", "structured_outputs.json"),
     ("G7 over 256 KiB", COMPLETIONS, structured(json='{"const":"' + "x" * 262_144 + '"}'), 400, ANY, ANY),
+    (
+        "G7 3,000 patterns",
+        COMPLETIONS,
+        structured(json={"properties": {f"p{i}": {"pattern": f"^[a-z]{{{i % 7 + 1}}}x{i}$"} for i in range(3000)}}),
+        400,
+        "grammar_too_complex",
+        "structured_outputs.json",
+    ),
+    # Each of these would keep a thread for ever.
+    ("G10 patterns at once", CHAT, in_format({"allOf": AT_ONCE}), 400, "grammar_too_complex", SCHEMA_FIELD),
+    ("G10 patterns of a property", CHAT, in_format({"allOf": [{"properties": {"a": part}} for part in AT_ONCE]}), 400,
+     "grammar_too_complex", SCHEMA_FIELD),
+    ("G10 patterns of a tool", CHAT, chat(tools=[tool("f", parameters={"properties": {"a": {"allOf": AT_ONCE}}})],
+     tool_choice="required"), 400, "grammar_too_complex", "tools"),
+    ("G10 multipleOf", CHAT, in_format({"type": "integer", "multipleOf": 10_000_007}), 400, "grammar_too_complex",
+     SCHEMA_FIELD),
+    ("G10 terminals at once", COMPLETIONS, structured(grammar="start: T\nT: " + " & ".join(["/.*[a-z]x.*/"] * 24)), 400,
+     "grammar_too_complex", "structured_outputs.grammar"),
+    ("G10 a schema in a grammar", COMPLETIONS, structured(grammar="start: %json " + json.dumps({"allOf": AT_ONCE})),
+     400, "grammar_too_complex", "structured_outputs.grammar"),
     ("G12 left recursion", COMPLETIONS, {**structured(grammar='start: start "a" | "b"'), "max_tokens": 4}, 200, None,
      None),
     ("G7 long", COMPLETIONS, structured(json='{"const":"' + "x" * 262_000 + '"}'), 400, "grammar_too_complex",
@@ -896,6 +918,13 @@ async def test_routes_answer_in_json(served: Served, method: str, path: str, sta
         assert response.status == status
         assert (await response.json(content_type="application/json"))["error"]["code"] == code
         assert ("Allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score", "/v1/rerank", "/rerank", "/v2/rerank"])
+async def test_routes_that_score_say_what_to_take(served: Served, path: str) -> None:
+    status, answer = await served.post(path, {"model": "dummy", "text_1": "a", "text_2": "b"})
+    assert (status, answer["error"]["code"]) == (404, "route_not_found")
+    assert "/v1/embeddings" in answer["error"]["message"] and "cosine" in answer["error"]["message"]
 
 
 async def test_head_is_refused_with_the_allowed_methods(served: Served) -> None:

@@ -188,7 +188,7 @@ async def test_slow_headers_of_a_later_request_are_cut_off(served_hastily: Serve
     served = served_hastily
     url = urlsplit(served.url)
     reader, writer = await asyncio.open_connection(url.hostname, url.port)
-    writer.write(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    writer.write(b"GET /ready HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
     assert b"200 OK" in await reader.readuntil(b"}")
     await asyncio.sleep(0.5)  # an idle connection is not a slow one
     writer.write(b"GET /health HT")

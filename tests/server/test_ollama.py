@@ -71,6 +71,62 @@ async def test_completions(served: Served) -> None:
         assert (await client.generate("dummy", "")).done_reason == "load"
 
 
+@pytest.mark.parametrize("route", ["chat", "generate"])
+async def test_nothing_to_answer_loads_and_unloads(served: Served, route: str) -> None:
+    empty = {"message": {"role": "assistant", "content": ""}} if route == "chat" else {"response": ""}
+    for fields, reason in (
+        ({}, "load"),
+        ({"keep_alive": -1}, "load"),
+        ({"keep_alive": "5m"}, "load"),
+        ({"keep_alive": "1h30m", "stream": False}, "load"),
+        ({"messages": []} if route == "chat" else {"prompt": ""}, "load"),
+        ({"keep_alive": 0}, "unload"),
+        ({"keep_alive": 0.0}, "unload"),
+        ({"keep_alive": "0"}, "unload"),
+        ({"keep_alive": "0s"}, "unload"),
+    ):
+        status, answer = await served.post(f"/api/{route}", {"model": "org/tiny:latest", **fields})
+        created = answer.pop("created_at")
+        assert created.endswith("Z") and status == 200
+        assert answer == {"model": "org/tiny:latest", **empty, "done": True, "done_reason": reason}, fields
+    given = {"messages": [USER]} if route == "chat" else {"prompt": "Hi"}
+    status, answer = await served.post(f"/api/{route}", {"model": "dummy", **given, "keep_alive": 0, "stream": False})
+    assert status == 200 and answer["done_reason"] == "stop"
+
+
+async def test_log_probabilities(served: Served) -> None:
+    async with speaks(served, "ab") as client:
+        chat = await client.chat("dummy", [USER], logprobs=True, top_logprobs=2)
+        completion = await client.generate("dummy", "Hi", raw=True, logprobs=True)
+        parts = [part async for part in await client.chat("dummy", [USER], logprobs=True, stream=True)]
+    for entries in (chat.logprobs, completion.logprobs, [one for part in parts for one in part.logprobs or ()]):
+        assert [(entry.token, entry.logprob) for entry in entries or ()][:2] == [("a", -0.5), ("b", -0.5)]
+    assert [len(entry.top_logprobs or ()) for entry in chat.logprobs or ()] == [2, 2, 2]
+    assert not any(entry.top_logprobs for entry in completion.logprobs or ())
+    for fields in ({"logprobs": True, "top_logprobs": 21}, {"top_logprobs": 2}, {"logprobs": True, "top_logprobs": -1}):
+        status, refused = await served.post("/api/generate", {"model": "dummy", "prompt": "Hi", **fields})
+        assert status == 400 and "top_logprobs" in refused["error"]
+
+
+async def test_a_model_is_described(served: Served) -> None:
+    served.engine.generation_defaults = {"temperature": 0.5, "repetition_penalty": 1.1, "stop": ["x"]}
+    status, answer = await served.post("/api/show", {"model": "dummy"})
+    assert status == 200 and answer["details"] == {
+        "parent_model": "", "format": "safetensors", "family": "llama", "families": ["llama"],
+        "parameter_size": "118K", "quantization_level": "BFLOAT16",
+    }  # fmt: skip
+    info = answer["model_info"]
+    assert (info["general.architecture"], info["general.parameter_count"]) == ("llama", 117_504)
+    assert (info["llama.context_length"], info["llama.embedding_length"], info["llama.block_count"]) == (512, 64, 2)
+    assert (info["llama.attention.head_count"], info["llama.attention.head_count_kv"]) == (4, 2)
+    assert [line.split() for line in answer["parameters"].splitlines()] == [
+        ["temperature", "0.5"],
+        ["repeat_penalty", "1.1"],
+    ]
+    assert "message.content" in answer["template"] and answer["modelfile"] == "FROM dummy\n"
+    assert (await served.get("/api/tags"))[1]["models"][0]["details"] == answer["details"]
+
+
 async def test_lines_are_the_default_of_raw_callers(served: Served) -> None:
     async with served.http.post(served.url + "/api/generate", json={"model": "dummy", "prompt": "Hi"}) as response:
         assert response.content_type == "application/x-ndjson"
@@ -116,6 +172,16 @@ BAD = [
     ("suffix", "generate", {"model": "dummy", "prompt": "Hi", "suffix": "x"}, 400, "suffix"),
     ("no JSON", "generate", b"{", 400, "JSON"),
     ("show", "show", {}, 400, "model"),
+    ("keep_alive", "chat", {"model": "dummy", "messages": [USER], "keep_alive": "soon"}, 400, "keep_alive"),
+    ("keep_alive of a load", "generate", {"model": "dummy", "keep_alive": "5 minutes"}, 400, "keep_alive"),
+    ("think", "chat", {"model": "dummy", "messages": [USER], "think": "much"}, 400, "think"),
+    ("half a token", "chat", {"model": "dummy", "messages": [USER], "options": {"num_predict": 1.5}}, 400,
+     "options.num_predict"),
+    ("many tokens", "chat", {"model": "dummy", "messages": [USER], "options": {"num_predict": 1e12}}, 400,
+     "options.num_predict"),
+    ("no number", "chat", {"model": "dummy", "messages": [USER], "options": {"top_k": True}}, 400, "options.top_k"),
+    ("rendering alone", "chat", {"model": "dummy", "messages": [USER], "_debug_render_only": True}, 400,
+     "_debug_render_only"),
 ]  # fmt: skip
 
 
@@ -149,6 +215,7 @@ async def test_options_as_ollama_has_them(served: Served) -> None:
     for options in (
         sizes,
         {"num_predict": 0},
+        {"num_predict": 100.0, "top_k": 40.0, "seed": -1.0, "repeat_last_n": 64.0, "num_ctx": 4096.0},
         {"num_predict": -2},
         {"top_p": 0},
         {"repeat_penalty": 1.3, "repeat_last_n": 0},
@@ -168,6 +235,8 @@ def test_options_become_those_of_a_chat() -> None:
     def fields(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in Options(**options).fields().items() if value is not None}
 
+    whole = fields(seed=7.0, num_predict=3.0, top_k=2.0)
+    assert whole == {"seed": 7, "max_tokens": 3, "top_k": 2} and {type(value) for value in whole.values()} == {int}
     assert fields(seed=-1) == fields(seed=-5) == {} and fields(seed=0) == {"seed": 0}
     assert fields(num_predict=0) == fields(num_predict=-1) == {} and fields(num_predict=3) == {"max_tokens": 3}
     assert fields(top_p=0.0, top_k=40) == {"top_k": 1} and fields(top_p=0.5, top_k=40) == {"top_k": 40, "top_p": 0.5}

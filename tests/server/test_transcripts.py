@@ -5,6 +5,7 @@ on time.
 """
 
 import json
+import re
 
 import pytest
 
@@ -407,6 +408,7 @@ def test_tokens_of_tgi(script: Script) -> None:
 
 
 def test_lines_of_ollama(script: Script) -> None:
+    """Its fields in the order of `ChatResponse` in its api/types.go."""
     script.answer = b'a<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>'
     answer = _core.AnswerFormat(calls="hermes", tools=["f"])
     reply_format = _core.ReplyFormat.ollama(
@@ -416,8 +418,47 @@ def test_lines_of_ollama(script: Script) -> None:
     head = '{"model":"m","created_at":"2026-01-01T00:00:00Z","message":{"role":"assistant","content":'
     assert lines[:2] == [
         f'{head}"a"}},"done":false}}',
-        f'{head}"","tool_calls":[{{"function":{{"name":"f","arguments":{{"x": 1}}}}}}]}},"done":false}}',
+        f'{head}"","tool_calls":[{{"id":"{json.loads(lines[1])["message"]["tool_calls"][0]["id"]}","function":'
+        '{"index":0,"name":"f","arguments":{"x": 1}}}]},"done":false}',
     ]
     last = json.loads(lines[2])
+    assert list(last) == [
+        "model", "created_at", "message", "done", "done_reason", "total_duration", "load_duration",
+        "prompt_eval_count", "prompt_eval_duration", "eval_count", "eval_duration",
+    ]  # fmt: skip
     assert (last["done"], last["done_reason"], last["prompt_eval_count"], last["eval_count"]) == (True, "stop", 2, 61)
     assert last["total_duration"] >= last["eval_duration"] >= 0
+
+
+OLLAMA_TIMES = (
+    r'"total_duration":\d+,"load_duration":0,"prompt_eval_count":2,"prompt_eval_duration":\d+,"eval_count":2,'
+    r'"eval_duration":\d+'
+)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_log_probabilities_of_ollama(script: Script, chat: bool) -> None:
+    """Chats have them before the times, completions behind: so stand the fields in its api/types.go."""
+    script.answer = "é".encode()
+
+    def lines(stream: bool, logprobs: int) -> list[str]:
+        reply_format = _core.ReplyFormat.ollama(id="1", model="m", created_at="T", chat=chat, stream=stream)
+        return told(script, reply_format, ending="\n", whole=not stream, logprobs=logprobs, max_tokens=2)
+
+    def part(text: str) -> str:
+        of_text = f'"message":{{"role":"assistant","content":"{text}"}}' if chat else f'"response":"{text}"'
+        return f'{{"model":"m","created_at":"T",{of_text},"done":'
+
+    def entry(byte: int, top: str = "") -> str:
+        return f'{{"token":"\N{REPLACEMENT CHARACTER}","logprob":-0.5,"bytes":[{byte}]{top}}}'
+
+    first, second = lines(True, 0)[:2]
+    assert first == f'{part("")}false,"logprobs":[{entry(0xC3)}]}}'
+    assert second == f'{part("é")}false,"logprobs":[{entry(0xA9)}]}}'
+    last = lines(True, 0)[2]
+    assert re.fullmatch(re.escape(part("")) + rf'true,"done_reason":"length",{OLLAMA_TIMES}}}', last)
+    tops = [f',"top_logprobs":[{entry(byte)}]' for byte in (0xC3, 0xA9)]
+    told_all = f'"logprobs":[{entry(0xC3, tops[0])},{entry(0xA9, tops[1])}]'
+    (whole,) = lines(False, 1)
+    end = f"{re.escape(told_all)},{OLLAMA_TIMES}" if chat else f"{OLLAMA_TIMES},{re.escape(told_all)}"
+    assert re.fullmatch(re.escape(part("é")) + rf'true,"done_reason":"length",{end}}}', whole)

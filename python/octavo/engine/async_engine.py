@@ -105,6 +105,7 @@ class AsyncEngine:
         self.config: EngineConfig = parts.config
         self.max_model_len = parts.max_model_len
         self.model_name = parts.model_name
+        self.model_config = parts.model_config
         self.tokenizer: _core.Tokenizer | None = parts.tokenizer
         self.grammars: _core.GrammarCompiler | None = parts.grammars
         self.chat_template: _core.ChatTemplate | None = parts.chat_template

@@ -93,6 +93,7 @@ class EngineParts:
     grammars: _core.GrammarCompiler | None
     chat_template: _core.ChatTemplate | None
     model_name: str
+    model_config: ModelConfig
     max_model_len: int
     generation_defaults: dict[str, Any]
     embeddings: Embeddings | None
@@ -244,6 +245,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
         and _core.GrammarCompiler(loaded.tokenizer, loaded.config.vocab_size, loaded.eos_token_ids),
         chat_template=loaded.chat_template,
         model_name=config.model_name,
+        model_config=loaded.config,
         max_model_len=max_model_len,
         generation_defaults=loaded.generation_defaults,
         embeddings=loaded.embeddings,

@@ -70,9 +70,9 @@ def build_app(engine: "AsyncEngine", config: ServerConfig) -> web.Application:
     app[CALLS], app[BODIES], app[METRICS], app[KEYS], app[ERROR_FORMS] = calls, bodies, metrics, keys, {}
 
     async def health(_: web.Request) -> web.Response:
-        """Alive and making progress; also while draining."""
+        """Alive and making progress; also while draining. An empty body, as vLLM and TGI have it."""
         healthy = not engine.is_dead and engine.step_age < STUCK_AFTER
-        return web.json_response({"status": "ok" if healthy else "dead"}, status=200 if healthy else 503)
+        return web.Response() if healthy else web.json_response({"status": "dead"}, status=503)
 
     async def root(request: web.Request) -> web.Response:
         """TGI's health; browsers are shown what there is."""

@@ -139,7 +139,9 @@ def from_http(error: web.HTTPException, request: web.BaseRequest) -> ApiError:
 
 
 def _route_hint(request: web.Request) -> str:
-    """Which route may be meant: clients leave out `/v1`, or write it twice."""
+    """Which route may be meant: clients leave out `/v1`, or write it twice. Or what to do without it."""
+    if request.path.rstrip("/").rpartition("/")[2] in ("score", "rerank"):
+        return "Texts are not scored here: take their vectors from /v1/embeddings, and of two vectors the cosine."
     routes = list(dict.fromkeys(resource.canonical for resource in request.app.router.resources()))
     meant = [route for route in routes if request.path.rstrip("/").endswith(route.removeprefix("/v1"))]
     if meant:

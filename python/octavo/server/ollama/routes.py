@@ -17,6 +17,7 @@ from octavo.server.body import Form, Parsed
 from octavo.server.calls import JSON_LINES, check_deadline
 from octavo.server.errors import bad_request
 from octavo.server.intake import ChatText, Intake
+from octavo.server.ollama import about
 from octavo.server.ollama.schemas import (
     UNSUPPORTED_CHAT,
     UNSUPPORTED_GENERATE,
@@ -72,12 +73,12 @@ class OllamaRoutes:
         ]
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
-        """`POST /api/chat`; without messages it asks whether the model is loaded."""
+        """`POST /api/chat`; without messages the model is to be loaded, or to go."""
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_chat)
         self._intake.ignored(request, parsed.ignored + parsed.request.ignored)
         if text is None:
-            return self._loaded({"message": {"role": "assistant", "content": ""}})
+            return _loaded(parsed.request, {"message": {"role": "assistant", "content": ""}})
         prepared = await self._chats.prepare(chat, text, _CHAT_NAMES)
         return await self._serve(request, parsed.request, chat, prepared, arrival)
 
@@ -86,24 +87,24 @@ class OllamaRoutes:
         self._check_model(parsed.request.model)
         check_deadline(parsed.request.deadline_ms)
         chat = parsed.request.to_chat()
-        return parsed, chat, self._chats.chat_text(chat) if chat.messages else None
+        return parsed, chat, None if parsed.request.loads else self._chats.chat_text(chat)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        """`POST /api/generate`: through the chat template unless `raw`; without a prompt it asks
-        whether the model is loaded.
+        """`POST /api/generate`: through the chat template unless `raw`; without a prompt the model
+        is to be loaded, or to go.
         """
         arrival = time.monotonic()
         parsed, chat, text = await self._intake.read(request, self._read_generate)
         self._intake.ignored(request, parsed.ignored + parsed.request.ignored)
         read = parsed.request
-        if not read.prompt:
-            return self._loaded({"response": ""})
+        if read.loads:
+            return _loaded(read, {"response": ""})
         if text is not None:
             prepared = await self._chats.prepare(chat, text, _GENERATE_NAMES)
         else:
             try:
                 params = self._chats.sampling_params(chat)
-                prompt = await self._intake.encode_text(read.prompt, "prompt")
+                prompt = await self._intake.encode_text(read.prompt or "", "prompt")
                 grammar = await self._engine.compile_grammar(params.structured_outputs)
             except (ValueError, _core.OverloadedError, EngineDeadError) as error:
                 raise self._intake.calls.refusal(error, _GENERATE_NAMES) from None
@@ -187,10 +188,6 @@ class OllamaRoutes:
         call = self._embeddings.call(prompts, params, reply_format, arrival, {"prompt": "prompt"}, uuid.uuid4().hex)
         return await self._intake.calls.serve(request, call)
 
-    def _loaded(self, fields: dict[str, Any]) -> web.Response:
-        head = {"model": self._engine.model_name, "created_at": _rfc3339(time.time())}
-        return web.json_response(head | fields | {"done": True, "done_reason": "load"})
-
     def _check_model(self, name: str) -> None:
         """Ollama's names may have a tag, which is `latest` where none is given."""
         self._intake.check_model(name.removesuffix(":latest"))
@@ -211,27 +208,14 @@ class OllamaRoutes:
         if name is None:
             raise bad_request("model: this field is required.", "model", "missing_required_parameter")
         self._check_model(name)
-        template = self._engine.chat_template
-        capabilities = ["completion"] if self._engine.generates else []
-        if (
-            self._engine.generates
-            and template is not None
-            and template.takes_tools
-            and self._engine.answers.calls is not None
-        ):
-            capabilities.append("tools")
-        if self._engine.generates and self._engine.answers.reasoning is not None:
-            capabilities.append("thinking")
-        if self._engine.embeddings is not None:
-            capabilities.append("embedding")
         return web.json_response(
             {
-                "modelfile": "",
-                "parameters": "",
-                "template": "",
-                "details": self._details(),
-                "model_info": {"general.architecture": "", "context_length": self._engine.max_model_len},
-                "capabilities": capabilities,
+                "modelfile": f"FROM {name}\n",
+                "parameters": about.parameters(self._engine),
+                "template": about.template(self._engine),
+                "details": about.details(self._engine),
+                "model_info": about.model_info(self._engine),
+                "capabilities": about.capabilities(self._engine),
                 "modified_at": self._since,
             }
         )
@@ -247,19 +231,13 @@ class OllamaRoutes:
             "modified_at": self._since,
             "size": 0,
             "digest": hashlib.sha256(name.encode()).hexdigest(),
-            "details": self._details(),
+            "details": about.details(self._engine),
         }
 
-    def _details(self) -> dict[str, Any]:
-        """What is known of the model's files; Ollama's clients want all of the fields."""
-        return {
-            "parent_model": "",
-            "format": "",
-            "family": "",
-            "families": [],
-            "parameter_size": "",
-            "quantization_level": self._engine.config.quantization or "",
-        }
+
+def _loaded(read: ChatRequest | GenerateRequest, fields: dict[str, Any]) -> web.Response:
+    head = {"model": read.model, "created_at": _rfc3339(time.time())}
+    return web.json_response(head | fields | {"done": True, "done_reason": read.load_reason})
 
 
 def _rfc3339(seconds: float) -> str:

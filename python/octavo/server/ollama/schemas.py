@@ -1,5 +1,6 @@
 """What Ollama's clients send, as msgspec structs, and its translation to a chat of OpenAI's."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -8,26 +9,31 @@ from octavo.chat import FunctionCall, Message, ToolCall
 from octavo.server.errors import bad_request
 from octavo.server.openai.schemas import ChatCompletionRequest, Count, Long
 
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"logprobs": (False,), "top_logprobs": (0,)}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"_debug_render_only": (False,)}
 UNSUPPORTED_CHAT = _UNSUPPORTED
 UNSUPPORTED_GENERATE = {**_UNSUPPORTED, "context": ([],), "images": ([],), "suffix": ("",), "template": ("",)}
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """How to generate."""
+THINK = ("low", "medium", "high", "max")
+_DURATION = re.compile(r"[-+]?(0|((\d+\.?\d*|\.\d+)(ns|us|µs|μs|ms|s|m|h))+)")
+"""As Go reads one."""
 
-    num_predict: Count | None = None
+
+class Options(msgspec.Struct, frozen=True, kw_only=True):
+    """How to generate. Whole numbers may be written as 10.0, as many clients' languages do."""
+
+    num_predict: Count | float | None = None
     temperature: float | None = None
-    top_k: Count | None = None
+    top_k: Count | float | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: Long | None = None
+    seed: Long | float | None = None
     stop: str | list[str] | None = None
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    mirostat: Count | None = None
-    repeat_last_n: Count | None = None
+    mirostat: Count | float | None = None
+    repeat_last_n: Count | float | None = None
     typical_p: float | None = None
     tfs_z: float | None = None
     mirostat_tau: float | None = None
@@ -35,6 +41,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     penalize_newline: bool | None = None
     # These size Ollama's own engine, and have no meaning here.
     num_ctx: Any = None
+    draft_num_predict: Any = None
     num_batch: Any = None
     num_keep: Any = None
     num_gpu: Any = None
@@ -66,14 +73,24 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         if self.mirostat:
             raise bad_request("options.mirostat: not supported.", "options", "unsupported_parameter")
         same = ("temperature", "min_p", "stop", "presence_penalty", "frequency_penalty")
-        endless = self.num_predict is not None and self.num_predict <= 0  # as much as fits
+        num_predict, seed, top_k = (self._whole(name) for name in ("num_predict", "seed", "top_k"))
+        self._whole("repeat_last_n")
+        endless = num_predict is not None and num_predict <= 0  # as much as fits
         return {name: getattr(self, name) for name in same} | {
-            "top_k": self.top_k if self.top_p != 0 else 1,
+            "top_k": top_k if self.top_p != 0 else 1,
             "top_p": self.top_p if self.top_p != 0 else None,  # which leaves the likeliest alone
-            "seed": None if self.seed is not None and self.seed < 0 else self.seed,  # a new one each time
+            "seed": None if seed is not None and seed < 0 else seed,  # a new one each time
             "repetition_penalty": None if self.repeat_last_n == 0 else self.repeat_penalty,
-            "max_tokens": None if endless else self.num_predict,
+            "max_tokens": None if endless else num_predict,
         }
+
+    def _whole(self, name: str) -> int | None:
+        value = getattr(self, name)
+        if not isinstance(value, float):
+            return value  # type: ignore[no-any-return]  # an int, or None
+        if not value.is_integer() or abs(value) > 2**31 - 1:
+            raise bad_request(f"options.{name} = {value:g}: must be a whole number within 32 bits.", "options")
+        return int(value)
 
 
 class CalledFunction(msgspec.Struct, frozen=True):
@@ -109,7 +126,10 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     options: Options | None = None
     think: bool | str | None = None
     format: msgspec.Raw = msgspec.Raw()
-    keep_alive: Any = None
+    keep_alive: float | str | None = None
+    """Nothing is unloaded, but whoever asks for that is told so."""
+    logprobs: bool | None = None
+    top_logprobs: Count | None = None
     deadline_ms: Count | None = None
 
     @property
@@ -118,17 +138,40 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
         return self.stream is not False
 
     @property
+    def loads(self) -> bool:
+        """Whether nothing is to be answered: the client asks for the model to be there, or to be gone."""
+        raise NotImplementedError
+
+    @property
+    def load_reason(self) -> str:
+        """What is answered then."""
+        value = self.keep_alive
+        is_zero = value == 0 or (isinstance(value, str) and not re.search(r"[1-9]", value))
+        return "unload" if is_zero else "load"
+
+    def check(self) -> None:
+        """What the struct cannot say. Raises `ApiError` 400."""
+        if isinstance(self.keep_alive, str) and not _DURATION.fullmatch(self.keep_alive):
+            raise bad_request('keep_alive: must be seconds, or a duration such as "5m" or "-1s".', "keep_alive")
+        if isinstance(self.think, str) and self.think not in THINK:
+            raise bad_request(f"think: must be true, false or one of {', '.join(THINK)}.", "think")
+
+    @property
     def ignored(self) -> tuple[str, ...]:
         """Options without an effect."""
         return () if self.options is None else self.options.ignored
 
     def as_chat(self, messages: list[Message], tools: list[msgspec.Raw] | None = None) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
+        self.check()
         return ChatCompletionRequest(
             messages=[msgspec.Raw(msgspec.json.encode(message)) for message in messages],
             tools=tools,
             chat_template_kwargs=None if self.think is None else {"enable_thinking": bool(self.think)},
+            reasoning_effort=self.think if isinstance(self.think, str) else None,
             structured_outputs=self.wanted_structure(),
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
             **(self.options or Options()).fields(),
         )
 
@@ -154,6 +197,11 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     context does.
     """
 
+    @property
+    def loads(self) -> bool:
+        """There is no conversation."""
+        return not self.messages
+
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""
         messages = [_message(turn, f"messages[{place}]") for place, turn in enumerate(self.messages or ())]
@@ -168,6 +216,11 @@ class GenerateRequest(_Request, frozen=True, kw_only=True):
     raw: bool | None = None
     truncate: bool | None = None
     shift: bool | None = None
+
+    @property
+    def loads(self) -> bool:
+        """There is no prompt."""
+        return not self.prompt
 
     def to_chat(self) -> ChatCompletionRequest:
         """The same as a chat of OpenAI's. Raises `ApiError` 400."""

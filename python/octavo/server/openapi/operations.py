@@ -32,7 +32,7 @@ class Operation:
     forms: tuple[Form[Any], ...] = ()
     """What its body may be; where there are several, its fields tell them apart."""
     answers: tuple[str, ...] = (JSON,)
-    """Content types of an answer that is no error."""
+    """Content types of an answer that is no error; none where its body is empty."""
     errors: str = "openai"
     """The protocol whose form its errors have."""
     open: bool = False
@@ -76,12 +76,12 @@ OPERATIONS = (
     Operation("GET", "/version", "Octavo's version."),
     Operation("GET", "/v1/requests/{id}/timeline", "What happened to a request, by the id of its answer."),
     Operation("GET", "/load", "How many calls are being answered."),
-    Operation("GET", "/health", "Whether the engine is alive and makes progress.", open=True),
+    Operation("GET", "/health", "Whether the engine is alive and makes progress.", answers=(), open=True),
     Operation("GET", "/ready", "Whether new requests are welcome.", open=True),
     Operation("GET", "/metrics", "Metrics in Prometheus's form.", answers=(TEXT,), open=True),
-    Operation("GET", "/", "The same as `/health`."),
-    Operation("GET", "/ping", "The same as `/health`."),
-    Operation("POST", "/ping", "The same as `/health`."),
+    Operation("GET", "/", "The same as `/health`.", answers=()),
+    Operation("GET", "/ping", "The same as `/health`.", answers=()),
+    Operation("POST", "/ping", "The same as `/health`.", answers=()),
     Operation("GET", "/openapi.json", "This document."),
     Operation("GET", "/docs", "This document as a page.", answers=(HTML,)),
 )
