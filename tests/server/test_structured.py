@@ -7,6 +7,7 @@ The scripted engine draws evenly from the tokens that a mask allows, one a byte;
 import asyncio
 import json
 import re
+import threading
 from typing import Any
 
 import jsonschema
@@ -163,6 +164,21 @@ async def test_compiling_holds_nobody_up_and_is_done_once(served: Served, monkey
     assert served.engine.grammars.stats()["compiled"] == 1
     for pattern, status in (("a", 200), ("(", 400), ("b", 200)):
         assert (await served.post(COMPLETIONS, {"prompt": "Hi", "guided_regex": pattern}))[0] == status
+
+
+async def test_a_long_schema_holds_no_short_one_up(served: Served) -> None:
+    long = {"enum": ["x" * 1000 + str(n) for n in range(30)]}
+    held = threading.Event()
+    served.engine._long_grammar_pool.submit(held.wait)  # one that takes very long
+    asked = asyncio.ensure_future(served.post(COMPLETIONS, {"prompt": "Hi", "max_tokens": 2, "guided_json": long}))
+    try:
+        for schema in ({"type": "integer"}, {"type": "boolean"}):
+            status, _ = await served.post(COMPLETIONS, {"prompt": "Hi", "max_tokens": 2, "guided_json": schema})
+            assert status == 200
+        assert not asked.done()
+    finally:
+        held.set()
+    assert (await asked)[0] == 200
 
 
 def test_a_model_without_a_tokenizer_says_so() -> None:
