@@ -1,5 +1,6 @@
 //! Products by quantised weights with AVX-512 and VNNI: sixteen rows of weights, each a lane, by up to
-//! eight rows of the input. An instruction multiplies four codes of each lane by four bytes of a row.
+//! eight rows of the input, or twice sixteen taken apart by up to four. An instruction multiplies four codes of
+//! each lane by four bytes of a row.
 
 #[allow(clippy::wildcard_imports)] // some forty instructions
 use std::arch::x86_64::*;
@@ -7,14 +8,17 @@ use std::arch::x86_64::*;
 use super::blocks::{Format, CODEBOOK};
 use super::factors::Factors;
 use super::lanes::{lanes_of_formats, with_lanes};
-use super::panels::{Blocks, LANES};
-use super::rows::Tile;
+use super::panels::{Ahead, Blocks, LANES};
+use super::raw::Writer;
+use super::rows::{Codes, Place, Scales, Tile, LARGEST};
 
 /// Bytes between what is multiplied by and what is fetched meanwhile: as far as a page, at whose end processors
 /// stop fetching by themselves.
 const PREFETCH: usize = 4096;
 /// Bytes of a word of all lanes.
 const WORD: usize = 4 * LANES;
+/// Lanes of a vector.
+const WIDTH: usize = LANES;
 
 type Integers = __m512i;
 type Numbers = __m512;
@@ -41,6 +45,17 @@ unsafe fn load(words: *const u8, number: usize) -> Integers {
 unsafe fn scale(halves: *const u8, number: usize) -> Numbers {
     // SAFETY: the caller's.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(halves.add(number * 2 * LANES).cast())) }
+}
+
+/// The float32 of this number.
+///
+/// # Safety
+/// It is there.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+unsafe fn load_number(numbers: *const u8, number: usize) -> Numbers {
+    // SAFETY: the caller's.
+    unsafe { _mm512_loadu_ps(numbers.add(number * WORD).cast()) }
 }
 
 /// a & b
@@ -154,6 +169,25 @@ pub fn multiply(format: Format, blocks: Blocks<'_>, tile: Tile<'_>, out: &mut [[
     with_lanes!(format, rows_of(blocks, tile, out));
 }
 
+/// The products of blocks taken apart with each row of a tile are added: sums [panels, rows, 16]. Two panels share
+/// what is fetched of the rows; by one panel, half of the time goes into fetching. group: numbers of a group.
+///
+/// # Panics
+/// The tile has not three or four rows, or something has another size.
+///
+/// # Safety
+/// The processor has the level's instructions.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub fn multiply_apart(group: usize, blocks: Blocks<'_>, tile: Tile<'_>, ahead: Ahead<'_>, sums: &mut [[f32; LANES]]) {
+    match (group, tile.rows) {
+        (16, 3) => by_pairs::<Apart<16>, 3>(blocks, tile, ahead, sums),
+        (16, 4) => by_pairs::<Apart<16>, 4>(blocks, tile, ahead, sums),
+        (32, 3) => by_pairs::<Apart<32>, 3>(blocks, tile, ahead, sums),
+        (32, 4) => by_pairs::<Apart<32>, 4>(blocks, tile, ahead, sums),
+        _ => unreachable!("tiles by blocks taken apart have three or four rows"),
+    }
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn rows_of<L: Lanes>(blocks: Blocks<'_>, tile: Tile<'_>, out: &mut [[f32; LANES]]) {
     match tile.rows {
@@ -169,48 +203,58 @@ fn rows_of<L: Lanes>(blocks: Blocks<'_>, tile: Tile<'_>, out: &mut [[f32; LANES]
     }
 }
 
+/// Blocks of a row, of which there are as many as the tile says.
+///
+/// # Panics
+/// Panels, tile and products have not the sizes that this makes.
+fn blocks_of_row<L: Lanes>(blocks: Blocks<'_>, tile: Tile<'_>, products: usize) -> usize {
+    let of_row = tile.codes.len() / tile.rows * 32 / (L::GROUPS * L::GROUP);
+    assert!(tile.scales.len() == tile.codes.len() && products == blocks.count * tile.rows);
+    assert!(tile.codes.len() >= of_row * L::GROUPS * L::GROUP / 32 * tile.rows);
+    assert!(blocks.words.len() >= blocks.count * of_row * L::WORDS * WORD);
+    assert!(blocks.halves.len() >= blocks.count * of_row * L::HALVES * L::HALF * LANES);
+    of_row
+}
+
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 fn products<L: Lanes, const R: usize>(blocks: Blocks<'_>, tile: Tile<'_>, out: &mut [[f32; LANES]]) {
-    let of_row = tile.scales.len() / R * 32 / (L::GROUPS * L::GROUP);
-    assert!(tile.codes.len() >= of_row * L::GROUPS * L::GROUP / 4 * R && out.len() == blocks.count * R);
-    assert!(tile.sums.len() >= of_row * L::GROUPS * L::GROUP / 16 * R);
-    assert!(blocks.words.len() >= blocks.count * of_row * L::WORDS * WORD);
-    assert!(blocks.halves.len() >= blocks.count * of_row * L::HALVES * 2 * LANES);
+    let of_row = blocks_of_row::<L>(blocks, tile, out.len());
+    assert_eq!(tile.rows, R);
     for (panel, out) in out.as_chunks_mut::<R>().0.iter_mut().enumerate() {
         let mut sums = [_mm512_setzero_ps(); R];
         for block in 0..of_row {
             // SAFETY: blocks and their groups are inside of panels and tile (checked above).
             unsafe {
                 let words = blocks.words.as_ptr().add((panel * of_row + block) * L::WORDS * WORD);
-                let halves = blocks.halves.as_ptr().add((panel * of_row + block) * L::HALVES * 2 * LANES);
+                let halves = blocks.halves.as_ptr().add((panel * of_row + block) * L::HALVES * L::HALF * LANES);
                 for group in 0..L::GROUPS {
                     for line in group * L::WORDS / L::GROUPS..(group + 1) * L::WORDS / L::GROUPS {
                         // No harm is done where the address is nobody's.
                         _mm_prefetch::<_MM_HINT_T0>(words.wrapping_add(PREFETCH + line * WORD).cast());
                     }
-                    let number = block * L::GROUPS + group;
-                    let rows = tile.codes.as_ptr().add(number * L::GROUP / 4 * R);
+                    let first = (block * L::GROUPS + group) * L::GROUP;
+                    let (codes, scales) =
+                        (tile.codes.as_ptr().add(first / 32 * R), tile.scales.as_ptr().add(first / 32 * R));
+                    let half = first % 32 / 16;
                     let (mut highs, mut lows) = ([_mm512_setzero_si512(); R], [_mm512_setzero_si512(); R]);
                     for four in 0..L::GROUP / 8 {
                         // One of the first half, one of the second: they may be in the same word.
                         let other = four + L::GROUP / 8;
                         let (front, back) = (L::codes(words, group, four), L::codes(words, group, other));
                         for r in 0..R {
-                            let ([high, low], [high_back, low_back]) =
-                                (*rows.add(four * R + r), *rows.add(other * R + r));
-                            highs[r] = _mm512_dpbusd_epi32(highs[r], front, _mm512_set1_epi32(high));
-                            lows[r] = _mm512_dpbusd_epi32(lows[r], front, _mm512_set1_epi32(low));
-                            highs[r] = _mm512_dpbusd_epi32(highs[r], back, _mm512_set1_epi32(high_back));
-                            lows[r] = _mm512_dpbusd_epi32(lows[r], back, _mm512_set1_epi32(low_back));
+                            let [high, low] = &(*codes.add(r)).0;
+                            let (at, at_other) = (half * 4 + four, half * 4 + other);
+                            highs[r] = _mm512_dpbusd_epi32(highs[r], front, _mm512_set1_epi32(high[at]));
+                            lows[r] = _mm512_dpbusd_epi32(lows[r], front, _mm512_set1_epi32(low[at]));
+                            highs[r] = _mm512_dpbusd_epi32(highs[r], back, _mm512_set1_epi32(high[at_other]));
+                            lows[r] = _mm512_dpbusd_epi32(lows[r], back, _mm512_set1_epi32(low[at_other]));
                         }
                     }
                     let (scale, shift) = L::scales(words, halves, group);
                     for r in 0..R {
-                        let [x_scale, whole_sum] = *tile.scales.as_ptr().add(number * L::GROUP / 32 * R + r);
-                        let x_sum = if L::GROUP == 16 { *tile.sums.as_ptr().add(number * R + r) } else { whole_sum };
-                        let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
-                        let products = _mm512_add_epi32(_mm512_slli_epi32::<8>(highs[r]), lows[r]);
-                        sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sums[r]);
+                        let of_row = *scales.add(r);
+                        let x_sum = of_row[if L::GROUP == 16 { 2 + half } else { 1 }];
+                        sums[r] = scaled(highs[r], lows[r], scale, of_row[0], sums[r]);
                         sums[r] = _mm512_fmadd_ps(shift, _mm512_set1_ps(x_sum), sums[r]);
                     }
                 }
@@ -220,6 +264,125 @@ fn products<L: Lanes, const R: usize>(blocks: Blocks<'_>, tile: Tile<'_>, out: &
             // SAFETY: `out` has sixteen numbers.
             unsafe { _mm512_storeu_ps(out.as_mut_ptr(), sum) };
         }
+    }
+}
+
+/// `sum + scale * x_scale * (256 * highs + lows)`
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+fn scaled(highs: Integers, lows: Integers, scale: Numbers, x_scale: f32, sum: Numbers) -> Numbers {
+    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
+    let products = _mm512_add_epi32(_mm512_slli_epi32::<8>(highs), lows);
+    _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scale, sum)
+}
+
+/// Two panels by R rows at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+fn by_pairs<L: Lanes, const R: usize>(blocks: Blocks<'_>, tile: Tile<'_>, ahead: Ahead<'_>, sums: &mut [[f32; LANES]]) {
+    let of_row = blocks_of_row::<L>(blocks, tile, sums.len());
+    assert_eq!(tile.rows, R);
+    for (pair, sums) in sums.chunks_mut(2 * R).enumerate() {
+        // SAFETY: the one or two panels are inside of the blocks (checked above), and so is the tile.
+        unsafe {
+            let words = blocks.words.as_ptr().add(2 * pair * of_row * L::WORDS * WORD);
+            let halves = blocks.halves.as_ptr().add(2 * pair * of_row * L::HALVES * L::HALF * LANES);
+            if sums.len() == 2 * R {
+                side_by_side::<L, 2, R>(words, halves, of_row, tile, ahead, sums.as_mut_ptr());
+            } else {
+                side_by_side::<L, 1, R>(words, halves, of_row, tile, ahead, sums.as_mut_ptr());
+            }
+        }
+    }
+}
+
+/// P panels by R rows.
+///
+/// # Safety
+/// The panels of `of_row` blocks are there, and rows and sums have the sizes that [`by_pairs`] checks.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+unsafe fn side_by_side<L: Lanes, const P: usize, const R: usize>(
+    words: *const u8,
+    halves: *const u8,
+    of_row: usize,
+    tile: Tile<'_>,
+    ahead: Ahead<'_>,
+    sums: *mut [f32; LANES],
+) {
+    // SAFETY: the caller's, who has checked the sizes.
+    unsafe {
+        let mut kept = [[_mm512_setzero_ps(); R]; P];
+        for (place, kept) in kept.as_flattened_mut().iter_mut().enumerate() {
+            *kept = _mm512_loadu_ps(sums.add(place).cast());
+        }
+        let (next_words, next_halves) = (of_row * L::WORDS * WORD, of_row * L::HALVES * L::HALF * LANES);
+        for block in 0..of_row {
+            let (words, halves) = (words.add(block * L::WORDS * WORD), halves.add(block * L::HALVES * L::HALF * LANES));
+            for line in block * ahead.lines..(block + 1) * ahead.lines {
+                // No harm is done where the address is nobody's.
+                _mm_prefetch::<_MM_HINT_T1>(ahead.bytes.as_ptr().wrapping_add(line * WORD).cast());
+            }
+            let (codes, scales) = (tile.codes.as_ptr().add(block * R), tile.scales.as_ptr().add(block * R));
+            for group in 0..L::GROUPS {
+                let half = group * L::GROUP / 16;
+                let (mut highs, mut lows) = ([[_mm512_setzero_si512(); R]; P], [[_mm512_setzero_si512(); R]; P]);
+                for four in 0..L::GROUP / 8 {
+                    for four in [four, four + L::GROUP / 8] {
+                        let mut weights = [_mm512_setzero_si512(); P];
+                        for (panel, weights) in weights.iter_mut().enumerate() {
+                            *weights = L::codes(words.add(panel * next_words), group, four);
+                        }
+                        for r in 0..R {
+                            let [high, low] = &(*codes.add(r)).0;
+                            let high = _mm512_set1_epi32(high[half * 4 + four]);
+                            let low = _mm512_set1_epi32(low[half * 4 + four]);
+                            for p in 0..P {
+                                highs[p][r] = _mm512_dpbusd_epi32(highs[p][r], weights[p], high);
+                                lows[p][r] = _mm512_dpbusd_epi32(lows[p][r], weights[p], low);
+                            }
+                        }
+                    }
+                }
+                for p in 0..P {
+                    let (scale, shift) = L::scales(words.add(p * next_words), halves.add(p * next_halves), group);
+                    for r in 0..R {
+                        let of_row = *scales.add(r);
+                        let x_sum = of_row[if L::GROUP == 16 { 2 + half } else { 1 }];
+                        kept[p][r] = scaled(highs[p][r], lows[p][r], scale, of_row[0], kept[p][r]);
+                        kept[p][r] = _mm512_fmadd_ps(shift, _mm512_set1_ps(x_sum), kept[p][r]);
+                    }
+                }
+            }
+        }
+        for (place, kept) in kept.as_flattened().iter().enumerate() {
+            _mm512_storeu_ps(sums.add(place).cast(), *kept);
+        }
+    }
+}
+
+/// Rounds 32 numbers of a row.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[inline]
+fn round_group(numbers: &[f32; 32], codes: &mut Codes, scales: &mut Scales) {
+    // SAFETY: the numbers are 32, and codes have 64 bytes.
+    unsafe {
+        let (front, back) = (_mm512_loadu_ps(numbers.as_ptr()), _mm512_loadu_ps(numbers.as_ptr().add(16)));
+        let peak = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(front), _mm512_abs_ps(back)));
+        // NaN and infinite numbers spoil their row, as they would in numbers.
+        let odd = _mm512_mul_ps(_mm512_add_ps(front, back), _mm512_setzero_ps());
+        let is_odd = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(odd, odd) != 0;
+        let step = if is_odd { f32::NAN } else { peak / LARGEST };
+        let inverse = _mm512_set1_ps(if step > 0.0 { 1.0 / step } else { 0.0 });
+        let front = _mm512_cvtps_epi32(_mm512_mul_ps(front, inverse));
+        let back = _mm512_cvtps_epi32(_mm512_mul_ps(back, inverse));
+        let to: *mut __m128i = codes.0.as_mut_ptr().cast();
+        let half = _mm512_set1_epi32(128);
+        _mm_storeu_si128(to, _mm512_cvtepi32_epi8(_mm512_srai_epi32::<8>(_mm512_add_epi32(front, half))));
+        _mm_storeu_si128(to.add(1), _mm512_cvtepi32_epi8(_mm512_srai_epi32::<8>(_mm512_add_epi32(back, half))));
+        _mm_storeu_si128(to.add(2), _mm512_cvtepi32_epi8(front));
+        _mm_storeu_si128(to.add(3), _mm512_cvtepi32_epi8(back));
+        let (front, back) = (_mm512_reduce_add_epi32(front), _mm512_reduce_add_epi32(back));
+        *scales = [step, step * (front + back) as f32, step * front as f32, step * back as f32];
     }
 }
 

@@ -3,11 +3,13 @@
 //! Each set of instructions has its own vectors and its own names for what is done with them. So the formats
 //! are a macro, which a level's module expands beside its few functions on `Integers` and `Numbers`.
 
-/// Expands to `Lanes` and a type for each format that has it.
+/// Expands to `Lanes`, a type for each format that has it, and what is the same for all levels: `take_apart` and
+/// `round`.
 ///
-/// $features: of the level, whose module has `Integers` (32 bits a lane), `Numbers` (float32), and `load`, `and`,
-/// `or`, `xor`, `minus`, `bytes` and `words_of` (one value in all), `left`, `right` and `right_signed` (by so many
-/// bits), `spread` (a product), `look_up` (in `CODEBOOK`), `number`, `product`, `zero_times`, and `scale` (a float16).
+/// $features: of the level, whose module has `Integers` (32 bits a lane), `Numbers` (float32), `WIDTH` (their lanes),
+/// and `load`, `load_number`, `and`, `or`, `xor`, `minus`, `bytes` and `words_of` (one value in all), `left`, `right`
+/// and `right_signed` (by so many bits), `spread` (a product), `look_up` (in `CODEBOOK`), `number`, `product`,
+/// `zero_times`, `scale` (a float16), and `round_group`.
 macro_rules! lanes_of_formats {
     ($features:literal) => {
         /// Blocks of some rows of a panel, each row a lane. Shapes and units are those of `blocks::unpack`.
@@ -16,6 +18,8 @@ macro_rules! lanes_of_formats {
             const WORDS: usize;
             /// float16 numbers of a block.
             const HALVES: usize;
+            /// Bytes of such a number.
+            const HALF: usize = 2;
             /// Numbers of a block that share a scale.
             const GROUP: usize = 32;
             /// Such groups of a block.
@@ -134,6 +138,97 @@ macro_rules! lanes_of_formats {
                 let scale = product(scale(halves, 0), number(fine));
                 (scale, zero_times(scale, -32.0))
             });
+
+        /// What [`take_apart`] makes of any format: codes a byte each, scales and shifts in float32. A block has
+        /// two groups of 16 or one of 32.
+        struct Apart<const GROUP: usize>;
+
+        impl<const GROUP: usize> Lanes for Apart<GROUP> {
+            const WORDS: usize = 8;
+            const HALVES: usize = 32 / GROUP * 2;
+            const HALF: usize = 4;
+            const GROUP: usize = GROUP;
+            const GROUPS: usize = 32 / GROUP;
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            unsafe fn codes(words: *const u8, group: usize, four: usize) -> Integers {
+                // SAFETY: the caller's.
+                unsafe { load(words, group * GROUP / 4 + four) }
+            }
+
+            #[target_feature(enable = $features)]
+            #[inline]
+            unsafe fn scales(_: *const u8, halves: *const u8, group: usize) -> (Numbers, Numbers) {
+                // SAFETY: the caller's.
+                unsafe { (load_number(halves, 2 * group), load_number(halves, 2 * group + 1)) }
+            }
+        }
+
+        /// Blocks of one panel, codes and scales each by itself. words: [numbers / 4, 16, 4]; scales: [groups, 2, 16],
+        /// of which the second are shifts.
+        ///
+        /// # Panics
+        /// The format has no blocks, or something has another size.
+        ///
+        /// # Safety
+        /// The processor has the level's instructions.
+        #[target_feature(enable = $features)]
+        pub fn take_apart(format: Format, blocks: Blocks<'_>, words: &mut [u8], scales: &mut [u8]) {
+            with_lanes!(format, apart_of(blocks, words, scales));
+        }
+
+        #[target_feature(enable = $features)]
+        fn apart_of<L: Lanes>(blocks: Blocks<'_>, words: &mut [u8], scales: &mut [u8]) {
+            let words = words.chunks_exact_mut(L::GROUP / 4 * WORD);
+            let mut groups = words.zip(scales.chunks_exact_mut(2 * WORD));
+            let from = blocks.words.chunks_exact(L::WORDS * WORD);
+            for (from, halves) in from.zip(blocks.halves.chunks_exact(L::HALVES * L::HALF * LANES)) {
+                for group in 0..L::GROUPS {
+                    let (words, scales) = groups.next().expect("as many groups as the blocks have");
+                    for side in 0..LANES / WIDTH {
+                        // SAFETY: a side of a block is inside of it, and of what a group has four bytes a lane.
+                        unsafe {
+                            let from = from.as_ptr().add(side * WIDTH * 4);
+                            for four in 0..L::GROUP / 4 {
+                                let to = words.as_mut_ptr().add(four * WORD + side * WIDTH * 4);
+                                to.cast::<Integers>().write_unaligned(L::codes(from, group, four));
+                            }
+                            let halves = halves.as_ptr().add(side * WIDTH * L::HALF);
+                            let (scale, shift) = L::scales(from, halves, group);
+                            let to = scales.as_mut_ptr().add(side * WIDTH * 4);
+                            to.cast::<Numbers>().write_unaligned(scale);
+                            to.add(WORD).cast::<Numbers>().write_unaligned(shift);
+                        }
+                    }
+                }
+            }
+        }
+
+        /// Rounds numbers to a row of tiles.
+        ///
+        /// # Panics
+        /// The row has no such place.
+        ///
+        /// # Safety
+        /// The processor has the level's instructions, and nobody else uses the row's places meanwhile.
+        #[target_feature(enable = $features)]
+        pub unsafe fn round(numbers: &[f32], place: Place, codes: Writer<'_, Codes>, scales: Writer<'_, Scales>) {
+            let (whole, rest) = numbers.as_chunks();
+            for (group, numbers) in whole.iter().enumerate() {
+                // SAFETY: the caller's.
+                let to = unsafe { (codes.part(place.group(group), 1), scales.part(place.group(group), 1)) };
+                round_group(numbers, &mut to.0[0], &mut to.1[0]);
+            }
+            if !rest.is_empty() {
+                let mut numbers = [0.0; 32];
+                numbers[..rest.len()].copy_from_slice(rest);
+                let place = place.group(whole.len());
+                // SAFETY: the caller's.
+                let to = unsafe { (codes.part(place, 1), scales.part(place, 1)) };
+                round_group(&numbers, &mut to.0[0], &mut to.1[0]);
+            }
+        }
 
         /// Numbers 0 to 15 are in the low halves of sixteen bytes, and 16 to 31 in the high ones.
         ///

@@ -27,6 +27,12 @@ pub struct Memory {
     len: usize,
 }
 
+impl Default for Memory {
+    fn default() -> Self {
+        Self::new(0)
+    }
+}
+
 impl Memory {
     /// So many bytes.
     pub fn new(len: usize) -> Self {
@@ -48,10 +54,15 @@ impl Memory {
         unsafe { std::slice::from_raw_parts(self.region.start.as_ptr().add(self.start), self.len) }
     }
 
+    /// All of them, to be written.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and nobody else has this memory.
+        unsafe { std::slice::from_raw_parts_mut(self.region.start.as_ptr().add(self.start), self.len) }
+    }
+
     /// To be written by several threads.
     pub fn writer(&mut self) -> Writer<'_, u8> {
-        // SAFETY: as in `bytes`, and nobody else has this memory.
-        Writer::new(unsafe { std::slice::from_raw_parts_mut(self.region.start.as_ptr().add(self.start), self.len) })
+        Writer::new(self.bytes_mut())
     }
 }
 

@@ -124,6 +124,24 @@ impl Panels {
         }
     }
 
+    /// `count` blocks of panel `panel`, from number `first` on.
+    pub fn part(&self, panel: usize, first: usize, count: usize) -> Blocks<'_> {
+        let all = self.panels(panel, 1);
+        let (words, halves) = (self.words * LANES * 4, self.halves.count * LANES * 2);
+        Blocks {
+            count: 1,
+            words: &all.words[first * words..][..count * words],
+            halves: &all.halves[first * halves..][..count * halves],
+        }
+    }
+
+    /// The words of up to `count` panels from number `first` on; none behind the last.
+    pub fn following(&self, first: usize, count: usize) -> &[u8] {
+        let words = self.blocks * self.words * LANES * 4;
+        let all = &self.memory.bytes()[..self.halves_start];
+        &all[(first * words).min(all.len())..((first + count) * words).min(all.len())]
+    }
+
     /// Row `row` as a file has it. bytes: of all its blocks.
     ///
     /// # Panics
@@ -156,4 +174,20 @@ pub struct Blocks<'a> {
     pub words: &'a [u8],
     /// [panels, blocks, halves, 16, 2]
     pub halves: &'a [u8],
+}
+
+/// What is multiplied by next: to be fetched meanwhile, so many lines of the cache with each group of 32.
+#[derive(Debug, Clone, Copy)]
+pub struct Ahead<'a> {
+    /// Of panels.
+    pub bytes: &'a [u8],
+    /// With each group.
+    pub lines: usize,
+}
+
+impl Ahead<'_> {
+    /// The lines of so many groups have been fetched.
+    pub fn skip(&mut self, groups: usize) {
+        self.bytes = &self.bytes[(groups * self.lines * 64).min(self.bytes.len())..];
+    }
 }

@@ -1,5 +1,7 @@
 //! A product by matrices that lie in a file's blocks.
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T1};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -7,13 +9,20 @@ use super::blocks::Format;
 use super::level::Level;
 #[cfg(target_arch = "x86_64")]
 use super::level::Tier;
+#[cfg(target_arch = "x86_64")]
+use super::memory::Memory;
+#[cfg(target_arch = "x86_64")]
+use super::panels::{Ahead, Blocks};
 use super::panels::{Panels, LANES};
 use super::plain::{multiply, numbers, Unpacked};
 use super::pool::Pool;
 use super::raw::Writer;
 use super::rows::{Forms, Input, Rows};
 #[cfg(target_arch = "x86_64")]
-use super::{avx2, avx512, rows::TILE};
+use super::{
+    avx2, avx512,
+    rows::{Tile, FEW},
+};
 
 /// Bytes that somebody else keeps: those of a mapped file.
 pub trait Source: Send + Sync {
@@ -201,6 +210,14 @@ pub struct Product {
 const PIECE_BYTES: usize = 24 << 10;
 /// Numbers that one thread makes of blocks at a time.
 const PIECE_NUMBERS: usize = 16 << 10;
+/// Panels that a row is multiplied by at once.
+const PAIR: usize = 2;
+/// Columns that are taken apart at a time: with a tile they fit into the first cache.
+#[cfg(target_arch = "x86_64")]
+const APART: usize = 512;
+/// Tiles that pass by a piece's weights together: their outputs are written side by side.
+#[cfg(target_arch = "x86_64")]
+const TILES_AT_ONCE: usize = 8;
 
 #[derive(Default)]
 struct Scratch {
@@ -208,6 +225,8 @@ struct Scratch {
     row: Vec<u8>,
     #[cfg(target_arch = "x86_64")]
     lanes: Vec<[f32; LANES]>,
+    #[cfg(target_arch = "x86_64")]
+    apart: Memory,
     column: Vec<f32>,
 }
 
@@ -254,9 +273,12 @@ impl Product {
     /// A slice has other sizes.
     pub fn run(&self, pool: &Pool, input: Input<'_>, rows: usize, out: &mut [f32]) {
         assert_eq!(out.len(), rows * self.outputs);
-        let (codes, numbers) = self.matrices.iter().fold((false, false), |(codes, numbers), matrix| {
-            (codes || matrix.format.is_quantised(), numbers || !matrix.format.is_quantised())
-        });
+        let any = |is: &dyn Fn(&Matrix) -> bool| self.matrices.iter().any(is);
+        let forms = Forms {
+            codes: any(&|matrix| matrix.format.is_quantised() && !self.by_panels(matrix)),
+            tiles: any(&|matrix| self.by_panels(matrix)),
+            numbers: any(&|matrix| !matrix.format.is_quantised()),
+        };
         // Kept from call to call; a call beside another one has its own.
         let mut kept = ROWS.try_lock();
         let mut own = None;
@@ -266,8 +288,7 @@ impl Product {
             Err(std::sync::TryLockError::WouldBlock) => &mut own,
         };
         let made = made.get_or_insert_default();
-        let tiles = self.matrices.iter().any(|matrix| self.by_panels(matrix));
-        made.make(self.level, pool, input, rows, self.columns, Forms { codes, tiles, numbers });
+        made.make(self.level, pool, input, rows, self.columns, forms);
         let made = &*made;
         let out = Writer::new(out);
         pool.run(self.pieces.len(), &|piece| {
@@ -285,7 +306,11 @@ impl Product {
         let matrix = &self.matrices[piece.matrix];
         #[cfg(target_arch = "x86_64")]
         if let Some(panels) = matrix.panels.get().filter(|_| self.by_panels(matrix)) {
-            return self.panels(panels, piece, made, rows, out, &mut scratch.lanes);
+            return match rows {
+                0 => {}
+                1..=FEW => self.by_few(panels, piece, made.tile(0), out, &mut scratch.lanes),
+                _ => self.by_many(panels, piece, made, out, scratch),
+            };
         }
         scratch.column.resize(rows, 0.0);
         for number in 0..piece.rows {
@@ -296,41 +321,84 @@ impl Product {
         }
     }
 
-    /// Sixteen outputs at a time, by eight rows at a time.
+    /// All outputs of a piece by few rows: by panels as they are.
     #[cfg(target_arch = "x86_64")]
-    fn panels(
+    fn by_few(
         &self,
         panels: &Panels,
         piece: &Piece,
-        made: &Rows,
-        rows: usize,
+        tile: Tile<'_>,
         out: Writer<'_, f32>,
         lanes: &mut Vec<[f32; LANES]>,
     ) {
         let blocks = panels.panels(piece.first / LANES, piece.rows.div_ceil(LANES));
+        lanes.resize(blocks.count * tile.rows, [0.0; LANES]);
         let multiply = if self.level.tier() == Tier::Avx512 { avx512::multiply } else { avx2::multiply };
-        for first_row in (0..rows).step_by(TILE) {
-            let tile = made.tile(first_row / TILE);
-            lanes.resize(blocks.count * tile.rows, [0.0; LANES]);
-            // SAFETY: a `Level` can only be had where the processor has its instructions.
-            unsafe { multiply(panels.format(), blocks, tile, lanes) };
-            for (panel, lanes) in lanes.chunks_exact(tile.rows).enumerate() {
-                self.store_lanes(first_row, piece, panel * LANES, lanes, out);
+        // SAFETY: a `Level` can only be had where the processor has its instructions.
+        unsafe { multiply(panels.format(), blocks, tile, lanes) };
+        for row in 0..tile.rows {
+            self.store_lanes(row, piece, lanes[row..].iter().step_by(tile.rows), out);
+        }
+    }
+
+    /// All outputs of a piece by many rows, some tiles at a time: by panels taken apart.
+    #[cfg(target_arch = "x86_64")]
+    fn by_many(&self, panels: &Panels, piece: &Piece, made: &Rows, out: Writer<'_, f32>, scratch: &mut Scratch) {
+        let Scratch { lanes, apart, .. } = scratch;
+        let count = piece.rows.div_ceil(LANES);
+        let mut weights = Weights::new(self.level, panels, piece.first / LANES, count, self.columns, apart);
+        for first_tile in (0..made.tiles()).step_by(TILES_AT_ONCE) {
+            let tiles = first_tile..made.tiles().min(first_tile + TILES_AT_ONCE);
+            let first_row = made.first_of_tile(tiles.start);
+            lanes.clear();
+            lanes.resize(count * (made.first_of_tile(tiles.end) - first_row), [0.0; LANES]);
+            for pair in 0..count.div_ceil(PAIR) {
+                let fetch = |row| self.fetch_output(row, piece, pair * PAIR * LANES, out);
+                weights.multiply(pair, made, tiles.clone(), lanes, &fetch);
+            }
+            let mut lanes = &lanes[..];
+            for tile in tiles {
+                let rows = made.first_of_tile(tile)..made.first_of_tile(tile + 1);
+                let of_tile = lanes.split_off(..count * rows.len()).expect("sums of all tiles");
+                for (number, row) in rows.clone().enumerate() {
+                    self.store_lanes(row, piece, of_tile[number..].iter().step_by(rows.len()), out);
+                }
             }
         }
     }
 
-    /// Some rows' outputs by the sixteen rows of weights from `first` of the piece on.
+    /// Has a row's outputs by a pair of panels fetched, from `first` of the piece on: they will be written, and each
+    /// line would be waited for.
     #[cfg(target_arch = "x86_64")]
-    fn store_lanes(&self, first_row: usize, piece: &Piece, first: usize, lanes: &[[f32; LANES]], out: Writer<'_, f32>) {
-        let (output, count) = (piece.first_output + first, LANES.min(piece.rows - first));
-        for (row, products) in lanes.iter().enumerate() {
-            // SAFETY: outputs of one piece are written by the thread that has it.
-            let out = unsafe { out.part((first_row + row) * self.outputs + output, count) };
-            out.copy_from_slice(&products[..count]);
-            if let Some(bias) = &self.bias {
-                out.iter_mut().zip(&bias[output..]).for_each(|(out, bias)| *out += bias);
+    fn fetch_output(&self, row: usize, piece: &Piece, first: usize, out: Writer<'_, f32>) {
+        // SAFETY: outputs of one piece are used by the thread that has it.
+        let out = unsafe { out.part(row * self.outputs + piece.first_output + first, piece.rows - first) };
+        for line in out.chunks(LANES).take(PAIR) {
+            // SAFETY: every processor of this architecture has the instruction.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+        }
+    }
+
+    /// A row's outputs of a piece. lanes: of each panel.
+    #[cfg(target_arch = "x86_64")]
+    fn store_lanes<'a>(
+        &self,
+        row: usize,
+        piece: &Piece,
+        lanes: impl Iterator<Item = &'a [f32; LANES]>,
+        out: Writer<'_, f32>,
+    ) {
+        // SAFETY: outputs of one piece are written by the thread that has it.
+        let out = unsafe { out.part(row * self.outputs + piece.first_output, piece.rows) };
+        for (out, lanes) in out.chunks_mut(LANES).zip(lanes) {
+            if let Some(out) = out.first_chunk_mut() {
+                *out = *lanes;
+            } else {
+                out.copy_from_slice(&lanes[..out.len()]);
             }
+        }
+        if let Some(bias) = &self.bias {
+            out.iter_mut().zip(&bias[piece.first_output..]).for_each(|(out, bias)| *out += bias);
         }
     }
 
@@ -342,6 +410,120 @@ impl Product {
             let out = unsafe { out.part(row * self.outputs + output, 1) };
             out[0] = product + bias;
         }
+    }
+}
+
+/// Panels of a piece, by which tiles are multiplied pair by pair.
+#[cfg(target_arch = "x86_64")]
+struct Weights<'a> {
+    level: Level,
+    panels: &'a Panels,
+    first: usize,
+    count: usize,
+    /// Blocks of a row, and how many of them are taken apart and multiplied at a time.
+    of_row: usize,
+    at_once: usize,
+    /// Codes and scales of blocks, each by itself: made once for many rows.
+    apart: &'a mut Memory,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<'a> Weights<'a> {
+    /// `count` panels from number `first` on.
+    fn new(
+        level: Level,
+        panels: &'a Panels,
+        first: usize,
+        count: usize,
+        columns: usize,
+        apart: &'a mut Memory,
+    ) -> Self {
+        let of_row = columns / panels.format().numbers();
+        let at_once = of_row.div_ceil(((columns + APART / 2) / APART).max(1));
+        Self { level, panels, first, count, of_row, at_once, apart }
+    }
+
+    /// Adds products with some tiles. sums: [tiles, panels, rows of the tile, 16]. fetch: is called for each row
+    /// some time before all is done.
+    fn multiply(
+        &mut self,
+        pair: usize,
+        made: &Rows,
+        tiles: std::ops::Range<usize>,
+        sums: &mut [[f32; LANES]],
+        fetch: &impl Fn(usize),
+    ) {
+        let (first, count) = (pair * PAIR, PAIR.min(self.count - pair * PAIR));
+        let next = self.panels.following(self.first + first + count, PAIR);
+        let is_first = tiles.start == 0;
+        if is_first {
+            self.take_apart(first, count);
+        }
+        let format = self.panels.format();
+        let multiply = if self.level.tier() == Tier::Avx512 { avx512::multiply_apart } else { avx2::multiply_apart };
+        // What is next comes from memory while these are multiplied.
+        let groups = self.of_row * format.numbers() / 32;
+        let lines = if is_first { next.len().div_ceil(64 * groups * tiles.len()) } else { 0 };
+        let mut ahead = Ahead { bytes: next, lines };
+        for first_block in (0..self.of_row).step_by(self.at_once) {
+            let blocks = self.at_once.min(self.of_row - first_block);
+            let (first_group, groups) = (first_block * format.numbers() / 32, blocks * format.numbers() / 32);
+            let these = self.part_apart(first, count, first_block, blocks);
+            let mut sums = &mut *sums;
+            for number in tiles.clone() {
+                if first_block == 0 {
+                    (made.first_of_tile(number)..made.first_of_tile(number + 1)).for_each(fetch);
+                }
+                let tile = made.tile(number);
+                let of_tile = sums.split_off_mut(..self.count * tile.rows).expect("sums of all tiles");
+                let of_pair = &mut of_tile[first * tile.rows..][..count * tile.rows];
+                // SAFETY: a `Level` can only be had where the processor has its instructions.
+                unsafe { multiply(format.group(), these, tile.part(first_group, groups), ahead, of_pair) };
+                ahead.skip(groups);
+            }
+        }
+    }
+
+    /// Bytes of sixteen rows' blocks: of their codes, and of their scales and shifts.
+    fn bytes_of(&self) -> [usize; 2] {
+        let format = self.panels.format();
+        [format.numbers() * LANES, format.numbers() / format.group() * 2 * 4 * LANES]
+    }
+
+    /// Where in `apart` are codes and scales of some blocks of a pair, of all its panels.
+    fn place(&self, first: usize, count: usize, first_block: usize, blocks: usize) -> [std::ops::Range<usize>; 2] {
+        let [words_of, scales_of] = self.bytes_of();
+        let start = (first * self.of_row + count * first_block) * (words_of + scales_of);
+        let middle = start + count * blocks * words_of;
+        [start..middle, middle..middle + count * blocks * scales_of]
+    }
+
+    /// Takes the blocks of a pair apart.
+    fn take_apart(&mut self, first: usize, count: usize) {
+        let [words_of, scales_of] = self.bytes_of();
+        let len = self.count * self.of_row * (words_of + scales_of);
+        if self.apart.bytes().len() < len {
+            *self.apart = Memory::new(len);
+        }
+        let take_apart = if self.level.tier() == Tier::Avx512 { avx512::take_apart } else { avx2::take_apart };
+        for first_block in (0..self.of_row).step_by(self.at_once) {
+            let blocks = self.at_once.min(self.of_row - first_block);
+            let [words, scales] = self.place(first, count, first_block, blocks);
+            let bytes = self.apart.bytes_mut().get_disjoint_mut([words, scales]).expect("places that are apart");
+            let [words, scales] = bytes.map(|bytes| bytes.chunks_exact_mut(bytes.len() / count));
+            for (panel, (words, scales)) in words.zip(scales).enumerate() {
+                let from = self.panels.part(self.first + first + panel, first_block, blocks);
+                // SAFETY: a `Level` can only be had where the processor has its instructions.
+                unsafe { take_apart(self.panels.format(), from, words, scales) };
+            }
+        }
+    }
+
+    /// Some blocks of a pair, taken apart.
+    fn part_apart(&self, first: usize, count: usize, first_block: usize, blocks: usize) -> Blocks<'_> {
+        let [words, scales] = self.place(first, count, first_block, blocks);
+        let bytes = self.apart.bytes();
+        Blocks { count, words: &bytes[words], halves: &bytes[scales] }
     }
 }
 
@@ -360,7 +542,9 @@ impl Piece {
         let mut pieces = Vec::new();
         let mut first_output = 0;
         for (number, matrix) in matrices.iter().enumerate() {
-            let size = (PIECE_BYTES / matrix.format.row_bytes(matrix.columns)).next_multiple_of(LANES).max(LANES);
+            let size = (PIECE_BYTES / matrix.format.row_bytes(matrix.columns))
+                .next_multiple_of(PAIR * LANES)
+                .max(PAIR * LANES);
             for first in (0..matrix.rows).step_by(size) {
                 let rows = size.min(matrix.rows - first);
                 pieces.push(Self { matrix: number, first, rows, first_output: first_output + first });

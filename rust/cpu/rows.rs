@@ -9,13 +9,17 @@ use super::level::Tier;
 use super::level::{by_level, multiply_add, Level};
 use super::pool::Pool;
 use super::raw::Writer;
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, avx512};
 
 /// Numbers of one group of activations.
 pub const GROUP: usize = 32;
 /// The largest code: both of its bytes are signed numbers.
-const LARGEST: f32 = 127.0 * 256.0;
-/// Rows that a tile has side by side.
-pub const TILE: usize = 8;
+pub(super) const LARGEST: f32 = 127.0 * 256.0;
+/// Up to so many rows are one tile.
+pub const FEW: usize = 8;
+/// Rows of a tile where there are more: by two panels of weights, as many as registers hold sums for.
+const TILE: usize = 4;
 /// Up to so many rows the caller makes himself: waking threads takes longer.
 pub(super) const ALONE: usize = 4;
 
@@ -68,37 +72,52 @@ pub struct Rows {
     tiles: Tiles,
 }
 
-/// The same codes, scales and sums for panels of weights: those of up to eight rows side by side, tile after
-/// tile. The last one has the rows that are left.
+/// Rows for panels of weights: up to eight side by side, or tile after tile of three or four.
 #[derive(Debug, Default)]
 struct Tiles {
-    /// [padded / 4, rows of the tile] of each tile: four codes, by [`split`].
-    codes: Vec<[i32; 2]>,
+    /// The first row of each tile, and how many rows there are.
+    starts: Vec<usize>,
+    /// [padded / 32, rows of the tile] of each tile
+    codes: Vec<Codes>,
     /// [padded / 32, rows of the tile]
-    scales: Vec<[f32; 2]>,
-    /// [padded / 16, rows of the tile]
-    sums: Vec<f32>,
+    scales: Vec<Scales>,
 }
 
-/// Up to eight rows of [`Rows`], side by side.
+/// 32 codes, by fours, as a level multiplies them: with VNNI their high bytes, such that the low ones have a
+/// sign, and their low ones; else the first and third of each four, and the second and fourth.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C, align(64))]
+pub struct Codes(pub [[i32; 8]; 2]);
+
+/// What belongs to 32 codes: their scale, scale * (sum of the codes), and the same of each half.
+pub type Scales = [f32; 4];
+
+/// Up to eight rows, side by side.
 #[derive(Debug, Clone, Copy)]
 pub struct Tile<'a> {
     /// How many.
     pub rows: usize,
-    /// [padded / 4, rows]: four codes, by [`split`]
-    pub codes: &'a [[i32; 2]],
-    /// [padded / 32, rows]: scale, and scale * (sum of the codes)
-    pub scales: &'a [[f32; 2]],
-    /// [padded / 16, rows]: scale * (sum of 16 codes)
-    pub sums: &'a [f32],
+    /// [groups of 32, rows]
+    pub codes: &'a [Codes],
+    /// [groups of 32, rows]
+    pub scales: &'a [Scales],
+}
+
+impl Tile<'_> {
+    /// `count` groups of 32 from number `first` on.
+    #[must_use]
+    pub fn part(self, first: usize, count: usize) -> Self {
+        let (from, len) = (first * self.rows, count * self.rows);
+        Self { rows: self.rows, codes: &self.codes[from..][..len], scales: &self.scales[from..][..len] }
+    }
 }
 
 /// What of the rows is wanted.
 #[derive(Debug, Clone, Copy)]
 pub struct Forms {
-    /// Codes, for weights that are quantised.
+    /// Codes row by row, for weights that are quantised.
     pub codes: bool,
-    /// Codes in tiles too, for panels of weights.
+    /// Codes in tiles, for panels of such weights.
     pub tiles: bool,
     /// Numbers, for weights that are not.
     pub numbers: bool,
@@ -135,13 +154,13 @@ impl Rows {
         self.sums.resize(rows * groups * 2, 0.0);
         self.numbers.resize(rows * numbers_of_row, 0.0);
         self.count = rows;
-        let tiled = if tiles { rows * padded } else { 0 };
-        self.tiles.codes.resize(tiled / 4, [0; 2]);
-        self.tiles.scales.resize(tiled / GROUP, [0.0; 2]);
-        self.tiles.sums.resize(tiled / 16, 0.0);
+        let tiled = if tiles { rows * self.padded / GROUP } else { 0 };
+        self.tiles.codes.resize(tiled, Codes::default());
+        self.tiles.scales.resize(tiled, [0.0; 4]);
+        self.tiles.starts.clear();
+        self.tiles.starts.extend((0..=tiles_of(rows)).map(|number| first_of_tile(number, rows)));
         let tile_codes = Writer::new(&mut self.tiles.codes);
         let tile_scales = Writer::new(&mut self.tiles.scales);
-        let tile_sums = Writer::new(&mut self.tiles.sums);
         let all_codes = Writer::new(&mut self.codes);
         let all_scales = Writer::new(&mut self.scales);
         let all_sums = Writer::new(&mut self.sums);
@@ -163,14 +182,11 @@ impl Rows {
                 if codes {
                     quantise(level, made, &mut rounded);
                 }
+                if tiles {
+                    let place = Place::of(row, rows, columns.div_ceil(GROUP));
+                    round(level, made, place, tile_codes, tile_scales);
+                }
             });
-            if tiles {
-                let Rounded { codes, scales, sums } = rounded;
-                let place = Place { row, rows };
-                place.write(tile_codes, codes.as_chunks().0.iter().map(|&four| split(level, four)));
-                place.write(tile_scales, scales.as_chunks().0.iter().copied());
-                place.write(tile_sums, sums.iter().copied());
-            }
         };
         if rows <= ALONE {
             (0..rows).for_each(one);
@@ -189,16 +205,22 @@ impl Rows {
         }
     }
 
-    /// Rows from `8 * number` on, up to eight.
+    /// How many tiles there are.
+    pub fn tiles(&self) -> usize {
+        self.tiles.starts.len() - 1
+    }
+
+    /// The first row of tile `number`, or how many rows there are behind the last.
+    pub fn first_of_tile(&self, number: usize) -> usize {
+        self.tiles.starts[number]
+    }
+
+    /// Tile `number`.
     pub fn tile(&self, number: usize) -> Tile<'_> {
-        let rows = TILE.min(self.count - number * TILE);
-        let (first, len) = (number * TILE * self.padded, rows * self.padded);
-        Tile {
-            rows,
-            codes: &self.tiles.codes[first / 4..][..len / 4],
-            scales: &self.tiles.scales[first / GROUP..][..len / GROUP],
-            sums: &self.tiles.sums[first / 16..][..len / 16],
-        }
+        let first = self.first_of_tile(number);
+        let (rows, groups) = (self.first_of_tile(number + 1) - first, self.padded / GROUP);
+        let (codes, scales) = (&self.tiles.codes[first * groups..], &self.tiles.scales[first * groups..]);
+        Tile { rows, codes: &codes[..rows * groups], scales: &scales[..rows * groups] }
     }
 
     /// Numbers of row `row`.
@@ -207,40 +229,57 @@ impl Rows {
     }
 }
 
-/// Four codes as a level multiplies them: with VNNI their high bytes, such that the low ones have a sign,
-/// and their low ones; else the first and third, and the second and fourth.
-#[inline(always)]
-fn split(level: Level, codes: [i16; 4]) -> [i32; 2] {
-    #[cfg(target_arch = "x86_64")]
-    if level.tier() == Tier::Avx512 {
-        let high = codes.map(|code| ((i32::from(code) + 128) >> 8) as u8);
-        return [high, codes.map(|code| code as u8)].map(i32::from_ne_bytes);
+/// How many tiles so many rows are.
+fn tiles_of(rows: usize) -> usize {
+    if rows <= FEW {
+        1
+    } else {
+        rows.div_ceil(TILE)
     }
-    let _ = level;
-    let pair = |low: i16, high: i16| i32::from(low.cast_unsigned()) | i32::from(high) << 16;
-    [pair(codes[0], codes[2]), pair(codes[1], codes[3])]
 }
 
-/// Where a row is among tiles.
+/// The first of the rows of tile `number`: nine rows are thrice three, since four, four and one take longer.
+fn first_of_tile(number: usize, rows: usize) -> usize {
+    number * rows / tiles_of(rows)
+}
+
+/// Where a row of tiles lies: groups are `step` apart.
 #[derive(Debug, Clone, Copy)]
-struct Place {
-    row: usize,
-    /// Of all tiles.
-    rows: usize,
+pub struct Place {
+    first: usize,
+    step: usize,
 }
 
 impl Place {
-    /// Writes what the row has.
-    fn write<T>(self, tiles: Writer<'_, T>, parts: impl ExactSizeIterator<Item = T>) {
-        let tile = self.row / TILE * TILE;
-        let width = TILE.min(self.rows - tile);
-        let first = tile * parts.len() + self.row - tile;
-        for (at, part) in parts.enumerate() {
-            // SAFETY: each row has places of its own, and is made by one thread.
-            let place = unsafe { tiles.part(first + at * width, 1) };
-            place[0] = part;
-        }
+    /// Of row `row` of `rows`, which have so many groups of 32.
+    fn of(row: usize, rows: usize, groups: usize) -> Self {
+        let tile = ((row + 1) * tiles_of(rows) - 1) / rows;
+        let first = first_of_tile(tile, rows);
+        Self { first: first * groups + row - first, step: first_of_tile(tile + 1, rows) - first }
     }
+
+    /// Where group `group` is.
+    #[inline(always)]
+    pub fn group(self, group: usize) -> usize {
+        self.first + group * self.step
+    }
+}
+
+/// Rounds `numbers` to a row of tiles. Only levels that have kernels for panels have tiles.
+#[cfg(target_arch = "x86_64")]
+fn round(level: Level, numbers: &[f32], place: Place, codes: Writer<'_, Codes>, scales: Writer<'_, Scales>) {
+    let round = match level.tier() {
+        Tier::Portable => unreachable!("no kernel for panels"),
+        Tier::Avx2 => avx2::round,
+        Tier::Avx512 => avx512::round,
+    };
+    // SAFETY: a `Level` can only be had where the processor has its instructions; places of a row are its own.
+    unsafe { round(numbers, place, codes, scales) };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn round(_: Level, _: &[f32], _: Place, _: Writer<'_, Codes>, _: Writer<'_, Scales>) {
+    unreachable!("no kernel for panels");
 }
 
 thread_local! {

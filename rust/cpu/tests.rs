@@ -83,12 +83,12 @@ fn assert_close(got: &[f32], right: &[f32], tolerance: f32, what: &str) {
 fn products_of_every_shape_are_the_portable_ones() {
     let mut random = Random(7);
     let pool = Pool::new(2);
-    for turn in 0..20 {
+    for turn in 0..24 {
         for name in FORMATS {
             let format = Format::named(name).expect("a format");
             let (most, start) = (1024 / format.numbers().max(32), random.from(0, 3));
             let columns = random.from(1, most) * format.numbers().max(1);
-            let (outputs, rows) = (random.from(1, 40), [1, 2, 3, 4, 5, 8, 9, 17][turn % 8]);
+            let (outputs, rows) = (random.from(1, 80), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 41][turn % 12]);
             let count = outputs * columns / format.numbers();
             let bytes: Bytes = Arc::new(random.blocks(format, count, start));
             let x = random.numbers(rows * columns);
