@@ -44,12 +44,8 @@ pub(super) fn prepare_step(
 ) -> PyResult<()> {
     let bytes = Tensor::of(plan, "plan")?;
     let plan = view(header, &bytes)?;
-    let mut state = State {
-        records: Tensor::of(records, "records")?.write(),
-        last_token: Tensor::of(last_token, "last_token")?.write(),
-        vocab_size: penalty_counts.map_or(Ok(0), width)?,
-        penalty_counts: counts_of(penalty_counts)?,
-    };
+    let vocab_size = penalty_counts.map_or(Ok(0), width)?;
+    let mut state = state_of(records, last_token, vocab_size, penalty_counts)?;
     let mut tables = Tables {
         groups: block_table.len()?,
         width: width(block_table)?,
@@ -88,12 +84,7 @@ pub(super) fn sample_step(
 ) -> PyResult<()> {
     let bytes = Tensor::of(plan, "plan")?;
     let plan = view(header, &bytes)?;
-    let mut state = State {
-        records: Tensor::of(records, "records")?.write(),
-        last_token: Tensor::of(last_token, "last_token")?.write(),
-        vocab_size,
-        penalty_counts: counts_of(penalty_counts)?,
-    };
+    let mut state = state_of(records, last_token, vocab_size, penalty_counts)?;
     let logits = Wide { width: width(logits)?, numbers: Tensor::<f32>::of(logits, "logits")?.read() };
     let masks = masks
         .map(|masks| Ok::<_, PyErr>(Wide { width: width(masks)?, numbers: Tensor::<i32>::of(masks, "masks")?.read() }))
@@ -106,6 +97,18 @@ pub(super) fn sample_step(
     Ok(())
 }
 
-fn counts_of<'a>(counts: Option<&'a Bound<'_, PyAny>>) -> PyResult<Option<&'a mut [i32]>> {
-    counts.map(|counts| Ok(Tensor::of(counts, "penalty_counts")?.write())).transpose()
+/// What request slots remember, out of its tensors.
+fn state_of<'a>(
+    records: &'a Bound<'_, PyAny>,
+    last_token: &'a Bound<'_, PyAny>,
+    vocab_size: usize,
+    penalty_counts: Option<&'a Bound<'_, PyAny>>,
+) -> PyResult<State<'a>> {
+    let counts = penalty_counts.map(|counts| Ok::<_, PyErr>(Tensor::of(counts, "penalty_counts")?.write()));
+    Ok(State {
+        records: Tensor::of(records, "records")?.write(),
+        last_token: Tensor::of(last_token, "last_token")?.write(),
+        penalty_counts: counts.transpose()?,
+        vocab_size,
+    })
 }

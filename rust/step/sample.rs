@@ -53,14 +53,22 @@ pub fn sample(
     let rows: Vec<Row> = plan.rows().collect();
     let (drafts, bias): (Vec<u32>, Vec<_>) = (plan.drafts().collect(), plan.bias().collect());
     let decodes = info.padded_decodes as usize;
-    let first_draft = |index: usize| rows[..index].iter().map(|row| row.num_drafts as usize).sum::<usize>();
+    // Where the drafts of each row begin.
+    let first_drafts: Vec<usize> = rows
+        .iter()
+        .scan(0, |next, row| {
+            let first = *next;
+            *next += row.num_drafts as usize;
+            Some(first)
+        })
+        .collect();
     let answers: Vec<OnceLock<Answer>> = rows.iter().map(|_| OnceLock::new()).collect();
     let seen = &*state;
     pool.run(rows.len(), &|index| {
         let row = &rows[index];
         let is_decode = index < decodes;
         let first = if is_decode { row.query_start } else { info.num_decode_tokens + (index - decodes) as u32 };
-        let own = &drafts[first_draft(index)..][..row.num_drafts as usize];
+        let own = &drafts[first_drafts[index]..][..row.num_drafts as usize];
         let places = Places { row, first: first as usize, drafts: if is_decode { own } else { &[] } };
         let _ = answers[index].set(places.draw(seen, logits, masks, &bias));
     });
