@@ -1,8 +1,8 @@
 //! What will come next in one sequence, by what came before: prompt lookup (Saxena 2023, "Prompt
 //! Lookup Decoding") and suffix decoding (Oliaro et al. 2024, `SuffixDecoding`, section 4).
 
-use super::history::{History, Match};
-use super::store::{until_end, Store};
+use super::history::{History, Match, MOST_FOUND};
+use super::store::{Store, END};
 use crate::config::{Speculation, SpeculationMethod};
 
 /// The part of drafts that is believed to be right before any has been tested.
@@ -23,6 +23,8 @@ const MEMORY_IDLE: f32 = 0.98;
 /// tokens: to look costs more than all else of a drafter, and hardly any draft is missed.
 const SELDOM: f32 = 0.15;
 const TOKENS_UNREAD: u32 = 3;
+/// Matches of one look: in the sequence's own text, and in both halves of its tenant's outputs.
+const MOST_PATHS: usize = 3 * MOST_FOUND;
 /// Stands in a plan for a draft that the device makes.
 const MADE_LATER: u32 = 0;
 
@@ -218,34 +220,63 @@ impl Drafter {
         let text = self.history.tokens();
         let deepest = config.lookup_max as usize;
         let own = self.history.matches(text, deepest).map(|found| (text, found));
-        let all: Vec<(&[u32], Match)> = own.chain(store.matches(self.root, text, deepest)).collect();
-        let Some(longest) = all.iter().map(|(_, found)| found.len).max() else { return };
-        let most = most.min(((longest as f32 * config.max_spec_factor) as usize).max(1));
-        let of_longest = all.iter().filter(|(_, found)| found.len == longest);
-        let mut paths: Vec<&[u32]> = of_longest.map(|(tokens, found)| until_end(tokens, found.next, most)).collect();
-        let mut chance = 1.0;
-        let mut votes: Vec<(u32, u32)> = Vec::new();
-        for depth in 0..most {
-            paths.retain(|path| path.len() > depth);
-            votes.clear();
-            for path in &paths {
-                match votes.iter_mut().find(|(token, _)| *token == path[depth]) {
-                    Some((_, count)) => *count += 1,
-                    None => votes.push((path[depth], 1)),
-                }
+        // What came behind each of the longest matches, in a place of its own: a look allocates nothing.
+        let mut all_paths: [&[u32]; MOST_PATHS] = [&[]; MOST_PATHS];
+        let (mut longest, mut count) = (0, 0);
+        for (tokens, found) in own.chain(store.matches(self.root, text, deepest)) {
+            if found.len > longest {
+                (longest, count) = (found.len, 0);
             }
-            // Of equals the first, which is the latest of the sequence's own.
-            let Some((token, count)) = votes.iter().rev().copied().max_by_key(|(_, count)| *count) else { return };
-            let sure = count as f32 / paths.len() as f32;
+            if found.len == longest {
+                all_paths[count] = &tokens[found.next..];
+                count += 1;
+            }
+        }
+        let most = most.min(((longest as f32 * config.max_spec_factor) as usize).max(1));
+        let mut chance = 1.0;
+        for depth in 0..most {
+            let paths = &mut all_paths[..count];
+            let Some((token, votes, total)) = favourite(paths, depth) else { return };
+            let sure = votes as f32 / total as f32;
             chance *= sure;
             if chance < config.min_token_prob {
                 return;
             }
             self.foretold.push(token);
             self.sure.push(sure);
-            paths.retain(|path| path[depth] == token);
+            count = keep(paths, |path| path.get(depth) == Some(&token));
         }
     }
+}
+
+/// Moves the paths that `stays` wants to the front, in their order, and says how many they are.
+fn keep(paths: &mut [&[u32]], stays: impl Fn(&[u32]) -> bool) -> usize {
+    let mut count = 0;
+    for index in 0..paths.len() {
+        if stays(paths[index]) {
+            paths[count] = paths[index];
+            count += 1;
+        }
+    }
+    count
+}
+
+/// The token that most paths have at `depth`, how many do, and how many have any. Of equals the first, which
+/// is the latest of the sequence's own.
+fn favourite(paths: &[&[u32]], depth: usize) -> Option<(u32, u32, u32)> {
+    let mut votes = [(0, 0); MOST_PATHS];
+    let (mut kinds, mut total) = (0, 0);
+    for token in paths.iter().filter_map(|path| path.get(depth).copied().filter(|token| *token != END)) {
+        total += 1;
+        if let Some((_, count)) = votes[..kinds].iter_mut().find(|(other, _)| *other == token) {
+            *count += 1;
+        } else {
+            votes[kinds] = (token, 1);
+            kinds += 1;
+        }
+    }
+    let (token, count) = votes[..kinds].iter().rev().copied().max_by_key(|(_, count)| *count)?;
+    Some((token, count, total))
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 /// The earlier occurrences that one look goes through, at most: a run of blanks has thousands.
 const MOST_LOOKED_AT: usize = 8;
+/// Matches of one look, at most: the end of the text itself may be among the places.
+pub(super) const MOST_FOUND: usize = 1 + MOST_LOOKED_AT;
 
 /// A place in a [`History`] before which the same tokens stand as at the end of a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,7 +85,7 @@ impl History {
         let link = |end: u32| (end > 0).then_some(end as usize);
         let run = text.len().checked_sub(self.key_len).map(|start| &text[start..]);
         let latest = run.and_then(|run| link(self.latest[self.place(run)]));
-        let ends = std::iter::successors(latest, move |end| link(self.before[end - 1])).take(1 + MOST_LOOKED_AT);
+        let ends = std::iter::successors(latest, move |end| link(self.before[end - 1])).take(MOST_FOUND);
         ends.filter(|end| *end < self.tokens.len()).filter_map(move |end| {
             let same = self.tokens[..end].iter().rev().zip(text.iter().rev()).take(most);
             let len = same.take_while(|(there, here)| there == here).count();

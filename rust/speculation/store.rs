@@ -7,7 +7,7 @@ use rustc_hash::FxHashMap;
 use super::history::{History, Match};
 
 /// Ends an output in the store; no token of a vocabulary.
-const END: u32 = u32::MAX;
+pub(super) const END: u32 = u32::MAX;
 
 /// One tenant's outputs: the older half is forgotten whole, once the newer one is full.
 #[derive(Debug)]
@@ -62,8 +62,8 @@ impl Store {
         }
     }
 
-    /// Where the last tokens of `text` came before in the tenant's outputs: the text there up to its
-    /// end, and the match in it.
+    /// Where the last tokens of `text` came before in the tenant's outputs: the text there, in which
+    /// [`END`] stands behind each output, and the match in it.
     pub(super) fn matches<'a>(
         &'a self,
         root: u128,
@@ -76,19 +76,13 @@ impl Store {
     }
 }
 
-/// At most `most` tokens of a store's text from `next` on, up to the end of their output.
-pub(super) fn until_end(tokens: &[u32], next: usize, most: usize) -> &[u32] {
-    let rest = &tokens[next..tokens.len().min(next + most)];
-    let end = rest.iter().position(|token| *token == END);
-    &rest[..end.unwrap_or(rest.len())]
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn found(store: &Store, root: u128, text: &[u32]) -> Vec<Vec<u32>> {
-        store.matches(root, text, 8).map(|(tokens, found)| until_end(tokens, found.next, 100).to_vec()).collect()
+        let until_end = |tokens: &[u32]| tokens.iter().copied().take_while(|token| *token != END).collect();
+        store.matches(root, text, 8).map(|(tokens, found)| until_end(&tokens[found.next..])).collect()
     }
 
     #[test]
