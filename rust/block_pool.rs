@@ -35,6 +35,8 @@ struct Block {
     fence: u64,
     /// What the prefix cache knows it by.
     key: Option<BlockKey>,
+    /// The model that drafts has filled its part of it.
+    is_followed: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -61,7 +63,15 @@ pub struct BlockPool {
 impl BlockPool {
     /// A pool of `num_blocks` blocks, all of them free but the null block.
     pub fn new(num_blocks: u32) -> Self {
-        let block = Block { references: 0, place: Place::Referenced, previous: NIL, next: NIL, fence: 0, key: None };
+        let block = Block {
+            references: 0,
+            place: Place::Referenced,
+            previous: NIL,
+            next: NIL,
+            fence: 0,
+            key: None,
+            is_followed: false,
+        };
         let mut pool =
             Self { blocks: vec![block; num_blocks as usize], free: EMPTY, held: [EMPTY; 2], num_cached: 0, fenced: 0 };
         pool.blocks[0].references = 1;
@@ -116,6 +126,7 @@ impl BlockPool {
         self.unlink(index);
         let block = &mut self.blocks[index as usize];
         block.references = 1;
+        block.is_followed = false;
         Some((BlockId(index), block.key.take()))
     }
 
@@ -164,6 +175,23 @@ impl BlockPool {
         let entry = &mut self.blocks[block.0 as usize];
         assert!(entry.references > 0 && entry.key.is_none(), "block {} cannot take a key now", block.0);
         entry.key = Some(key);
+    }
+
+    /// Whether the model that drafts has filled its part of `block`.
+    pub fn is_followed(&self, block: BlockId) -> bool {
+        self.blocks[block.0 as usize].is_followed
+    }
+
+    /// It has.
+    pub fn note_followed(&mut self, block: BlockId) {
+        self.blocks[block.0 as usize].is_followed = true;
+    }
+
+    /// It may have filled none.
+    pub fn doubt_followed(&mut self) {
+        for block in &mut self.blocks {
+            block.is_followed = false;
+        }
     }
 
     /// Takes the keys of all blocks away.

@@ -62,6 +62,9 @@ pub struct Speculation {
     /// Whether only as many drafts are verified as pay. Without, all that there are: that is there
     /// to be compared with, and for tests.
     pub adaptive: bool,
+    /// The model that drafts has keys and values of its own, and so must have computed all tokens before
+    /// those that it drafts.
+    pub follows: bool,
 }
 
 impl Default for Speculation {
@@ -74,6 +77,7 @@ impl Default for Speculation {
             min_token_prob: 0.1,
             max_cached_tokens: 1 << 20,
             adaptive: true,
+            follows: false,
         }
     }
 }

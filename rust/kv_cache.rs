@@ -252,6 +252,32 @@ impl KvCache {
         }
     }
 
+    /// The model that drafts has filled its part of the blocks at entry `index` of each table.
+    pub fn note_followed(&mut self, tables: &[BlockTable], index: usize) {
+        for block in tables.iter().filter_map(|table| table.get(index)) {
+            self.pool.note_followed(block);
+        }
+    }
+
+    /// Nobody knows any more whether it has, of any block.
+    pub fn doubt_followed(&mut self) {
+        self.pool.doubt_followed();
+    }
+
+    /// Leading entries of `tables` whose blocks it has filled, all that are there.
+    pub fn followed(&self, tables: &[BlockTable]) -> usize {
+        let is_followed = |index: &usize| {
+            tables.iter().filter_map(|table| table.get(*index)).all(|block| self.pool.is_followed(block))
+        };
+        (0..tables[0].len()).take_while(is_followed).count()
+    }
+
+    /// Whether `tables` still have every block that tokens from `position` on see.
+    pub fn sees_from(&self, tables: &[BlockTable], position: u32) -> bool {
+        let first = |window| first_visible(window, position) as usize / self.block_size;
+        tables.iter().zip(&self.windows).all(|(table, window)| first(*window) >= table.first_live())
+    }
+
     /// Step `step` has been committed.
     pub fn fence(&mut self, step: u64) {
         self.pool.fence(step);

@@ -15,7 +15,7 @@ mod capacity;
 mod result;
 pub mod words;
 
-use words::{bias, block, copy, enter, penalty, pool, row, target, HEADER, NONE, SECTION_ALIGNMENT};
+use words::{bias, block, copy, enter, follow, penalty, pool, row, target, HEADER, NONE, SECTION_ALIGNMENT};
 
 pub use capacity::PlanCapacity;
 pub use result::{ResultLayout, ResultWriter, RowResult, TargetLayout, TokenLogprobs, VectorLayout};
@@ -73,6 +73,19 @@ pub struct Pool {
     pub count: u32,
     /// Which vector of the result they complete; None where more tokens will come.
     pub vector: Option<u32>,
+}
+
+/// Tokens of one slot that the model which drafts computes before it drafts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Follow {
+    /// Request slot.
+    pub slot: u32,
+    /// First of them among `follow_tokens`.
+    pub query_start: u32,
+    /// How many they are.
+    pub query_len: u32,
+    /// Position of the first in its sequence.
+    pub start: u32,
 }
 
 /// A sequence that takes a slot in this step.
@@ -154,6 +167,8 @@ pub struct PlanWriter {
     penalty_tokens: Vec<[u32; penalty::WORDS]>,
     prompt_targets: Vec<[u32; target::WORDS]>,
     pools: Vec<[u32; pool::WORDS]>,
+    follow_rows: Vec<[u32; follow::WORDS]>,
+    follow_tokens: Vec<u32>,
 }
 
 impl PlanWriter {
@@ -169,6 +184,8 @@ impl PlanWriter {
         self.penalty_tokens.clear();
         self.prompt_targets.clear();
         self.pools.clear();
+        self.follow_rows.clear();
+        self.follow_tokens.clear();
     }
 
     /// Appends a row; decodes come first.
@@ -288,6 +305,28 @@ impl PlanWriter {
         self.pools.push(words);
     }
 
+    /// Appends tokens that the model which drafts computes for itself; `push_follow_tokens` says which.
+    pub fn push_follow_row(&mut self, row: &Follow) {
+        let mut words = [0; follow::WORDS];
+        words[follow::SLOT] = row.slot;
+        words[follow::QUERY_START] = row.query_start;
+        words[follow::QUERY_LEN] = row.query_len;
+        words[follow::FLAGS] = ROW_PREFILL;
+        words[follow::MASK_ROW] = NONE;
+        words[follow::START] = row.start;
+        self.follow_rows.push(words);
+    }
+
+    /// Appends tokens of the last of `follow_rows`.
+    pub fn push_follow_tokens(&mut self, tokens: &[u32]) {
+        self.follow_tokens.extend_from_slice(tokens);
+    }
+
+    /// Words of `follow_tokens` so far.
+    pub fn num_follow_tokens(&self) -> u32 {
+        self.follow_tokens.len() as u32
+    }
+
     /// Rows so far, padding included.
     pub fn num_rows(&self) -> u32 {
         self.rows.len() as u32
@@ -309,6 +348,9 @@ impl PlanWriter {
         info.num_penalty_tokens = self.penalty_tokens.len() as u32;
         info.num_prompt_targets = self.prompt_targets.len() as u32;
         info.num_pools = self.pools.len() as u32;
+        info.num_follow_rows = self.follow_rows.len() as u32;
+        info.num_follow_tokens = self.follow_tokens.len() as u32;
+        info.max_follow_len = self.follow_rows.iter().map(|words| words[follow::QUERY_LEN]).max().unwrap_or(0);
         info.result_width = info.result_layout().width() as u32;
 
         let mut end = align(HEADER.len() * 4);
@@ -327,6 +369,8 @@ impl PlanWriter {
         info.penalty_tokens_offset = place(self.penalty_tokens.len() * penalty::WORDS);
         info.prompt_targets_offset = place(self.prompt_targets.len() * target::WORDS);
         info.pools_offset = place(self.pools.len() * pool::WORDS);
+        info.follow_rows_offset = place(self.follow_rows.len() * follow::WORDS);
+        info.follow_tokens_offset = place(self.follow_tokens.len());
         info.num_bytes = end as u32;
         if buffer.len() < end {
             return Err(Error::BufferTooSmall { what: "plan", len: buffer.len(), needed: end });
@@ -342,6 +386,8 @@ impl PlanWriter {
         put(buffer, info.penalty_tokens_offset, self.penalty_tokens.as_flattened());
         put(buffer, info.prompt_targets_offset, self.prompt_targets.as_flattened());
         put(buffer, info.pools_offset, self.pools.as_flattened());
+        put(buffer, info.follow_rows_offset, self.follow_rows.as_flattened());
+        put(buffer, info.follow_tokens_offset, &self.follow_tokens);
         Ok(())
     }
 }
@@ -458,6 +504,23 @@ impl<'a> PlanView<'a> {
             .map(|w| (w[target::PLACE], w[target::TARGET]))
     }
 
+    /// Tokens that the model which drafts computes before it drafts.
+    pub fn follow_rows(&self) -> impl Iterator<Item = Follow> + 'a {
+        records::<{ follow::WORDS }>(self.bytes, self.info.follow_rows_offset, self.info.num_follow_rows).map(|w| {
+            Follow {
+                slot: w[follow::SLOT],
+                query_start: w[follow::QUERY_START],
+                query_len: w[follow::QUERY_LEN],
+                start: w[follow::START],
+            }
+        })
+    }
+
+    /// Their ids, in row order.
+    pub fn follow_tokens(&self) -> impl Iterator<Item = u32> + 'a {
+        records::<1>(self.bytes, self.info.follow_tokens_offset, self.info.num_follow_tokens).map(|[token]| token)
+    }
+
     /// Tokens whose hidden states are part of embeddings.
     pub fn pools(&self) -> impl Iterator<Item = Pool> + 'a {
         records::<{ pool::WORDS }>(self.bytes, self.info.pools_offset, self.info.num_pools).map(|w| Pool {
@@ -529,6 +592,9 @@ mod tests {
         writer.push_prompt_target(3, 14);
         let pool = Pool { slot: 3, row: 0, start: 0, len: 5, begins: true, count: 9, vector: None };
         writer.push_pool(&pool);
+        let follow = Follow { slot: 2, query_start: 0, query_len: 3, start: 7 };
+        writer.push_follow_row(&follow);
+        writer.push_follow_tokens(&[20, 21, 22]);
         let mut info = PlanInfo { step_id: 1 << 40 | 7, decode_query_len: 1, all_greedy: true, ..PlanInfo::default() };
         let mut buffer = vec![0xee; 1024];
         writer.finish(&mut buffer, &mut info).expect("it fits");
@@ -537,7 +603,7 @@ mod tests {
         let words = |offset, count| (0..count).map(|i| at(offset, i)).collect::<Vec<_>>();
         assert_eq!(words(0, 8), [7, 1 << 8, 0, 1, 0, 0, 1, 0]);
         assert_eq!(words(12 * 4, 5), [u32::MAX, 0, 0, 1, 3]);
-        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (160, at(0, 17), at(0, 22)));
+        assert_eq!((info.rows_offset, info.num_bytes, info.num_drafts), (192, at(0, 17), at(0, 22)));
         assert_eq!(words(32 * 4, 3), [u32::MAX, 1, info.prompt_targets_offset]);
         assert_eq!(words(info.rows_offset, 8), [3, 0, 5, 3, 0, 2, 0, 1]);
         assert_eq!(words(info.prefill_tokens_offset, 5), [10, 11, 12, 13, 14]);
@@ -550,6 +616,9 @@ mod tests {
         assert_eq!(words(info.prompt_targets_offset, 2), [3, 14]);
         assert_eq!(words(35 * 4, 5), [0, 0, 0, 1, info.pools_offset]);
         assert_eq!(words(info.pools_offset, 7), [3, 0, 0, 5, 1, 9, u32::MAX]);
+        assert_eq!(words(40 * 4, 5), [1, 3, 3, info.follow_rows_offset, info.follow_tokens_offset]);
+        assert_eq!(words(info.follow_rows_offset, 8), [2, 0, 3, ROW_PREFILL, 0, u32::MAX, 7, 0]);
+        assert_eq!(words(info.follow_tokens_offset, 3), [20, 21, 22]);
         let offsets = [info.rows_offset, info.blocks_offset, info.enters_offset, info.bias_offset, info.num_bytes];
         assert!(offsets.iter().all(|offset| offset % 16 == 0));
 
@@ -562,6 +631,8 @@ mod tests {
         assert_eq!(view.drafts().collect::<Vec<_>>(), [30, 31]);
         assert_eq!(view.prompt_targets().collect::<Vec<_>>(), [(3, 14)]);
         assert_eq!(view.pools().collect::<Vec<_>>(), [pool]);
+        assert_eq!(view.follow_rows().collect::<Vec<_>>(), [follow]);
+        assert_eq!(view.follow_tokens().collect::<Vec<_>>(), [20, 21, 22]);
     }
 
     #[test]

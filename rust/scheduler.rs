@@ -31,6 +31,7 @@ mod arrive;
 mod budget;
 mod commit;
 mod draft;
+mod follow;
 mod growth;
 mod integrity;
 mod lengths;
@@ -102,7 +103,8 @@ pub struct Stats {
     pub draft_tokens: u64,
     /// Counter: drafts that were right.
     pub accepted_tokens: u64,
-    /// Counters: passes of a model that drafts, and the nanoseconds that they took.
+    /// Counters: passes of a model that drafts, and the nanoseconds that they took, with what it computed
+    /// before of tokens that it had missed.
     pub draft_passes: u64,
     /// See `draft_passes`.
     pub draft_nanoseconds: u64,
@@ -146,6 +148,8 @@ struct StepRow {
     targets: Targets,
     /// The vector that it completes.
     vector: Option<u32>,
+    /// What the model that drafts has missed of the sequence once the step has run: its last tokens.
+    unfollowed: u32,
     prefill: bool,
     sample: bool,
 }
@@ -160,8 +164,11 @@ struct Step {
     decode_tokens: u32,
     /// Drafts that were expected to be right when it was planned, or held back for them.
     hoped: f64,
-    /// What a model on the device took to make its drafts.
+    /// What a model on the device took to make its drafts, and to follow its target before, and tokens
+    /// that it computed for that.
     draft_seconds: f64,
+    follow_seconds: f64,
+    follow_tokens: u32,
     rows: Vec<StepRow>,
     /// Those that a grammar bounds.
     masked: Vec<MaskedRow>,
@@ -461,6 +468,7 @@ impl Scheduler {
         sequence.decoding = false;
         sequence.drafts.clear();
         sequence.drafter = None;
+        (sequence.unfollowed, sequence.follow_len, sequence.num_followed) = (0, 0, 0);
         self.nothing_fits = None;
     }
 

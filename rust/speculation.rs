@@ -37,7 +37,7 @@ impl Speculator {
     pub fn new(config: Speculation, most: usize) -> Self {
         let capacity = if config.method == SpeculationMethod::Suffix { config.max_cached_tokens } else { 0 };
         Self {
-            controller: Controller::new(config.method.is_on_device()),
+            controller: Controller::new(config.method.is_on_device(), config.follows),
             store: Store::new(config.lookup_min as usize, capacity as usize),
             shared: Shared::default(),
             most,
@@ -77,7 +77,22 @@ mod tests {
     /// `seconds(tokens)` and a pass of the model that drafts `pass`. Each draft is right with `chance`.
     /// The tokens a second, as a part of those without drafts, after a first while.
     fn speed_up(rows: u32, chance: f64, pass: f64, len: u32, seconds: impl Fn(u32) -> f64) -> f64 {
-        let config = Speculation { method: SpeculationMethod::Model, ..Speculation::default() };
+        speed_up_behind(rows, chance, pass, len, None, seconds)
+    }
+
+    /// The same. follows: the model has keys and values of its own, and computes what it has missed, at
+    /// first a prompt of so many tokens, in so many seconds each.
+    fn speed_up_behind(
+        rows: u32,
+        chance: f64,
+        pass: f64,
+        len: u32,
+        follows: Option<(u32, f64)>,
+        seconds: impl Fn(u32) -> f64,
+    ) -> f64 {
+        let config =
+            Speculation { method: SpeculationMethod::Model, follows: follows.is_some(), ..Speculation::default() };
+        let (prompt, follow_seconds) = follows.unwrap_or_default();
         let mut speculator = Speculator::new(config, 5);
         let rng = &mut StdRng::seed_from_u64(1);
         let new = |speculator: &Speculator| {
@@ -86,33 +101,42 @@ mod tests {
             drafter
         };
         let mut requests: Vec<(Drafter, u32)> = (0..rows).map(|row| (new(&speculator), row % len)).collect();
+        let mut missed = vec![prompt; rows as usize];
         let (mut tokens, mut time) = (0, 0.0);
         for step in 1..=12_000 {
             speculator.controller.open();
-            for (drafter, said) in &requests {
-                speculator.controller.offer(drafter.chances((len - said - 1) as usize));
+            for ((drafter, said), missed) in requests.iter().zip(&missed) {
+                let left = len - said - 1;
+                speculator.controller.offer(drafter.chances(left as usize), *missed, left);
             }
             let chosen = speculator.controller.choose(step);
             let (lens, hoped) = chosen.map_or((vec![0; rows as usize], 0.0), |(lens, hoped)| (lens.to_vec(), hoped));
-            let (mut got, count) = (0, rows + lens.iter().sum::<u32>());
-            for ((drafter, said), drafted) in requests.iter_mut().zip(&lens) {
+            let (mut got, mut followed, count) = (0, 0, rows + lens.iter().sum::<u32>());
+            for (((drafter, said), drafted), missed) in requests.iter_mut().zip(&lens).zip(&mut missed) {
+                if follows.is_some() {
+                    followed += if *drafted > 0 { *missed } else { 0 };
+                    *missed = if *drafted > 0 { 0 } else { *missed + 1 };
+                }
                 let accepted = (0..*drafted).take_while(|_| rng.random_bool(chance)).count() as u32;
                 speculator.tested(drafter, *drafted, accepted);
                 speculator.foretell(drafter);
                 got += accepted;
                 *said += 1 + accepted;
                 if *said >= len {
-                    (*drafter, *said) = (new(&speculator), 0);
+                    (*drafter, *said, *missed) = (new(&speculator), 0, prompt);
                 }
             }
-            let passes = lens.iter().copied().max().unwrap_or(0);
-            let drafting = f64::from(passes) * pass;
+            let most = lens.iter().copied().max().unwrap_or(0);
+            let closing = if most > 0 { speculator.controller.closing_passes() } else { 0 };
+            let drafting = f64::from(most + closing) * pass;
+            let following = f64::from(followed) * follow_seconds + if followed > 0 { pass } else { 0.0 };
             speculator.controller.measured(count, count > rows, seconds(count), step);
-            speculator.controller.drafted(rows, passes, drafting, step);
+            speculator.controller.drafted(rows, most, drafting, step);
+            speculator.controller.followed(rows, followed, following);
             speculator.controller.came_to(hoped, got);
             if step > 200 {
                 tokens += rows + got;
-                time += seconds(count) + drafting;
+                time += seconds(count) + drafting + following;
             }
         }
         f64::from(tokens) / time / (f64::from(rows) / seconds(rows))
@@ -138,6 +162,23 @@ mod tests {
                 assert!(gain > 0.98 * best, "{chance} right, {len} tokens: {gain} of {best}");
             }
         }
+    }
+
+    /// An eighth of an 8B beside it on one H100, and six of a small model's thirty layers on a CPU.
+    #[test]
+    fn a_model_that_follows_costs_nothing_where_it_does_not_pay_and_helps_where_it_does() {
+        let gpu = |tokens: u32| 6e-3 + f64::from(tokens.saturating_sub(64)) * 2e-5;
+        let cpu = |tokens: u32| 8e-3 + f64::from(tokens) * 5e-3;
+        for prompt in [30, 1000] {
+            for (rows, chance) in [1, 16, 64].into_iter().flat_map(|rows| [0.0, 0.2, 0.5].map(|chance| (rows, chance)))
+            {
+                let card = speed_up_behind(rows, chance, 0.9e-3, 100, Some((prompt, 4e-6)), gpu);
+                let host = speed_up_behind(rows, chance, 3.5e-3, 100, Some((prompt, 1e-3)), cpu);
+                assert!(card > 0.985 && host > 0.985, "{rows} rows of {prompt} at {chance}: {card}, {host}");
+            }
+        }
+        let right = |prompt| speed_up_behind(1, 0.9, 0.9e-3, 100, Some((prompt, 4e-6)), gpu);
+        assert!(right(30) > 1.9 && right(1000) > 1.8, "{} {}", right(30), right(1000));
     }
 
     /// A 7B in 4 bits beside itself in 16, on one H100.
@@ -200,7 +241,8 @@ mod tests {
             let choose = |requests: &[(Babble, Drafter)], controller: &mut Controller| {
                 controller.open();
                 for (babble, drafter) in requests {
-                    controller.offer(drafter.chances((32 + len).saturating_sub(babble.text.len() + 1)));
+                    let left = (32 + len).saturating_sub(babble.text.len() + 1);
+                    controller.offer(drafter.chances(left), 0, left as u32);
                 }
                 controller.choose(step).map(|(lens, hoped)| (lens.to_vec(), hoped))
             };

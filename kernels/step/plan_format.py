@@ -61,6 +61,11 @@ class Plan(NamedTuple):
     has_wide_pools: int  # 0 or 1: some record of `pools` has more tokens than its row's last
     num_pools: int
     pools_offset: int
+    num_follow_rows: int
+    num_follow_tokens: int
+    max_follow_len: int  # tokens of the longest of `follow_rows`
+    follow_rows_offset: int
+    follow_tokens_offset: int
 
     @classmethod
     def read(cls, plan: npt.NDArray[np.uint8]) -> Plan:
@@ -143,6 +148,18 @@ TARGET_PLACE, TARGET_TARGET = range(PAIR_WORDS)
 POOL_WORDS = 7
 POOL_SLOT, POOL_ROW, POOL_START, POOL_LEN, POOL_BEGINS, POOL_COUNT, POOL_VECTOR = range(POOL_WORDS)
 NO_VECTOR = -1  # the sum is not complete
+
+FOLLOW_WORDS = 8  # the first six are those of a row
+(
+    FOLLOW_SLOT,
+    FOLLOW_QUERY_START,
+    FOLLOW_QUERY_LEN,
+    FOLLOW_FLAGS,
+    FOLLOW_NUM_DRAFTS,
+    FOLLOW_MASK_ROW,
+    FOLLOW_START,
+    FOLLOW_UNUSED,
+) = range(FOLLOW_WORDS)
 
 STATUS_OK = 0
 STATUS_NAN = 1  # NaN or +inf in the row's logits: nothing is drawn

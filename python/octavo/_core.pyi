@@ -897,9 +897,10 @@ class EngineCore:
         Returns the step's id, or None where nothing can run before a commit, an arrival or a later
         `now`.
         """
-    def commit(self, slot: int, now: float, draft_seconds: float = 0.0) -> None:
+    def commit(self, slot: int, now: float, draft_seconds: float = 0.0, follow_seconds: float = 0.0) -> None:
         """Takes the result of the step planned in `slot`: the oldest that is not committed.
-        draft_seconds: what a model took in it to make drafts.
+        draft_seconds: what a model took in it to make drafts. follow_seconds: to compute before what it
+        had missed.
         """
     def fill_masks(self, slot: int, masks: npt.NDArray[np.uint32]) -> list[str]:
         """Writes the grammar masks of the step planned in `slot`, all before it being committed.

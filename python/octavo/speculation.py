@@ -169,6 +169,7 @@ class SpeculativeConfig:
             "suffix_decoding_min_token_prob": float(self.suffix_decoding_min_token_prob),
             "suffix_decoding_max_cached_tokens": self.suffix_decoding_max_cached_tokens,
             "adaptive": self.adaptive,
+            "follows": self.method == DRAFT_MODEL,
         }
 
     def line(self) -> str:

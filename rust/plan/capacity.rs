@@ -1,7 +1,7 @@
 //! How large the plans and results of one configuration can become: the size of the buffers that
 //! cross the boundary.
 
-use super::words::{bias, block, copy, enter, penalty, pool, row, target, HEADER};
+use super::words::{bias, block, copy, enter, follow, penalty, pool, row, target, HEADER};
 use super::{align, ResultLayout, TargetLayout, VectorLayout};
 use crate::config::CoreConfig;
 use crate::request::{MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS};
@@ -33,6 +33,10 @@ pub struct PlanCapacity {
     pub pools: usize,
     /// Numbers of a vector.
     pub vector_size: usize,
+    /// Records of `follow_rows`: one a sequence; and words of `follow_tokens`.
+    pub follow_rows: usize,
+    /// See `follow_rows`.
+    pub follow_tokens: usize,
 }
 
 impl PlanCapacity {
@@ -48,6 +52,7 @@ impl PlanCapacity {
         // Beyond what it brings along, a row of q tokens touches at most q / block_size + 1 new
         // blocks of each group.
         let new_blocks = config.num_groups() * (tokens / block_size + rows);
+        let follows = config.speculation.is_some_and(|speculation| speculation.follows);
         Self {
             rows,
             prefill_tokens: tokens,
@@ -60,6 +65,8 @@ impl PlanCapacity {
             prompt_targets: tokens,
             pools: if config.vector_size > 0 { config.max_num_seqs as usize } else { 0 },
             vector_size: config.vector_size as usize,
+            follow_rows: if follows { config.max_num_seqs as usize } else { 0 },
+            follow_tokens: if follows { tokens } else { 0 },
         }
     }
 
@@ -77,6 +84,8 @@ impl PlanCapacity {
             self.penalty_tokens * penalty::WORDS,
             self.prompt_targets * target::WORDS,
             self.pools * pool::WORDS,
+            self.follow_rows * follow::WORDS,
+            self.follow_tokens,
         ];
         sections.iter().map(|words| align(words * 4)).sum()
     }

@@ -140,6 +140,12 @@ header! {
     has_wide_pools: bool,
     num_pools: u32,
     pools_offset: u32,
+    num_follow_rows: u32,
+    num_follow_tokens: u32,
+    /// Tokens of the longest of `follow_rows`.
+    max_follow_len: u32,
+    follow_rows_offset: u32,
+    follow_tokens_offset: u32,
 }
 
 /// Makes the words of one kind of record: their names in order, and the place of each.
@@ -192,6 +198,11 @@ record! {
 record! {
     /// Tokens of one row whose hidden states are part of an embedding.
     pool: SLOT, ROW, START, LEN, BEGINS, COUNT, VECTOR
+}
+record! {
+    /// Tokens of one slot that the model which drafts computes before it drafts; the first six words are
+    /// those of a row.
+    follow: SLOT, QUERY_START, QUERY_LEN, FLAGS, NUM_DRAFTS, MASK_ROW, START, UNUSED
 }
 record! {
     /// The start of the result of a prompt target: then come its top ids and their log probabilities.

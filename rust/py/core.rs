@@ -253,15 +253,15 @@ impl EngineCore {
         Ok(step_id)
     }
 
-    #[pyo3(signature = (slot, now, draft_seconds=0.0))]
-    fn commit(&self, py: Python<'_>, slot: usize, now: f64, draft_seconds: f64) -> PyResult<()> {
+    #[pyo3(signature = (slot, now, draft_seconds=0.0, follow_seconds=0.0))]
+    fn commit(&self, py: Python<'_>, slot: usize, now: f64, draft_seconds: f64, follow_seconds: f64) -> PyResult<()> {
         let result = self.lock().slot(slot)?.result.clone_ref(py);
         let result = result.bind(py).try_readonly()?;
         let result = result.as_slice()?;
         let mut guard = self.lock();
         let state = &mut *guard;
         let step_id = state.take_step(slot)?;
-        state.scheduler.note_drafting(step_id, draft_seconds);
+        state.scheduler.note_drafting(step_id, draft_seconds, follow_seconds);
         state.scheduler.commit(step_id, result, now, &mut state.outbox)?;
         self.publish(state);
         Ok(())
@@ -423,6 +423,7 @@ struct SpeculationOptions {
     suffix_decoding_min_token_prob: f32,
     suffix_decoding_max_cached_tokens: u32,
     adaptive: bool,
+    follows: bool,
 }
 
 impl SpeculationOptions {
@@ -443,6 +444,7 @@ impl SpeculationOptions {
             min_token_prob: self.suffix_decoding_min_token_prob,
             max_cached_tokens: self.suffix_decoding_max_cached_tokens,
             adaptive: self.adaptive,
+            follows: self.follows,
         })
     }
 }

@@ -20,6 +20,7 @@ pub fn plan_format(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
         ("penalty", words::penalty::NAMES),
         ("target", words::target::NAMES),
         ("pool", words::pool::NAMES),
+        ("follow", words::follow::NAMES),
         ("target_result", words::target_result::NAMES),
         ("result", words::result::NAMES),
     ] {

@@ -286,6 +286,8 @@ impl Scheduler {
             Start::Cached(blocks) => {
                 self.kv.acquire(&mut tables, &sequence.hashes[..blocks]);
                 sequence.num_registered = blocks;
+                sequence.num_followed = self.kv.followed(&tables);
+                sequence.unfollowed = len - sequence.num_followed as u32 * self.config.block_size;
             }
             Start::Fork(source) => {
                 let source = &mut self.sequences[source];
@@ -294,9 +296,11 @@ impl Scheduler {
                 source.last_step = step;
                 let shared = (len / self.config.block_size) as usize;
                 let hashes = source.hashes[..shared.min(source.hashes.len())].to_vec();
+                let followed = source.most_len - source.unfollowed;
                 let sequence = &mut self.sequences[number];
                 sequence.hashes = hashes;
                 sequence.num_registered = shared;
+                sequence.unfollowed = len.saturating_sub(followed);
             }
         }
         let sequence = &mut self.sequences[number];

@@ -176,6 +176,9 @@ impl Scheduler {
                 spell: Spell::new(if index == 0 { Cause::Call } else { Cause::Prompt }, self.now),
                 bypassed: 0,
                 drafts: Vec::new(),
+                unfollowed: 0,
+                follow_len: 0,
+                num_followed: 0,
                 drafter: None,
                 following: params.grammar.clone().map(|grammar| Following::new(grammar.0)),
             });

@@ -62,6 +62,7 @@ impl Scheduler {
         for row in &rows {
             self.leave_step(row);
         }
+        self.doubt_followed();
         self.retire_failed();
         Ok(())
     }
@@ -75,6 +76,7 @@ impl Scheduler {
             self.end_request(request, FinishReason::Error(SequenceError::StepFailed), sink);
         }
         self.drop_left_running();
+        self.doubt_followed();
         while let Some(step) = self.in_flight.pop_front() {
             self.fence(step.id);
             for row in &step.rows {
@@ -227,6 +229,7 @@ impl Scheduler {
         self.count_drafts(row.sequence, row.num_drafts, appended.min(num_valid.saturating_sub(1)));
         if still_there {
             self.register_filled(row.sequence);
+            self.note_followed(row);
             if row.sample && finish.is_none() {
                 self.foretell(row.sequence, appended as usize);
             }

@@ -14,7 +14,9 @@ impl Scheduler {
     pub(super) fn plan_drafts(&mut self) -> bool {
         let Some(speculator) = &mut self.speculator else { return false };
         for number in &self.running {
-            self.sequences[*number].drafts.clear(); // of a row that had no blocks in the step before
+            let sequence = &mut self.sequences[*number]; // it may have had no blocks in the step before
+            sequence.drafts.clear();
+            sequence.follow_len = 0;
         }
         // Drafts take blocks that others may be counting on, if only for a step.
         let scarce = self.kv.pool().num_free() < 2 * self.running.len() * self.config.num_groups();
@@ -33,10 +35,12 @@ impl Scheduler {
             let left = sequence.max_tokens - sequence.outputs.len() as u32 - sequence.pending - 1;
             // The masks of a bounded row follow its drafts, so the core must know them.
             let unknown = on_device && sequence.traits.has_grammar;
-            let takes_none = unknown || sequence.below_min_tokens() || sequence.traits.ends_unasked;
+            let to_follow = sequence.to_follow(&self.kv);
+            let takes_none =
+                unknown || to_follow.is_none() || sequence.below_min_tokens() || sequence.traits.ends_unasked;
             let room = if takes_none { 0 } else { left.min(max_model_len - sequence.most_len - 1) };
             let chances = sequence.drafter.iter().flat_map(|drafter| drafter.chances(room as usize));
-            controller.offer(chances);
+            controller.offer(chances, to_follow.unwrap_or(0), room);
         }
         let chosen = if speculator.config.adaptive { controller.choose(self.next_step) } else { controller.all() };
         let Some((lens, hoped)) = chosen else { return false };
@@ -45,26 +49,33 @@ impl Scheduler {
             return true;
         }
         let mut lens = lens.iter();
+        // What the model that drafts computes before it does is bounded as a step is.
+        let mut tokens_left = self.config.max_num_batched_tokens;
         for number in &self.running {
             let sequence = &mut self.sequences[*number];
             if !sequence.wants_decode(max_model_len) {
                 continue;
             }
             let len = *lens.next().expect("each was offered");
-            if let Some(drafter) = &sequence.drafter {
+            let Some(drafter) = sequence.drafter.as_ref().filter(|_| len > 0) else { continue };
+            sequence.follow_len = sequence.unfollowed.min(tokens_left);
+            tokens_left -= sequence.follow_len;
+            if sequence.follow_len == sequence.unfollowed {
                 sequence.drafts.extend_from_slice(drafter.foretold(len as usize));
-            }
+            } // else it goes on from there in the next step
         }
         false
     }
 
-    /// Step `step_id`, which is in flight, spent so long on making drafts: the controller holds that
-    /// against them. Of another step nothing is noted.
-    pub fn note_drafting(&mut self, step_id: u64, seconds: f64) {
+    /// Step `step_id`, which is in flight, spent so long on making drafts, and before on following the
+    /// target: the controller holds that against them. Of another step nothing is noted.
+    pub fn note_drafting(&mut self, step_id: u64, drafting: f64, following: f64) {
+        let closing = self.speculator.as_ref().map_or(0, |speculator| speculator.controller.closing_passes());
         if let Some(step) = self.in_flight.iter_mut().find(|step| step.id == step_id) {
-            step.draft_seconds = seconds.max(0.0);
-            self.stats.draft_nanoseconds += (step.draft_seconds * 1e9) as u64;
-            self.stats.draft_passes += if seconds > 0.0 { u64::from(step.most_drafts()) } else { 0 };
+            (step.draft_seconds, step.follow_seconds) = (drafting.max(0.0), following.max(0.0));
+            self.stats.draft_nanoseconds += ((step.draft_seconds + step.follow_seconds) * 1e9) as u64;
+            let most = step.most_drafts();
+            self.stats.draft_passes += if most > 0 && drafting > 0.0 { u64::from(most + closing) } else { 0 };
         }
     }
 
@@ -124,12 +135,15 @@ impl Scheduler {
             let began = self.busy_since.unwrap_or(step.planned_at);
             let has_drafts = step.decode_tokens > step.rows.len() as u32;
             let seconds = self.now - began;
-            let drafting = step.draft_seconds.min(seconds);
+            let (rows, controller) = (step.rows.len() as u32, &mut speculator.controller);
+            let (drafting, following) = (step.draft_seconds.min(seconds), step.follow_seconds.min(seconds));
             if has_drafts || step.hoped == 0.0 {
-                speculator.controller.measured(step.decode_tokens, has_drafts, seconds - drafting, step.id);
+                let own = (seconds - drafting - following).max(0.0);
+                controller.measured(step.decode_tokens, has_drafts, own, step.id);
             }
-            speculator.controller.drafted(step.rows.len() as u32, step.most_drafts(), drafting, step.id);
-            speculator.controller.came_to(step.hoped, accepted);
+            controller.drafted(rows, step.most_drafts(), drafting, step.id);
+            controller.followed(rows, step.follow_tokens, following);
+            controller.came_to(step.hoped, accepted);
         }
         self.busy_since = (!self.running.is_empty()).then_some(self.now);
     }

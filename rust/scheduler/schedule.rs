@@ -104,7 +104,8 @@ impl Scheduler {
                 continue;
             }
             let sequence = &mut self.sequences[number];
-            self.kv.release_outside_window(&mut sequence.tables, sequence.least_len, sequence.last_step);
+            let least = sequence.least_touched();
+            self.kv.release_outside_window(&mut sequence.tables, least, sequence.last_step);
             let len = if is_prompt { self.fit_chunk(number, len) } else { len };
             let start = self.sequences[number].most_len;
             let is_long = is_prompt && self.is_long(number);
@@ -257,7 +258,7 @@ impl Scheduler {
         step.id = info.step_id;
         step.planned_at = self.now;
         step.hoped = std::mem::take(&mut self.hoped);
-        step.draft_seconds = 0.0;
+        (step.draft_seconds, step.follow_seconds) = (0.0, 0.0);
         step.decode_tokens = if planned.prefills.is_empty() { planned.num_decode_tokens } else { 0 };
         step.failed = false;
         step.rows.clear();
@@ -285,6 +286,7 @@ impl Scheduler {
         step.num_targets = info.num_prompt_targets as usize;
         step.vectors = info.vector_layout();
         step.num_vectors = info.num_vectors as usize;
+        step.follow_tokens = info.num_follow_tokens;
         step.num_records = info.padded_rows as usize;
         (step.num_decodes, step.padded_decodes) = (num_decodes as usize, info.padded_decodes as usize);
         self.in_flight.push_back(step);
@@ -341,6 +343,7 @@ impl Scheduler {
             self.write_enter(row);
         }
         let vector = self.write_pool(row, info);
+        self.write_follow(row, prefill);
         let wanted = self.prompt_targets(row);
         let sequence = &mut self.sequences[row.sequence];
         let (mut flags, mut num_drafts, mut mask_row) = (0, 0, None);
@@ -428,14 +431,14 @@ impl Scheduler {
         sequence.last_step = step.id;
         sequence.drafts.clear();
         debug_assert_eq!(sequence.state, State::Running);
-        let (sequence, run) = (row.sequence, sequence.run);
         step.rows.push(StepRow {
-            sequence,
-            run,
+            sequence: row.sequence,
+            run: sequence.run,
             len: row.len,
             num_drafts,
             targets,
             vector,
+            unfollowed: sequence.unfollowed,
             prefill,
             sample: row.sample,
         });

@@ -137,6 +137,12 @@ pub(super) struct Sequence {
     pub bypassed: u32,
     /// For its next decode row.
     pub drafts: Vec<u32>,
+    /// The last tokens before it, once the steps in flight have run, of which the model that drafts has no
+    /// keys and values, and the first of these, which it computes in the step being planned.
+    pub unfollowed: u32,
+    pub follow_len: u32,
+    /// Leading blocks that the pool knows to be followed.
+    pub num_followed: usize,
     /// Foretells its tokens while it decodes, where that is wanted.
     pub drafter: Option<Box<Drafter>>,
     /// Its place in the grammar that bounds it.

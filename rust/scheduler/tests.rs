@@ -6,7 +6,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::config::{DecodeShape, PrefillGraphs, SchedulingPolicy};
+use crate::config::{DecodeShape, PrefillGraphs, SchedulingPolicy, Speculation, SpeculationMethod};
 use crate::output::{FinishReason, OutputSink, PromptToken, SampledToken, SequenceError};
 use crate::plan::{
     PlanInfo, PlanView, ResultWriter, Row, ROW_PADDING, ROW_PREFILL, ROW_SAMPLE, STATUS_NAN, STATUS_NO_TOKEN, STATUS_OK,
@@ -619,6 +619,68 @@ fn each_row_has_its_own_drafts_and_no_more() {
     assert_eq!(lens, [6, 9, 62]);
     bench.run(1);
     bench.assert_empty();
+}
+
+/// A model drafts two tokens of each row, over keys and values of its own, and rests for nobody.
+fn followed() -> CoreConfig {
+    let speculation =
+        Speculation { method: SpeculationMethod::Model, adaptive: false, follows: true, ..Speculation::default() };
+    CoreConfig {
+        num_draft_tokens: 2,
+        num_blocks: 65,
+        max_num_seqs: 4,
+        speculation: Some(speculation),
+        enable_prefix_caching: true,
+        ..small()
+    }
+}
+
+/// What the model that drafts computes before: the first position of each row, and the tokens.
+fn to_follow(step: &Planned) -> Vec<(u32, Vec<u32>)> {
+    let view = PlanView::new(&step.plan);
+    let tokens: Vec<u32> = view.follow_tokens().collect();
+    let own = |start: u32, len: u32| tokens[start as usize..][..len as usize].to_vec();
+    view.follow_rows().map(|row| (row.start, own(row.query_start, row.query_len))).collect()
+}
+
+#[test]
+fn a_model_that_drafts_computes_what_it_has_missed_once() {
+    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 64, ..followed() });
+    let prompt: Vec<u32> = (1..=10).collect();
+    let next = |bench: &mut Bench| {
+        let step = bench.schedule().expect("there is something to do");
+        let seen = (to_follow(&step), step.info.num_drafts);
+        bench.commit(&step, 99);
+        seen
+    };
+    bench.add(&prompt, max_tokens(40));
+    assert_eq!(next(&mut bench), (vec![], 0));
+    assert_eq!(next(&mut bench), (vec![(0, prompt.clone())], 2));
+    assert_eq!(next(&mut bench), (vec![], 2));
+    // Who finds its blocks finds what it has computed of them; two of three are full.
+    bench.add(&prompt, max_tokens(40));
+    assert_eq!(next(&mut bench), (vec![], 2));
+    assert_eq!(next(&mut bench), (vec![(8, vec![9, 10])], 4));
+    // Nothing of that is believed once a step has failed.
+    let lost = bench.schedule().expect("two rows");
+    bench.scheduler.fail_step(lost.info.step_id, &mut bench.told).expect("it is in flight");
+    bench.add(&prompt, max_tokens(4));
+    assert_eq!(next(&mut bench), (vec![], 0));
+    assert_eq!(next(&mut bench), (vec![(0, prompt)], 2));
+}
+
+#[test]
+fn what_a_step_has_no_tokens_for_is_followed_in_the_next() {
+    let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 12, ..followed() });
+    let prompt: Vec<u32> = (1..=20).collect();
+    bench.add(&prompt, max_tokens(40));
+    for expected in [(vec![], 0), (vec![], 0), (vec![(0, prompt[..12].to_vec())], 0)] {
+        let step = bench.schedule().expect("one row");
+        assert_eq!((to_follow(&step), step.info.num_drafts), expected);
+        bench.commit(&step, 99);
+    }
+    let step = bench.schedule().expect("a row with drafts");
+    assert_eq!((to_follow(&step), step.info.num_drafts), (vec![(12, [&prompt[12..], &[99]].concat())], 2));
 }
 
 #[test]

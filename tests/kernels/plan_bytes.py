@@ -50,6 +50,7 @@ HEADER = (
     "blocks_offset", "enters_offset", "copies_offset", "bias_offset", "drafts_offset", "penalty_tokens_offset",
     "max_prompt_logprobs", "num_prompt_targets", "prompt_targets_offset", "num_vectors", "vector_size",
     "has_wide_pools", "num_pools", "pools_offset",
+    "num_follow_rows", "num_follow_tokens", "max_follow_len", "follow_rows_offset", "follow_tokens_offset",
 )  # fmt: skip
 
 

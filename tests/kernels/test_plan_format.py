@@ -20,6 +20,7 @@ RECORDS = {
     "penalty_tokens": "penalty",
     "prompt_targets": "target",
     "pools": "pool",
+    "follow_rows": "follow",
 }
 
 
@@ -56,7 +57,7 @@ def test_the_records_are_the_cores() -> None:
     sizes = [len(PLAN_FORMAT[record]) for record in RECORDS.values()]
     pair = plan_format.PAIR_WORDS
     own = [plan_format.ROW_WORDS, plan_format.BLOCK_WORDS, plan_format.ENTER_WORDS]
-    assert sizes == [*own, pair, pair, pair, pair, plan_format.POOL_WORDS]
+    assert sizes == [*own, pair, pair, pair, pair, plan_format.POOL_WORDS, plan_format.FOLLOW_WORDS]
 
 
 def test_flags_statuses_and_results_are_the_cores() -> None:

@@ -17,7 +17,9 @@ use crate::model::{
     attend, bias_term, first_visible, hidden, kv_value, logprob, mix2, penalty_term, vector, Logits, Sampling,
     VECTOR_SIZE,
 };
-use crate::packed::{ensure, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE};
+use crate::packed::{
+    ensure, Follow, Header, Row, Shape, View, Violation, LOGPROBS, PADDING, PENALTIES, PREFILL, SAMPLE,
+};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -204,6 +206,9 @@ impl Device {
         let width = plan.result_width as usize;
         let mut result = vec![0xdead_beef; plan.padded_rows as usize * width];
         self.states.clear();
+        for follow in &view.follows {
+            self.follow(follow, faults)?;
+        }
         for (index, row) in rows.iter().enumerate() {
             let drawn = self.run_row(&view, index, row, faults, masks)?;
             self.states.resize((row.query_start + row.query_len) as usize, 0);
@@ -366,15 +371,12 @@ impl Device {
         let bound = view.header.max_seq_len;
         ensure!(end <= bound, "slot {slot}: {end} tokens over the plan's max_seq_len {bound}");
 
-        let (proposed, num_right) = if self.shape.drafts_itself { self.propose(row)? } else { (Vec::new(), 0) };
+        let (proposed, num_right) = if self.shape.drafts_itself { self.propose(row, faults)? } else { (Vec::new(), 0) };
         let tokens = self.row_tokens(view, index, row, &proposed)?;
         let mut states = Vec::with_capacity(tokens.len());
         for (position, &token) in (start..).zip(&tokens) {
             ensure!(token < self.shape.vocab_size, "S12: slot {slot}: token {token} at position {position}");
             states.push(self.run_token(TARGET, slot, token, position, faults.lost)?);
-            if self.shape.drafts_itself {
-                self.run_token(DRAFT, slot, token, position, faults.lost)?;
-            }
         }
 
         self.states.extend_from_slice(&states);
@@ -426,13 +428,13 @@ impl Device {
     /// The model that drafts for a row: a twin of the target over keys and values of its own, which
     /// says something else now and then. Its drafts, and how many before the first such slip: that many
     /// are right, if it has followed every token that the target has computed.
-    fn propose(&mut self, row: &Row) -> Result<(Vec<u32>, usize), Violation> {
+    fn propose(&mut self, row: &Row, faults: &Faults) -> Result<(Vec<u32>, usize), Violation> {
         let slot = row.slot as usize;
         let start = self.slots[slot].computed_len;
         let (mut token, mut num_right, mut slipped) = (self.slots[slot].last_token, 0, false);
         let mut drafts = Vec::new();
         for place in 0..row.num_drafts {
-            let state = self.run_token(DRAFT, slot, token, start + place, false)?;
+            let state = self.run_token(DRAFT, slot, token, start + place, faults.lost)?;
             let own = &self.slots[slot];
             let (sampling, output_index) = (&own.sampling, own.output_index + place);
             let logits = Logits { state, extras: 0, sampling, output_index, vocab_size: self.shape.vocab_size };
@@ -445,7 +447,23 @@ impl Device {
             num_right += usize::from(!slipped);
             drafts.push(token);
         }
+        if row.num_drafts > 0 {
+            self.run_token(DRAFT, slot, token, start + row.num_drafts, faults.lost)?;
+            // for the next step's drafts
+        }
         Ok((drafts, num_right))
+    }
+
+    /// The model that drafts computes tokens that its target has computed without it.
+    fn follow(&mut self, follow: &Follow, faults: &Faults) -> Result<(), Violation> {
+        let slot = follow.slot as usize;
+        ensure!(follow.slot < self.shape.max_num_seqs && self.slots[slot].occupant > 0, "S12: slot {slot} follows");
+        for (position, &token) in (follow.start..).zip(&follow.tokens) {
+            ensure!(token < self.shape.vocab_size, "S12: slot {slot} follows token {token} at {position}");
+            ensure!(position < self.shape.max_positions(), "S12: slot {slot} follows position {position}");
+            self.run_token(DRAFT, slot, token, position, faults.lost)?;
+        }
+        Ok(())
     }
 
     /// Writes a token's KV slots and returns its hidden state after attention over the slots, its
@@ -469,7 +487,12 @@ impl Device {
         for (group, sum) in sums.iter_mut().enumerate() {
             let block = self.block_at(slot, group, position)?;
             if !self.slots[slot].is_doomed {
-                self.record_write(block, self.slots[slot].occupant)?;
+                // Of a block that several share the model that drafts may write its part: the same for all.
+                if whose == DRAFT {
+                    self.record_read(block, self.slots[slot].occupant)?;
+                } else {
+                    self.record_write(block, self.slots[slot].occupant)?;
+                }
             }
             let target = self.first_slot(block) + (position % self.shape.block_size) as usize;
             let value = if is_lost { mix2(self.noise, state) } else { kv_value(state, group) };

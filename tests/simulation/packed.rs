@@ -26,7 +26,8 @@ pub struct Shape {
     pub max_model_len: u32,
     pub num_draft_tokens: u32,
     pub vocab_size: u32,
-    /// A model on the device makes the drafts, of which the plan has only the places.
+    /// A model on the device makes the drafts, of which the plan has only the places. It has keys and
+    /// values of its own.
     pub drafts_itself: bool,
 }
 
@@ -122,12 +123,15 @@ pub struct Header {
     pub vector_size: u32,
     has_wide_pools: bool,
     num_pools: u32,
+    num_follow_rows: u32,
+    num_follow_tokens: u32,
+    max_follow_len: u32,
     /// In the order of the page's table of sections.
-    pub offsets: [u32; 10],
+    pub offsets: [u32; 12],
 }
 
 impl Header {
-    const WORDS: usize = 40;
+    const WORDS: usize = 45;
 
     fn read(bytes: &[u8]) -> Result<Self, Violation> {
         ensure!(bytes.len() >= 4 * Self::WORDS, "{} bytes are too few for a header", bytes.len());
@@ -166,9 +170,14 @@ impl Header {
             vector_size: word(36),
             has_wide_pools: flag(37)?,
             num_pools: word(38),
+            num_follow_rows: word(40),
+            num_follow_tokens: word(41),
+            max_follow_len: word(42),
             offsets: std::array::from_fn(|section| match section {
                 8 => word(34),
                 9 => word(39),
+                10 => word(43),
+                11 => word(44),
                 _ => word(24 + section),
             }),
         })
@@ -189,6 +198,15 @@ pub struct View {
     /// (place, target)
     pub prompt_targets: Vec<(u32, u32)>,
     pub pools: Vec<Pool>,
+    pub follows: Vec<Follow>,
+}
+
+/// Tokens that the model which drafts computes before it does.
+#[derive(Clone)]
+pub struct Follow {
+    pub slot: u32,
+    pub start: u32,
+    pub tokens: Vec<u32>,
 }
 
 /// Tokens whose hidden states are part of an embedding.
@@ -201,6 +219,24 @@ pub struct Pool {
     pub begins: bool,
     pub count: u32,
     pub vector: Option<u32>,
+}
+
+/// The records of `follow_rows` with their tokens.
+fn follow(rows: &[u32], tokens: &[u32], longest: u32) -> Result<Vec<Follow>, Violation> {
+    let (mut follows, mut next, mut most): (Vec<Follow>, u32, u32) = (Vec::new(), 0, 0);
+    for (index, words) in rows.chunks_exact(8).enumerate() {
+        let &[slot, first, len, flags, num_drafts, mask_row, start, _] = words else { unreachable!("chunks of eight") };
+        ensure!(first == next && len > 0, "follow row {index}: {len} tokens from {first}, {next} is next");
+        ensure!(flags == PREFILL && num_drafts == 0 && mask_row == u32::MAX, "follow row {index}: {words:?}");
+        ensure!(follows.iter().all(|other| other.slot != slot), "S13: slot {slot} has two follow rows");
+        let tokens = tokens.get(first as usize..(first + len) as usize);
+        let tokens = tokens.ok_or(format!("follow row {index}: {len} tokens from {first}"))?.to_vec();
+        follows.push(Follow { slot, start, tokens });
+        (next, most) = (next + len, most.max(len));
+    }
+    ensure!(next as usize == tokens.len(), "{} follow tokens but rows hold {next}", tokens.len());
+    ensure!(most == longest, "max_follow_len {longest} but {most}");
+    Ok(follows)
 }
 
 impl View {
@@ -218,7 +254,11 @@ impl View {
             let words = bytes[offset as usize..end as usize].chunks_exact(4);
             Ok(words.map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]])).collect())
         };
-        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens, targets, pools] = plan.offsets;
+        let [rows, prefill_tokens, blocks, enters, copies, bias, drafts, penalty_tokens, targets, pools, follow_rows, follow_tokens] =
+            plan.offsets;
+        let follow_rows = section("follow_rows", follow_rows, plan.num_follow_rows * 8)?;
+        let follow_tokens = section("follow_tokens", follow_tokens, plan.num_follow_tokens)?;
+        let follows = follow(&follow_rows, &follow_tokens, plan.max_follow_len)?;
         let targets = section("prompt_targets", targets, plan.num_prompt_targets * 2)?;
         let pools = section("pools", pools, plan.num_pools * 7)?;
         let pool = |words: &[u32]| Pool {
@@ -241,6 +281,7 @@ impl View {
             penalty_tokens: section("penalty_tokens", penalty_tokens, plan.num_penalty_tokens * 2)?,
             prompt_targets: targets.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect(),
             pools: pools.chunks_exact(7).map(pool).collect(),
+            follows,
             header: plan,
         })
     }
@@ -349,9 +390,21 @@ impl View {
             "S10: {real_tokens} tokens over the budget {}",
             shape.max_num_batched_tokens
         );
+        self.follows_are_of_rows(shape, &rows)?;
         self.targets_are_prefill_tokens(shape, &rows)?;
         self.pools_are_prefill_tokens(&rows)?;
         Ok(rows)
+    }
+
+    /// What the model that drafts computes before is of slots with a row, and no more than a step may have.
+    fn follows_are_of_rows(&self, shape: &Shape, rows: &[Row]) -> Result<(), Violation> {
+        let followed: usize = self.follows.iter().map(|follow| follow.tokens.len()).sum();
+        let most = if shape.drafts_itself { shape.max_num_batched_tokens as usize } else { 0 };
+        ensure!(followed <= most, "S10: {followed} tokens to follow, of {most}");
+        for follow in &self.follows {
+            ensure!(rows.iter().any(|row| row.slot == follow.slot), "slot {} follows without a row", follow.slot);
+        }
+        Ok(())
     }
 
     /// Pools: a prefill row has one at most, of its own tokens; vectors are numbered from 0; only a

@@ -246,6 +246,67 @@ FAULTS = [
         "if self.in_flight.len() > 1 && !on_device {",
     ),
     Fault(
+        "a model that drafts and believes that it missed nothing while it rested",
+        "rust/scheduler/follow.rs",
+        "sequence.unfollowed += if drafts { 0 } else { row.len };",
+        "sequence.unfollowed += if prefill { row.len } else { 0 };",
+    ),
+    Fault(
+        "a prompt that a model that drafts has not computed",
+        "rust/scheduler/follow.rs",
+        "sequence.unfollowed += if drafts { 0 } else { row.len };",
+        "sequence.unfollowed += if drafts || sequence.pending > 0 { 0 } else { row.len.min(20) };",
+    ),
+    Fault(
+        "what a prefix hit lacks of the model that drafts is forgotten",
+        "rust/scheduler/admit.rs",
+        "sequence.unfollowed = len - sequence.num_followed as u32 * self.config.block_size;",
+        "sequence.unfollowed = 0;",
+    ),
+    Fault(
+        "what is lacking of it after a preemption is forgotten",
+        "rust/scheduler/admit.rs",
+        "sequence.unfollowed = len - sequence.num_followed as u32 * self.config.block_size;",
+        "sequence.unfollowed = (len - sequence.num_followed as u32 * self.config.block_size)\n"
+        "                    * u32::from(sequence.preemptions == 0);",
+    ),
+    Fault(
+        "what a fork lacks of it is forgotten",
+        "rust/scheduler/admit.rs",
+        "sequence.unfollowed = len.saturating_sub(followed);",
+        "sequence.unfollowed = len.saturating_sub(followed.max(len));",
+    ),
+    Fault(
+        "a block that has been followed for whoever had it before",
+        "rust/block_pool.rs",
+        "block.references = 1;\n        block.is_followed = false;",
+        "block.references = 1;",
+    ),
+    Fault(
+        "a block noted as followed that the model that drafts has a hole in",
+        "rust/scheduler/follow.rs",
+        "sequence.computed_len.checked_sub(row.unfollowed)",
+        "sequence.computed_len.checked_sub(row.unfollowed / 2)",
+    ),
+    Fault(
+        "tokens to follow of which a window has let go",
+        "rust/kv_cache.rs",
+        "first(*window) >= table.first_live())",
+        "first(*window) + 1 >= table.first_live())",
+    ),
+    Fault(
+        "a window that lets go what is followed in this step",
+        "rust/scheduler/follow.rs",
+        "if self.follow_len > 0 {",
+        "if self.follow_len > 30 {",
+    ),
+    Fault(
+        "a draft in the step before the last token is followed",
+        "rust/scheduler/draft.rs",
+        "if sequence.follow_len == sequence.unfollowed {",
+        "if sequence.follow_len + 1 >= sequence.unfollowed {",
+    ),
+    Fault(
         "a stop token that min_tokens should have banned",
         "rust/scheduler/sequence.rs",
         "(self.outputs.len() as u32 + self.pending) < self.traits.min_tokens",

@@ -341,8 +341,9 @@ fn core_config(rng: &mut StdRng) -> CoreConfig {
 /// of these. The core's text has no order, so most of its drafts are wrong; the others are mostly right.
 fn speculation(config: &CoreConfig) -> Option<Speculation> {
     let draw = config.seed;
+    let by_model = draw >> 21 & 3;
     (config.num_draft_tokens > 0 && draw & 1 == 1).then(|| Speculation {
-        method: match (draw & 2, draw >> 21 & 3) {
+        method: match (draw & 2, by_model) {
             (_, 0) => SpeculationMethod::Model,
             (0, _) => SpeculationMethod::Ngram,
             _ => SpeculationMethod::Suffix,
@@ -352,6 +353,7 @@ fn speculation(config: &CoreConfig) -> Option<Speculation> {
         max_spec_factor: 4.0,
         max_cached_tokens: (draw >> 4) as u32 % 500,
         adaptive: draw & (1 << 20) == 0,
+        follows: by_model == 0,
         ..Speculation::default()
     })
 }

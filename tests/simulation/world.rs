@@ -555,6 +555,9 @@ impl World {
             let went_on = |seq: SeqRef| ledger.requests[&seq.request].choices[seq.index as usize].ended.is_none();
             self.accounts.committed(step.planned_at, &step.rows, went_on);
             self.ledger.call = Call::Commit { step_id: step.step_id, seqs: step.seqs };
+            // Of another length each time, so that a model sometimes drafts and sometimes rests.
+            let drafting = (step.step_id % 8) as f64 * 1e-4;
+            self.core.note_drafting(step.step_id, drafting, drafting);
             self.core
                 .commit(step.step_id, &step.result.expect("it was executed"), self.now, &mut self.ledger)
                 .map_err(|error| error.to_string())?;

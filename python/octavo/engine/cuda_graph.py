@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from octavo.engine.forward import Runs, StepShape, hidden_states, step_context
+from octavo.engine.forward import StepShape, hidden_states, step_context
 from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.kernels.step.plan_format import Plan
+from octavo.models.registry import Model
 
 PREFILL_ROWS = 8  # of each captured step with prompt tokens, one of them always padding
 PREFILL_TOKENS = (64, 128, 192, 256, 384, 512, 768, 1024)
@@ -111,7 +112,7 @@ class StepGraphs:
     """Captured steps by shape."""
 
     def __init__(
-        self, model: Runs, inputs: StepInputs, state: DeviceState, *, max_decode_len: int, max_seq_len: int
+        self, model: Model, inputs: StepInputs, state: DeviceState, *, max_decode_len: int, max_seq_len: int
     ) -> None:
         self._model = model
         self._inputs = inputs

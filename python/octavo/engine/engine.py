@@ -128,7 +128,8 @@ class Engine:
         step, self._current = self._current, None
         if step is not None:
             step.buffers.wait()
-            self.core.commit(step.slot, time.monotonic(), step.buffers.drafting.take())
+            drafting, following = step.buffers.drafting.take(), step.buffers.following.take()
+            self.core.commit(step.slot, time.monotonic(), drafting, following)
 
     def _fill_masks(self, step: Step) -> None:
         """Has the core write the grammar masks of a step. They need the tokens just committed, and

@@ -4,20 +4,14 @@ the rehearsal of the largest step.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from torch import Tensor
 
 from octavo.engine.step_buffers import DeviceState, StepInputs
 from octavo.kernels.step.plan_format import Plan
 from octavo.layers.context import StepContext, set_context
-
-
-class Runs(Protocol):
-    """What runs over a step's tokens: a model, or one with another that follows it."""
-
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """As `octavo.models.decoder.Model.forward`."""
+from octavo.models.registry import Model
 
 
 class StepShape(NamedTuple):
@@ -74,14 +68,14 @@ def step_context(
     )
 
 
-def hidden_states(model: Runs, inputs: StepInputs, context: StepContext) -> Tensor:
+def hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Tensor:
     """Hidden states [n, hidden_size] of all tokens of decode rows and of the last token of each
     prefill row.
     """
     return sampled(all_hidden_states(model, inputs, context), inputs, context)
 
 
-def all_hidden_states(model: Runs, inputs: StepInputs, context: StepContext) -> Tensor:
+def all_hidden_states(model: Model, inputs: StepInputs, context: StepContext) -> Tensor:
     """Hidden states [tokens, hidden_size] of all tokens of a step."""
     set_context(context)
     tokens = context.slot_mapping[0].shape[0]

@@ -13,13 +13,12 @@ from torch import Tensor
 
 from octavo.engine import step_ops
 from octavo.engine.cuda_graph import GraphSizes, StepGraphs
-from octavo.engine.drafting import DraftModel, FollowedModel, Proposer, share_groups
+from octavo.engine.drafting import DraftModel, Proposer, share_groups
 from octavo.engine.forward import StepShape, all_hidden_states, sampled, step_context
 from octavo.engine.kv_layout import KvLayout
 from octavo.engine.step_buffers import DeviceState, MaskBuffer, Step, StepInputs
 from octavo.kernels import ops
 from octavo.kernels.step.plan_format import PAIR_WORDS, POOL_WORDS, TARGET_PLACE, Plan
-from octavo.models.registry import Model
 from octavo.weights.load import LoadedModel
 
 TARGETS_AT_ONCE = 128
@@ -86,15 +85,13 @@ class ModelRunner:
         self.masks = MaskBuffer(self.vocab_size, device)
         self.kv_caches: list[Tensor] = []  # [num_blocks, bytes] uint8 for each layer of a group
         self.proposer: Proposer | None = None
-        self.body: Model | FollowedModel = self.model  # what runs over a step's tokens
         if draft is not None:
-            if not draft.shares_pages:
-                self.body = FollowedModel(self.model, draft.model)
             self.proposer = Proposer(
                 draft,
                 self.state,
                 self.inputs,
                 max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
                 num_groups=self.kv_layout.num_groups,
                 block_size=block_size,
                 num_draft_tokens=num_draft_tokens,
@@ -103,7 +100,7 @@ class ModelRunner:
                 device=device,
             )
         self.graphs = StepGraphs(
-            self.body, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
+            self.model, self.inputs, self.state, max_decode_len=self.max_decode_len, max_seq_len=max_model_len
         )
 
     # ---- memory ----------------------------------------------------------------------------------
@@ -149,7 +146,7 @@ class ModelRunner:
             max_query_len=max(lengths),
             max_seq_len=max(lengths),
         )
-        hidden = all_hidden_states(self.body, self.inputs, context)
+        hidden = all_hidden_states(self.model, self.inputs, context)
         logits = self.model.compute_logits(hidden[:TARGETS_AT_ONCE])
         ops.sample_peak_rehearsal(logits)
         del logits
@@ -181,6 +178,10 @@ class ModelRunner:
             words = plan_device.view(torch.int32)[plan.copies_offset // 4 :]
             ops.copy_blocks(self.kv_caches, words[: plan.num_copies * PAIR_WORDS].view(-1, PAIR_WORDS))
         step_ops.prepare(plan, plan_device, self.state, self.inputs, block_size=self.kv_layout.block_size)
+        if self.proposer is not None and plan.num_follow_rows:
+            step.buffers.following.start()
+            self.proposer.follow(plan, plan_device)
+            step.buffers.following.stop()
         if self.proposer is not None and plan.num_drafts:
             step.buffers.drafting.start()
             self.proposer.propose(plan, plan_device)
@@ -222,7 +223,7 @@ class ModelRunner:
             max_query_len=plan.max_query_len,
             max_seq_len=plan.max_seq_len,
         )
-        everything = all_hidden_states(self.body, self.inputs, context)
+        everything = all_hidden_states(self.model, self.inputs, context)
         hidden = sampled(everything, self.inputs, context)
         return hidden, everything if plan.needs_all_hidden else hidden
 

@@ -191,7 +191,7 @@ class StepBuffers:
         self.result_device: Tensor = result_device.view(torch.int32)  # [result words] int32
         # Blocking: the thread sleeps in `wait` and leaves the core to others, where spinning would
         # hold it.
-        self.drafting = Stopwatch(device)
+        self.drafting, self.following = Stopwatch(device), Stopwatch(device)
         self._done: Any = torch.cuda.Event(blocking=True) if self._on_gpu else None  # type: ignore[no-untyped-call]
 
     def read_plan(self) -> Plan:

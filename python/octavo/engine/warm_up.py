@@ -64,7 +64,7 @@ def warm_up(runner: ModelRunner, buffers: StepBuffers, core_options: dict[str, A
             buffers.wait()
             if speculation is not None:
                 say_zero(buffers, step.plan)
-            core.commit(0, time.monotonic(), buffers.drafting.take())
+            core.commit(0, time.monotonic())
 
     for options in REQUESTS:
         if options.get("n", 1) > runner.max_num_seqs:
