@@ -146,6 +146,9 @@ class World:
             speculation = {"method": self.drafts_by, "num_speculative_tokens": rng.randint(1, 4), "adaptive": False}
         if self.drafts_by == "draft_model":  # the model itself, so that whoever misses a token to attend to shows
             speculation["model"] = str(self.family.folder)
+        max_num_seqs, max_num_batched_tokens = rng.randint(3, 8), rng.choice([8, 13, 32, 64])
+        if self.drafts_by == "draft_model":  # it catches up by so many tokens a step: with fewer it seldom drafts
+            max_num_batched_tokens = max(max_num_batched_tokens, 32)
         self.engine = self.engine_of_few_blocks(
             EngineConfig(
                 model=str(self.family.folder),
@@ -155,8 +158,8 @@ class World:
                 block_size=self.block_size,
                 kv_cache_dtype=self.kv_dtype,
                 max_quality_loss=math.inf,  # the oracle rounds in all layers
-                max_num_seqs=rng.randint(3, 8),
-                max_num_batched_tokens=rng.choice([8, 13, 32, 64]),
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
                 enable_prefix_caching=rng.random() < 0.8,
                 scheduling_policy=rng.choice(["fcfs", "priority"]),
                 speculative_config=speculation,
