@@ -279,6 +279,7 @@ impl Scheduler {
     fn enter(&mut self, number: u32, start: Start, len: u32) {
         self.tell_admission(number, len);
         let (num_groups, step, now) = (self.config.num_groups(), self.next_step, self.now);
+        let follows = self.follows();
         let sequence = &mut self.sequences[number];
         let mut tables = std::mem::take(&mut sequence.tables);
         tables.resize_with(num_groups, BlockTable::default);
@@ -286,8 +287,10 @@ impl Scheduler {
             Start::Cached(blocks) => {
                 self.kv.acquire(&mut tables, &sequence.hashes[..blocks]);
                 sequence.num_registered = blocks;
-                sequence.num_followed = self.kv.followed(&tables);
-                sequence.unfollowed = len - sequence.num_followed as u32 * self.config.block_size;
+                if follows {
+                    sequence.num_followed = self.kv.followed(&tables);
+                    sequence.unfollowed = len - sequence.num_followed as u32 * self.config.block_size;
+                }
             }
             Start::Fork(source) => {
                 let source = &mut self.sequences[source];

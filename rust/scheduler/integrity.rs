@@ -75,6 +75,9 @@ impl Scheduler {
     fn check_sequences(&self) -> Result<(), String> {
         for (number, sequence) in self.sequences.iter() {
             let name = sequence.name;
+            if sequence.unfollowed > 0 && !self.follows() {
+                return Err(format!("{name:?} waits for a model that follows, and none does"));
+            }
             let runs = self.running.iter().filter(|other| **other == number).count();
             let waits = self.ready.iter().chain(self.gated.iter()).filter(|other| *other == number).count();
             let expected = match sequence.state {

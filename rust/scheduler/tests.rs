@@ -670,6 +670,23 @@ fn a_model_that_drafts_computes_what_it_has_missed_once() {
 }
 
 #[test]
+fn drafts_that_no_model_follows_for_come_behind_a_cached_prompt_too() {
+    let speculation = Speculation { follows: false, ..followed().speculation.expect("it has one") };
+    let mut bench = Bench::new(CoreConfig { speculation: Some(speculation), ..followed() });
+    for _ in 0..2 {
+        bench.add(&counted(10), max_tokens(4));
+        let prompt = bench.schedule().expect("a prompt");
+        bench.scheduler.check_integrity().expect("nothing is waited for");
+        bench.commit(&prompt, 99);
+        let step = bench.schedule().expect("a decode");
+        assert_eq!((to_follow(&step), step.info.num_drafts), (vec![], 2));
+        bench.commit(&step, 99);
+        bench.run(99);
+    }
+    assert!(bench.scheduler.stats().prefix_cache_hits > 0);
+}
+
+#[test]
 fn what_a_step_has_no_tokens_for_is_followed_in_the_next() {
     let mut bench = Bench::new(CoreConfig { max_num_batched_tokens: 12, ..followed() });
     let prompt: Vec<u32> = (1..=20).collect();

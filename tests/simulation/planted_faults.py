@@ -361,6 +361,12 @@ FAULTS = [
         "self.planned.admits_before.is_some_and(|limit| order > limit && order < limit)",
     ),
     Fault(
+        "drafts that wait for a model that does not follow",
+        "rust/scheduler/admit.rs",
+        "let follows = self.follows();",
+        "let follows = true;",
+    ),
+    Fault(
         "a long prompt that gets what short ones leave",
         "rust/scheduler/budget.rs",
         "behind.min((tokens - before) / 2)",
